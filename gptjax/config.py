@@ -1,0 +1,209 @@
+"""Configs: from a file and the command line to frozen dataclasses, and to a workdir's config.json.
+
+    --config=configs/gpt2.py:124m --config.model.dropout=0.1
+
+A config file's `get_config(arg)` returns a ConfigDict; flags override it; `build` turns it at once into
+frozen dataclasses that validate themselves. Nothing below the mains ever sees a ConfigDict. The defaults
+live in the dataclasses alone: `config_dict` makes the ConfigDict from them.
+"""
+
+import dataclasses
+import difflib
+import json
+import os
+import sys
+import types
+import typing
+
+from absl import app, flags
+from etils import epath
+from ml_collections import config_dict as mlc
+from ml_collections import config_flags
+
+from gptjax.errors import InputError
+
+# --- dataclass <-> ConfigDict -----------------------------------------------------------------------------
+
+
+def config_dict(cls, **overrides) -> mlc.ConfigDict:
+    """A ConfigDict with the fields and defaults of a dataclass; `X | None` fields become placeholders."""
+    result = mlc.ConfigDict()
+    hints = typing.get_type_hints(cls)
+    for field in dataclasses.fields(cls):
+        kind = hints[field.name]
+        if dataclasses.is_dataclass(kind):
+            result[field.name] = config_dict(kind)
+            continue
+        optional = isinstance(kind, types.UnionType) and type(None) in kind.__args__
+        if field.default_factory is not dataclasses.MISSING:
+            value = mlc.ConfigDict(field.default_factory())
+        elif field.default is dataclasses.MISSING or (optional and field.default is None):
+            value = mlc.config_dict.placeholder(kind.__args__[0] if optional else kind)
+        else:
+            value = field.default
+        result[field.name] = value
+    result.update(overrides)
+    return result
+
+
+def build(cls, section, path="config"):
+    """The dataclass that a ConfigDict or dict describes. Unknown and missing keys are InputErrors."""
+    section = section.to_dict() if isinstance(section, mlc.ConfigDict) else dict(section)
+    hints = typing.get_type_hints(cls)
+    fields = {f.name: f for f in dataclasses.fields(cls)}
+    for key in section:
+        if key not in fields:
+            raise InputError(f"Unknown key {path}.{key}{nearest(key, fields)}.")
+    values = {}
+    for name, value in section.items():
+        kind = hints[name]
+        if dataclasses.is_dataclass(kind):
+            value = build(kind, value, f"{path}.{name}")
+        elif value is None and fields[name].default is dataclasses.MISSING and not _is_optional(kind):
+            raise InputError(f"{path}.{name} is not set: give it with --{path}.{name}=...")
+        elif isinstance(value, list):
+            value = tuple(value)
+        elif isinstance(value, dict):
+            value = dict(value)
+        values[name] = value
+    try:
+        return cls(**values)
+    except TypeError as error:
+        raise InputError(f"{path}: {error}.") from error
+
+
+def _is_optional(kind):
+    return isinstance(kind, types.UnionType) and type(None) in kind.__args__
+
+
+def nearest(name, names) -> str:
+    """' (did you mean x?)', or the list of what there is."""
+    close = difflib.get_close_matches(str(name), [str(n) for n in names], n=1)
+    return f": did you mean {close[0]!r}?" if close else f": there are {', '.join(sorted(map(str, names)))}"
+
+
+def choose(presets: dict, name: str, what: str):
+    """presets[name], or an InputError that names the nearest."""
+    if name not in presets:
+        raise InputError(f"Unknown {what} {name!r}{nearest(name, presets)}")
+    return presets[name]
+
+
+# --- the command line -------------------------------------------------------------------------------------
+
+
+def run(main):
+    """absl's app.run, with bad input told in one line instead of a traceback (exit code 2)."""
+
+    def parse(argv):
+        try:
+            _check_config_file(argv)
+            return flags.FLAGS(argv)
+        except (flags.Error, InputError, AttributeError, KeyError, TypeError, ValueError, OSError) as error:
+            _fail(error)
+
+    def guarded(argv):
+        if len(argv) > 1:
+            _fail(f"Unexpected argument {argv[1]!r}: every option is written --name=value.")
+        try:
+            return main(argv)
+        except InputError as error:
+            _fail(error)
+
+    app.run(guarded, flags_parser=parse)
+
+
+def define_flags():
+    """--config and --workdir, as every training stage has them."""
+    config_flags.DEFINE_config_file("config", None, "A config file, as configs/gpt2.py:124m.", lock_config=True)
+    flags.DEFINE_string("workdir", None, "Where everything of this run is kept.")
+    flags.mark_flags_as_required(["config", "workdir"])
+
+
+def _check_config_file(argv):
+    for argument in argv:
+        name, _, value = argument.lstrip("-").partition("=")
+        path = epath.Path(value.split(":")[0])
+        if name == "config" and not path.exists():
+            there = [str(p) for p in path.parent.glob("*.py")] if path.parent.exists() else []
+            raise InputError(f"There is no config file {path}{nearest(path, there) if there else ''}.")
+
+
+def _fail(error):
+    """One line: what ml_collections and absl wrap around a message is peeled off."""
+    text = str(error.args[0]) if isinstance(error, KeyError) and error.args else str(error)
+    text = text.strip()
+    if "Traceback" in text:  # an error inside a config file
+        text = text.splitlines()[-1].split("InputError: ")[-1]
+    if isinstance(error, AttributeError | KeyError) and "Did you mean" in text:
+        text = "unknown config key " + text.strip("\"'").replace("'\n", ": ").replace("\\'", "'").replace("\\n", " ")
+    print(f"error: {text}", file=sys.stderr)
+    sys.exit(2)
+
+
+# --- the workdir ------------------------------------------------------------------------------------------
+
+# What may differ between two starts of one run: where and how fast it runs, not what it computes.
+_MAY_CHANGE = ("mesh", "checkpoint", "eval", "log", "steps", "tokens", "epochs", "steps_per_dispatch", "samples")
+
+
+def to_json(config) -> dict:
+    """A nested dataclass as JSON types."""
+    return json.loads(json.dumps(dataclasses.asdict(config), default=dict))
+
+
+def write_json(path, value):
+    """Atomic: a reader sees the old file or the new one."""
+    path = epath.Path(path)
+    temporary = path.parent / f".{path.name}.{os.getpid()}.tmp"
+    temporary.write_text(json.dumps(value, indent=2, sort_keys=False) + "\n")
+    temporary.replace(path)
+
+
+def claim_workdir(workdir, stage: str, config) -> bool:
+    """Writes config.json into a new workdir, or checks that the one there is the same run's.
+
+    Returns whether the run is being taken up again. Raises InputError listing the keys that differ.
+    """
+    workdir = epath.Path(workdir)
+    workdir.mkdir(parents=True, exist_ok=True)
+    path = workdir / "config.json"
+    new = {"stage": stage, **to_json(config)}
+    if not path.exists():
+        write_json(path, new)
+        return False
+    old = read_config(workdir)
+    a, b = _flatten(old), _flatten(new)
+    different = [k for k in sorted(a.keys() | b.keys()) if a.get(k) != b.get(k)]
+    fatal = [k for k in different if k.split(".")[0] not in _MAY_CHANGE]
+    if fatal:
+        lines = "\n".join(f"  {k}: there {a.get(k)!r}, now {b.get(k)!r}" for k in fatal)
+        raise InputError(
+            f"{workdir} holds another run's config:\n{lines}\n"
+            "Take another --workdir, or give the same config to go on with that run."
+        )
+    for k in different:
+        print(f"config.{k} changed from {a.get(k)!r} to {b.get(k)!r} since this run began")
+    write_json(path, new)
+    return True
+
+
+def read_config(workdir) -> dict:
+    """A workdir's config.json as a dict. Raises InputError if there is none or it is damaged."""
+    path = epath.Path(workdir) / "config.json"
+    if not path.exists():
+        raise InputError(f"{workdir} is not a workdir: it has no config.json. Give the --workdir of a training run.")
+    try:
+        return json.loads(path.read_text())
+    except json.JSONDecodeError as error:
+        raise InputError(f"{path} is damaged ({error}): restore it or start a new workdir.") from error
+
+
+def _flatten(d, prefix=""):
+    flat = {}
+    for key, value in d.items():
+        if isinstance(value, dict):
+            flat |= _flatten(value, f"{prefix}{key}.")
+        else:
+            flat[f"{prefix}{key}"] = value
+    return flat

@@ -1,0 +1,81 @@
+"""From a data config to a tokenizer, training examples and validation tokens: one source or a mixture."""
+
+import dataclasses
+import itertools
+import os
+from collections.abc import Mapping
+
+from gptjax.data import sources, tokens
+from gptjax.data.lm import Mixture, Windows
+from gptjax.data.tokenizer import Tokenizer, make_tokenizer
+from gptjax.errors import InputError
+
+
+@dataclasses.dataclass(frozen=True)
+class DataConfig:
+    """source: what data/sources.py reads: 'stdlib', a file, a directory, a glob, 'hf:NAME', gs:// paths.
+    tokenizer: 'bpe:SIZE' (trained on the source), 'char', or a directory with GPT-2's, GPT-1's or our files.
+    validation: the share of documents held out, or another source. text_field: of JSONL and Parquet rows.
+    mixture: {name: weight}: `source` is then a folder and each name a source in it (GPT-3 Table 2.2);
+        weights are normalised. isolate_documents: attention stays within a document, positions restart.
+    cache: where token shards are kept; None = in the workdir."""
+
+    source: str | None = None
+    tokenizer: str = "bpe:50257"
+    validation: str = "0.1"
+    text_field: str = "text"
+    mixture: Mapping[str, float] = dataclasses.field(default_factory=dict)
+    isolate_documents: bool = False
+    cache: str | None = None
+
+    def __post_init__(self):
+        if self.mixture and (min(self.mixture.values()) < 0 or sum(self.mixture.values()) <= 0):
+            raise InputError("data.mixture: weights are >= 0 and not all 0.")
+
+
+@dataclasses.dataclass(frozen=True)
+class Corpus:
+    tokenizer: Tokenizer
+    train: Windows | Mixture
+    train_tokens: int
+    validation: tokens.TokenShards
+
+
+def load_corpus(c: DataConfig, workdir, context_length: int, seed: int) -> Corpus:
+    """Tokenises on the first call, reuses the shards afterwards. Raises InputError for anything amiss."""
+    if c.source is None:
+        raise InputError("No text to train on: give --config.data.source=PATH (or 'stdlib').")
+    cache = os.path.join(c.cache or os.fspath(workdir), "data")
+    validation = _fraction(c.validation)
+    if not c.mixture:
+        tokenizer, splits = tokens.prepare(
+            c.source, c.tokenizer, cache, validation=validation, text_field=c.text_field, seed=seed
+        )
+        train = Windows(splits["train"], context_length, seed)
+        return Corpus(tokenizer, train, len(splits["train"]), splits["validation"])
+
+    # One tokenizer for all parts: trained on them together, or the one that was given.
+    parts = {name: os.path.join(c.source, name) for name, weight in c.mixture.items() if weight > 0}
+    saved = os.path.join(cache, "tokenizer")
+    if not os.path.exists(saved):
+        read = lambda: itertools.chain.from_iterable(
+            (d.text for d in sources.documents(path, text_field=c.text_field)) for path in parts.values()
+        )
+        make_tokenizer(c.tokenizer, read).save(saved)
+    windows, n, held_out = [], 0, None
+    for i, (name, path) in enumerate(parts.items()):
+        tokenizer, splits = tokens.prepare(
+            path, saved, os.path.join(cache, name), validation=validation, text_field=c.text_field, seed=seed
+        )
+        windows.append(Windows(splits["train"], context_length, seed + i))
+        n += len(splits["train"])
+        held_out = held_out or splits["validation"]  # of the first part, the mixture's main one
+    weights = [c.mixture[name] for name in parts]
+    return Corpus(tokenizer, Mixture(windows, weights, seed), n, held_out)
+
+
+def _fraction(text: str) -> float | str:
+    try:
+        return float(text)
+    except ValueError:
+        return text

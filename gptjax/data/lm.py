@@ -1,0 +1,319 @@
+"""Batches for language modelling: the batch of step t is a pure function of (seed, t).
+
+Which tokens make example i is arithmetic, so any step can be asked for first, in any process; Grain only
+reads ahead. Sampling is without replacement within an epoch (GPT-3 §2.2).
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, Protocol
+
+import grain
+import numpy as np
+
+from gptjax.data.tokens import TokenShards
+from gptjax.errors import InputError
+
+_SLOTS = 10_000  # of a mixture's block: weights are exact to 1/10,000 in every block
+_ROUNDS = 6
+_PHASE, _ORDER, _BLOCK = range(3)  # what a key is for
+_U64 = np.uint64
+
+
+class Examples(Protocol):
+    """Example i, for any i ≥ 0: context_length + 1 tokens."""
+
+    context_length: int
+
+    def read(self, index: np.ndarray) -> np.ndarray:
+        """int32 [n, context_length + 1] for index int64 [n]."""
+
+
+def _mix(x: np.ndarray) -> np.ndarray:
+    """splitmix64's finaliser (Steele, Lea, Flood 2014): uint64 to well-mixed uint64."""
+    x = (x ^ (x >> _U64(30))) * _U64(0xBF58476D1CE4E5B9)
+    x = (x ^ (x >> _U64(27))) * _U64(0x94D049BB133111EB)
+    return x ^ (x >> _U64(31))
+
+
+def _key(seed: int, purpose: int, number: np.ndarray | int) -> np.ndarray:
+    """uint64 keys for the number-th epoch or block, of number's shape (at least 1-D)."""
+    key = _mix(np.array([seed % 2**64], _U64) + _U64(0x9E3779B97F4A7C15))
+    key = _mix(key + _U64(purpose + 1))
+    return _mix(key + np.atleast_1d(np.asarray(number)).astype(_U64) * _U64(0x9E3779B97F4A7C15))
+
+
+def permute(index: np.ndarray, length: int, key: int | np.ndarray) -> np.ndarray:
+    """Keyed bijection on range(length), of each index by itself: int64 of index's shape.
+
+    A Feistel network on pairs (left, right) with about √length values each, walked until it lands in
+    the range again (Black and Rogaway 2002, "Ciphers with Arbitrary Finite Domains"). key: an int, or
+    uint64 of index's shape. ValueError: an index outside the range.
+    """
+    index = np.asarray(index, np.int64)
+    if index.size and (index.min() < 0 or index.max() >= length):
+        raise ValueError(f"index outside range({length})")
+    left_size = max(1, math.isqrt(length - 1) + 1) if length > 1 else 1
+    right_size = -(-length // left_size)
+    flat = index.ravel().astype(_U64)
+    keys = np.asarray(key % 2**64 if isinstance(key, int) else key, _U64)
+    keys = np.broadcast_to(keys, index.shape).ravel()
+    rounds = [_mix(keys + _U64((r + 1) * 0x9E3779B97F4A7C15 % 2**64)) for r in range(_ROUNDS)]
+    out, todo = flat.copy(), np.arange(flat.size)
+    while todo.size:
+        left, right = np.divmod(out[todo], _U64(right_size))
+        for r in range(0, _ROUNDS, 2):
+            left = (left + _mix(right + rounds[r][todo]) % _U64(left_size)) % _U64(left_size)
+            right = (right + _mix(left + rounds[r + 1][todo]) % _U64(right_size)) % _U64(right_size)
+        out[todo] = left * _U64(right_size) + right
+        todo = todo[out[todo] >= length]
+    return out.astype(np.int64).reshape(index.shape)
+
+
+class Windows:
+    """Windows of context_length + 1 tokens from one split, in a new order and at new cuts each epoch.
+
+    len() is the number of windows in an epoch; neighbours share one token, the target of one and the
+    input of the next. InputError: a split shorter than context_length + 1.
+    """
+
+    def __init__(self, shards: TokenShards, context_length: int, seed: int):
+        self.context_length, self._shards, self._seed = context_length, shards, seed
+        _check_length(shards, context_length)
+        # As many as fit wherever the first one starts; at least one, with less room to start in.
+        self._windows = max(1, len(shards) // context_length - 1)
+        self._phases = min(context_length, len(shards) - self._windows * context_length)
+
+    def __len__(self) -> int:
+        return self._windows
+
+    def starts(self, index: np.ndarray) -> np.ndarray:
+        """int64 [n]: the first token of each example of index, int64 [n]."""
+        epoch, number = np.divmod(np.asarray(index, np.int64), self._windows)
+        position = permute(number, self._windows, _key(self._seed, _ORDER, epoch))
+        phase = (_key(self._seed, _PHASE, epoch) % _U64(self._phases)).astype(np.int64)
+        return phase + position * self.context_length
+
+    def read(self, index: np.ndarray) -> np.ndarray:
+        """int32 [n, context_length + 1] for index int64 [n]."""
+        return self._shards.read(self.starts(index), self.context_length + 1)
+
+
+class Mixture:
+    """Examples drawn from several Windows by weight (GPT-3 Table 2.2; weights are normalised).
+
+    Every block of 10,000 examples has each source's exact share, largest remainders first, in an order
+    of its own; each source's examples are used in order, over as many epochs as its share asks for.
+    InputError: no sources, weights that aren't positive or round to no example in 10,000, unequal contexts.
+    """
+
+    def __init__(self, sources: Sequence[Windows], weights: Sequence[float], seed: int):
+        if not sources or len(sources) != len(weights):
+            raise InputError(
+                f"a mixture of {len(sources)} sources has {len(weights)} weights; give one for each"
+            )
+        if len({s.context_length for s in sources}) > 1:
+            raise InputError("the sources of a mixture have different context lengths; make them equal")
+        for weight in weights:
+            if not (weight > 0 and math.isfinite(weight)):
+                raise InputError(f"mixture weight {weight} isn't positive; leave that source out")
+        share = np.array(weights, np.float64) / math.fsum(weights) * _SLOTS
+        self._counts = np.floor(share).astype(np.int64)
+        largest = np.argsort(self._counts - share, kind="stable")[: _SLOTS - self._counts.sum()]
+        self._counts[largest] += 1
+        if not self._counts.all():
+            weight = weights[int(self._counts.argmin())]
+            raise InputError(
+                f"mixture weight {weight} is under one example in {_SLOTS}; raise it or leave that source out"
+            )
+        self.context_length = sources[0].context_length
+        self._sources, self._seed = list(sources), seed
+        self._block = functools.lru_cache(maxsize=8)(self._make_block)
+
+    def _make_block(self, block: int) -> tuple[np.ndarray, np.ndarray]:
+        """Of each slot of a block: its source, and how many earlier slots of the block have that source."""
+        slots = permute(np.arange(_SLOTS), _SLOTS, _key(self._seed, _BLOCK, block))
+        source = np.repeat(np.arange(len(self._sources)), self._counts)[slots]
+        rank = np.empty(_SLOTS, np.int64)
+        rank[np.argsort(source, kind="stable")] = np.concatenate([np.arange(c) for c in self._counts])
+        return source, rank
+
+    def assign(self, index: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """(source [n], index within that source [n]), int64, for index int64 [n]."""
+        blocks, slots = np.divmod(np.asarray(index, np.int64), _SLOTS)
+        source, within = np.empty_like(slots), np.empty_like(slots)
+        for block in np.unique(blocks).tolist():
+            here = blocks == block
+            of_slot, rank = self._block(block)
+            source[here] = of_slot[slots[here]]
+            within[here] = block * self._counts[source[here]] + rank[slots[here]]
+        return source, within
+
+    def read(self, index: np.ndarray) -> np.ndarray:
+        """int32 [n, context_length + 1] for index int64 [n]."""
+        source, within = self.assign(index)
+        out = np.empty((len(source), self.context_length + 1), np.int32)
+        for number in np.unique(source).tolist():
+            out[source == number] = self._sources[number].read(within[source == number])
+        return out
+
+
+def with_segments(tokens: np.ndarray, eot_id: int) -> tuple[np.ndarray, np.ndarray]:
+    """(segment_ids, positions), int32 of the shape of the input tokens [batch, time].
+
+    Segments count from 1; one begins at each end-of-text, which closed the former document as a target
+    and opens the next as an input. Positions restart at 0 in each segment.
+    """
+    first = tokens == eot_id
+    first[:, 0] = True
+    time = np.arange(tokens.shape[1], dtype=np.int32)
+    start = np.maximum.accumulate(np.where(first, time, 0), axis=1)
+    return np.cumsum(first, axis=1, dtype=np.int32), (time - start).astype(np.int32)
+
+
+class LmBatches:
+    """One host's part of the batch of each step, by random access: batches[step] is a dict.
+
+    tokens: int32 [rows / host_count, context_length + 1]; inputs are [:, :-1], targets [:, 1:]
+    weights: float32 [rows / host_count, context_length], 1 for real rows, 0 for padding
+    sequences: int, real rows of all hosts
+    target_bytes: int, UTF-8 bytes of this host's real targets
+    segment_ids, positions: int32 [rows / host_count, context_length], with isolate_documents only
+
+    schedule: step → (number of its first example, number of sequences), over all hosts.
+    rows: step → rows of the padded batch; None for no padding. Host h has rows h·R/H to (h+1)·R/H, so
+    the hosts' parts, joined, are the one-host batch. byte_lengths: of the tokenizer, int [vocab_size].
+    InputError: isolate_documents without an end-of-text; rows that don't divide over the hosts.
+    """
+
+    def __init__(
+        self,
+        examples: Examples,
+        schedule: Callable[[int], tuple[int, int]],
+        rows: Callable[[int], int] | None = None,
+        *,
+        byte_lengths: np.ndarray,
+        eot_id: int | None = None,
+        isolate_documents: bool = False,
+        host_index: int = 0,
+        host_count: int = 1,
+        steps: int = sys.maxsize,
+    ):
+        if isolate_documents and eot_id is None:
+            raise InputError(
+                "documents can't be isolated: the tokenizer has no end-of-text; use a bpe tokenizer, or "
+                "let attention cross documents"
+            )
+        if not 0 <= host_index < host_count:
+            raise ValueError(f"host {host_index} of {host_count}")
+        self._examples, self._schedule, self._rows, self._steps = examples, schedule, rows, steps
+        self._byte_lengths, self._eot_id, self._isolate = byte_lengths, eot_id, isolate_documents
+        self._host_index, self._host_count = host_index, host_count
+
+    def __len__(self) -> int:
+        return self._steps
+
+    def __getitem__(self, step: int) -> dict[str, Any]:
+        if not 0 <= step < self._steps:
+            raise IndexError(f"step {step} of {self._steps}")
+        first, sequences = self._schedule(step)
+        rows = self._rows(step) if self._rows else sequences
+        if rows < sequences:
+            raise ValueError(f"step {step}: {sequences} sequences don't fit {rows} rows")
+        if rows % self._host_count:
+            raise InputError(
+                f"step {step}: a batch of {rows} rows doesn't divide over {self._host_count} hosts; make it "
+                f"a multiple of {self._host_count}"
+            )
+        here = rows // self._host_count
+        offset = here * self._host_index
+        real = min(max(sequences - offset, 0), here)
+        context = self._examples.context_length
+        tokens = np.zeros((here, context + 1), np.int32)
+        if real:
+            tokens[:real] = self._examples.read(np.arange(first + offset, first + offset + real))
+        weights = np.zeros((here, context), np.float32)
+        weights[:real] = 1
+        batch = {
+            "tokens": tokens,
+            "weights": weights,
+            "sequences": sequences,
+            "target_bytes": int(self._byte_lengths.take(tokens[:real, 1:]).sum(dtype=np.int64)),
+        }
+        if self._isolate:
+            batch["segment_ids"], batch["positions"] = with_segments(tokens[:, :-1], self._eot_id)
+        return batch
+
+
+def iterate(
+    batches: LmBatches, start_step: int, stop_step: int, *, threads: int = 1, buffer: int = 8
+) -> Iterator[tuple[int, dict[str, Any]]]:
+    """(step, batch) for start_step ≤ step < stop_step, in order, read ahead by Grain.
+
+    threads: more than 2 slow it down on small batches. buffer: batches held ahead.
+    """
+    dataset = grain.MapDataset.source(batches)[start_step:stop_step]
+    options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=max(buffer, threads))
+    iterator = iter(dataset.to_iter_dataset(options))
+    try:
+        yield from enumerate(iterator, start_step)
+    finally:
+        iterator.close()
+
+
+class _Consecutive:
+    """Example i is the i-th window from the start of a split: the fixed order of validation."""
+
+    def __init__(self, shards: TokenShards, context_length: int):
+        _check_length(shards, context_length)
+        self.context_length, self._shards = context_length, shards
+
+    def __len__(self) -> int:
+        return (len(self._shards) - 1) // self.context_length
+
+    def read(self, index: np.ndarray) -> np.ndarray:
+        return self._shards.read(np.asarray(index) * self.context_length, self.context_length + 1)
+
+
+def validation_batches(
+    shards: TokenShards,
+    context_length: int,
+    batch_size: int,
+    max_batches: int | None = None,
+    *,
+    byte_lengths: np.ndarray,
+    isolate_documents: bool = False,
+    host_index: int = 0,
+    host_count: int = 1,
+) -> LmBatches:
+    """The same batches each time: windows from the start of a split whose targets don't overlap.
+
+    Every batch has batch_size rows; the last is padded with rows of weight 0. A rest shorter than one
+    context is left out. max_batches None: the whole split. InputError: as Windows and LmBatches.
+    """
+    windows = _Consecutive(shards, context_length)
+    batches = -(-len(windows) // batch_size)
+
+    return LmBatches(
+        windows,
+        schedule=lambda step: (step * batch_size, min(batch_size, len(windows) - step * batch_size)),
+        rows=lambda step: batch_size,
+        byte_lengths=byte_lengths,
+        eot_id=shards.eot_id,
+        isolate_documents=isolate_documents,
+        host_index=host_index,
+        host_count=host_count,
+        steps=batches if max_batches is None else min(batches, max_batches),
+    )
+
+
+def _check_length(shards: TokenShards, context_length: int) -> None:
+    if len(shards) < context_length + 1:
+        raise InputError(
+            f"a split has {len(shards)} tokens, fewer than one context of {context_length} and its last "
+            "target; give more text or a shorter context_length"
+        )

@@ -1,0 +1,332 @@
+"""Where text comes from: files, directories, globs, rows of tables, the standard library, the Hub.
+
+A source is one string. Paths go through fsspec, so `gs://bucket/folder` works where its driver (gcsfs)
+is installed. Documents come in a fixed order, one in memory at a time.
+"""
+
+from __future__ import annotations
+
+import difflib
+import gzip
+import hashlib
+import json
+import os
+import platform
+import sysconfig
+import tempfile
+import warnings
+import zlib
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, BinaryIO, NamedTuple
+
+import fsspec
+
+from gptjax.errors import InputError
+
+_JSON_LINES = (".jsonl", ".ndjson", ".jsonl.gz", ".ndjson.gz", ".json.gz")  # .json.gz as C4 names them
+_PARQUET = (".parquet",)
+_ARRAY_RECORD = (".arrayrecord", ".array_record")
+_STDLIB_SUFFIXES = (".py", ".txt", ".rst")
+_STDLIB_SKIPPED = "test tests idle_test site-packages dist-packages lib-dynload __pycache__".split()
+_SNIFFED = 8192  # bytes in which a NUL marks a file as binary, as git does
+_RECORDS = 256  # ArrayRecord records read at a time
+
+
+class Document(NamedTuple):
+    """name: path relative to the source's root, and `:line` or `:row` (from 1) for rows; text: its text."""
+
+    name: str
+    text: str
+
+
+class _File(NamedTuple):
+    fs: Any  # fsspec.AbstractFileSystem
+    path: str
+    name: str
+    size: int
+    stamp: str  # modification time or etag, whatever the file system keeps
+
+
+def documents(source: str, *, text_field: str = "text") -> Iterator[Document]:
+    """Documents of a source, in sorted order of files; documents without any text are left out.
+
+    source: 'stdlib' (the Python standard library's code and documentation), a text file, a directory, a
+    glob pattern, .jsonl[.gz], .json.gz, .txt.gz, .parquet, .arrayrecord, or hf:NAME[:CONFIG][:SPLIT].
+    text_field: the field, column or feature that holds the text of a row.
+
+    InputError: missing, empty, not text, a row that isn't JSON or lacks the field; the message names the
+    file and line. In a directory, files that aren't text are skipped with one warning.
+    """
+    found = False
+    rows = _hub_rows if source.startswith("hf:") else _file_rows
+    for document in rows(source, text_field):
+        if document.text:
+            found = True
+            yield document
+    if not found:
+        raise InputError(f"source {source!r} is empty: it holds no text; name one that has some")
+
+
+def fingerprint(source: str) -> str:
+    """sha256 (hex) of the source's file names, sizes and times: cheap, reads no content.
+
+    For 'stdlib', the Python version and sizes, so that a reinstall of the same Python is the same source;
+    for hf:, the name alone. InputError: missing source.
+    """
+    if source.startswith("hf:"):
+        content: list = [source]
+    else:
+        files, _ = _files(source)
+        content = [[f.name, f.size] if source == "stdlib" else [f.name, f.size, f.stamp] for f in files]
+    if source == "stdlib":
+        content.append([platform.python_implementation(), platform.python_version()])
+    return hashlib.sha256(json.dumps(content).encode()).hexdigest()
+
+
+def _file_rows(source: str, text_field: str) -> Iterator[Document]:
+    files, skip_binary = _files(source)
+    skipped = []
+    for file in files:
+        reader = _reader(file.name)
+        try:
+            yield from reader(file, text_field)
+        except _NotText as error:
+            if not skip_binary:
+                raise InputError(
+                    f"{file.path} is not text: byte offset {error.offset} {error.reason}; convert it to "
+                    "UTF-8, or name a text, JSONL, Parquet or ArrayRecord file"
+                ) from None
+            skipped.append(file.name)
+        except OSError as error:
+            raise InputError(f"can't read {file.path} ({error}); check its permissions and disk") from None
+    if skipped and source != "stdlib":
+        warnings.warn(
+            f"source {source!r}: skipped {len(skipped)} binary files (not UTF-8 text), first {skipped[0]!r}",
+            stacklevel=2,
+        )
+
+
+def _files(source: str) -> tuple[list[_File], bool]:
+    """The files of a source, sorted by name, and whether binary files among them may be skipped."""
+    if source == "stdlib":
+        return _stdlib_files(), True
+    if not source:
+        raise InputError("the source is an empty string; name a file, a directory or 'stdlib'")
+    try:
+        fs, path = fsspec.core.url_to_fs(source)
+    except (ImportError, ValueError) as error:
+        raise InputError(
+            f"source {source!r} can't be opened: {error}; install its driver (gs:// needs `pip install "
+            "gcsfs`) or name a local path"
+        ) from None
+    if fs.isfile(path):
+        return [_file(fs, path, fs.info(path), os.path.dirname(path))], False
+    if fs.isdir(path):
+        found = fs.find(path, detail=True)
+        files = [_file(fs, p, info, path) for p, info in found.items()]
+        visible = [f for f in files if not any(part.startswith(".") for part in f.name.split("/"))]
+        return sorted(visible, key=lambda f: f.name), True
+    if any(c in path for c in "*?["):
+        found = {p: i for p, i in fs.glob(path, detail=True).items() if i["type"] == "file"}
+        if found:
+            root = path[: min(path.index(c) for c in "*?[" if c in path)].rpartition("/")[0]
+            return sorted((_file(fs, p, i, root) for p, i in found.items()), key=lambda f: f.name), False
+        raise InputError(f"no file matches the source {source!r}; check the pattern")
+    raise InputError(f"source {source!r} doesn't exist; {_nearest(fs, path)}")
+
+
+def _file(fs: Any, path: str, info: dict, root: str) -> _File:
+    stamp = next((info[k] for k in ("mtime", "updated", "LastModified", "ETag", "created") if k in info), "")
+    name = path[len(root) :].lstrip("/") if path.startswith(root) else path
+    return _File(fs, path, name, info["size"], str(stamp))
+
+
+def _stdlib_files() -> list[_File]:
+    root = sysconfig.get_paths()["stdlib"]
+    fs = fsspec.filesystem("file")
+    files = []
+    for folder, folders, names in os.walk(root):
+        folders[:] = [f for f in folders if f not in _STDLIB_SKIPPED and not f.startswith(".")]
+        for name in names:
+            path = os.path.join(folder, name)
+            if name.endswith(_STDLIB_SUFFIXES) and os.path.isfile(path):
+                relative = os.path.relpath(path, root).replace(os.sep, "/")
+                files.append(_File(fs, path, relative, os.path.getsize(path), ""))
+    return sorted(files, key=lambda f: f.name)
+
+
+def _nearest(fs: Any, path: str) -> str:
+    """Names the entry most like the missing one, in the nearest folder that exists."""
+    parent, name = os.path.split(path.rstrip("/"))
+    while parent and parent != os.path.dirname(parent) and not fs.isdir(parent):
+        parent, name = os.path.split(parent)
+    try:
+        names = [os.path.basename(entry.rstrip("/")) for entry in fs.ls(parent or "/", detail=False)]
+    except (OSError, ValueError):
+        names = []
+    close = difflib.get_close_matches(name, names, n=1, cutoff=0.3)
+    if close:
+        return f"did you mean {os.path.join(parent, close[0])}?"
+    return f"there is nothing like {name!r} in {parent or '/'}; check the path"
+
+
+def _reader(name: str) -> Callable[[_File, str], Iterator[Document]]:
+    name = name.lower()
+    if name.endswith(_JSON_LINES):
+        return _json_lines
+    if name.endswith(_PARQUET):
+        return _parquet
+    return _array_record if name.endswith(_ARRAY_RECORD) else _text_file
+
+
+class _NotText(Exception):
+    def __init__(self, offset: int, reason: str):
+        super().__init__(offset, reason)
+        self.offset, self.reason = offset, reason
+
+
+def _decode(data: bytes) -> str:
+    nul = data.find(b"\0")
+    if nul >= 0:
+        raise _NotText(nul, "is a NUL")
+    try:
+        return data.decode()  # no newline translation: the text is what the file holds
+    except UnicodeDecodeError as error:
+        raise _NotText(error.start, f"isn't UTF-8 ({error.reason})") from None
+
+
+@contextmanager
+def _opened(file: _File) -> Iterator[BinaryIO]:
+    with file.fs.open(file.path, "rb") as stream:
+        if not file.name.lower().endswith(".gz"):
+            yield stream
+            return
+        try:
+            with gzip.open(stream) as unpacked:
+                yield unpacked
+        except (gzip.BadGzipFile, EOFError, zlib.error) as error:
+            raise InputError(f"{file.path} is a damaged gzip file ({error}); get it again") from None
+
+
+def _text_file(file: _File, text_field: str) -> Iterator[Document]:
+    with _opened(file) as stream:
+        head = stream.read(_SNIFFED)
+        if b"\0" in head:  # before a large binary file is read whole
+            raise _NotText(head.index(b"\0"), "is a NUL")
+        data = head + stream.read()
+    yield Document(file.name, _decode(data))
+
+
+def _json_lines(file: _File, text_field: str) -> Iterator[Document]:
+    with _opened(file) as stream:
+        for number, line in enumerate(stream, 1):
+            if not line.strip():
+                continue
+            where = f"{file.path}:{number}"
+            try:
+                row = json.loads(line)
+            except ValueError as error:  # also bytes that aren't UTF-8
+                raise InputError(f"{where}: the line isn't JSON ({error}); mend or remove it") from None
+            yield Document(f"{file.name}:{number}", _field(row, text_field, where))
+
+
+def _field(row: Any, text_field: str, where: str) -> str:
+    if not isinstance(row, dict):
+        raise InputError(
+            f"{where}: the row is a JSON {type(row).__name__}, not an object with a field {text_field!r}"
+        )
+    if text_field not in row:
+        raise InputError(
+            f"{where}: no field {text_field!r}; the row has {', '.join(map(repr, row)) or 'none'}: "
+            "name one of them as the text field"
+        )
+    text = row[text_field]
+    if not isinstance(text, str):
+        kind = type(text).__name__
+        raise InputError(f"{where}: field {text_field!r} is {kind}, not text; mend or remove the row")
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise InputError(
+            f"{where}: field {text_field!r} has half a surrogate pair; mend or remove the row"
+        ) from None
+    return text
+
+
+def _parquet(file: _File, text_field: str) -> Iterator[Document]:
+    import pyarrow
+    import pyarrow.parquet
+
+    with file.fs.open(file.path, "rb") as stream:
+        try:
+            table = pyarrow.parquet.ParquetFile(stream)
+            names = table.schema_arrow.names
+            if text_field not in names:
+                raise InputError(
+                    f"{file.path}: no column {text_field!r}; the file has "
+                    f"{', '.join(map(repr, names))}: name one of them as the text field"
+                )
+            number = 0
+            for batch in table.iter_batches(batch_size=1024, columns=[text_field]):
+                for text in batch.column(0).to_pylist():
+                    number += 1
+                    where = f"{file.path}: row {number}"
+                    yield Document(f"{file.name}:{number}", _field({text_field: text}, text_field, where))
+        except pyarrow.ArrowException as error:
+            raise InputError(f"{file.path} isn't a whole Parquet file ({error}); get it again") from None
+
+
+def _array_record(file: _File, text_field: str) -> Iterator[Document]:
+    """Records of UTF-8 text, or of JSON objects with the field: the first record says which."""
+    try:
+        from array_record.python.array_record_module import ArrayRecordReader
+    except ImportError:
+        raise InputError(f"{file.path} needs a reader; run `pip install array-record`") from None
+    with tempfile.TemporaryDirectory() as temporary:
+        path = file.path
+        if "file" not in file.fs.protocol:  # the reader opens local files only
+            path = os.path.join(temporary, "copy")
+            file.fs.get(file.path, path)
+        try:
+            reader = ArrayRecordReader(path)
+            is_json = None
+            for first in range(0, reader.num_records(), _RECORDS):
+                last = min(first + _RECORDS, reader.num_records())
+                for number, record in enumerate(reader.read(first, last), first + 1):
+                    where = f"{file.path}: record {number}"
+                    text, row = _record(record, where)
+                    is_json = row is not None if is_json is None else is_json
+                    text = _field(row, text_field, where) if is_json else text
+                    yield Document(f"{file.name}:{number}", text)
+            reader.close()
+        except (RuntimeError, ValueError) as error:
+            if isinstance(error, InputError):
+                raise
+            raise InputError(f"{file.path} is not a whole ArrayRecord file ({error}); get it again") from None
+
+
+def _record(record: bytes, where: str) -> tuple[str, dict | None]:
+    try:
+        text = record.decode()
+    except UnicodeDecodeError as error:
+        raise InputError(f"{where} isn't UTF-8 at byte offset {error.start}; write it as text") from None
+    try:
+        row = json.loads(text) if text.startswith("{") else None
+    except ValueError:
+        row = None
+    return text, row if isinstance(row, dict) else None
+
+
+def _hub_rows(source: str, text_field: str) -> Iterator[Document]:
+    """Rows of hf:NAME[:CONFIG][:SPLIT], streamed; the split is 'train' unless named."""
+    name, config, split, *rest = [*source.split(":")[1:], "", ""]
+    if not name or any(rest):
+        raise InputError(f"source {source!r} is not of the form hf:NAME[:CONFIG][:SPLIT]")
+    try:
+        import datasets
+    except ImportError:
+        raise InputError(f"source {source!r} needs a package; run `pip install datasets`") from None
+    rows = datasets.load_dataset(name, config or None, split=split or "train", streaming=True)
+    for number, row in enumerate(rows, 1):
+        yield Document(f"{source}:{number}", _field(row, text_field, f"{source}: row {number}"))

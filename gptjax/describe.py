@@ -1,0 +1,114 @@
+"""What a config is before anything runs: parameters, FLOPs, tokens, PF-days, bytes per device.
+
+    python -m gptjax.describe --config=configs/gpt3.py:175b [--json]
+
+Nothing is allocated and no accelerator is needed; the mesh is the config's (mesh axes of -1 count as 1).
+"""
+
+import dataclasses
+import json
+import math
+
+import jax
+from absl import flags
+from jax.sharding import AbstractMesh, AxisType
+from ml_collections import config_flags
+
+from gptjax import config as configs
+from gptjax.errors import InputError
+from gptjax.model import gpt
+from gptjax.model.flops import PF_DAY, flops_per_token
+from gptjax.model.spec import non_embedding_count, parameter_count
+from gptjax.parallel.mesh import AXES
+from gptjax.pretrain import PretrainConfig
+from gptjax.training.optimizer import make_optimizer
+from gptjax.training.schedule import Schedule
+from gptjax.training.state import state_shardings
+
+
+def describe(config: dict) -> dict:
+    """The figures as JSON types, for a config as a nested dict."""
+    model = dict(config["model"])
+    if model["vocab_size"] is None:  # the tokenizer would decide; its config says how large it is asked to be
+        spec = config["data"]["tokenizer"]
+        if not spec.startswith("bpe:"):
+            raise InputError("The vocabulary is decided by the data: give --config.model.vocab_size=N.")
+        model["vocab_size"] = int(spec.removeprefix("bpe:"))
+    c = configs.build(PretrainConfig, {**config, "model": model})
+    m = c.model
+    flops = flops_per_token(m)
+    schedule = None
+    if c.steps is not None or c.tokens is not None:
+        schedule = Schedule(
+            c.schedule, batch_size=c.batch_size, context_length=m.context_length,
+            learning_rate=c.optimizer.learning_rate, steps=c.steps, tokens=c.tokens,
+        )  # fmt: skip
+    tokens = schedule and (int(c.tokens) if c.steps is None else schedule.total_tokens)
+    sizes = {k: 1 if v == -1 else v for k, v in dataclasses.asdict(c.mesh).items()}
+    mesh = AbstractMesh(tuple(sizes[a] for a in AXES), AXES, axis_types=(AxisType.Auto,) * len(AXES))
+    abstract, shardings = state_shardings(gpt.abstract_params(m), make_optimizer(c.optimizer), c.precision, mesh)
+    params = _bytes(abstract.params, shardings.params)
+    return {
+        "params": parameter_count(m),
+        "params_non_embedding": non_embedding_count(m),
+        "flops_per_token": {
+            "causal_halved": flops.causal, "palm": flops.palm, "6n": flops.six_n, "full_attention": flops.full
+        },
+        "tokens": tokens,
+        "steps": schedule and schedule.steps,
+        "ramp_steps": schedule and math.ceil(schedule.ramp_steps - 1e-9),
+        "batch_tokens": schedule and round(schedule.full),
+        "pf_days": tokens and flops.six_n * tokens / PF_DAY,
+        "mesh": sizes,
+        "devices": math.prod(sizes.values()),
+        "bytes_per_device": {
+            "params": params,
+            "optimizer": _bytes(abstract.opt_state, shardings.opt_state),
+            "gradients": params,
+        },
+        "model": dataclasses.asdict(m),
+    }  # fmt: skip
+
+
+def _bytes(tree, shardings) -> int:
+    """Bytes on one device."""
+    sizes = jax.tree.map(lambda x, s: math.prod(s.shard_shape(x.shape)) * x.dtype.itemsize, tree, shardings)
+    return sum(jax.tree.leaves(sizes))
+
+
+def main(_):
+    d = describe(FLAGS.config.to_dict())
+    if FLAGS.json:
+        print(json.dumps(d))
+        return
+    m = d["model"]
+    gib = lambda n: f"{n / 2**30:,.2f} GiB"
+    rows = [
+        ("model", f"{m['n_layer']} layers, {m['d_model']} wide, {m['n_head']} heads, context {m['context_length']}, "
+                  f"vocabulary {m['vocab_size']:,}"),
+        ("parameters", f"{d['params']:,}"),
+        ("  without embeddings", f"{d['params_non_embedding']:,}"),
+        ("training FLOPs/token", f"{d['flops_per_token']['6n']:,}  (6N)"),
+        ("", f"{d['flops_per_token']['palm']:,}  (PaLM: 6N + 12LHQT)"),
+        ("", f"{d['flops_per_token']['causal_halved']:,.0f}  (matmuls, causal attention halved)"),
+    ]  # fmt: skip
+    if d["tokens"]:
+        rows += [
+            ("tokens", f"{d['tokens']:,}"),
+            ("steps", f"{d['steps']:,} of {d['batch_tokens']:,} tokens"
+                      + (f", {d['ramp_steps']:,} of them ramping up" if d["ramp_steps"] else "")),
+            ("compute", f"{d['pf_days']:,.2f} PF-days (6N)"),
+        ]  # fmt: skip
+    axes = ", ".join(f"{k} {v}" for k, v in d["mesh"].items() if v > 1) or "one device"
+    rows.append(("mesh", f"{axes} ({d['devices']:,} devices)"))
+    rows += [(f"{k} per device", gib(v)) for k, v in d["bytes_per_device"].items()]
+    for name, value in rows:
+        print(f"{name:<24}{value}")
+
+
+if __name__ == "__main__":
+    FLAGS = flags.FLAGS
+    config_flags.DEFINE_config_file("config", None, "A config file, as configs/gpt3.py:175b.", lock_config=True)
+    flags.DEFINE_bool("json", False, "One JSON object.")
+    flags.mark_flag_as_required("config")
+    configs.run(main)

@@ -1,0 +1,9 @@
+"""The one exception for input a person can mend.
+
+Every message names the cause and the mend. The command-line mains print it without a traceback and
+exit with code 2; library callers catch it as a ValueError.
+"""
+
+
+class InputError(ValueError):
+    """Bad input: a config, a file, a checkpoint or a prompt that the user can change."""

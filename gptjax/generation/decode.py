@@ -1,0 +1,121 @@
+"""Autoregressive generation: one prefill over the prompts, then a while_loop over a KV cache.
+
+Prompts of unequal length are padded on the left, so that every row writes the same cache slot; pads form a
+segment of their own, which nothing else sees, and positions count from each row's first real token.
+"""
+
+import functools
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from gptjax.errors import InputError
+from gptjax.generation.sampling import Sampling, sample
+from gptjax.model import gpt
+from gptjax.model.spec import GPTConfig
+
+
+@functools.partial(jax.jit, static_argnames=("config", "new_tokens", "sampling", "eot_id", "dtype", "mesh"))
+def decode(params, config: GPTConfig, prompts, lengths, limits, key, *, new_tokens: int, sampling: Sampling,
+           eot_id: int | None = None, dtype=jnp.float32, mesh=None):  # fmt: skip
+    """Continues every prompt.
+
+    Args:
+        prompts: int [batch, slots], padded on the left; lengths: int [batch], real tokens of each row.
+        limits: int [batch], at most so many new tokens per row.
+        key: one key per row, typed [batch], so that a row's text does not depend on its neighbours.
+        new_tokens: static; slots + new_tokens is the size of the cache.
+        eot_id: a row ends once it has produced this token; None = no such token.
+    Returns:
+        (tokens int32 [batch, new_tokens], how many of each row are real int32 [batch]); the end-of-text token
+        is counted and what follows it is filled with it (or 0).
+    """
+    B, P = prompts.shape
+    slots = P + new_tokens
+    pad = P - lengths
+    positions = jnp.maximum(jnp.arange(P)[None] - pad[:, None], 0)
+    real = jnp.arange(P)[None] >= pad[:, None]
+    x, kv = gpt.prefill(params, config, prompts, positions, real.astype(jnp.int32), dtype=dtype, mesh=mesh)
+    cache = jax.tree.map(lambda a: jnp.pad(a, ((0, 0), (0, 0), (0, new_tokens), (0, 0), (0, 0))), kv)
+    filled = jnp.concatenate([real, jnp.ones((B, new_tokens), bool)], axis=1)  # causality hides the rest
+    fill = eot_id if eot_id is not None else 0
+
+    def choose(hidden, i):
+        logits = gpt.logits(params, config, hidden)
+        keys = jax.vmap(jax.random.fold_in, (0, None))(key, i)
+        return jax.vmap(lambda logit, k: sample(logit, k, sampling))(logits, keys)
+
+    def emit(token, i, out, count, done):
+        token = jnp.where(done, fill, token)
+        out = lax.dynamic_update_slice(out, token[:, None], (0, i))
+        count = count + ~done
+        ended = (token == eot_id) if eot_id is not None else False
+        return token, out, count, done | ended | (count >= limits)
+
+    def body(carry):
+        i, token, cache, out, count, done = carry
+        at = (lengths + i - 1)[:, None]
+        h, cache = gpt.decode_step(
+            params, config, token[:, None], jnp.minimum(at, config.context_length - 1), cache, P + i - 1, filled, dtype=dtype
+        )
+        token, out, count, done = emit(choose(h[:, 0], i), i, out, count, done)
+        return i + 1, token, cache, out, count, done
+
+    out = jnp.full((B, new_tokens), fill, jnp.int32)
+    start = emit(choose(x[:, -1], 0), 0, out, jnp.zeros(B, jnp.int32), limits <= 0)
+    token, out, count, done = start
+    carry = (jnp.int32(1), token, cache, out, count, done)
+    carry = lax.while_loop(lambda c: (c[0] < new_tokens) & ~jnp.all(c[-1]), body, carry)
+    return carry[3], carry[4]
+
+
+def _bucket(n: int, limit: int) -> int:
+    """Sizes are rounded up, so that few shapes are compiled."""
+    size = 16
+    while size < n:
+        size *= 2
+    return min(size, limit)
+
+
+def generate(params, config: GPTConfig, prompts: Sequence[Sequence[int]], *, max_new_tokens: int, sampling: Sampling,
+             seed: int = 0, eot_id: int | None = None, dtype=jnp.float32, mesh=None) -> list[list[int]]:  # fmt: skip
+    """Token lists in, token lists out: new tokens only, without the end-of-text token.
+
+    The same seed gives the same text for a row, whatever the other rows are. A row stops at end-of-text, after
+    max_new_tokens, or when the context is full. Raises InputError for an empty prompt or one longer than the
+    context.
+    """
+    if max_new_tokens < 1:
+        raise InputError("max_new_tokens must be at least 1.")
+    for i, prompt in enumerate(prompts):
+        if not len(prompt):
+            raise InputError(f"Prompt {i} has no tokens: give it at least one.")
+        if len(prompt) > config.context_length:
+            raise InputError(
+                f"Prompt {i} has {len(prompt)} tokens and the model's context is {config.context_length}: shorten it."
+            )
+        if max(prompt) >= config.vocab_size:
+            raise InputError(f"Prompt {i} has token {max(prompt)}, beyond the model's vocabulary of {config.vocab_size}.")
+    longest = max(map(len, prompts))
+    width = _bucket(longest, config.context_length)
+    lengths = np.array([len(p) for p in prompts], np.int32)
+    # The last context position can still predict: a prompt of the full context gets one new token.
+    limits = np.minimum(max_new_tokens, config.context_length - lengths + 1).astype(np.int32)
+    tokens = np.zeros((len(prompts), width), np.int32)
+    for row, prompt in zip(tokens, prompts, strict=True):
+        row[width - len(prompt) :] = prompt
+    keys = jax.vmap(jax.random.key)(np.uint32(seed) + np.zeros(len(prompts), np.uint32))
+    keys = jax.vmap(jax.random.fold_in)(keys, np.arange(len(prompts)))
+    out, counts = decode(
+        params, config, tokens, lengths, limits, keys,
+        new_tokens=_bucket(int(limits.max()), config.context_length), sampling=sampling, eot_id=eot_id,
+        dtype=dtype, mesh=mesh,
+    )  # fmt: skip
+    texts = []
+    for row, count in zip(np.asarray(out), np.asarray(counts), strict=True):
+        text = row[:count].tolist()
+        texts.append(text[:-1] if text and text[-1] == eot_id else text)
+    return texts

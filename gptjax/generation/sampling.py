@@ -1,0 +1,44 @@
+"""From logits to a token: temperature, top-k, top-p, greedy."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+
+from gptjax.errors import InputError
+
+
+@dataclasses.dataclass(frozen=True)
+class Sampling:
+    """temperature: divides the logits; 0 = greedy. top_k: keep the k likeliest; 0 = all. top_p: keep the
+    likeliest tokens until their mass reaches p (Holtzman et al. 2020); 1 = all. Top-k is applied first."""
+
+    temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
+
+    def __post_init__(self):
+        if self.temperature < 0 or self.top_k < 0 or not 0 < self.top_p <= 1:
+            raise InputError("sampling: temperature >= 0, top_k >= 0, 0 < top_p <= 1.")
+
+
+def filtered_logits(logits, s: Sampling):
+    """Logits [..., vocab] of the distribution that is sampled from; what is cut away is -inf."""
+    logits = logits.astype(jnp.float32) / s.temperature
+    if 0 < s.top_k < logits.shape[-1]:
+        kth = jax.lax.top_k(logits, s.top_k)[0][..., -1:]
+        logits = jnp.where(logits < kth, -jnp.inf, logits)
+    if s.top_p < 1.0:
+        order = jnp.argsort(logits, axis=-1, descending=True)
+        probs = jnp.take_along_axis(jax.nn.softmax(logits, axis=-1), order, axis=-1)
+        before = jnp.cumsum(probs, axis=-1) - probs  # mass of the likelier ones: the first is always kept
+        rank = jnp.argsort(order, axis=-1)
+        logits = jnp.where(jnp.take_along_axis(before, rank, axis=-1) < s.top_p, logits, -jnp.inf)
+    return logits
+
+
+def sample(logits, key, s: Sampling):
+    """One token per row: int32 [...] from logits [..., vocab]."""
+    if s.temperature == 0:
+        return jnp.argmax(logits, axis=-1).astype(jnp.int32)
+    return jax.random.categorical(key, filtered_logits(logits, s), axis=-1).astype(jnp.int32)

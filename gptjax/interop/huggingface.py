@@ -1,0 +1,465 @@
+"""Weights from and to Hugging Face directories: the GPT-2 and OpenAI-GPT layouts, in safetensors.
+
+    config, params = read("path/to/gpt2")                 a directory, or one .safetensors file
+    write("path/to/export", config, params, tokenizer)    loads with transformers' Auto classes
+
+Arrays are numpy and torch is not needed. Both layouts keep weights [in, out] (transformers' Conv1D), as we
+do: a tensor differs from ours only in how q, k and v are laid side by side and in that ours are stacked over
+layers. Sources: transformers' modeling_gpt2.py and modeling_openai.py; papers.md §1.1, §2.1.
+"""
+
+import contextlib
+import json
+import os
+import re
+import shutil
+import warnings
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import ml_dtypes  # noqa: F401  (registers bfloat16 with numpy, which safetensors does not do itself)
+import numpy as np
+from flax.traverse_util import flatten_dict, unflatten_dict
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
+
+from gptjax.errors import InputError
+from gptjax.model.gpt import INIT_STD, LAYER_NORM_EPS
+from gptjax.model.spec import GPTConfig
+
+MODEL_TYPES = {"gpt2": "pre", "openai-gpt": "post"}
+ARCHITECTURES = {"pre": "GPT2LMHeadModel", "post": "OpenAIGPTLMHeadModel"}
+_PREFIX = "transformer."  # of every tensor but the head; files of the bare model leave it out
+_HEAD = "lm_head.weight"
+_BUFFERS = re.compile(r"h\.\d+\.attn\.(bias|masked_bias)|position_ids")  # masks and a range, not weights
+_LAYER = re.compile(r"h\.(\d+)\.")
+_FLOATS = ("F64", "F32", "F16", "BF16")
+_TANH_GELU = ("gelu_new", "gelu_pytorch_tanh", "gelu_fast")  # three ways to write one function
+
+
+class Row(NamedTuple):
+    """One line of the table: a parameter of ours, and its tensor there."""
+
+    ours: str  # path in our tree; those under blocks/ are stacked [layer, ...]
+    theirs: str  # name without prefix; {} is the layer
+    shape: tuple[int, ...]  # of one tensor there
+    shape_here: tuple[int, ...]  # of one layer here: the same numbers in the same order
+
+
+def table(config: GPTConfig) -> list[Row]:
+    """Every parameter of a model: our path, its Hugging Face name, and the shapes on both sides."""
+    V, T, D, F = config.vocab_size, config.context_length, config.d_model, config.d_ff
+    wte, wpe = _embedding_names(config.norm)
+
+    def row(ours, theirs, shape, shape_here=None):
+        return Row(ours, theirs, shape, shape_here or shape)
+
+    rows = [
+        row("wte", wte, (V, D)),
+        row("wpe", wpe, (T, D)),
+        row("blocks/ln_1/scale", "h.{}.ln_1.weight", (D,)),
+        row("blocks/ln_1/bias", "h.{}.ln_1.bias", (D,)),
+        row("blocks/attn/c_attn/kernel", "h.{}.attn.c_attn.weight", (D, 3 * D), (D, 3, D)),
+        row("blocks/attn/c_attn/bias", "h.{}.attn.c_attn.bias", (3 * D,), (3, D)),
+        row("blocks/attn/c_proj/kernel", "h.{}.attn.c_proj.weight", (D, D)),
+        row("blocks/attn/c_proj/bias", "h.{}.attn.c_proj.bias", (D,)),
+        row("blocks/ln_2/scale", "h.{}.ln_2.weight", (D,)),
+        row("blocks/ln_2/bias", "h.{}.ln_2.bias", (D,)),
+        row("blocks/mlp/c_fc/kernel", "h.{}.mlp.c_fc.weight", (D, F)),
+        row("blocks/mlp/c_fc/bias", "h.{}.mlp.c_fc.bias", (F,)),
+        row("blocks/mlp/c_proj/kernel", "h.{}.mlp.c_proj.weight", (F, D)),
+        row("blocks/mlp/c_proj/bias", "h.{}.mlp.c_proj.bias", (D,)),
+    ]
+    if config.norm == "pre":
+        rows += [row("ln_f/scale", "ln_f.weight", (D,)), row("ln_f/bias", "ln_f.bias", (D,))]
+    if not config.tied_head:
+        rows.append(row("lm_head", _HEAD, (V, D)))
+    return rows
+
+
+def _embedding_names(norm):
+    names = {"pre": ("wte", "wpe"), "post": ("tokens_embed", "positions_embed")}[norm]
+    return tuple(f"{name}.weight" for name in names)
+
+
+# --- In ---------------------------------------------------------------------------------------------------
+
+
+class _Tensor(NamedTuple):
+    """A tensor in an open file: nothing but the header is read until `load`."""
+
+    file: Any
+    name: str
+    shape: tuple[int, ...]
+    dtype: str
+
+    def load(self) -> np.ndarray:
+        return self.file.get_tensor(self.name)
+
+
+def read(source: str | os.PathLike) -> tuple[GPTConfig, dict]:
+    """A GPT-2 or OpenAI-GPT checkpoint as our configuration and parameters.
+
+    Args:
+        source: a directory with model.safetensors (or its shards and their index), or a .safetensors file.
+            config.json is taken from beside it; without one the sizes come from the tensors' shapes, and
+            heads are 64 wide, as in every published GPT-1 and GPT-2.
+    Returns:
+        (config, params): params as gptjax.model.gpt.init lays them out, numpy float32; float16 and bfloat16
+        tensors are widened. The head is tied unless config.json unties it or the file has another one.
+    Raises:
+        InputError: a file that is missing or damaged; an architecture that this model does not compute (the
+        key of config.json is named); tensors that are missing, extra or mis-shaped (all in one message).
+    """
+    files, settings, where = _locate(_local(source))
+    with contextlib.ExitStack() as stack:
+        tensors = _open(files, stack)
+        config = _config(settings, tensors, where)
+        if config.tied_head:
+            tensors.pop(_HEAD, None)  # a copy of the embedding
+        rows = table(config)
+        layers = {row.ours: range(config.n_layer) if "{}" in row.theirs else (0,) for row in rows}
+        expected = {row.theirs.format(i): row.shape for row in rows for i in layers[row.ours]}
+        faults = _differences(expected, {name: tensor.shape for name, tensor in tensors.items()})
+        faults += [
+            f"{name}: expected floating-point numbers, found {tensor.dtype}"
+            for name, tensor in tensors.items()
+            if name in expected and tensor.dtype not in _FLOATS
+        ]
+        if faults:
+            raise InputError(
+                f"{where} does not hold the {config.n_layer}-layer {ARCHITECTURES[config.norm]} that its "
+                "config.json or its tensors' shapes describe:"
+                + "".join(f"\n  {fault}" for fault in faults)
+                + "\nUse a config.json and safetensors that were saved together, without extra heads."
+            )
+        params = {}
+        for row in rows:
+            # One tensor at a time into the stack, so that memory holds the model once.
+            stacked = np.empty((len(layers[row.ours]), *row.shape_here), np.float32)
+            for i in layers[row.ours]:
+                stacked[i] = tensors[row.theirs.format(i)].load().reshape(row.shape_here)
+            params[row.ours] = stacked if "{}" in row.theirs else stacked[0]
+    return config, unflatten_dict(params, sep="/")
+
+
+def _local(path):
+    if "://" in os.fspath(path):
+        raise InputError(f"{path} is not a local path: copy the directory here first (gcloud storage cp -r).")
+    return Path(path)
+
+
+def _locate(source: Path) -> tuple[list[Path], dict | None, Path]:
+    """The safetensors files of a checkpoint, its config.json (None where there is none), and its name."""
+    directory = source if source.is_dir() else source.parent
+    pickles = sorted(source.glob("pytorch_model*.bin")) if source.is_dir() else [source]
+    index, whole = directory / "model.safetensors.index.json", directory / "model.safetensors"
+    if not source.exists():
+        raise InputError(f"{source} does not exist: name a directory with model.safetensors, or that file.")
+    if source.suffix == ".safetensors" and source.is_file():
+        files = [source]
+    elif source.is_dir() and whole.exists():
+        files = [whole]
+    elif source.is_dir() and index.exists():
+        files = _shards(index)
+    elif source.is_dir() and len(found := list(source.glob("*.safetensors"))) == 1:
+        files = found
+    elif pickles:
+        raise InputError(
+            f"{pickles[0]} is not a safetensors file. A pickle can run code when it is opened, so it is not "
+            'read; convert it where you trust it: python -c "from transformers import AutoModelForCausalLM '
+            f"as M; M.from_pretrained('{directory}').save_pretrained('{directory}-safetensors')\""
+        )
+    else:
+        raise InputError(
+            f"{source} holds no model.safetensors (or model.safetensors.index.json): name a directory that "
+            "has one, or the .safetensors file itself."
+        )
+    settings = directory / "config.json"
+    return files, _json(settings) if settings.exists() else None, source
+
+
+def _shards(index):
+    names = _json(index).get("weight_map")
+    if not isinstance(names, dict) or any(Path(str(name)).name != name for name in names.values()):
+        raise InputError(f"{index} has no weight_map from tensors to files beside it: get the file again.")
+    files = [index.parent / name for name in sorted(set(names.values()))]
+    absent = [file.name for file in files if not file.exists()]
+    if absent:
+        raise InputError(f"{index} names shards that are not there: {', '.join(absent)}. Put them beside it.")
+    return files
+
+
+def _json(path):
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path} cannot be read as JSON ({error}): get the file again.") from None
+    if not isinstance(value, dict):
+        raise InputError(f"{path} is not one JSON object: get the file again.")
+    return value
+
+
+def _open(files, stack) -> dict[str, _Tensor]:
+    """All weights of some files by name without prefix; nothing but headers is read."""
+    tensors = {}
+    for path in files:
+        try:
+            file = stack.enter_context(safe_open(path, framework="numpy"))
+        except (SafetensorError, OSError) as error:
+            raise InputError(f"{path} is damaged or no safetensors file ({error}): get it again.") from None
+        for name in file.keys():
+            short = name.removeprefix(_PREFIX)
+            if not _BUFFERS.fullmatch(short):
+                view = file.get_slice(name)
+                # The same weight with and without prefix: the second keeps its name and is reported as extra.
+                key = name if short in tensors else short
+                tensors[key] = _Tensor(file, name, tuple(view.get_shape()), view.get_dtype())
+    return tensors
+
+
+def _config(settings, tensors, where) -> GPTConfig:
+    """The configuration that config.json gives, completed from the tensors' shapes."""
+    norm = _norm(settings, tensors, where)
+    settings = settings or {}
+    sizes = _sizes(settings, tensors, norm)
+    if unknown := [key for key, value in sizes.items() if value is None]:
+        raise InputError(
+            f"{where}: the tensors do not tell {', '.join(unknown)}. Put the model's config.json beside them."
+        )
+    _refuse_other_architectures(settings, norm, sizes["n_embd"], where)
+    usual = 0.1 if settings else 0.0  # transformers' own, where config.json leaves it out
+    rates = {key: settings.get(key, usual) for key in ("resid_pdrop", "embd_pdrop", "attn_pdrop")}
+    if len(set(rates.values())) > 1:
+        warnings.warn(f"{where} has dropout {rates}; resid_pdrop becomes model.dropout", stacklevel=3)
+    try:
+        return GPTConfig(
+            sizes["vocab_size"], sizes["n_layer"], sizes["n_head"], sizes["n_embd"], sizes["n_positions"],
+            norm=norm, tied_head=_tied(settings, tensors, norm), dropout=rates["resid_pdrop"],
+        )  # fmt: skip
+    except (InputError, TypeError) as error:
+        raise InputError(f"{where}: config.json has a value that cannot be: {error}") from None
+
+
+def _norm(settings, tensors, where):
+    if settings and "model_type" in settings:
+        if settings["model_type"] not in MODEL_TYPES:
+            raise InputError(
+                f"{where}: config.json has model_type={settings['model_type']!r}; this model computes "
+                f"{' and '.join(MODEL_TYPES)} only."
+            )
+        return MODEL_TYPES[settings["model_type"]]
+    for norm in MODEL_TYPES.values():
+        if _embedding_names(norm)[0] in tensors:
+            return norm
+    first = ", ".join(sorted(tensors)[:3]) or "no tensor"
+    raise InputError(
+        f"{where} holds {first} ..., but neither wte.weight (GPT-2) nor tokens_embed.weight (OpenAI-GPT): "
+        "give a checkpoint of one of these."
+    )
+
+
+def _sizes(settings, tensors, norm) -> dict[str, int | None]:
+    wte, wpe = (tensors[n].shape if n in tensors else () for n in _embedding_names(norm))
+    shapes = {
+        "vocab_size": wte[0] if len(wte) == 2 else None,
+        "n_embd": wte[1] if len(wte) == 2 else None,
+        "n_positions": wpe[0] if len(wpe) == 2 else None,
+        # Counted, not the highest: a stray h.99 is then one extra layer, not 90 missing ones.
+        "n_layer": len({match[1] for name in tensors if (match := _LAYER.match(name))}) or None,
+    }
+    sizes = {key: settings.get(key, value) for key, value in shapes.items()}
+    sizes["n_head"] = settings.get("n_head", settings.get("num_attention_heads"))
+    width = sizes["n_embd"]
+    if sizes["n_head"] is None and isinstance(width, int) and width % 64 == 0:
+        sizes["n_head"] = width // 64
+    return sizes
+
+
+def _refuse_other_architectures(settings, norm, width, where):
+    known = {"layer_norm_epsilon": (LAYER_NORM_EPS,), "quantization_config": (None,)}  # first: if left out
+    if norm == "pre":
+        known |= {
+            "activation_function": _TANH_GELU,
+            "n_inner": (None, 4 * width),
+            "scale_attn_weights": (True,),
+            "scale_attn_by_inverse_layer_idx": (False,),
+            "add_cross_attention": (False,),
+            # reorder_and_upcast_attn is the same function; our scores are float32 either way.
+        }
+    else:
+        known |= {"afn": ("gelu", "gelu_new")}  # 'gelu' means the tanh form there
+    faults = [
+        f"{key}={settings[key]!r} (known: {' or '.join(map(repr, values))})"
+        for key, values in known.items()
+        if key in settings and settings[key] not in values
+    ]
+    if faults:
+        raise InputError(
+            f"{where}: config.json describes a model that this one does not compute: {'; '.join(faults)}. "
+            "Use a checkpoint without these."
+        )
+
+
+def _tied(settings, tensors, norm):
+    if settings.get("tie_word_embeddings") is False:
+        return False
+    head, wte = tensors.get(_HEAD), tensors.get(_embedding_names(norm)[0])
+    if head is None or wte is None:
+        return True
+    return head.shape == wte.shape and np.array_equal(head.load(), wte.load())
+
+
+def _differences(expected, found) -> list[str]:
+    """What is wrong with a set of shapes by name: one line per missing, mis-shaped or extra tensor."""
+    missing = [
+        f"missing {name}: expected shape {list(shape)}"
+        for name, shape in expected.items()
+        if name not in found
+    ]
+    misshaped = [
+        f"mis-shaped {name}: expected shape {list(shape)}, found {list(found[name])}"
+        for name, shape in expected.items()
+        if name in found and tuple(found[name]) != shape
+    ]
+    extra = [
+        f"extra {name}: expected none, found shape {list(shape)}"
+        for name, shape in found.items()
+        if name not in expected
+    ]
+    return missing + misshaped + extra
+
+
+# --- Out --------------------------------------------------------------------------------------------------
+
+
+def write(directory: str | os.PathLike, config: GPTConfig, params, tokenizer=None) -> None:
+    """A directory that transformers' AutoModelForCausalLM and AutoTokenizer load, in float32.
+
+    Args:
+        directory: is made; it must not exist, or be empty. It appears complete or not at all.
+        config, params: as gptjax.model.gpt.init gives them; jax or numpy arrays.
+        tokenizer: a gptjax.data.tokenizer.Tokenizer, or None to leave its files out.
+    Raises:
+        InputError: banded attention, which neither layout can say; a directory with something in it, a full
+        disk; parameters that are not this configuration's; a tokenizer with more ids than the model.
+    """
+    directory = _local(directory)
+    _check_export(directory, config, tokenizer)
+    flat = flatten_dict(params, sep="/")
+    tensors, expected = {}, {}
+    for row in table(config):
+        stacked = "{}" in row.theirs
+        expected[row.ours] = ((config.n_layer,) if stacked else ()) + row.shape_here
+        name = row.theirs if row.theirs == _HEAD else _PREFIX + row.theirs
+        if tuple(np.shape(flat.get(row.ours))) == expected[row.ours]:
+            array = np.asarray(flat[row.ours], np.float32)
+            for i, tensor in enumerate(array if stacked else [array]):
+                tensors[name.format(i)] = np.ascontiguousarray(tensor).reshape(row.shape)
+    if faults := _differences(expected, {name: np.shape(array) for name, array in flat.items()}):
+        raise InputError(
+            "these are not the parameters of this configuration:"
+            + "".join(f"\n  {fault}" for fault in faults)
+            + "\nGive the configuration they were trained with."
+        )
+    temporary = directory.parent / f".{directory.name}.{os.getpid()}.tmp"
+    try:
+        temporary.mkdir(parents=True)
+        save_file(tensors, temporary / "model.safetensors", metadata={"format": "pt"})
+        eot = None if tokenizer is None else tokenizer.eot_id
+        _dump(temporary / "config.json", _settings(config, eot))
+        generation = {"bos_token_id": eot, "eos_token_id": eot, "pad_token_id": eot}
+        _dump(temporary / "generation_config.json", {k: v for k, v in generation.items() if v is not None})
+        if tokenizer is not None:
+            _write_tokenizer(temporary, config, tokenizer)
+        temporary.replace(directory)  # onto an empty directory too
+    except (OSError, SafetensorError) as error:
+        raise InputError(
+            f"{directory} could not be written ({error}); nothing was left behind. Free some space or name "
+            "another directory."
+        ) from None
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _check_export(directory, config, tokenizer):
+    window = config.local_window
+    if any(map(config.is_local, range(config.n_layer))) and window < config.context_length:
+        raise InputError(
+            f"model.local_window={window} is narrower than model.context_length={config.context_length}: no "
+            "Hugging Face GPT-2 has banded attention, and without the band the model computes something "
+            "else. Only models with local_window=None can be exported."
+        )
+    if tokenizer is not None and tokenizer.vocab_size > config.vocab_size:
+        raise InputError(
+            f"the tokenizer has {tokenizer.vocab_size} ids and the model {config.vocab_size}: give the "
+            "tokenizer the model was trained with."
+        )
+    if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
+        raise InputError(f"{directory} exists and is not an empty directory: name another, or remove it.")
+
+
+def _settings(c: GPTConfig, eot) -> dict:
+    """config.json, with every key that transformers would otherwise fill with GPT-2's own value."""
+    model_type = next(name for name, norm in MODEL_TYPES.items() if norm == c.norm)
+    activation = {"activation_function": "gelu_new", "n_inner": None} if c.norm == "pre" else {"afn": "gelu"}
+    return {
+        "architectures": [ARCHITECTURES[c.norm]],
+        "model_type": model_type,
+        "vocab_size": c.vocab_size,
+        "n_positions": c.context_length,
+        "n_ctx": c.context_length,
+        "n_embd": c.d_model,
+        "n_layer": c.n_layer,
+        "n_head": c.n_head,
+        **activation,
+        "layer_norm_epsilon": LAYER_NORM_EPS,
+        "initializer_range": INIT_STD,
+        "embd_pdrop": c.dropout,
+        "resid_pdrop": c.dropout,
+        "attn_pdrop": c.dropout,
+        "tie_word_embeddings": c.tied_head,
+        "bos_token_id": eot,
+        "eos_token_id": eot,
+        "torch_dtype": "float32",
+    }
+
+
+def _write_tokenizer(directory, config, tokenizer):
+    """tokenizer.json and what transformers wants beside it: its class and its special tokens."""
+    tokenizer.save(directory)
+    spec = _json(directory / "tokenizer.json")
+    name, special = _tokenizer_class(tokenizer, spec)
+    settings = {
+        "tokenizer_class": name,
+        "model_max_length": config.context_length,
+        "clean_up_tokenization_spaces": False,  # would take out blanks that the model wrote
+        **special,
+    }
+    if name == "GPT2Tokenizer":
+        settings["add_prefix_space"] = False
+    _dump(directory / "tokenizer_config.json", settings)
+    _dump(directory / "special_tokens_map.json", special)
+    if tokenizer.kind != "char":  # the files of older readers: openai's own layout
+        merges = (pair if isinstance(pair, str) else " ".join(pair) for pair in spec["model"]["merges"])
+        _dump(directory / "vocab.json", spec["model"]["vocab"])
+        (directory / "merges.txt").write_text("\n".join(["#version: 0.2", *merges, ""]), encoding="utf-8")
+
+
+def _tokenizer_class(tokenizer, spec) -> tuple[str, dict]:
+    """The class in transformers that turns text to the same ids, and its special tokens."""
+    if tokenizer.kind == "gpt1":
+        return "OpenAIGPTTokenizer", {"unk_token": "<unk>"}
+    tokens = {token["id"]: token["content"] for token in spec["added_tokens"]}
+    end = tokens.get(tokenizer.eot_id)
+    special = {} if end is None else {"bos_token": end, "eos_token": end, "unk_token": end}
+    before = spec["pre_tokenizer"] or {}
+    plain = before.get("type") == "ByteLevel" and before.get("use_regex", True)
+    plain = plain and not before["add_prefix_space"] and spec["normalizer"] is None
+    if tokenizer.kind == "bpe" and plain and list(tokens.values()) == [end]:
+        return "GPT2Tokenizer", special
+    return "PreTrainedTokenizerFast", special  # takes tokenizer.json as it is; GPT-2's class rebuilds it
+
+
+def _dump(path, value):
+    path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

@@ -1,0 +1,227 @@
+"""Causal self-attention: one function, a plain reference, and the fast path of each platform.
+
+    attention(q, k, v, ...)      q, k, v [batch, time, head, d_head] -> [batch, time, head, d_head]
+
+Paths, all equal to `reference` in value and gradient (tests/test_attention.py):
+
+    reference  einsum, softmax in float32, the mask written out
+    xla        jax.nn.dot_product_attention
+    cpu        own VJP: blocks of queries that skip the keys of the future, one batch row at a time so that
+               the scores stay in cache, probabilities recomputed in the backward pass (Dao et al. 2022)
+    splash     the Pallas kernel for TPU, banded and segmented masks included
+    cudnn      cuDNN's flash attention, through jax.nn.dot_product_attention, in bf16 and fp16
+
+Dropout on the probabilities (GPT-1) exists in `reference` only: with dropout every path becomes it.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.sharding import PartitionSpec as P
+
+NEG_INF = -1e30  # finite, so that a fully masked row gives no NaN
+
+
+def resolve(path: str, platform: str) -> str:
+    """The path that 'auto' means on a platform ('cpu', 'tpu', 'gpu', ...)."""
+    if path != "auto":
+        return path
+    return {"cpu": "cpu", "tpu": "splash", "gpu": "cudnn", "cuda": "cudnn"}.get(platform, "xla")
+
+
+def attention(q, k, v, *, path, window=None, segment_ids=None, dropout=0.0, dropout_key=None, mesh=None):
+    """Causal attention of time on itself.
+
+    Args:
+        q, k, v: [batch, time, head, d_head], one dtype. Scores are scaled by 1/sqrt(d_head).
+        path: 'reference', 'xla', 'cpu', 'splash' or 'cudnn'; see `resolve`.
+        window: None, or how many positions back a query sees, its own included (a band).
+        segment_ids: None, or int [batch, time]; a position sees its own segment only.
+        dropout, dropout_key: probability of dropping an attention weight, and its key.
+        mesh: the mesh that q, k, v are sharded over; needed by 'splash' on more than one device.
+    Returns:
+        [batch, time, head, d_head] in the dtype of q.
+    """
+    if window is not None and window >= q.shape[1]:
+        window = None
+    if dropout > 0.0 and dropout_key is not None:
+        return reference(q, k, v, window=window, segment_ids=segment_ids, dropout=dropout, dropout_key=dropout_key)
+    if path == "cpu":
+        return _cpu(q, k, v, segment_ids, window)
+    if path == "splash" and q.shape[1] % 128 == 0:
+        return _splash(q, k, v, window, segment_ids, mesh)
+    if path == "cudnn" and q.dtype in (jnp.bfloat16, jnp.float16):
+        return _dot_product(q, k, v, window, segment_ids, "cudnn")
+    if path in ("xla", "splash", "cudnn"):  # shapes and dtypes that the kernels do not take
+        return _dot_product(q, k, v, window, segment_ids, "xla")
+    return reference(q, k, v, window=window, segment_ids=segment_ids)
+
+
+def visible(q_positions, kv_positions, window=None):
+    """Causal mask, cut to a band if `window` is given: bool [..., query, key]."""
+    distance = q_positions[..., :, None] - kv_positions[..., None, :]
+    mask = distance >= 0
+    return mask if window is None else mask & (distance < window)
+
+
+def reference(q, k, v, *, window=None, segment_ids=None, dropout=0.0, dropout_key=None):
+    """Attention as the papers write it: softmax(q k^T / sqrt(d_head)) v, in float32 inside."""
+    t = jnp.arange(q.shape[1])
+    mask = visible(t, t, window)[None, None]
+    if segment_ids is not None:
+        mask = mask & (segment_ids[:, None, :, None] == segment_ids[:, None, None, :])
+    return masked_attention(q, k, v, mask, dropout=dropout, dropout_key=dropout_key)
+
+
+def masked_attention(q, k, v, mask, *, dropout=0.0, dropout_key=None):
+    """Attention under any mask, bool [batch | 1, head | 1, query, key]; used with a KV cache too."""
+    scores = jnp.einsum("bqhd,bkhd->bhqk", q, k, preferred_element_type=jnp.float32) * q.shape[-1] ** -0.5
+    probs = jax.nn.softmax(jnp.where(mask, scores, NEG_INF), axis=-1)
+    if dropout > 0.0 and dropout_key is not None:
+        keep = jax.random.bernoulli(dropout_key, 1.0 - dropout, probs.shape)
+        probs = jnp.where(keep, probs / (1.0 - dropout), 0.0)
+    return jnp.einsum("bhqk,bkhd->bqhd", probs.astype(v.dtype), v)
+
+
+def _dot_product(q, k, v, window, segment_ids, implementation):
+    mask = None
+    if segment_ids is not None:
+        mask = segment_ids[:, None, :, None] == segment_ids[:, None, None, :]
+    local = None if window is None else (window - 1, 0)
+    return jax.nn.dot_product_attention(
+        q, k, v, mask=mask, is_causal=True, local_window_size=local, implementation=implementation
+    )
+
+
+# --- CPU: a hand-written VJP --------------------------------------------------------------------------
+#
+# XLA:CPU's autodiff of attention spends most of its time transposing and re-reading [time, time] arrays.
+# Per batch row everything fits the cache, and a block of queries needs no key after its own end.
+
+_QUERY_BLOCK = 64
+
+
+def _cpu_blocks(time, window):
+    """(first query, end of queries, first key) of each block; its keys end where its queries end."""
+    for start in range(0, time, _QUERY_BLOCK):
+        end = min(start + _QUERY_BLOCK, time)
+        first_key = 0 if window is None else max(0, start - window + 1)
+        yield start, end, first_key
+
+
+def _cpu_bias(start, end, first_key, window, segments):
+    """What is added to the scores of a block: 0 or NEG_INF, float32 [query, key]."""
+    mask = visible(jnp.arange(start, end), jnp.arange(first_key, end), window)
+    if segments is not None:
+        mask = mask & (segments[start:end, None] == segments[None, first_key:end])
+    return jnp.where(mask, 0.0, NEG_INF)
+
+
+def _scores(q, k, bias):
+    return jnp.einsum("hqd,hkd->hqk", q, k, preferred_element_type=jnp.float32) * q.shape[-1] ** -0.5 + bias
+
+
+def _cpu_row_forward(q, k, v, segments, window):
+    """One batch row; q, k, v [head, time, d_head]. Returns output and log-sum-exp [head, time, 1]."""
+    outs, lses = [], []
+    for i, j, first in _cpu_blocks(q.shape[1], window):
+        s = _scores(q[:, i:j], k[:, first:j], _cpu_bias(i, j, first, window, segments))
+        m = s.max(-1, keepdims=True)
+        e = jnp.exp(s - m)
+        total = e.sum(-1, keepdims=True)
+        out = jnp.einsum("hqk,hkd->hqd", e.astype(v.dtype), v[:, first:j], preferred_element_type=jnp.float32)
+        outs.append((out / total).astype(q.dtype))  # normalised after the product: fewer divisions
+        lses.append(m + jnp.log(total))
+    return jnp.concatenate(outs, 1), jnp.concatenate(lses, 1)
+
+
+def _cpu_row_backward(q, k, v, segments, out, lse, d_out, window):
+    time, scale = q.shape[1], q.shape[-1] ** -0.5
+    delta = jnp.sum(d_out.astype(jnp.float32) * out.astype(jnp.float32), -1, keepdims=True)
+    d_q, d_k, d_v = [], 0.0, 0.0
+    dot = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
+    for i, j, first in _cpu_blocks(time, window):
+        keys, values, d_o = k[:, first:j], v[:, first:j], d_out[:, i:j]
+        s = _scores(q[:, i:j], keys, _cpu_bias(i, j, first, window, segments))
+        p = jnp.exp(s - lse[:, i:j])
+        d_s = (p * (dot("hqd,hkd->hqk", d_o, values) - delta[:, i:j]) * scale).astype(q.dtype)
+        d_q.append(dot("hqk,hkd->hqd", d_s, keys))
+        place = ((0, 0), (first, time - j), (0, 0))
+        d_k += jnp.pad(dot("hqk,hqd->hkd", d_s, q[:, i:j]), place)
+        d_v += jnp.pad(dot("hqk,hqd->hkd", p.astype(v.dtype), d_o), place)
+    return jnp.concatenate(d_q, 1).astype(q.dtype), d_k.astype(k.dtype), d_v.astype(v.dtype)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
+def _cpu(q, k, v, segment_ids, window):
+    return _cpu_forward(q, k, v, segment_ids, window)[0]
+
+
+def _by_head(*arrays):
+    return tuple(jnp.swapaxes(a, 1, 2) for a in arrays)
+
+
+def _cpu_forward(q, k, v, segment_ids, window):
+    q, k, v = _by_head(q, k, v)
+    out, lse = lax.map(lambda row: _cpu_row_forward(*row, window), (q, k, v, segment_ids))
+    return jnp.swapaxes(out, 1, 2), (q, k, v, segment_ids, out, lse)
+
+
+def _cpu_backward(window, residuals, d_out):
+    (d_out,) = _by_head(d_out)
+    d_q, d_k, d_v = lax.map(lambda row: _cpu_row_backward(*row, window), (*residuals, d_out))
+    return (*_by_head(d_q, d_k, d_v), None)
+
+
+_cpu.defvjp(_cpu_forward, _cpu_backward)
+
+
+# --- TPU: Splash ----------------------------------------------------------------------------------------
+
+
+@functools.lru_cache(maxsize=64)
+def _splash_kernel(time, n_head, window, interpret):
+    """The kernel for one mask. Masks are evaluated in numpy, so each is built once."""
+    from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as sk
+    from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as sm
+
+    mask = sm.CausalMask((time, time))
+    if window is not None:
+        mask = mask & sm.LocalMask((time, time), (window - 1, None), 0)
+    block = next(b for b in (512, 256, 128) if time % b == 0)
+    sizes = sk.BlockSizes(
+        block_q=block, block_kv=block, block_kv_compute=block,
+        block_q_dkv=block, block_kv_dkv=block, block_kv_dkv_compute=block,
+        block_q_dq=block, block_kv_dq=block,
+    )  # fmt: skip
+    with jax.ensure_compile_time_eval():
+        return sk.make_splash_mha(
+            sm.MultiHeadMask([mask] * n_head), head_shards=1, q_seq_shards=1, block_sizes=sizes, interpret=interpret
+        )
+
+
+def _splash(q, k, v, window, segment_ids, mesh, interpret=False):
+    from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as sk
+
+    scale = jnp.asarray(q.shape[-1] ** -0.5, q.dtype)
+    q, k, v = _by_head(q * scale, k, v)
+
+    def local(q, k, v, segments):
+        # Inside shard_map each device holds whole heads: the mask is the same for all of them.
+        kernel = _splash_kernel(q.shape[2], q.shape[1], window, interpret)
+        if segments is None:
+            return jax.vmap(lambda q, k, v: kernel(q, k, v))(q, k, v)
+        return jax.vmap(lambda q, k, v, s: kernel(q, k, v, segment_ids=sk.SegmentIds(s, s)))(q, k, v, segments)
+
+    if mesh is not None and mesh.size > 1:
+        heads, rows = P(("data", "fsdp"), "tensor"), P(("data", "fsdp"))
+        local = jax.shard_map(
+            local,
+            mesh=mesh,
+            in_specs=(heads, heads, heads, None if segment_ids is None else rows),
+            out_specs=heads,
+            check_vma=False,
+        )
+    return jnp.swapaxes(local(q, k, v, segment_ids), 1, 2)

@@ -1,0 +1,315 @@
+"""GPT-1, GPT-2 and GPT-3 as one thin Flax module behind pure functions.
+
+    params = init(config, key)                        a plain nested dict; blocks stacked [layer, ...]
+    x_BTD  = hidden(params, config, tokens_BT)        after the last LayerNorm
+    logits = unembed(params, x_BTD)                   [batch, time, vocab], float32
+
+The names of the parameters are GPT-2's (wte, wpe, ln_1, attn/c_attn, ...), weights are [in, out], and
+c_attn is [in, 3, out] so that a tensor-parallel shard holds whole heads of q, k and v.
+Shape letters: B batch, T time, D d_model, H head, K d_head, F d_ff, V vocab, L layer, S cache slots.
+"""
+
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from gptjax.model.attention import attention, masked_attention, visible
+from gptjax.model.spec import GPTConfig
+from gptjax.parallel.rules import constrain
+
+LAYER_NORM_EPS = 1e-5  # all three papers' code; Flax's own default is 1e-6
+INIT_STD = 0.02
+
+
+def _normal(std, *names):
+    return nn.with_logical_partitioning(nn.initializers.normal(std), names)
+
+
+def _constant(value, *names):
+    return nn.with_logical_partitioning(nn.initializers.constant(value), names)
+
+
+class LayerNorm(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        scale = self.param("scale", _constant(1.0, "norm"), (x.shape[-1],))
+        bias = self.param("bias", _constant(0.0, "norm"), (x.shape[-1],))
+        x32 = x.astype(jnp.float32)
+        mean = x32.mean(-1, keepdims=True)
+        centred = x32 - mean
+        variance = jnp.mean(centred * centred, -1, keepdims=True)
+        return (centred * lax.rsqrt(variance + LAYER_NORM_EPS) * scale + bias).astype(x.dtype)
+
+
+@jax.custom_vjp
+def _matmul(x, w):
+    """x [..., in] @ w [in, ...]: in the dtype of x, accumulated in float32; w is the float32 master."""
+    return lax.dot_general(
+        x, w.astype(x.dtype), (((x.ndim - 1,), (0,)), ((), ())), preferred_element_type=jnp.float32
+    ).astype(x.dtype)
+
+
+def _matmul_backward(residuals, d_y):
+    x, w = residuals
+    lead, out = tuple(range(x.ndim - 1)), tuple(range(x.ndim - 1, d_y.ndim))
+    dot = lambda a, b, dims: lax.dot_general(a, b, (dims, ((), ())), preferred_element_type=jnp.float32)
+    d_x = dot(d_y, w.astype(d_y.dtype), (out, tuple(range(1, w.ndim)))).astype(x.dtype)
+    # The weight's gradient stays float32: rounding it to bf16 would lose what accumulation adds up.
+    return d_x, dot(x, d_y, (lead, lead)).astype(w.dtype)
+
+
+_matmul.defvjp(lambda x, w: (_matmul(x, w), (x, w)), _matmul_backward)
+
+
+class Linear(nn.Module):
+    features: tuple[int, ...]
+    names: tuple[str, ...]  # logical axes: input, then one for each of features
+    std: float = INIT_STD
+
+    @nn.compact
+    def __call__(self, x):
+        kernel = self.param("kernel", _normal(self.std, *self.names), (x.shape[-1], *self.features))
+        # A bias as wide as the residual stream is as small as a LayerNorm's: never sharded.
+        bias_names = tuple("norm" if n == "embed" else n for n in self.names[1:])
+        bias = self.param("bias", _constant(0.0, *bias_names), self.features)
+        return _matmul(x, kernel) + bias.astype(x.dtype)
+
+
+@jax.checkpoint
+def gelu(x):
+    """The tanh form (GPT-1 to 3): 0.5 x (1 + tanh(sqrt(2/pi) (x + 0.044715 x^3))), in float32 inside.
+
+    Its backward pass recomputes from x, so that a layer keeps one [B, T, F] array, not four.
+    """
+    return jax.nn.gelu(x.astype(jnp.float32), approximate=True).astype(x.dtype)
+
+
+class Mode(NamedTuple):
+    """What is fixed when a forward pass is traced. `mesh` is for kernels that need a shard_map."""
+
+    train: bool = False  # dropout on
+    keep_kv: bool = False  # return the keys and values of every layer
+    mesh: Any = None
+
+
+class Attention(nn.Module):
+    config: GPTConfig
+    mode: Mode
+    residual_std: float
+
+    @nn.compact
+    def __call__(self, x_BTD, cache, by_layer, shared):
+        """Returns the output, the cache with this layer's new keys and values, and those themselves."""
+        c = self.config
+        B, T, _ = x_BTD.shape
+        qkv = Linear((3, c.d_model), ("embed", "qkv", "heads"), name="c_attn")(x_BTD)
+        qkv = constrain(qkv, "batch", "time", "qkv", "heads")
+        q, k, v = (qkv[:, :, i].reshape(B, T, c.n_head, c.d_head) for i in range(3))
+        if cache is None:
+            y = self.over_itself(q, k, v, by_layer["local"], shared)
+        else:
+            cache, y = self.over_cache(q, k, v, cache, by_layer, shared)
+        y = y.reshape(B, T, c.d_model)
+        self.sow("intermediates", "attn_out", y)
+        y = Linear((c.d_model,), ("heads", "embed"), self.residual_std, name="c_proj")(y)
+        return y, cache, (k, v) if self.mode.keep_kv else None
+
+    def over_itself(self, q, k, v, local, shared):
+        c = self.config
+        drop = c.dropout if self.mode.train else 0.0
+        key = self.make_rng("dropout") if drop else None
+
+        def attend(window):
+            return lambda q, k, v: attention(
+                q, k, v, path=c.attention, window=window, segment_ids=shared["segment_ids"],
+                dropout=drop, dropout_key=key, mesh=self.mode.mesh,
+            )  # fmt: skip
+
+        if c.local_window is None:
+            return attend(None)(q, k, v)
+        return lax.cond(local, attend(c.local_window), attend(None), q, k, v)
+
+    def over_cache(self, q, k, v, cache, by_layer, shared):
+        """Writes k, v at slot `shared['slot']` and attends to the slots the row has filled."""
+        layer, slot = by_layer["layer"], shared["slot"]
+        cache = {
+            name: lax.dynamic_update_slice(cache[name], new[None].astype(cache[name].dtype), (layer, 0, slot, 0, 0))
+            for name, new in (("k", k), ("v", v))
+        }
+        keys, values = (lax.dynamic_index_in_dim(cache[name], layer, keepdims=False) for name in ("k", "v"))
+        slots = jnp.arange(keys.shape[1])
+        here = slot + jnp.arange(q.shape[1])
+        mask = visible(here, slots)
+        if self.config.local_window is not None:
+            mask = mask & (~by_layer["local"] | visible(here, slots, self.config.local_window))
+        mask = mask[None] & shared["filled"][:, None, :]  # [B, T, S]
+        return cache, masked_attention(q, keys.astype(q.dtype), values.astype(q.dtype), mask[:, None])
+
+
+class MLP(nn.Module):
+    config: GPTConfig
+    residual_std: float
+
+    @nn.compact
+    def __call__(self, x_BTD):
+        c = self.config
+        h = Linear((c.d_ff,), ("embed", "mlp"), name="c_fc")(x_BTD)
+        h = constrain(h, "batch", "time", "mlp")
+        self.sow("intermediates", "c_fc_out", h)
+        return Linear((c.d_model,), ("mlp", "embed"), self.residual_std, name="c_proj")(gelu(h))
+
+
+class Block(nn.Module):
+    """One layer, in the form nn.scan takes: (carry, what differs by layer, what all layers share)."""
+
+    config: GPTConfig
+    mode: Mode
+
+    @nn.compact
+    def __call__(self, carry, by_layer, shared):
+        c = self.config
+        x, cache = carry
+        # Residual projections of pre-LN models are scaled down by the number of residual sums, 2 L
+        # (GPT-2 §2.3 read as Hugging Face and nanoGPT read it); GPT-1 has N(0, .02) throughout.
+        residual_std = INIT_STD / (2 * c.n_layer) ** 0.5 if c.norm == "pre" else INIT_STD
+        ln_1, ln_2 = LayerNorm(name="ln_1"), LayerNorm(name="ln_2")
+        attn = Attention(c, self.mode, residual_std, name="attn")
+        mlp = MLP(c, residual_std, name="mlp")
+
+        def dropout(h):
+            return _dropout(h, c.dropout, self.make_rng("dropout")) if self.mode.train and c.dropout else h
+
+        if c.norm == "pre":
+            a, cache, kv = attn(ln_1(x), cache, by_layer, shared)
+            x = x + dropout(a)
+            x = x + dropout(mlp(ln_2(x)))
+        else:
+            a, cache, kv = attn(x, cache, by_layer, shared)
+            x = ln_1(x + dropout(a))
+            x = ln_2(x + dropout(mlp(x)))
+        x = constrain(x, "batch", "time", "features")
+        self.sow("intermediates", "block", x)
+        return (x, cache), kv
+
+
+def _dropout(x, rate, key):
+    return jnp.where(jax.random.bernoulli(key, 1.0 - rate, x.shape), x / (1.0 - rate), 0).astype(x.dtype)
+
+
+_REMAT = {
+    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    "full": jax.checkpoint_policies.nothing_saveable,
+}
+
+
+class GPT(nn.Module):
+    config: GPTConfig
+    mode: Mode = Mode()
+    dtype: Any = jnp.float32  # of activations; parameters are float32
+
+    @nn.compact
+    def __call__(self, tokens, positions, segment_ids=None, cache=None, slot=None, filled=None):
+        c = self.config
+        wte = self.param("wte", _normal(INIT_STD, "vocab", "embed"), (c.vocab_size, c.d_model))
+        wpe = self.param("wpe", _normal(INIT_STD, "position", "embed"), (c.context_length, c.d_model))
+        if not c.tied_head:
+            self.param("lm_head", _normal(INIT_STD, "vocab", "embed"), (c.vocab_size, c.d_model))
+        x = (wte[tokens] + wpe[positions]).astype(self.dtype)
+        self.sow("intermediates", "embedding", x)
+        if self.mode.train and c.dropout:
+            x = _dropout(x, c.dropout, self.make_rng("dropout"))
+        x = constrain(x, "batch", "time", "features")
+
+        block = Block if c.remat == "none" else nn.remat(Block, policy=_REMAT[c.remat], prevent_cse=False)
+        blocks = nn.scan(
+            block,
+            variable_axes={"params": 0, "intermediates": 0},
+            split_rngs={"params": True, "dropout": True},
+            in_axes=(0, nn.broadcast),
+            length=c.n_layer,
+            unroll=c.unroll,
+            metadata_params={nn.PARTITION_NAME: "layers"},
+        )(c, self.mode, name="blocks")
+        by_layer = {
+            "layer": jnp.arange(c.n_layer),
+            "local": jnp.array([c.is_local(layer) for layer in range(c.n_layer)]),
+        }
+        shared = {"segment_ids": segment_ids, "slot": slot, "filled": filled}
+        (x, cache), kv = blocks((x, cache), by_layer, shared)
+        if c.norm == "pre":
+            x = LayerNorm(name="ln_f")(x)
+        return x, cache, kv
+
+
+# --- The pure functions the rest of the code sees ---------------------------------------------------------
+
+
+def abstract_params(config: GPTConfig):
+    """The parameters as shapes with logical axis names attached (for sharding); nothing is computed."""
+    zeros = jnp.zeros((1, 1), jnp.int32)
+    return jax.eval_shape(GPT(config).init, jax.random.key(0), zeros, zeros)["params"]
+
+
+def init(config: GPTConfig, key):
+    """Parameters, float32: a nested dict with blocks stacked [layer, ...]. Jit it to have them born sharded."""
+    zeros = jnp.zeros((1, 1), jnp.int32)
+    return nn.meta.unbox(GPT(config).init(key, zeros, zeros)["params"])
+
+
+def hidden(
+    params, config: GPTConfig, tokens, *, positions=None, segment_ids=None, dropout_key=None, dtype=jnp.float32, mesh=None
+):
+    """Final hidden states.
+
+    Args:
+        tokens: int [batch, time], time <= context_length.
+        positions: int [batch, time], or None for 0..time-1.
+        segment_ids: int [batch, time], or None; attention stays within a segment.
+        dropout_key: None means no dropout.
+        dtype: of the activations and matmuls.
+        mesh: for attention kernels that need a shard_map.
+    Returns:
+        [batch, time, d_model] in dtype, after the final LayerNorm where the model has one.
+    """
+    if positions is None:
+        positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
+    model = GPT(config, Mode(train=dropout_key is not None, mesh=mesh), dtype)
+    rngs = None if dropout_key is None else {"dropout": dropout_key}
+    return model.apply({"params": params}, tokens, positions, segment_ids, rngs=rngs)[0]
+
+
+def unembedding(params, config: GPTConfig):
+    """[vocab, d_model]: the token embedding itself where the head is tied to it."""
+    return params["wte"] if config.tied_head else params["lm_head"]
+
+
+def logits(params, config: GPTConfig, x):
+    """[..., d_model] -> [..., vocab], accumulated and returned in float32."""
+    w = unembedding(params, config).astype(x.dtype)
+    return jnp.einsum("...d,vd->...v", x, w, preferred_element_type=jnp.float32)
+
+
+def prefill(params, config: GPTConfig, tokens, positions, segment_ids, *, dtype=jnp.float32, mesh=None):
+    """Forward pass that keeps keys and values: (hidden [B, T, D], {'k', 'v'} each [L, B, T, H, K])."""
+    model = GPT(config, Mode(keep_kv=True, mesh=mesh), dtype)
+    x, _, (k, v) = model.apply({"params": params}, tokens, positions, segment_ids)
+    return x, {"k": k, "v": v}
+
+
+def decode_step(params, config: GPTConfig, tokens, positions, cache, slot, filled, *, dtype=jnp.float32):
+    """One or more new tokens per row against the cache.
+
+    Args:
+        tokens, positions: int [B, T]; the T new tokens go to slots slot .. slot+T-1, the same in every row.
+        cache: {'k', 'v'} [L, B, S, H, K]; filled: bool [B, S], the slots each row may look at (the causal
+            mask over slots is applied besides).
+    Returns:
+        (hidden [B, T, D], the cache with the new keys and values).
+    """
+    x, cache, _ = GPT(config, Mode(), dtype).apply(
+        {"params": params}, tokens, positions, cache=cache, slot=slot, filled=filled
+    )
+    return x, cache

@@ -1,0 +1,135 @@
+"""What a GPT is: its shape as a frozen config, the published presets, and their exact parameter counts.
+
+Sources: GPT-1 (Radford et al. 2018 §4.1), GPT-2 (Radford et al. 2019 §2.3), GPT-3 (Brown et al. 2020,
+Table 2.1). Two figures of GPT-3's Table 2.1 contradict the rest of the paper and are mended here:
+
+* XL (1.3B) is printed with 24 heads of 128, an inner width of 3,072 beside d_model 2,048. That would be
+  1.517B parameters, not Table D.1's 1.320B. With 16 heads of 128 = 2,048 the count is 1,315,723,264.
+* 13B is printed with d_model 5,140, which 40 heads of 128 do not divide and which gives 12.953B.
+  With d_model 5,120 = 40 x 128 the count is 12,853,386,240, Table D.1's 12,850M.
+"""
+
+import dataclasses
+from typing import Literal
+
+from gptjax.errors import InputError
+
+ATTENTION_PATHS = ("auto", "reference", "xla", "cpu", "splash", "cudnn")
+REMAT_POLICIES = ("none", "dots", "full")
+
+
+@dataclasses.dataclass(frozen=True)
+class GPTConfig:
+    """The architecture. Hashable, so that it can be a static argument of jit.
+
+    norm: 'pre' = GPT-2/3 (LayerNorm first, one more after the last block, residual projections
+        initialised with .02/sqrt(2 n_layer)); 'post' = GPT-1 (LayerNorm after each residual sum, no
+        final one, every matrix N(0, .02)).
+    local_window: None = dense attention in every layer. An integer = GPT-3's alternating pattern: even
+        layers dense, odd layers see the last `local_window` positions only, themselves included. The
+        paper gives neither the width nor the parity: both are ours (after openai/sparse_attention).
+    attention: which implementation; 'auto' picks by platform (see attention.py).
+    remat: what the backward pass recomputes: 'none', 'dots' (all but the weight matmuls) or 'full'.
+    unroll: layers laid out per iteration of the scan over layers. n_layer = no loop at all, which the
+        CPU likes; 1 keeps compile time independent of depth.
+    """
+
+    vocab_size: int
+    n_layer: int
+    n_head: int
+    d_model: int
+    context_length: int
+    norm: Literal["pre", "post"] = "pre"
+    local_window: int | None = None
+    tied_head: bool = True
+    dropout: float = 0.0
+    attention: str = "auto"
+    remat: str = "none"
+    unroll: int = 1
+
+    def __post_init__(self):
+        for name in ("vocab_size", "n_layer", "n_head", "d_model", "context_length"):
+            value = getattr(self, name)
+            if not isinstance(value, int) or value < 1:
+                raise InputError(f"model.{name} must be a positive whole number, not {value!r}.")
+        if self.d_model % self.n_head:
+            raise InputError(
+                f"model.d_model={self.d_model} is not a multiple of model.n_head={self.n_head}: "
+                "each head takes d_model / n_head features. Change one of them."
+            )
+        if self.norm not in ("pre", "post"):
+            raise InputError(f"model.norm must be 'pre' or 'post', not {self.norm!r}.")
+        if not 0.0 <= self.dropout < 1.0:
+            raise InputError(f"model.dropout must be in [0, 1), not {self.dropout}.")
+        if self.local_window is not None and self.local_window < 1:
+            raise InputError(f"model.local_window must be at least 1 or None, not {self.local_window}.")
+        if self.attention not in ATTENTION_PATHS:
+            raise InputError(f"model.attention={self.attention!r}: choose one of {', '.join(ATTENTION_PATHS)}.")
+        if self.remat not in REMAT_POLICIES:
+            raise InputError(f"model.remat={self.remat!r}: choose one of {', '.join(REMAT_POLICIES)}.")
+        if not 1 <= self.unroll <= self.n_layer:
+            raise InputError(f"model.unroll={self.unroll} must lie between 1 and model.n_layer={self.n_layer}.")
+
+    @property
+    def d_head(self) -> int:
+        return self.d_model // self.n_head
+
+    @property
+    def d_ff(self) -> int:
+        """All GPTs: four times the width."""
+        return 4 * self.d_model
+
+    def is_local(self, layer: int) -> bool:
+        """Whether a layer has banded attention (GPT-3 §2.1: alternating)."""
+        return self.local_window is not None and layer % 2 == 1
+
+
+def parameter_count(c: GPTConfig) -> int:
+    """V d + T d + L (12 d^2 + 13 d) [+ 2 d, final LayerNorm] [+ V d, untied head]."""
+    d = c.d_model
+    blocks = c.n_layer * (12 * d * d + 13 * d)
+    final_norm = 2 * d if c.norm == "pre" else 0
+    head = 0 if c.tied_head else c.vocab_size * d
+    return c.vocab_size * d + c.context_length * d + blocks + final_norm + head
+
+
+def non_embedding_count(c: GPTConfig) -> int:
+    """Parameters without token and position embeddings (and without an untied head): Kaplan's N."""
+    head = 0 if c.tied_head else c.vocab_size * c.d_model
+    return parameter_count(c) - (c.vocab_size + c.context_length) * c.d_model - head
+
+
+GPT1_VOCAB = 40_478  # <unk>, 238 characters, 238 characters + </w>, 40,000 merges, \n</w>
+GPT2_VOCAB = 50_257  # 256 bytes, 50,000 merges, <|endoftext|>
+GPT3_LOCAL_WINDOW = 256  # ours: the paper does not say
+
+
+def _gpt2(n_layer: int, d_model: int, n_head: int) -> GPTConfig:
+    return GPTConfig(GPT2_VOCAB, n_layer, n_head, d_model, context_length=1024)
+
+
+def _gpt3(n_layer: int, d_model: int, n_head: int) -> GPTConfig:
+    return GPTConfig(
+        GPT2_VOCAB, n_layer, n_head, d_model, context_length=2048, local_window=GPT3_LOCAL_WINDOW
+    )
+
+
+GPT1 = GPTConfig(GPT1_VOCAB, 12, 12, 768, context_length=512, norm="post", dropout=0.1)
+
+GPT2 = {  # Radford et al. 2019, Table 2, under the counts its README corrected them to
+    "124m": _gpt2(12, 768, 12),
+    "355m": _gpt2(24, 1024, 16),
+    "774m": _gpt2(36, 1280, 20),
+    "1558m": _gpt2(48, 1600, 25),
+}
+
+GPT3 = {  # Brown et al. 2020, Table 2.1, mended as the docstring says
+    "125m": _gpt3(12, 768, 12),
+    "350m": _gpt3(24, 1024, 16),
+    "760m": _gpt3(24, 1536, 16),
+    "1.3b": _gpt3(24, 2048, 16),
+    "2.7b": _gpt3(32, 2560, 32),
+    "6.7b": _gpt3(32, 4096, 32),
+    "13b": _gpt3(40, 5120, 40),
+    "175b": _gpt3(96, 12288, 96),
+}

@@ -1,0 +1,97 @@
+"""Language-model loss: -log p(next token), summed, never holding [batch, time, vocab].
+
+Every function returns sums, not means: micro-batches, devices and hosts add up and the mean is taken once.
+Source: GPT-1 eq. 1.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+
+def log_probs(x, w, targets):
+    """log p(target | x) under softmax(x w^T), the plain way: the logits are materialised.
+
+    Args:
+        x: [..., d_model]; w: [vocab, d_model]; targets: int [...].
+    Returns:
+        float32 [...].
+    """
+    logits = jnp.einsum("...d,vd->...v", x, w.astype(x.dtype), preferred_element_type=jnp.float32)
+    chosen = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
+    return chosen - jax.nn.logsumexp(logits, axis=-1)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
+def cross_entropy_sum(x, w, targets, weights, chunk: int):
+    """Sum over the batch of weight * -log softmax(x w^T)[target], `chunk` time steps at a time.
+
+    The gradients are worked out in the forward pass, chunk by chunk, while the logits are at hand, so the
+    largest array is [batch, chunk, vocab] and the logits are computed once.
+
+    Args:
+        x: [batch, time, d_model]; w: [vocab, d_model]; targets: int [batch, time]; weights: float [batch, time].
+        chunk: time steps per chunk, static; time need not be a multiple.
+    Returns:
+        float32 scalar. Differentiable in x and w only.
+    """
+    return _over_chunks(x, w, targets, weights, chunk, with_gradients=False)[0]
+
+
+def _over_chunks(x, w, targets, weights, chunk, with_gradients):
+    B, T, D = x.shape
+    n = -(-T // chunk)
+    chunk = -(-T // n)  # even chunks: less padding
+    pad = ((0, 0), (0, n * chunk - T))
+    split = lambda a: jnp.moveaxis(a.reshape(B, n, chunk, *a.shape[2:]), 1, 0)
+    xs = split(jnp.pad(x, (*pad, (0, 0)))), split(jnp.pad(targets, pad)), split(jnp.pad(weights, pad))
+    w_compute = w.astype(x.dtype)
+
+    def one(carry, chunk_of):
+        total, d_w = carry
+        x_c, y_c, weight_c = chunk_of
+        logits = jnp.einsum("btd,vd->btv", x_c, w_compute, preferred_element_type=jnp.float32)
+        top = logits.max(-1, keepdims=True)
+        e = jnp.exp(logits - top)
+        z = e.sum(-1, keepdims=True)
+        chosen = jnp.take_along_axis(logits, y_c[..., None], axis=-1)
+        nll = (jnp.log(z) + top - chosen)[..., 0]
+        total = total + jnp.sum(jnp.where(weight_c > 0, weight_c * nll, 0.0))
+        if not with_gradients:
+            return (total, d_w), None
+        one_hot = y_c[..., None] == jnp.arange(w.shape[0])
+        d_logits = ((e / z - one_hot) * weight_c[..., None]).astype(x.dtype)
+        d_x = jnp.einsum("btv,vd->btd", d_logits, w_compute, preferred_element_type=jnp.float32)
+        d_w = d_w + jnp.einsum("btv,btd->vd", d_logits, x_c, preferred_element_type=jnp.float32)
+        return (total, d_w), d_x.astype(x.dtype)
+
+    d_w = jnp.zeros(w.shape, jnp.float32) if with_gradients else None
+    start = (jnp.zeros((), jnp.float32), d_w)
+    if n == 1:
+        (total, d_w), d_x = one(start, jax.tree.map(lambda a: a[0], xs))
+        d_x = d_x if d_x is None else d_x[None]
+    else:
+        (total, d_w), d_x = lax.scan(one, start, xs)
+    if with_gradients:
+        d_x = jnp.moveaxis(d_x, 0, 1).reshape(B, n * chunk, D)[:, :T]
+    return total, d_x, d_w
+
+
+def _forward(x, w, targets, weights, chunk):
+    total, d_x, d_w = _over_chunks(x, w, targets, weights, chunk, with_gradients=True)
+    return total, (d_x, d_w.astype(w.dtype))
+
+
+def _backward(chunk, residuals, d_total):
+    d_x, d_w = residuals
+    return (d_x * d_total).astype(d_x.dtype), (d_w * d_total).astype(d_w.dtype), None, None
+
+
+cross_entropy_sum.defvjp(_forward, _backward)
+
+
+def bits_per_byte(nats, n_bytes):
+    """Total nats over text of n_bytes UTF-8 bytes -> bits per byte: comparable between tokenizers."""
+    return nats / (n_bytes * 0.6931471805599453)

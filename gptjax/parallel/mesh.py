@@ -1,0 +1,79 @@
+"""The device mesh: data x fsdp x tensor (x stage x seq, whose places are kept)."""
+
+import dataclasses
+import math
+
+import jax
+from jax.sharding import AxisType, Mesh
+
+from gptjax.errors import InputError
+
+AXES = ("data", "fsdp", "tensor", "stage", "seq")
+
+
+@dataclasses.dataclass(frozen=True)
+class MeshConfig:
+    """Devices along each axis; -1 on one axis = all the rest.
+
+    data: copies of the model, each with its rows of the batch. fsdp: rows of the batch too, and parameters,
+    gradients and optimiser state cut up over it. tensor: heads and MLP features of every layer cut up.
+    stage (pipeline) and seq (context) must be 1 for now.
+    """
+
+    data: int = -1
+    fsdp: int = 1
+    tensor: int = 1
+    stage: int = 1
+    seq: int = 1
+
+    def __post_init__(self):
+        sizes = dataclasses.astuple(self)
+        if any(s == 0 or s < -1 for s in sizes) or sizes.count(-1) > 1:
+            raise InputError(f"mesh sizes are positive, with -1 on at most one axis; got {self}.")
+        if self.stage != 1 or self.seq != 1:
+            raise InputError("mesh.stage and mesh.seq above 1 are not built yet: use data, fsdp and tensor.")
+
+    def sizes(self, devices: int) -> dict[str, int]:
+        """Size of each axis on this many devices. Raises InputError if they do not multiply out."""
+        sizes = dataclasses.asdict(self)
+        fixed = math.prod(s for s in sizes.values() if s != -1)
+        if -1 in sizes.values():
+            if devices % fixed:
+                raise InputError(f"{devices} devices are not a multiple of the mesh's fixed axes, {fixed} ({self}).")
+            sizes = {k: devices // fixed if s == -1 else s for k, s in sizes.items()}
+        elif fixed != devices:
+            raise InputError(
+                f"The mesh {' x '.join(f'{k}={s}' for k, s in sizes.items() if s > 1) or '1'} needs {fixed} devices "
+                f"and there are {devices}. Set one axis to -1 to take the rest."
+            )
+        return sizes
+
+
+def make_mesh(config: MeshConfig, devices=None) -> Mesh:
+    """A Mesh over all devices (or those given), with Auto axes: jax.make_mesh would make Explicit ones."""
+    devices = jax.devices() if devices is None else devices
+    sizes = config.sizes(len(devices))
+    return jax.make_mesh(
+        tuple(sizes[a] for a in AXES), AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices
+    )
+
+
+def batch_ways(sizes) -> int:
+    """Over how many devices the rows of a batch are cut up."""
+    return sizes["data"] * sizes["fsdp"]
+
+
+def check_fits(sizes, *, n_head: int, batch_size: int, microbatch_size: int):
+    """Raises InputError where the model or the batch does not divide over the mesh."""
+    if n_head % sizes["tensor"]:
+        raise InputError(
+            f"model.n_head={n_head} is not divisible by mesh.tensor={sizes['tensor']}: each device takes whole heads."
+        )
+    ways = batch_ways(sizes)
+    for name, size in (("batch_size", batch_size), ("microbatch_size", microbatch_size)):
+        if size % ways:
+            low, high = size // ways * ways, -(-size // ways) * ways
+            raise InputError(
+                f"{name}={size} is not divisible over mesh.data x mesh.fsdp = {ways} devices: "
+                f"use {f'{low} or ' if low else ''}{high}."
+            )

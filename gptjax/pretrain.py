@@ -1,0 +1,273 @@
+"""Pre-training: text -> tokens -> GPT -> checkpoints.
+
+    python -m gptjax.pretrain --config=configs/gpt2.py:124m --workdir=runs/x --config.data.source=PATH
+
+The same command takes a stopped run up again where it was, bit for bit, on any mesh.
+"""
+
+import dataclasses
+import time
+
+import jax
+from absl import flags
+from etils import epath
+from ml_collections import config_dict as mlc
+
+from gptjax import config as configs
+from gptjax.data import lm
+from gptjax.data.corpus import Corpus, DataConfig, load_corpus
+from gptjax.errors import InputError
+from gptjax.generation.decode import generate
+from gptjax.generation.sampling import Sampling
+from gptjax.model import gpt
+from gptjax.model.attention import resolve
+from gptjax.model.flops import flops_per_token
+from gptjax.model.spec import GPTConfig, parameter_count
+from gptjax.objectives.language import bits_per_byte
+from gptjax.parallel.mesh import MeshConfig, check_fits, make_mesh
+from gptjax.training import loop, report
+from gptjax.training.checkpoint import CheckpointConfig, Checkpointer
+from gptjax.training.metrics import JsonLines, LogConfig, MetricWriter
+from gptjax.training.optimizer import OptimizerConfig, make_optimizer
+from gptjax.training.precision import PrecisionConfig
+from gptjax.training.schedule import Schedule, ScheduleConfig
+from gptjax.training.state import init_state, state_shardings
+from gptjax.training.step import (
+    batch_sharding,
+    causal_lm_loss,
+    jit_eval_step,
+    jit_train_step,
+    train_step,
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class SamplesConfig:
+    """Texts written to samples.jsonl before the first step and after the last."""
+
+    prompts: tuple[str, ...] = ()
+    max_new_tokens: int = 128
+    temperature: float = 0.8
+    top_p: float = 0.95
+
+
+@dataclasses.dataclass(frozen=True)
+class PretrainConfig:
+    """How long: the first given of steps, tokens and epochs. batch_size: sequences of a step over all devices;
+    microbatch_size: sequences computed at a time, None = all. steps_per_dispatch: steps per device call.
+    loss_chunk: time steps whose logits are held at once. init_from: a workdir to take the weights from."""
+
+    model: GPTConfig
+    data: DataConfig = DataConfig()
+    optimizer: OptimizerConfig = OptimizerConfig()
+    schedule: ScheduleConfig = ScheduleConfig()
+    precision: PrecisionConfig = PrecisionConfig()
+    mesh: MeshConfig = MeshConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    eval: loop.EvalConfig = loop.EvalConfig()
+    log: LogConfig = LogConfig()
+    samples: SamplesConfig = SamplesConfig()
+    seed: int = 0
+    steps: int | None = None
+    tokens: float | None = None
+    epochs: float | None = None
+    batch_size: int = 32
+    microbatch_size: int | None = None
+    steps_per_dispatch: int = 1
+    loss_chunk: int = 128
+    init_from: str | None = None
+
+    def __post_init__(self):
+        if self.batch_size < 1 or self.steps_per_dispatch < 1 or self.loss_chunk < 1:
+            raise InputError("batch_size, steps_per_dispatch and loss_chunk are at least 1.")
+        if self.batch_size % self.microbatch_rows:
+            raise InputError(f"batch_size={self.batch_size} is not a multiple of microbatch_size={self.microbatch_size}.")
+
+    @property
+    def microbatch_rows(self) -> int:
+        return self.microbatch_size or self.batch_size
+
+
+def main(_):
+    pretrain(FLAGS.config, FLAGS.workdir)
+
+
+def pretrain(config: mlc.ConfigDict, workdir: str) -> bool:
+    """The whole stage. Returns whether the run is finished (False after a SIGTERM)."""
+    began = time.perf_counter()
+    workdir = epath.Path(workdir)
+
+    # --- config: checked whole before anything is written ---
+    config = mlc.ConfigDict(config.to_dict())
+    known = (workdir / "config.json").exists()
+    unset = config.model.vocab_size is None  # then the tokenizer decides
+    if unset and known:
+        config.model.vocab_size = configs.read_config(workdir)["model"]["vocab_size"]
+    c = configs.build(PretrainConfig, _with_vocab(config, config.model.vocab_size or 1))
+    mesh = make_mesh(c.mesh)
+    check_fits(mesh.shape, n_head=c.model.n_head, batch_size=c.batch_size, microbatch_size=c.microbatch_rows)
+    if known:
+        configs.claim_workdir(workdir, "pretrain", c)
+
+    # --- data ---
+    corpus = load_corpus(c.data, workdir, c.model.context_length, c.seed)
+    vocab = corpus.tokenizer.vocab_size
+    if unset and not known:
+        c = configs.build(PretrainConfig, _with_vocab(config, vocab))
+    if vocab > c.model.vocab_size:
+        raise InputError(
+            f"The tokenizer has {vocab} tokens and the model {c.model.vocab_size}: raise --config.model.vocab_size "
+            "or train a smaller tokenizer (--config.data.tokenizer=bpe:SIZE)."
+        )
+    if not known:
+        configs.claim_workdir(workdir, "pretrain", c)
+    corpus.tokenizer.save(workdir / "tokenizer")
+    tokens = c.tokens if c.epochs is None or c.tokens is not None else c.epochs * corpus.train_tokens
+    schedule = Schedule(
+        c.schedule, batch_size=c.batch_size, context_length=c.model.context_length,
+        learning_rate=c.optimizer.learning_rate, steps=c.steps, tokens=tokens,
+    )  # fmt: skip
+    rows = lambda step: -(-schedule.sequences(step) // c.microbatch_rows) * c.microbatch_rows
+    host = {"host_index": jax.process_index(), "host_count": jax.process_count()}
+    batches = lm.LmBatches(
+        corpus.train, lambda step: (schedule.sequences_before(step), schedule.sequences(step)), rows,
+        byte_lengths=corpus.tokenizer.byte_lengths, eot_id=corpus.tokenizer.eot_id,
+        isolate_documents=c.data.isolate_documents, **host,
+    )  # fmt: skip
+
+    # --- model, abstract state, shardings ---
+    model = dataclasses.replace(c.model, attention=resolve(c.model.attention, mesh.devices.flat[0].platform))
+    tx = make_optimizer(c.optimizer)
+    boxed = gpt.abstract_params(model)
+    abstract, shardings = state_shardings(boxed, tx, c.precision, mesh)
+    loss = causal_lm_loss(model, c.precision.dtype, c.loss_chunk, mesh)
+    step = train_step(loss, tx, c.optimizer.clip_norm, c.precision, c.seed, dropout=model.dropout > 0)
+
+    with jax.set_mesh(mesh):
+        # --- where the state comes from ---
+        #   1. the newest good checkpoint of this run
+        #   2. the weights of another workdir (init_from)
+        #   3. random numbers
+        checkpointer = Checkpointer(workdir, c.checkpoint)
+        restored = checkpointer.restore(abstract, shardings)
+        meta = {}
+        if restored:
+            state, meta = restored
+            checkpointer.drop_after(int(state.step))
+            print(f"going on from step {int(state.step)} of {schedule.steps}")
+        else:
+            state = init_state(model, tx, c.precision, shardings, c.seed)
+            if c.init_from:
+                params = load_weights(c.init_from, model, abstract.params, shardings.params)
+                state = dataclasses.replace(state, params=params)
+        start = int(state.step)
+        writer = MetricWriter(workdir, c.log, start, configs.to_json(c))
+
+        # --- loop ---
+        describe_run(c, model, corpus, schedule, mesh)
+        evaluate = evaluator(loss, corpus, c, mesh, host)
+        if start == 0:
+            write_samples(workdir, 0, state.params, model, corpus.tokenizer, c)
+        state, finished = loop.train(
+            state,
+            feed=loop.device_feed(
+                lambda a, b: lm.iterate(batches, a, b), c.microbatch_rows // jax.process_count(),
+                batch_sharding(mesh, 2), start, schedule.steps,
+            ),
+            dispatch=loop.Dispatch(jit_train_step(step, shardings)),
+            schedule=schedule,
+            checkpointer=checkpointer,
+            writer=writer,
+            evaluate=evaluate,
+            checkpoint_every=c.checkpoint.every,
+            eval_every=c.eval.every,
+            log=c.log,
+            workdir=workdir,
+            start_step=start,
+            # under the ramp the number of rows changes from step to step
+            steps_per_dispatch=1 if schedule.ramping else c.steps_per_dispatch,
+            train_flops_per_token=flops_per_token(model).palm,
+            stops_on_overflow=not c.precision.scaled,
+            seconds_before=meta.get("seconds", 0.0),
+        )  # fmt: skip
+        if finished:
+            write_samples(workdir, schedule.steps, state.params, model, corpus.tokenizer, c)
+        writer.close()
+        checkpointer.close()
+    if jax.process_index() == 0:
+        print(f"{time.perf_counter() - began:.0f} s in all; report: {report.write(workdir)}")
+    return finished
+
+
+def _with_vocab(config: mlc.ConfigDict, vocab_size: int) -> dict:
+    section = config.to_dict()
+    return {**section, "model": {**section["model"], "vocab_size": vocab_size}}
+
+
+def describe_run(c: PretrainConfig, model: GPTConfig, corpus: Corpus, schedule: Schedule, mesh):
+    if jax.process_index():
+        return
+    axes = " x ".join(f"{k} {v}" for k, v in mesh.shape.items() if v > 1) or "1 device"
+    print(
+        f"{parameter_count(model):,} parameters, {model.attention} attention, {c.precision.compute}, "
+        f"{mesh.devices.flat[0].device_kind}, mesh {axes}\n"
+        f"{corpus.train_tokens:,} training tokens, vocabulary {corpus.tokenizer.vocab_size:,}; "
+        f"{schedule.steps:,} steps of {c.batch_size} x {model.context_length} tokens = {schedule.total_tokens:,}"
+    )
+
+
+def evaluator(loss, corpus: Corpus, c: PretrainConfig, mesh, host):
+    """params -> {'loss' in nats per token, 'bits_per_byte', 'tokens'} over the validation split."""
+    batches = lm.validation_batches(
+        corpus.validation, c.model.context_length, c.microbatch_rows, c.eval.batches or None,
+        byte_lengths=corpus.tokenizer.byte_lengths, isolate_documents=c.data.isolate_documents, **host,
+    )  # fmt: skip
+    step = jit_eval_step(loss, mesh)
+    sharding = batch_sharding(mesh, 0)
+
+    def evaluate(params) -> dict:
+        sums, n_bytes = [], 0
+        for i in range(len(batches)):
+            batch = batches[i]
+            n_bytes += batch["target_bytes"]
+            arrays = {k: batch[k] for k in ("tokens", "weights", "segment_ids", "positions") if k in batch}
+            sums.append(step(params, jax.tree.map(lambda a: loop.global_array(a, sharding), arrays)))
+        total, count = (float(sum(float(s[i]) for s in sums)) for i in (0, 1))
+        return {"loss": total / count, "bits_per_byte": float(bits_per_byte(total, n_bytes)), "tokens": int(count)}
+
+    return evaluate
+
+
+def load_weights(workdir, model: GPTConfig, abstract, shardings):
+    """Parameters of another run's newest good checkpoint. Raises InputError if its model is another one."""
+    there = configs.read_config(workdir)["model"]
+    for key in ("vocab_size", "n_layer", "n_head", "d_model", "context_length", "norm", "tied_head"):
+        if there[key] != getattr(model, key):
+            raise InputError(f"init_from: {workdir} has model.{key}={there[key]}, this run {getattr(model, key)}.")
+    restored = Checkpointer(workdir).restore_params(abstract, shardings)
+    if restored is None:
+        raise InputError(f"init_from: {workdir} has no checkpoint.")
+    return restored[0]
+
+
+def write_samples(workdir, step, params, model, tokenizer, c: PretrainConfig):
+    """Continues the configured prompts, prints them and appends them to samples.jsonl."""
+    if not c.samples.prompts or jax.process_count() > 1:
+        return
+    out = generate(
+        params, model, [tokenizer.encode(p) for p in c.samples.prompts], max_new_tokens=c.samples.max_new_tokens,
+        sampling=Sampling(c.samples.temperature, top_p=c.samples.top_p), seed=c.seed, eot_id=tokenizer.eot_id,
+        dtype=c.precision.dtype,
+    )  # fmt: skip
+    lines = JsonLines(epath.Path(workdir) / "samples.jsonl", max(step - 1, 0) if step else -1)
+    for prompt, ids in zip(c.samples.prompts, out, strict=True):
+        text = tokenizer.decode(ids)
+        lines.write({"step": step, "prompt": prompt, "text": text})
+        print(f"--- sample at step {step} ---\n{prompt}{text}\n")
+    lines.close()
+
+
+if __name__ == "__main__":
+    FLAGS = flags.FLAGS
+    configs.define_flags()
+    configs.run(main)

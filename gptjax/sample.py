@@ -1,0 +1,64 @@
+"""Text from a trained model.
+
+    python -m gptjax.sample --workdir=runs/x --prompt="Once upon" --max_new_tokens=64 --temperature=0.8 \
+        --top_p=0.95 --seed=0
+
+--temperature=0 is greedy. --prompt may be given several times: the prompts are decoded as one batch.
+"""
+
+import jax
+from absl import flags
+
+from gptjax import config as configs
+from gptjax.errors import InputError
+from gptjax.generation.decode import generate
+from gptjax.generation.sampling import Sampling
+from gptjax.workdir import Model, load_model
+
+
+def continue_texts(model: Model, prompts: list[str], *, max_new_tokens: int, sampling: Sampling, seed: int) -> list[str]:
+    """New text for each prompt. An empty prompt starts from end-of-text, as GPT-2 is sampled unconditionally."""
+    eot = model.tokenizer.eot_id
+    ids = []
+    for prompt in prompts:
+        tokens = model.tokenizer.encode(prompt)
+        if not tokens and eot is None:
+            raise InputError("This tokenizer has no end-of-text to start from: give a --prompt that is not empty.")
+        if not tokens:
+            tokens = [eot]
+        if len(tokens) + max_new_tokens > model.config.context_length + 1:
+            room = max(model.config.context_length + 1 - len(tokens), 0)
+            print(f"note: the context of {model.config.context_length} leaves room for {room} new tokens")
+        ids.append(tokens)
+    with jax.set_mesh(model.mesh):
+        out = generate(
+            model.params, model.config, ids, max_new_tokens=max_new_tokens, sampling=sampling, seed=seed,
+            eot_id=eot, dtype=model.dtype, mesh=model.mesh,
+        )  # fmt: skip
+    return [model.tokenizer.decode(tokens) for tokens in out]
+
+
+def main(_):
+    model = load_model(FLAGS.workdir, step=FLAGS.step)
+    sampling = Sampling(FLAGS.temperature, FLAGS.top_k, FLAGS.top_p)
+    prompts = [p for p in FLAGS.prompt for _ in range(FLAGS.n)]
+    texts = continue_texts(model, prompts, max_new_tokens=FLAGS.max_new_tokens, sampling=sampling, seed=FLAGS.seed)
+    for i, (prompt, text) in enumerate(zip(prompts, texts, strict=True)):
+        if len(prompts) > 1:
+            print(f"--- {i} ---")
+        print(prompt + text)
+
+
+if __name__ == "__main__":
+    FLAGS = flags.FLAGS
+    flags.DEFINE_string("workdir", None, "A training run's workdir.")
+    flags.DEFINE_multi_string("prompt", [""], "Text to continue; may be repeated.")
+    flags.DEFINE_integer("n", 1, "Samples per prompt.", lower_bound=1)
+    flags.DEFINE_integer("max_new_tokens", 128, "At most so many new tokens.", lower_bound=1)
+    flags.DEFINE_float("temperature", 1.0, "0 is greedy.")
+    flags.DEFINE_integer("top_k", 0, "Keep the k likeliest tokens; 0 keeps all.")
+    flags.DEFINE_float("top_p", 1.0, "Keep the likeliest tokens of this mass.")
+    flags.DEFINE_integer("seed", 0, "The same seed gives the same text.", lower_bound=0)
+    flags.DEFINE_integer("step", None, "A checkpoint's step; the newest good one if not given.")
+    flags.mark_flag_as_required("workdir")
+    configs.run(main)

@@ -1,0 +1,256 @@
+"""Checkpoints: Orbax, asynchronous and atomic, with a digest of every array.
+
+Orbax guards its metadata but not array data: flipped bytes restore without a word. So each save keeps a
+digest per leaf, worked out on the device and independent of how the leaf is sharded, and each restore
+verifies it. A checkpoint that is damaged or half-written is passed over, aloud, for the next older one.
+
+    checkpoints/<step>/params      what a later stage or the sampler needs
+    checkpoints/<step>/training    optimiser state and loss scale
+    checkpoints/<step>/meta        step, digests, and what the stage adds
+    checkpoints/best.json          the step with the lowest validation loss, never deleted
+"""
+
+import dataclasses
+import json
+import shutil
+import sys
+
+import jax
+import jax.numpy as jnp
+import orbax.checkpoint as ocp
+from absl import logging
+from etils import epath
+from jax import lax
+from orbax.checkpoint.checkpoint_managers import preservation_policy
+
+from gptjax.config import write_json
+from gptjax.errors import InputError
+from gptjax.training.state import TrainState
+
+
+@dataclasses.dataclass(frozen=True)
+class CheckpointConfig:
+    """every: steps between saves. keep_last: newest ones kept. keep_best: keep the best evaluated one too
+    (make eval.every a multiple of `every`). keep_every: steps whose multiples are kept for good; 0 = none."""
+
+    every: int = 1000
+    keep_last: int = 2
+    keep_best: bool = True
+    keep_every: int = 0
+
+    def __post_init__(self):
+        if self.every < 1 or self.keep_last < 1 or self.keep_every < 0:
+            raise InputError("checkpoint: every and keep_last are at least 1, keep_every at least 0.")
+
+
+# --- digests ----------------------------------------------------------------------------------------------
+
+
+@jax.jit
+def _digests(leaves):
+    """uint32 per leaf: sum of bits x (2 i + 1) mod 2^32. Odd factors: no flip of bits in one element cancels;
+    distinct ones: swapped elements show. Integer sums do not depend on the sharding."""
+
+    def one(x):
+        x = x.astype(jnp.int32) if x.dtype == jnp.bool_ else x
+        bits = lax.bitcast_convert_type(x, jnp.dtype(f"uint{8 * x.dtype.itemsize}")).astype(jnp.uint32)
+        index, stride = jnp.zeros((), jnp.uint32), 1
+        for axis in reversed(range(x.ndim)):
+            index = index + lax.broadcasted_iota(jnp.uint32, x.shape, axis) * jnp.uint32(stride % 2**32)
+            stride *= x.shape[axis]
+        return jnp.sum(bits * (2 * index + 1), dtype=jnp.uint32)
+
+    return [one(x) for x in leaves]
+
+
+def digests(tree) -> dict[str, int]:
+    """{path of the leaf: digest}."""
+    paths, leaves = zip(*jax.tree_util.tree_leaves_with_path(tree), strict=True)
+    values = jax.device_get(_digests(list(leaves)))
+    return {jax.tree_util.keystr(p): int(v) for p, v in zip(paths, values, strict=True)}
+
+
+# --- the manager ------------------------------------------------------------------------------------------
+
+
+class _Keep(preservation_policy.PreservationPolicy):
+    """The newest, the best and the milestones. Orbax's own best-N can delete the newest step."""
+
+    def __init__(self, config: CheckpointConfig):
+        self.config, self.best = config, None
+
+    def should_preserve(self, checkpoints, *, context):
+        newest = {c.step for c in checkpoints[-self.config.keep_last :]}
+        every = self.config.keep_every
+        return [c.step in newest or c.step == self.best or bool(every and c.step % every == 0) for c in checkpoints]
+
+
+class Checkpointer:
+    """Saves and restores a TrainState under workdir/checkpoints."""
+
+    def __init__(self, workdir, config: CheckpointConfig = CheckpointConfig()):
+        logging.set_verbosity(logging.ERROR)  # orbax's progress notes would drown ours
+        self.directory = epath.Path(workdir).resolve() / "checkpoints"
+        self._keep = _Keep(config)
+        self._config = config
+        best = self._read_best()
+        self._keep.best = best and best["step"]
+        self._manager = None
+        self._failed: str | None = None
+
+    @property
+    def manager(self) -> ocp.CheckpointManager:
+        if self._manager is None:
+            options = ocp.CheckpointManagerOptions(
+                preservation_policy=self._keep, cleanup_tmp_directories=True, enable_async_checkpointing=True
+            )
+            self._manager = ocp.CheckpointManager(self.directory, options=options)
+        return self._manager
+
+    def save(self, step: int, state: TrainState, meta: dict | None = None) -> bool:
+        """Starts writing; returns at once. A full disk is reported, never raised: training goes on and the
+        older checkpoints stay."""
+        if step in self.manager.all_steps():
+            return True
+        training = {"opt_state": state.opt_state, "loss_scale": state.loss_scale}
+        record = {"step": step, "digests": digests({"params": state.params, **training}), **(meta or {})}
+        items = ocp.args.Composite(
+            params=ocp.args.PyTreeSave(state.params),
+            training=ocp.args.PyTreeSave(training),
+            meta=ocp.args.JsonSave(record),
+        )
+        return self._guarded(step, lambda: self.manager.save(step, args=items))
+
+    def save_params(self, step: int, params, meta: dict | None = None):
+        """Weights alone, as an import or a frozen model has them."""
+        record = {"step": step, "digests": digests({"params": params}), **(meta or {})}
+        items = ocp.args.Composite(params=ocp.args.PyTreeSave(params), meta=ocp.args.JsonSave(record))
+        if not (self._guarded(step, lambda: self.manager.save(step, args=items)) and self.wait()):
+            raise InputError(self._failed)
+
+    def wait(self) -> bool:
+        """Until what was being written is on disk; False if it could not be."""
+        return self._guarded(None, self.manager.wait_until_finished)
+
+    def close(self):
+        if self._manager is not None:
+            self.wait()
+            self._manager.close()
+            self._manager = None
+
+    def _guarded(self, step, action) -> bool:
+        try:
+            action()
+            return True
+        except (ValueError, OSError) as error:
+            text = str(error)
+            full = "RESOURCE_EXHAUSTED" in text or "No space left" in text or getattr(error, "errno", 0) == 28
+            if not full:
+                raise
+        for leftover in self.directory.glob("*.orbax-checkpoint-tmp*"):
+            shutil.rmtree(leftover, ignore_errors=True)
+        good = self.steps()
+        self._failed = (
+            f"the disk of {self.directory} is full: the checkpoint being written was dropped. "
+            f"Older ones are whole ({', '.join(map(str, good)) or 'none'}). "
+            "Free some space; the next checkpoint will be tried as planned."
+        )
+        print(f"warning: {self._failed}", file=sys.stderr)
+        return False
+
+    # --- best -----------------------------------------------------------------------------------------
+
+    def _read_best(self):
+        path = self.directory / "best.json"
+        try:
+            return json.loads(path.read_text()) if path.exists() else None
+        except json.JSONDecodeError:
+            return None  # half a file is no record; the next evaluation writes a new one
+
+    def report(self, step: int, loss: float):
+        """Tell the loss of an evaluated step; the best saved one is kept."""
+        best = self._read_best()
+        if self._config.keep_best and step in self.manager.all_steps() and (not best or loss < best["loss"]):
+            self._keep.best = step
+            write_json(self.directory / "best.json", {"step": step, "loss": loss})
+
+    # --- restore --------------------------------------------------------------------------------------
+
+    def steps(self) -> list[int]:
+        """Steps with a checkpoint, oldest first."""
+        return sorted(self.manager.all_steps(read=True)) if self.directory.exists() else []
+
+    def restore(self, abstract: TrainState, shardings: TrainState) -> tuple[TrainState, dict] | None:
+        """The newest good checkpoint, laid out as `shardings` say (any mesh), and its meta; None if none was
+        ever written. Raises InputError if there are some and none is good."""
+
+        def load(step):
+            items = {"params": abstract.params, "training": _training(abstract)}
+            places = {"params": shardings.params, "training": _training(shardings)}
+            restored, meta = self._restore_items(step, items, places)
+            state = TrainState(
+                step=jax.device_put(jnp.int32(step), shardings.step),
+                params=restored["params"],
+                **restored["training"],
+            )
+            return state, meta
+
+        return self._newest_good(load)
+
+    def restore_params(self, abstract, shardings, step: int | None = None) -> tuple[dict, dict] | None:
+        """Parameters alone and the meta, of the newest good checkpoint or of a given step."""
+
+        def load(step):
+            restored, meta = self._restore_items(step, {"params": abstract}, {"params": shardings})
+            return restored["params"], meta
+
+        return self._newest_good(load, step)
+
+    def _restore_items(self, step, items, places):
+        arguments = {}
+        for name, abstract in items.items():
+            target = jax.tree.map(
+                lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), abstract, places[name]
+            )
+            arguments[name] = ocp.args.PyTreeRestore(
+                item=target, restore_args=ocp.checkpoint_utils.construct_restore_args(target)
+            )
+        restored = self.manager.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore(), **arguments))
+        trees = {name: restored[name] for name in items}
+        meta = dict(restored["meta"])
+        flat = {"params": trees["params"], **trees.get("training", {})}
+        found, wrote = digests(flat), meta.pop("digests")
+        wrong = [path for path, value in found.items() if wrote.get(path) != value]
+        if wrong:
+            raise _Damaged(f"the digest of {', '.join(wrong[:3])} does not match what was saved")
+        return trees, meta
+
+    def _newest_good(self, load, step=None):
+        steps = self.steps() if step is None else [step]
+        if not steps:
+            return None
+        for step in reversed(steps):
+            try:
+                return load(step)
+            except Exception as error:  # orbax raises many kinds for a damaged directory
+                reason = str(error).strip().split("\n")[0][:300]
+                print(f"warning: checkpoint {step} is damaged, trying an older one: {reason}", file=sys.stderr)
+        raise InputError(
+            f"No checkpoint in {self.directory} could be restored (tried {', '.join(map(str, reversed(steps)))}). "
+            "If the model's config was changed, undo that; otherwise start again in a new --workdir."
+        )
+
+    def drop_after(self, step: int):
+        """Forget checkpoints newer than the one that was restored: they are damaged and would be in the way."""
+        for newer in self.steps():
+            if newer > step:
+                shutil.rmtree(self.directory / str(newer), ignore_errors=True)
+        self.manager.reload()
+
+
+class _Damaged(Exception):
+    pass
+
+
+def _training(state: TrainState) -> dict:
+    return {"opt_state": state.opt_state, "loss_scale": state.loss_scale}

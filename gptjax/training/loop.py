@@ -1,0 +1,319 @@
+"""The training loop every stage runs: dispatch ahead, read late, save before evaluating, stop cleanly.
+
+The loop never waits for the step it has just dispatched: it reads the metrics of the one before. It does wait
+before a checkpoint, so that metrics.jsonl on disk is never behind the checkpoint a run resumes from.
+"""
+
+import contextlib
+import dataclasses
+import itertools
+import signal
+import sys
+import time
+from collections.abc import Callable, Iterator
+
+import jax
+import numpy as np
+from tqdm import tqdm
+
+from gptjax.errors import InputError
+from gptjax.model.flops import mfu
+from gptjax.objectives.language import bits_per_byte
+from gptjax.training.checkpoint import Checkpointer
+from gptjax.training.metrics import LogConfig, MetricWriter
+from gptjax.training.schedule import Schedule
+from gptjax.training.state import TrainState
+from gptjax.training.step import memory_needed
+
+
+@dataclasses.dataclass(frozen=True)
+class EvalConfig:
+    """every: steps between evaluations; one more before the first step and after the last. batches: how many
+    validation batches; 0 = all of them."""
+
+    every: int = 1000
+    batches: int = 0
+
+    def __post_init__(self):
+        if self.every < 1 or self.batches < 0:
+            raise InputError("eval.every is at least 1 and eval.batches at least 0.")
+
+
+class TrainingDiverged(InputError):
+    """The loss or the gradient stopped being finite."""
+
+
+class Dispatch:
+    """A chunk of consecutive steps as one device call, compiled once for each shape of its batch.
+
+    step_fn: jitted (state, batch, learning rates [steps]) -> (state, metrics [steps]).
+    """
+
+    def __init__(self, step_fn, say=print):
+        self._step_fn, self._compiled, self._say = step_fn, {}, say
+
+    def __call__(self, state, batch, rates):
+        key = jax.tree.structure(batch), tuple(x.shape for x in jax.tree.leaves(batch))
+        if key not in self._compiled:
+            began = time.perf_counter()
+            self._compiled[key] = self._step_fn.lower(state, batch, rates).compile()
+            if len(self._compiled) == 1:
+                self._announce(self._compiled[key], time.perf_counter() - began)
+        return self._compiled[key](state, batch, rates)
+
+    def _announce(self, compiled, seconds):
+        needed = memory_needed(compiled)
+        text = f"compiled the train step in {seconds:.1f} s"
+        if needed:
+            parts = ", ".join(f"{name} {size / 2**20:,.0f} MiB" for name, size in needed.items())
+            text += f"; memory per device: {sum(needed.values()) / 2**20:,.0f} MiB ({parts})"
+        self._say(text)
+
+
+def chunks(start: int, stop: int, size: int, *boundaries: int) -> Iterator[tuple[int, int]]:
+    """(first step, number of steps) of each dispatch; none runs across a multiple of a boundary."""
+    step = start
+    while step < stop:
+        ends = [step + size, stop, *((step // b + 1) * b for b in boundaries if b)]
+        yield step, min(ends) - step
+        step = min(ends)
+
+
+@contextlib.contextmanager
+def stop_on_sigterm():
+    """Yields a list that becomes non-empty when the process is asked to end (preemption, scancel, kill)."""
+    asked: list[int] = []
+    try:
+        old = signal.signal(signal.SIGTERM, lambda number, _: asked.append(number))
+    except ValueError:  # not the main thread: whoever runs us handles signals
+        yield asked
+        return
+    try:
+        yield asked
+    finally:
+        signal.signal(signal.SIGTERM, old)
+
+
+def train(
+    state: TrainState,
+    *,
+    feed: Callable[[Iterator[tuple[int, int]]], Iterator[tuple[int, int, object, list[dict]]]],
+    dispatch: Dispatch,
+    schedule: Schedule,
+    checkpointer: Checkpointer,
+    writer: MetricWriter,
+    evaluate: Callable[[object], dict] | None,
+    checkpoint_every: int,
+    eval_every: int,
+    log: LogConfig,
+    workdir,
+    start_step: int = 0,
+    steps_per_dispatch: int = 1,
+    train_flops_per_token: float = 0.0,
+    stops_on_overflow: bool = True,
+    seconds_before: float = 0.0,
+) -> tuple[TrainState, bool]:
+    """Runs steps start_step .. schedule.steps - 1.
+
+    Args:
+        feed: turns (first step, steps) chunks into (first, steps, device batch, [{'target_bytes': int}, ...]).
+        evaluate: params -> {'loss', 'bits_per_byte', ...}; its record goes to evaluations.jsonl.
+        stops_on_overflow: a step that is not finite ends the run (float16 skips it instead).
+    Returns:
+        (state, whether the run is finished): False after a SIGTERM, with everything saved.
+    Raises:
+        TrainingDiverged: naming the step and the checkpoint to go back to.
+    """
+    devices = jax.devices()
+    clock = _Clock(seconds_before)
+    bar = tqdm(
+        total=schedule.steps, initial=start_step, unit="step", dynamic_ncols=True, file=sys.stderr,
+        disable=jax.process_index() != 0, mininterval=0.5,
+    )  # fmt: skip
+
+    def record(first, count, metrics, infos):
+        metrics = jax.device_get(metrics)
+        seconds = clock.lap() / count
+        for i in range(count):
+            step = first + i + 1
+            if not metrics["finite"][i] and stops_on_overflow:
+                bar.close()
+                _diverged(step, float(metrics["loss_sum"][i]), float(metrics["grad_norm"][i]), checkpointer)
+            if step % log.every and step != schedule.steps:
+                continue
+            count_i = float(metrics["count"][i])
+            nats = float(metrics["loss_sum"][i])
+            line = {
+                "step": step,
+                "tokens_seen": schedule.tokens_before(step),
+                "loss": nats / count_i,
+                "bits_per_byte": float(bits_per_byte(nats, infos[i]["target_bytes"])),
+                "grad_norm": float(metrics["grad_norm"][i]),
+                "learning_rate": schedule.learning_rate(step - 1),
+                "batch_tokens": int(count_i),
+                "tokens_per_second": count_i / seconds,
+                "mfu": mfu(train_flops_per_token * count_i / seconds, devices[0].device_kind, len(devices)),
+                "seconds": clock.total(),
+            }
+            if not stops_on_overflow:
+                line |= {"loss_scale": float(metrics["loss_scale"][i]), "skipped": int(not metrics["finite"][i])}
+            writer.train(line)
+        bar.update(count)
+        if step == first + count and step % log.every == 0:
+            bar.set_postfix_str(
+                f"loss {line['loss']:.3f}, {line['bits_per_byte']:.3f} bits/byte, "
+                f"{line['tokens_per_second']:,.0f} tokens/s",
+                refresh=False,
+            )
+
+    def assess(step):
+        if evaluate is None:
+            return
+        with clock.paused():
+            result = evaluate(state.params)
+            writer.evaluation({"step": step, "tokens_seen": schedule.tokens_before(step), **result})
+            checkpointer.report(step, result["loss"])
+            bar.clear()
+            print(f"step {step}: validation loss {result['loss']:.4f}, {result['bits_per_byte']:.4f} bits/byte")
+
+    def save(step):
+        with clock.paused():
+            writer.flush()
+            return checkpointer.save(step, state, {"seconds": clock.total()})
+
+    evaluated = {line["step"] for line in writer.evaluations()}
+    if start_step not in evaluated:
+        assess(start_step)
+
+    profiler = _Profiler(workdir, start_step + log.profile_start, log.profile_steps)
+    pending, step, saved = None, start_step, start_step if start_step else -1
+    with stop_on_sigterm() as asked_to_stop, profiler:
+        plan = chunks(
+            start_step, schedule.steps, steps_per_dispatch, checkpoint_every, eval_every, *profiler.boundaries
+        )
+        clock.lap()
+        for first, count, batch, infos in feed(plan):
+            profiler.before(first)
+            rates = np.array([schedule.learning_rate(s) for s in range(first, first + count)], np.float32)
+            state, metrics = dispatch(state, batch, rates)
+            if pending is not None:
+                record(*pending)
+            pending, step = (first, count, metrics, infos), first + count
+            at_end = step == schedule.steps or bool(asked_to_stop)
+            if at_end or step % checkpoint_every == 0 or step % eval_every == 0 or step >= profiler.stop_at:
+                record(*pending)
+                pending = None
+            profiler.after(step)
+            if at_end or step % checkpoint_every == 0:
+                if save(step):
+                    saved = step
+            if step % eval_every == 0 or step == schedule.steps:
+                assess(step)
+            if asked_to_stop:
+                break
+    bar.close()
+    on_disk = checkpointer.wait() and saved == step
+    finished = step == schedule.steps
+    if not finished:
+        print(f"asked to stop: saved step {saved}; the same command goes on from there")
+    if not on_disk:
+        raise InputError(
+            f"The run stopped at step {step} but its last checkpoint could not be written: free some disk space and "
+            f"give the same command again, which goes on from step {max(checkpointer.steps(), default=0)}."
+        )
+    return state, finished
+
+
+def _diverged(step, loss, grad_norm, checkpointer):
+    checkpointer.wait()
+    good = checkpointer.steps()
+    where = f"the last good checkpoint is step {good[-1]}" if good else "no checkpoint had been written yet"
+    raise TrainingDiverged(
+        f"The loss became {loss} (gradient norm {grad_norm}) at step {step}; training stopped and {where}. "
+        "Lower optimizer.learning_rate, lengthen schedule.warmup_tokens, or look at the data of that step."
+    )
+
+
+class _Clock:
+    """Wall time spent training: compiling, evaluating and saving are not counted."""
+
+    def __init__(self, before: float):
+        self._total, self._last, self._out = before, time.perf_counter(), 0.0
+
+    def lap(self) -> float:
+        """Seconds since the last lap, pauses left out."""
+        now = time.perf_counter()
+        seconds, self._last, self._out = max(now - self._last - self._out, 1e-9), now, 0.0
+        self._total += seconds
+        return seconds
+
+    def total(self) -> float:
+        return self._total
+
+    @contextlib.contextmanager
+    def paused(self):
+        began = time.perf_counter()
+        yield
+        self._out += time.perf_counter() - began
+
+
+class _Profiler(contextlib.AbstractContextManager):
+    """A trace of steps start .. stop - 1 in workdir/profile, for TensorBoard or xprof."""
+
+    def __init__(self, workdir, start, steps):
+        self.directory, self.start = str(workdir) + "/profile", start
+        self.stop_at = start + steps if steps else float("inf")
+        self.boundaries = ()
+        self._steps, self._on = steps, False
+
+    def before(self, step):
+        if self._steps and not self._on and self.start <= step < self.stop_at:
+            jax.profiler.start_trace(self.directory)
+            self._on = True
+
+    def after(self, step):
+        if self._on and step >= self.stop_at:
+            self.__exit__(None, None, None)
+            print(f"profile of steps {self.start}..{step - 1}: {self.directory}")
+
+    def __exit__(self, *exc):
+        if self._on:
+            jax.profiler.stop_trace()
+            self._on, self._steps = False, 0
+            self.stop_at = float("inf")
+
+
+def micro_batches(batch: dict[str, np.ndarray], microbatch_rows: int) -> dict[str, np.ndarray]:
+    """[rows, ...] -> [micro-batches, rows of one, ...]."""
+    return {k: v.reshape(-1, microbatch_rows, *v.shape[1:]) for k, v in batch.items()}
+
+
+def device_feed(read: Callable[[int, int], Iterator[tuple[int, dict]]], microbatch_rows: int, sharding, start, stop):
+    """The `feed` of `train` for batches read one step at a time.
+
+    Args:
+        read: (start, stop) -> iterator of (step, batch of numpy arrays and scalars), this host's rows only.
+        microbatch_rows: this host's rows of one micro-batch.
+        sharding: of arrays [steps, micro-batches, rows, ...].
+    """
+
+    def feed(plan):
+        batches = read(start, stop)
+        for first, count in plan:
+            arrays, infos = [], []
+            for step, batch in itertools.islice(batches, count):
+                assert step == first + len(infos), "the loader and the loop disagree on the step"
+                infos.append({k: v for k, v in batch.items() if not isinstance(v, np.ndarray)})
+                arrays.append(
+                    micro_batches({k: v for k, v in batch.items() if isinstance(v, np.ndarray)}, microbatch_rows)
+                )
+            stacked = jax.tree.map(lambda *xs: np.stack(xs), *arrays)
+            yield first, count, jax.tree.map(lambda a: global_array(a, sharding), stacked), infos
+
+    return feed
+
+
+def global_array(local: np.ndarray, sharding):
+    if jax.process_count() == 1:
+        return jax.device_put(local, sharding)
+    return jax.make_array_from_process_local_data(sharding, local)

@@ -1,0 +1,124 @@
+"""Where figures go: metrics.jsonl first, TensorBoard always, Weights & Biases if asked."""
+
+import dataclasses
+import json
+import math
+import os
+
+import jax
+from etils import epath
+
+
+@dataclasses.dataclass(frozen=True)
+class LogConfig:
+    """every: steps between lines of metrics.jsonl. tensorboard, wandb: further places.
+    profile_start, profile_steps: trace these steps into workdir/profile (0 steps = no trace)."""
+
+    every: int = 1
+    tensorboard: bool = True
+    wandb: bool = False
+    profile_start: int = 10
+    profile_steps: int = 0
+
+
+class JsonLines:
+    """An append-only file of one JSON object per step, each step once.
+
+    Taking a run up again at `start_step` drops the lines after it, and a last line cut short by a kill.
+    """
+
+    def __init__(self, path, start_step: int = 0):
+        self.path = epath.Path(path)
+        kept = [line for line in self.read(path) if line["step"] <= start_step]
+        if self.path.exists():
+            temporary = self.path.parent / f".{self.path.name}.tmp"
+            temporary.write_text("".join(json.dumps(line) + "\n" for line in kept))
+            temporary.replace(self.path)
+        self._file = open(os.fspath(self.path), "a") if "://" not in str(self.path) else self.path.open("a")
+
+    def write(self, record: dict):
+        self._file.write(json.dumps({k: _finite(v) for k, v in record.items()}) + "\n")
+
+    def flush(self):
+        self._file.flush()
+
+    def close(self):
+        self._file.close()
+
+    @staticmethod
+    def read(path) -> list[dict]:
+        """The whole lines of a file; [] if there is none."""
+        path = epath.Path(path)
+        if not path.exists():
+            return []
+        lines = []
+        for line in path.read_text().splitlines():
+            try:
+                lines.append(json.loads(line))
+            except json.JSONDecodeError:
+                break  # cut short by a kill
+        return lines
+
+
+def _finite(value):
+    """JSON has no NaN."""
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+class MetricWriter:
+    """metrics.jsonl (training), evaluations.jsonl, TensorBoard and W&B, from host 0 only."""
+
+    def __init__(self, workdir, config: LogConfig, start_step: int = 0, run_config: dict | None = None):
+        self.active = jax.process_index() == 0
+        if not self.active:
+            return
+        workdir = epath.Path(workdir)
+        self._train = JsonLines(workdir / "metrics.jsonl", start_step)
+        self._eval = JsonLines(workdir / "evaluations.jsonl", start_step)
+        self._board = self._wandb = None
+        if config.tensorboard:
+            from tensorboardX import SummaryWriter
+
+            self._board = SummaryWriter(str(workdir / "tensorboard"), purge_step=start_step + 1, flush_secs=30)
+        if config.wandb:
+            import wandb
+
+            id_file = workdir / "wandb_id"
+            if not id_file.exists():
+                id_file.write_text(wandb.util.generate_id())
+            self._wandb = wandb.init(id=id_file.read_text(), resume="allow", config=run_config, dir=str(workdir))
+
+    def train(self, record: dict):
+        self._put(self._train if self.active else None, "train", record)
+
+    def evaluation(self, record: dict):
+        self._put(self._eval if self.active else None, "eval", record)
+        self.flush()
+
+    def _put(self, lines, prefix, record):
+        if not self.active:
+            return
+        lines.write(record)
+        scalars = {f"{prefix}/{k}": v for k, v in record.items() if isinstance(v, int | float) and k != "step"}
+        if self._board is not None:
+            for name, value in scalars.items():
+                self._board.add_scalar(name, value, record["step"])
+        if self._wandb is not None:
+            self._wandb.log(scalars, step=record["step"])
+
+    def evaluations(self) -> list[dict]:
+        return JsonLines.read(self._eval.path) if self.active else []
+
+    def flush(self):
+        if self.active:
+            self._train.flush()
+            self._eval.flush()
+
+    def close(self):
+        if self.active:
+            self._train.close()
+            self._eval.close()
+            if self._board is not None:
+                self._board.close()
+            if self._wandb is not None:
+                self._wandb.finish()

@@ -1,0 +1,92 @@
+"""AdamW and GPT-1's own Adam, as optax transformations that give the step for a learning rate of 1.
+
+The train step multiplies by the learning rate of that step (schedule.py), so optimiser state holds no
+schedule and a run resumed with another length stays readable.
+"""
+
+import dataclasses
+import re
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from gptjax.errors import InputError
+
+DECAYED = r"(^|/)(kernel|wte|wpe|lm_head)$"  # never biases or gains, whatever their stacked rank
+
+
+@dataclasses.dataclass(frozen=True)
+class OptimizerConfig:
+    """name: 'adamw' (Loshchilov & Hutter 2019) or 'gpt1_adam'. weight_decay applies to the parameters whose
+    path matches `decayed`; GPT-3 says only "weight decay of 0.1", the choice of parameters is ours (nanoGPT's:
+    matrices and embeddings). clip_norm: global norm the gradient is cut to; 0 = no clipping."""
+
+    name: str = "adamw"
+    learning_rate: float = 6e-4
+    b1: float = 0.9
+    b2: float = 0.95
+    eps: float = 1e-8
+    weight_decay: float = 0.1
+    decayed: str = DECAYED
+    clip_norm: float = 1.0
+
+    def __post_init__(self):
+        if self.name not in ("adamw", "gpt1_adam"):
+            raise InputError(f"optimizer.name={self.name!r}: choose adamw or gpt1_adam.")
+        if self.learning_rate <= 0 or not 0 <= self.b1 < 1 or not 0 <= self.b2 < 1 or self.clip_norm < 0:
+            raise InputError("optimizer: learning_rate > 0, b1 and b2 in [0, 1), clip_norm >= 0.")
+        try:
+            re.compile(self.decayed)
+        except re.error as error:
+            raise InputError(f"optimizer.decayed is not a regular expression: {error}.") from error
+
+
+def parameter_path(path) -> str:
+    """'blocks/mlp/c_fc/kernel' for a key path of jax.tree_util."""
+    return "/".join(str(k.key) for k in path)
+
+
+def decay_mask(params, pattern: str = DECAYED):
+    """Tree of bool: which parameters weight decay touches, by name."""
+    return jax.tree_util.tree_map_with_path(lambda path, _: bool(re.search(pattern, parameter_path(path))), params)
+
+
+def make_optimizer(c: OptimizerConfig) -> optax.GradientTransformation:
+    """Updates to be multiplied by the learning rate and added to the parameters. Clipping is the step's."""
+    mask = lambda params: decay_mask(params, c.decayed)
+    if c.name == "gpt1_adam":
+        return gpt1_adam(c.b1, c.b2, c.eps, c.weight_decay, mask)
+    return optax.adamw(1.0, b1=c.b1, b2=c.b2, eps=c.eps, weight_decay=c.weight_decay, mask=mask)
+
+
+class Gpt1AdamState(NamedTuple):
+    count: jax.Array  # int32
+    mu: optax.Updates
+    nu: optax.Updates
+
+
+def gpt1_adam(b1, b2, eps, weight_decay, mask) -> optax.GradientTransformation:
+    """Adam as openai/finetune-transformer-lm's opt.py has it, which is not AdamW:
+
+        p <- p - lr sqrt(1 - b2^t)/(1 - b1^t) (m/(sqrt(v) + eps) + l2 p)
+
+    eps is added before the bias correction ("eps-hat") and the correction multiplies the decay too.
+    """
+
+    def init(params):
+        zeros = lambda: jax.tree.map(jnp.zeros_like, params)
+        return Gpt1AdamState(jnp.zeros((), jnp.int32), zeros(), zeros())
+
+    def update(grads, state, params):
+        count = state.count + 1
+        t = count.astype(jnp.float32)
+        correction = jnp.sqrt(1 - b2**t) / (1 - b1**t)
+        mu = jax.tree.map(lambda m, g: b1 * m + (1 - b1) * g, state.mu, grads)
+        nu = jax.tree.map(lambda v, g: b2 * v + (1 - b2) * g * g, state.nu, grads)
+        decay = jax.tree.map(lambda p, on: weight_decay * p if on else 0.0, params, mask(params))
+        updates = jax.tree.map(lambda m, v, d: -correction * (m / (jnp.sqrt(v) + eps) + d), mu, nu, decay)
+        return updates, Gpt1AdamState(count, mu, nu)
+
+    return optax.GradientTransformation(init, update)

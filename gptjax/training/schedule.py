@@ -1,0 +1,115 @@
+"""How long a run is and what each step takes: batch size and learning rate as pure functions of the step.
+
+Everything is closed-form arithmetic in Python floats: no state to save, the same on every host.
+"""
+
+import dataclasses
+import math
+
+from gptjax.errors import InputError
+
+
+@dataclasses.dataclass(frozen=True)
+class ScheduleConfig:
+    """Learning rate over tokens, and the batch-size ramp.
+
+    kind: what follows the warm-up: 'cosine', 'linear' (both fall to final_fraction) or 'constant'.
+    warmup_tokens: linear from 0.
+    decay_tokens: where the fall ends, counted from the first token (GPT-3: 260B of 300B); None = the end.
+    ramp_tokens: tokens over which the batch grows linearly in tokens (GPT-3 appendix B: 4-12B); 0 = none.
+    ramp_start_batch_tokens, ramp_full_batch_tokens: its ends, in tokens per batch; the full batch is at
+        most batch_size x context_length.
+    """
+
+    kind: str = "cosine"
+    warmup_tokens: float = 0.0
+    decay_tokens: float | None = None
+    final_fraction: float = 0.1
+    ramp_tokens: float = 0.0
+    ramp_start_batch_tokens: float = 32_000.0
+    ramp_full_batch_tokens: float | None = None
+
+    def __post_init__(self):
+        if self.kind not in ("cosine", "linear", "constant"):
+            raise InputError(f"schedule.kind={self.kind!r}: choose cosine, linear or constant.")
+        if self.warmup_tokens < 0 or self.ramp_tokens < 0 or not 0 <= self.final_fraction <= 1:
+            raise InputError("schedule: warmup_tokens and ramp_tokens are >= 0, final_fraction is in [0, 1].")
+
+
+class Schedule:
+    """Steps are counted from 0; a step's batch is sequences_before(step) .. sequences_before(step + 1).
+
+    Under the ramp the batch B(n) after n tokens grows linearly, dB/dn = (B1 - B0)/T. The tokens seen after t
+    steps solve dn/dt = B(n): n(t) = T B0/(B1 - B0) (exp(t (B1 - B0)/T) - 1). The ramp therefore takes
+    T/(B1 - B0) ln(B1/B0) steps: 17,444 for GPT-3 175B. Offsets are rounded to whole sequences, so no token
+    is dropped or doubled and any step's batch can be found without the ones before it.
+    """
+
+    def __init__(self, config: ScheduleConfig, *, batch_size, context_length, learning_rate, steps=None, tokens=None):
+        self.config, self.context_length, self.batch_size = config, context_length, batch_size
+        self.peak = learning_rate
+        capacity = float(batch_size * context_length)
+        self.full = capacity
+        if config.ramp_tokens:
+            self.full = min(config.ramp_full_batch_tokens or capacity, capacity)
+        self.start = min(config.ramp_start_batch_tokens, self.full)
+        if config.ramp_tokens and self.start < context_length:
+            raise InputError("schedule.ramp_start_batch_tokens is less than one sequence (model.context_length).")
+        self.ramping = bool(config.ramp_tokens) and self.start < self.full
+        self.ramp_steps = self._ramp_length() if self.ramping else 0.0
+        if steps is None:
+            if tokens is None:
+                raise InputError("Say how long to train: --config.steps, --config.tokens or --config.epochs.")
+            steps = math.ceil(self._steps_for(tokens) - 1e-9)
+        if steps < 1:
+            raise InputError(f"The run has {steps} steps; it needs at least one.")
+        self.steps = int(steps)
+
+    def _ramp_length(self):
+        grow = self.full - self.start
+        return self.config.ramp_tokens / grow * math.log(self.full / self.start)
+
+    def _steps_for(self, tokens):
+        if not self.ramping:
+            return tokens / self.full
+        if tokens >= self.config.ramp_tokens:
+            return self.ramp_steps + (tokens - self.config.ramp_tokens) / self.full
+        grow = (self.full - self.start) / self.config.ramp_tokens
+        return math.log1p(tokens * grow / self.start) / grow
+
+    def _tokens_at(self, step):
+        if not self.ramping:
+            return step * self.full
+        if step >= self.ramp_steps:
+            return self.config.ramp_tokens + (step - self.ramp_steps) * self.full
+        grow = (self.full - self.start) / self.config.ramp_tokens
+        return self.start / grow * math.expm1(step * grow)
+
+    def sequences_before(self, step: int) -> int:
+        return round(self._tokens_at(step) / self.context_length)
+
+    def sequences(self, step: int) -> int:
+        return self.sequences_before(step + 1) - self.sequences_before(step)
+
+    def tokens_before(self, step: int) -> int:
+        return self.sequences_before(step) * self.context_length
+
+    @property
+    def total_tokens(self) -> int:
+        return self.tokens_before(self.steps)
+
+    def learning_rate(self, step: int) -> float:
+        """Of a step, at the tokens seen once it is done: the first is above 0, the last is the final one."""
+        return self.peak * self.fraction(self.tokens_before(step + 1))
+
+    def fraction(self, tokens: float) -> float:
+        """Learning rate over its peak after so many tokens; the fall is measured from the end of warm-up."""
+        c = self.config
+        if tokens < c.warmup_tokens:
+            return tokens / c.warmup_tokens
+        if c.kind == "constant":
+            return 1.0
+        end = c.decay_tokens or self.total_tokens
+        x = min(max((tokens - c.warmup_tokens) / max(end - c.warmup_tokens, 1e-9), 0.0), 1.0)
+        fall = 0.5 * (1 + math.cos(math.pi * x)) if c.kind == "cosine" else 1 - x
+        return c.final_fraction + (1 - c.final_fraction) * fall

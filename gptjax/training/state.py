@@ -1,0 +1,57 @@
+"""The train state: one pytree with everything a step changes, and how it is born sharded."""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import NamedSharding, PartitionSpec
+
+from gptjax.model import gpt
+from gptjax.model.spec import GPTConfig
+from gptjax.parallel.rules import parameter_shardings
+from gptjax.training.precision import LossScale, PrecisionConfig, initial_loss_scale
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class TrainState:
+    """Random numbers are not here: every key is folded from (seed, step), so there is nothing to save."""
+
+    step: jax.Array  # int32: steps done
+    params: Any  # float32
+    opt_state: Any
+    loss_scale: LossScale
+
+
+def new_state(params, tx: optax.GradientTransformation, precision: PrecisionConfig) -> TrainState:
+    return TrainState(jnp.int32(0), params, tx.init(params), initial_loss_scale(precision))
+
+
+def state_shardings(boxed_params, tx, precision: PrecisionConfig, mesh) -> tuple[TrainState, TrainState]:
+    """(abstract state, its shardings). Optimiser moments lie like their parameters; scalars everywhere.
+
+    jit(tx.init) alone would put a whole copy of the moments on every device: zeros depend on no input.
+    """
+    param_shardings = parameter_shardings(boxed_params, mesh)
+    params = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), _unboxed(boxed_params))
+    abstract = jax.eval_shape(lambda p: new_state(p, tx, precision), params)
+    whole = NamedSharding(mesh, PartitionSpec())
+    opt = optax.tree.map_params(
+        tx, lambda _, s: s, abstract.opt_state, param_shardings, transform_non_params=lambda _: whole
+    )
+    scale = jax.tree.map(lambda _: whole, abstract.loss_scale)
+    return abstract, TrainState(whole, param_shardings, opt, scale)
+
+
+def _unboxed(boxed):
+    import flax.linen as nn
+
+    return nn.meta.unbox(boxed)
+
+
+def init_state(config: GPTConfig, tx, precision, shardings: TrainState, seed: int) -> TrainState:
+    """Fresh parameters and optimiser state, each shard made on its own device."""
+    make = lambda key: new_state(gpt.init(config, key), tx, precision)
+    return jax.jit(make, out_shardings=shardings)(jax.random.key(seed))

@@ -1,0 +1,134 @@
+"""The train and evaluation steps, for any loss that is a sum over tokens.
+
+A loss function takes (params, microbatch, dropout_key) and returns (sum, count). Gradients of the sums are
+accumulated over micro-batches in float32 and divided once by the count of the whole global batch, so that
+one big batch and many small ones give the same step however their tokens are spread.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax import lax
+from jax.sharding import NamedSharding, PartitionSpec
+
+from gptjax.model import gpt
+from gptjax.model.spec import GPTConfig
+from gptjax.objectives.language import cross_entropy_sum
+from gptjax.training.precision import PrecisionConfig, next_loss_scale
+from gptjax.training.state import TrainState
+
+
+def causal_lm_loss(config: GPTConfig, dtype, chunk: int, mesh=None):
+    """-log p(next token) (GPT-1 eq. 1). Microbatch: tokens int [rows, time + 1], weights [rows, time], and
+    optionally segment_ids and positions [rows, time]."""
+
+    def loss(params, batch, dropout_key):
+        tokens = batch["tokens"]
+        x = gpt.hidden(
+            params, config, tokens[:, :-1],
+            positions=batch.get("positions"), segment_ids=batch.get("segment_ids"),
+            dropout_key=dropout_key, dtype=dtype, mesh=mesh,
+        )  # fmt: skip
+        w = gpt.unembedding(params, config)
+        return cross_entropy_sum(x, w, tokens[:, 1:], batch["weights"], chunk), batch["weights"].sum()
+
+    return loss
+
+
+def train_step(loss_fn, tx, clip_norm: float, precision: PrecisionConfig, seed: int, dropout: bool):
+    """Returns step(state, (batch, learning_rate)) -> (state, metrics), to be jitted or scanned over.
+
+    Every array of the batch is [micro-batches, rows, ...]. metrics: loss_sum, count, grad_norm, finite,
+    loss_scale. A step whose loss or gradient is not finite changes nothing but the counters.
+    """
+
+    def step(state: TrainState, batch_and_rate):
+        batch, learning_rate = batch_and_rate
+        n_micro, rows, time = batch["weights"].shape
+        key = jax.random.fold_in(jax.random.key(seed), state.step)
+        # A static denominator keeps the scaled loss near a mean: float16 would overflow on a sum.
+        scale = state.loss_scale.scale / (rows * time)
+
+        def scaled_loss(params, micro, index):
+            total, count = loss_fn(params, micro, jax.random.fold_in(key, index) if dropout else None)
+            return total * scale, (total, count)
+
+        gradient = jax.grad(scaled_loss, has_aux=True)
+
+        def accumulate(carry, indexed):
+            grads, sums = carry
+            g, (total, count) = gradient(state.params, *indexed)
+            return (jax.tree.map(jnp.add, grads, g), (sums[0] + total, sums[1] + count)), None
+
+        if n_micro == 1:
+            grads, (total, count) = gradient(state.params, jax.tree.map(lambda a: a[0], batch), 0)
+        else:
+            zeros = jax.tree.map(jnp.zeros_like, state.params)
+            start = (zeros, (jnp.float32(0), jnp.float32(0)))
+            (grads, (total, count)), _ = lax.scan(accumulate, start, (batch, jnp.arange(n_micro)))
+        inverse = 1 / (scale * jnp.maximum(count, 1))
+        grads = jax.tree.map(lambda g: g * inverse, grads)
+
+        grad_norm = optax.tree.norm(grads)
+        finite = jnp.isfinite(grad_norm) & jnp.isfinite(total)
+        if clip_norm:
+            shrink = jnp.minimum(1.0, clip_norm / jnp.maximum(grad_norm, 1e-12))
+            grads = jax.tree.map(lambda g: g * shrink, grads)
+        updates, opt_state = tx.update(grads, state.opt_state, state.params)
+        params = jax.tree.map(lambda p, u: p + learning_rate * u, state.params, updates)
+        keep = functools.partial(jax.tree.map, lambda new, old: jnp.where(finite, new, old))
+        new = TrainState(
+            step=state.step + 1,
+            params=keep(params, state.params),
+            opt_state=keep(opt_state, state.opt_state),
+            loss_scale=next_loss_scale(precision, state.loss_scale, finite),
+        )
+        metrics = {
+            "loss_sum": total,
+            "count": count,
+            "grad_norm": grad_norm,
+            "finite": finite,
+            "loss_scale": state.loss_scale.scale,
+        }
+        return new, metrics
+
+    return step
+
+
+def jit_train_step(step, shardings: TrainState):
+    """Jitted and donated, over arrays with a leading axis of steps: [steps, micro-batches, rows, ...].
+
+    Small models spend longer being dispatched than computed, so several steps go in one dispatch.
+    """
+
+    def steps(state, batches, learning_rates):
+        if learning_rates.shape[0] == 1:  # no loop: XLA:CPU runs straight-line code faster
+            state, metrics = step(state, (jax.tree.map(lambda a: a[0], batches), learning_rates[0]))
+            return state, jax.tree.map(lambda m: m[None], metrics)
+        return lax.scan(step, state, (batches, learning_rates))
+
+    whole = NamedSharding(shardings.step.mesh, PartitionSpec())
+    return jax.jit(steps, donate_argnums=0, out_shardings=(shardings, whole))
+
+
+def jit_eval_step(loss_fn, mesh):
+    """eval_step(params, batch) -> (loss sum, count), the batch without a micro-batch axis."""
+    whole = NamedSharding(mesh, PartitionSpec())
+    return jax.jit(lambda params, batch: loss_fn(params, batch, None), out_shardings=(whole, whole))
+
+
+def batch_sharding(mesh, leading: int) -> NamedSharding:
+    """Rows over data and fsdp, behind `leading` whole axes."""
+    return NamedSharding(mesh, PartitionSpec(*(None,) * leading, ("data", "fsdp")))
+
+
+def memory_needed(compiled) -> dict[str, int] | None:
+    """Bytes per device as the compiler counts them, or None where the backend does not say."""
+    analysis = compiled.memory_analysis()
+    if analysis is None:
+        return None
+    arguments, temporaries = analysis.argument_size_in_bytes, analysis.temp_size_in_bytes
+    outputs = analysis.output_size_in_bytes - analysis.alias_size_in_bytes
+    return {"state and batch": arguments, "temporaries": temporaries, "outputs": max(outputs, 0)}

@@ -1,0 +1,201 @@
+"""transformers and gptjax compute the same logits and the same text from the same files, both ways.
+
+Runs in an environment of its own (requirements-peers.txt), offline.
+"""
+
+import dataclasses
+import functools
+import json
+import os
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from gptjax.data.tokenizer import character_tokenizer, load_gpt1, train_bpe
+from gptjax.interop import huggingface
+from gptjax.model import gpt
+from gptjax.model.spec import GPTConfig
+
+os.environ["HF_HUB_OFFLINE"] = "1"  # read when transformers is imported
+NEEDS = "needs torch and transformers: pip install -r requirements-peers.txt"
+torch = pytest.importorskip("torch", reason=NEEDS)
+transformers = pytest.importorskip("transformers", reason=NEEDS)
+
+TOLERANCE = 2e-5  # of a float32 logit of size about 1
+SHAPES = [  # vocabulary, layers, heads, width, context
+    GPTConfig(61, 1, 1, 16, 9),
+    GPTConfig(97, 3, 4, 32, 40),
+    GPTConfig(50, 2, 3, 48, 130),  # head width 16, context neither a power of 2 nor below one block
+]
+VARIANTS = [("pre", True), ("pre", False), ("post", True), ("post", False)]
+shapes = pytest.mark.parametrize("shape", SHAPES, ids=lambda c: f"{c.n_layer}x{c.d_model}")
+variants = pytest.mark.parametrize("norm, tied", VARIANTS, ids=lambda v: str(v))
+MODELS = {
+    "pre": (transformers.GPT2Config, transformers.GPT2LMHeadModel),
+    "post": (transformers.OpenAIGPTConfig, transformers.OpenAIGPTLMHeadModel),
+}
+
+
+def tokens_for(config, time=None):
+    time = time or config.context_length
+    return np.random.default_rng(1).integers(0, config.vocab_size, (2, time))
+
+
+def our_logits(config, params, tokens):
+    with jax.default_matmul_precision("highest"):
+        return np.asarray(gpt.logits(params, config, gpt.hidden(params, config, tokens)))
+
+
+def their_logits(model, tokens):
+    with torch.no_grad():
+        return model.eval()(torch.from_numpy(tokens)).logits.numpy()
+
+
+def random_params(config, seed=0):
+    """Every parameter random: gains about 1 +- .3, biases +- .3, matrices so that logits are of size 1."""
+    rng = np.random.default_rng(seed)
+    shapes = jax.eval_shape(lambda key: gpt.init(config, key), jax.random.key(0))
+
+    def draw(path, x):
+        name = path[-1].key
+        std = {"scale": 0.3, "bias": 0.3, "kernel": x.shape[1] ** -0.5 if x.ndim > 1 else 0}.get(name, 0.3)
+        return (rng.standard_normal(x.shape) * std + (name == "scale")).astype(np.float32)
+
+    return jax.tree_util.tree_map_with_path(draw, shapes)
+
+
+@shapes
+@variants
+def test_weights_of_transformers_give_its_logits(tmp_path, shape, norm, tied):
+    settings, model_class = MODELS[norm]
+    torch.manual_seed(0)
+    model = model_class(
+        settings(
+            vocab_size=shape.vocab_size, n_layer=shape.n_layer, n_head=shape.n_head, n_embd=shape.d_model,
+            n_positions=shape.context_length, tie_word_embeddings=tied,
+        )
+    )  # fmt: skip
+    for name, parameter in model.named_parameters():
+        gain = "ln_" in name and name.endswith("weight")
+        std = shape.d_model**-0.5 if parameter.ndim == 2 else 0.3
+        torch.nn.init.normal_(parameter, mean=1.0 if gain else 0.0, std=std)
+    model.save_pretrained(tmp_path)
+    config, params = huggingface.read(tmp_path)
+    expected = dataclasses.replace(shape, norm=norm, tied_head=tied, dropout=0.1)
+    assert config == expected
+    tokens = tokens_for(config)
+    ours, theirs = our_logits(config, params, tokens), their_logits(model, tokens)
+    assert 0.3 < theirs.std() < 5  # or the tolerance would mean nothing
+    np.testing.assert_allclose(ours, theirs, rtol=0, atol=TOLERANCE)
+
+
+@shapes
+@variants
+def test_our_weights_give_our_logits_in_transformers(tmp_path, shape, norm, tied):
+    config = dataclasses.replace(shape, norm=norm, tied_head=tied)
+    params = random_params(config)
+    huggingface.write(tmp_path / "a", config, params)
+    model, report = transformers.AutoModelForCausalLM.from_pretrained(
+        tmp_path / "a", output_loading_info=True
+    )
+    assert not any(report[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    assert type(model) is MODELS[norm][1] and model.dtype == torch.float32
+    tokens = tokens_for(config)
+    ours, theirs = our_logits(config, params, tokens), their_logits(model, tokens)
+    assert 0.3 < ours.std() < 5
+    np.testing.assert_allclose(ours, theirs, rtol=0, atol=TOLERANCE)
+
+
+def test_transformers_saves_an_export_in_shards_that_are_read_back(tmp_path):
+    """More position rows than any input uses; bfloat16; shards as transformers itself cuts them."""
+    config = GPTConfig(61, 2, 2, 32, context_length=300)
+    huggingface.write(tmp_path / "a", config, random_params(config))
+    model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "a", dtype=torch.bfloat16)
+    model.save_pretrained(tmp_path / "b", max_shard_size="40KB")
+    assert (tmp_path / "b/model.safetensors.index.json").exists()
+    found, params = huggingface.read(tmp_path / "b")
+    assert found == config
+    tokens = tokens_for(config, time=11)
+    np.testing.assert_allclose(
+        our_logits(found, params, tokens), their_logits(model.float(), tokens), rtol=0, atol=TOLERANCE
+    )
+
+
+# --- Text -------------------------------------------------------------------------------------------------
+
+TEXT = [
+    "def read(path):\n    return open(path).read()  # naïve, 12 lines\n\n\n",
+    "The quick brown fox isn't lazy; it jumps   over 345 dogs — and a café.\n",
+] * 4
+PROMPT = "The fox jumps over"
+
+
+def gpt1_like(tmp_path):
+    """A vocabulary in GPT-1's files: characters, characters that end a word, two merges."""
+    characters = sorted(set("".join(TEXT).lower()) - set(" \n"))
+    tokens = ["<unk>", *characters, *(f"{c}</w>" for c in characters), "th", "the</w>"]
+    (tmp_path / "encoder_bpe_40000.json").write_text(json.dumps({token: i for i, token in enumerate(tokens)}))
+    (tmp_path / "vocab_40000.bpe").write_text("#version: 0.2\nt h\nth e</w>\n")
+    return load_gpt1(tmp_path)
+
+
+MAKE_TOKENIZER = {
+    "bpe": lambda _: train_bpe(TEXT, 300),
+    "char": lambda _: character_tokenizer(TEXT),
+    "gpt1": gpt1_like,
+}
+
+
+def greedy(config, params, prompt, n_new, eot):
+    """By full forwards over the whole row, padded to one shape; stops after end-of-text."""
+
+    @functools.partial(jax.jit, static_argnums=2)
+    def best(params, tokens, config):
+        return gpt.logits(params, config, gpt.hidden(params, config, tokens)).argmax(-1)
+
+    ids = list(prompt)
+    for _ in range(n_new):
+        row = np.zeros((1, len(prompt) + n_new), np.int32)
+        row[0, : len(ids)] = ids
+        ids.append(int(best(params, jnp.asarray(row), config)[0, len(ids) - 1]))
+        if ids[-1] == eot:
+            break
+    return ids
+
+
+@pytest.mark.parametrize(
+    "norm, tied, kind, tokenizer_class",
+    [
+        ("pre", True, "bpe", "GPT2Tokenizer"),
+        ("pre", False, "bpe", "GPT2Tokenizer"),
+        ("pre", True, "char", "TokenizersBackend"),
+        ("post", True, "gpt1", "OpenAIGPTTokenizer"),
+        ("post", True, "bpe", "GPT2Tokenizer"),
+    ],
+)
+def test_greedy_text_is_the_same(tmp_path, norm, tied, kind, tokenizer_class):
+    if kind == "gpt1":
+        pytest.importorskip("spacy", reason="GPT-1's tokenizer needs spaCy's word rules")
+    tokenizer = MAKE_TOKENIZER[kind](tmp_path)
+    config = GPTConfig(tokenizer.vocab_size + 3, 2, 2, 32, 48, norm=norm, tied_head=tied)  # padded vocabulary
+    params = random_params(config, seed=1)
+    # So that it writes varied text, and only tokens that exist.
+    params["wte"] *= 0.1
+    params["wte" if tied else "lm_head"][tokenizer.vocab_size :] = 0.0
+    huggingface.write(tmp_path / "a", config, params, tokenizer)
+
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path / "a")
+    assert type(theirs).__name__ == tokenizer_class
+    assert len(theirs) == tokenizer.vocab_size
+    for text in [PROMPT, *TEXT[: 0 if kind == "gpt1" else 2]]:  # GPT-1's rules differ there at punctuation
+        assert theirs(text)["input_ids"] == tokenizer.encode(text)
+
+    model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "a")
+    prompt = theirs(PROMPT, return_tensors="pt")
+    written = model.generate(**prompt, max_new_tokens=24, do_sample=False)[0]
+    ids = greedy(config, params, tokenizer.encode(PROMPT), 24, tokenizer.eot_id)
+    assert written.tolist() == ids
+    assert theirs.decode(written) == tokenizer.decode(ids)
+    assert len(set(ids[-24:])) >= 5

@@ -1,0 +1,304 @@
+"""Tokenizers: golden ids of GPT-1 and GPT-2, exact round trips, saving, and every refusal."""
+
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tokenizers
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+from tokenizers import decoders, models, pre_tokenizers
+
+from gptjax.data import tokenizer as tok
+from gptjax.data.tokenizer import (
+    Tokenizer,
+    character_tokenizer,
+    load_gpt1,
+    load_gpt2,
+    make_tokenizer,
+    train_bpe,
+)
+from gptjax.errors import InputError
+
+VOCABULARIES = Path(__file__).parents[2] / "shared" / "data" / "tokenizers"
+needs_vocabularies = pytest.mark.skipif(
+    not VOCABULARIES.is_dir(), reason="OpenAI's vocabulary files are not on this machine"
+)
+TEXT = "The quick brown fox, the lazy dog's den: naïve café 日本語 🙂\n\n\tdef f(x):  return x\r\n" * 20
+TRICKY = st.text(alphabet=" \n\t\r\u00a0\u2003\u0085\u2028\x1c\u200bab1,'sé日", max_size=80)
+
+
+def no_texts():
+    raise AssertionError("a tokenizer from files must not read the source")
+
+
+@pytest.fixture(scope="module")
+def bpe():
+    return train_bpe([TEXT], 320)
+
+
+@pytest.fixture(scope="module")
+def gpt2():
+    return load_gpt2(VOCABULARIES / "gpt2")
+
+
+@needs_vocabularies
+@pytest.mark.parametrize(
+    "text, ids",
+    [  # tiktoken's ids
+        ("Hello world", [15496, 995]),
+        ("Hello, my dog is cute", [15496, 11, 616, 3290, 318, 13779]),
+        (" hello  world\n\n", [23748, 220, 995, 628]),
+        (
+            "The quick brown fox jumps over the lazy dog.",
+            [464, 2068, 7586, 21831, 18045, 625, 262, 16931, 3290, 13],
+        ),
+        ("I'm we'll they've I'LL", [40, 1101, 356, 1183, 484, 1053, 314, 6, 3069]),
+        ("12345 67", [10163, 2231, 8275]),
+        ("naïve café 日本語 🙂", [2616, 38776, 40304, 10545, 245, 98, 17312, 105, 45739, 252, 32485]),
+        ("tabs\tand   spaces  end  ", [8658, 82, 197, 392, 220, 220, 9029, 220, 886, 220, 220]),
+        ("TL;DR:", [14990, 26, 7707, 25]),
+    ],
+)
+def test_gpt2_golden_ids(gpt2, text, ids):
+    assert gpt2.encode(text) == ids
+    assert gpt2.decode(ids) == text
+
+
+@needs_vocabularies
+def test_gpt2_vocabulary(gpt2):
+    assert (gpt2.kind, gpt2.vocab_size, gpt2.eot_id) == ("bpe", 50257, 50256)
+    assert gpt2.byte_lengths[[0, 50256, 995]].tolist() == [1, 1, len(" world")]
+
+
+@needs_vocabularies
+@pytest.mark.parametrize(
+    "text, ids",
+    [  # papers.md §1.2; ids of whole words
+        ("The quick brown fox", [481, 2279, 2507, 8573]),
+        ("very positive, negative", [963, 6353, 240, 9503]),
+        ("Hello world!", [3570, 1276, 267]),
+        ("unbelievable transformers", [11706, 2973, 1858, 650]),
+        ("the\n \n the", [481, 40477, 481]),
+        ("the 日", [481, 0]),
+        ("the—the!!", [481, 240, 481]),
+    ],
+)
+def test_gpt1_golden_ids(text, ids):
+    pytest.importorskip("spacy", reason="GPT-1's words need spaCy")
+    gpt1 = load_gpt1(VOCABULARIES / "gpt1")
+    vocabulary = json.loads((VOCABULARIES / "gpt1" / "encoder_bpe_40000.json").read_text())
+    expected = [vocabulary[",</w>"] if i == 240 else i for i in ids]
+    if "—" in text:
+        expected = [481, vocabulary["-</w>"], 481, *gpt1.encode("!!")]
+    assert gpt1.encode(text) == expected
+    assert (gpt1.kind, gpt1.vocab_size, gpt1.eot_id) == ("gpt1", 40478, None)
+
+
+@needs_vocabularies
+def test_gpt1_saved_loaded_and_its_bytes(tmp_path):
+    pytest.importorskip("spacy", reason="GPT-1's words need spaCy")
+    gpt1 = load_gpt1(VOCABULARIES / "gpt1")
+    gpt1.save(tmp_path)
+    again = make_tokenizer(str(tmp_path), no_texts)
+    ids = again.encode("Hello, transformers!\nBye don't")
+    assert ids == gpt1.encode("Hello, transformers!\nBye don't")
+    assert again.fingerprint == gpt1.fingerprint
+    assert again.byte_lengths[[481, 40477, 1858, 0]].tolist() == [4, 2, 4, 1]  # "the ", "\n ", "form", <unk>
+    assert again.decode([481, 2279]) == "the quick"
+    (tmp_path / "tokenizer_meta.json").unlink()  # as a plain Hugging Face directory
+    assert Tokenizer.load(tmp_path).encode("unbelievable transformers") == [11706, 2973, 1858, 650]
+
+
+def test_gpt1_without_spacy(monkeypatch):
+    tok._spacy_english.cache_clear()
+    monkeypatch.setitem(sys.modules, "spacy", None)
+    with pytest.raises(InputError, match="pip install spacy"):
+        tok.gpt1_words("text")
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.text())
+@example("<|endoftext|> inside")
+@example("\x00\r\n\ufeff")
+def test_bpe_round_trip(text):
+    bpe = _shared_bpe()
+    ids = bpe.encode(text)
+    assert bpe.decode(ids) == text
+    assert bpe.byte_lengths[ids].sum() == len(text.encode())
+    assert bpe.eot_id not in ids
+
+
+_BPE = []
+
+
+def _shared_bpe():
+    if not _BPE:
+        _BPE.append(train_bpe([TEXT], 320))
+    return _BPE[0]
+
+
+def test_every_byte_has_a_token(bpe):
+    data = bytes(range(256))
+    text = data.decode("latin-1")
+    assert bpe.decode(bpe.encode(text)) == text
+    vocabulary = bpe._engine.get_vocab()
+    assert set(pre_tokenizers.ByteLevel.alphabet()) <= set(vocabulary)
+
+
+def test_bpe_layout_and_determinism(bpe):
+    assert bpe.vocab_size == 320
+    assert bpe.eot_id == 319
+    assert bpe.decode([319]) == "<|endoftext|>"
+    assert bpe.byte_lengths[319] == 1
+    assert train_bpe([TEXT], 320).fingerprint == bpe.fingerprint
+    assert train_bpe([TEXT], 319).fingerprint != bpe.fingerprint
+    assert len(bpe.encode(TEXT)) < len(TEXT.encode())  # it merges
+
+
+@settings(max_examples=300, deadline=None)
+@given(TRICKY, st.integers(1, 12))
+@example("a \n b", 1)
+@example("a\n\nb\n\n  c", 1)
+@example("a  \nb's  's", 2)
+def test_cutting_a_text_does_not_change_its_ids(text, length):
+    bpe = _shared_bpe()
+    pieces = list(tok._pieces(text, length))
+    assert "".join(pieces) == text
+    whole = bpe._engine.encode(text, add_special_tokens=False).ids
+    assert [i for piece in pieces for i in bpe._engine.encode(piece).ids] == whole
+
+
+def test_long_text_is_cut(bpe):
+    text = TEXT * 200
+    assert max(map(len, bpe.pieces(text))) < 2 * 65536
+    assert bpe.encode(text) == bpe._engine.encode(text).ids
+    assert bpe.encode_batch([text, "", "a"]) == [bpe.encode(text), [], bpe.encode("a")]
+
+
+def test_small_text_gives_a_smaller_vocabulary_and_says_so():
+    with pytest.warns(UserWarning, match="too small for 5000 tokens"):
+        small = train_bpe(["hello hello"], 5000)
+    assert 257 < small.vocab_size < 300
+    assert small.eot_id == small.vocab_size - 1
+
+
+@pytest.mark.parametrize("size", [0, 256])
+def test_bpe_needs_257(size):
+    with pytest.raises(InputError, match="at least bpe:257"):
+        make_tokenizer(f"bpe:{size}", lambda: [TEXT])
+
+
+def test_characters():
+    characters = make_tokenizer("char", lambda: ["hello\n", "é🙂"])
+    assert (characters.kind, characters.vocab_size, characters.eot_id) == ("char", 7, None)
+    assert characters.encode("\nehloé🙂") == list(range(7))
+    assert characters.byte_lengths.tolist() == [1, 1, 1, 1, 1, 2, 4]
+    assert characters.decode(characters.encode("lé🙂l\n")) == "lé🙂l\n"
+    assert "".join(characters.pieces("hello\n" * 30000)) == "hello\n" * 30000
+
+
+@pytest.mark.parametrize("character, name", [("z", "U\\+007A"), ("日", "U\\+65E5"), ("🙃", "U\\+1F643")])
+def test_unknown_character(character, name):
+    with pytest.raises(InputError, match=f"'{character}'.*{name}"):
+        character_tokenizer(["hé🙂"]).encode(f"hh{character}")
+
+
+def test_no_characters():
+    with pytest.raises(InputError, match="no text"):
+        character_tokenizer([])
+
+
+@pytest.mark.parametrize("spec", ["bpe:300", "char"])
+def test_save_and_load(spec, tmp_path):
+    made = make_tokenizer(spec, lambda: [TEXT])
+    for directory in (tmp_path / "a" / "b", str(tmp_path / "c")):
+        made.save(directory)
+        again = Tokenizer.load(directory)
+        assert again.encode(TEXT) == made.encode(TEXT)
+        assert again.decode(again.encode(TEXT)) == TEXT
+        assert (again.kind, again.vocab_size, again.eot_id) == (made.kind, made.vocab_size, made.eot_id)
+        assert again.fingerprint == made.fingerprint
+        np.testing.assert_array_equal(again.byte_lengths, made.byte_lengths)
+    assert sorted(p.name for p in (tmp_path / "c").iterdir()) == ["tokenizer.json", "tokenizer_meta.json"]
+    hugging_face = tokenizers.Tokenizer.from_file(str(tmp_path / "c" / "tokenizer.json"))
+    assert hugging_face.encode(TEXT).ids == made.encode(TEXT)
+
+
+def test_plain_hugging_face_directory(bpe, tmp_path):
+    bpe.save(tmp_path)
+    (tmp_path / "tokenizer_meta.json").unlink()
+    again = make_tokenizer(str(tmp_path), no_texts)
+    assert again.fingerprint == bpe.fingerprint
+    assert again.encode("a<|endoftext|>") == bpe.encode("a<|endoftext|>")
+
+
+@pytest.mark.parametrize("names", [("encoder.json", "vocab.bpe"), ("vocab.json", "merges.txt")])
+def test_gpt2_layouts(bpe, names, tmp_path):
+    model = json.loads(bpe._engine.to_str())["model"]
+    (tmp_path / names[0]).write_text(json.dumps(model["vocab"]))
+    merges = "#version: 0.2\n" + "".join(f"{a} {b}\n" for a, b in model["merges"])
+    (tmp_path / names[1]).write_text(merges, encoding="utf-8")
+    assert make_tokenizer(str(tmp_path), no_texts).fingerprint == bpe.fingerprint
+    (tmp_path / names[1]).write_text(merges + "one two three\n", encoding="utf-8")
+    with pytest.raises(InputError, match="one two three.*isn't a pair"):
+        load_gpt2(tmp_path)
+    (tmp_path / names[1]).write_text(merges + "notthere neither\n", encoding="utf-8")
+    with pytest.raises(InputError, match="don't fit each other"):
+        load_gpt2(tmp_path)
+    (tmp_path / names[1]).unlink()
+    with pytest.raises(InputError, match=f"no {names[1]}"):
+        load_gpt2(tmp_path)
+    (tmp_path / names[0]).write_text("{")
+    with pytest.raises(InputError, match=f"no {names[1]}|damaged"):
+        load_gpt2(tmp_path)
+
+
+def test_load_refuses_missing_and_damaged(bpe, tmp_path):
+    with pytest.raises(InputError, match="no tokenizer.json"):
+        Tokenizer.load(tmp_path)
+    bpe.save(tmp_path)
+    path = tmp_path / "tokenizer.json"
+    whole = path.read_text()
+    path.write_text(whole[: len(whole) // 2])
+    with pytest.raises(InputError, match="damaged"):
+        Tokenizer.load(tmp_path)
+    spec = json.loads(whole)
+    spec["model"]["vocab"]["X"] = spec["model"]["vocab"].pop("!")
+    path.write_text(json.dumps(spec))
+    with pytest.raises(InputError, match="fingerprints"):
+        Tokenizer.load(tmp_path)
+    path.write_text(whole)
+    (tmp_path / "tokenizer_meta.json").write_text("{}")
+    with pytest.raises(InputError, match="tokenizer_meta.json is damaged"):
+        Tokenizer.load(tmp_path)
+
+
+def test_load_refuses_what_is_not_byte_level(tmp_path):
+    engine = tokenizers.Tokenizer(models.WordLevel({"a": 0}, unk_token="a"))
+    engine.decoder = decoders.WordPiece()
+    engine.save(str(tmp_path / "tokenizer.json"))
+    with pytest.raises(InputError, match="not a byte-level BPE"):
+        Tokenizer.load(tmp_path)
+
+
+@pytest.mark.parametrize("spec", ["gpt2", "bpe", "bpe:", "bpe:8k", "bpe:-5", "", "/nowhere/at/all"])
+def test_unknown_spec_names_the_forms(spec):
+    with pytest.raises(InputError, match="bpe:SIZE.*'char'.*encoder.json \\+ vocab.bpe"):
+        make_tokenizer(spec, no_texts)
+
+
+def test_directory_without_a_tokenizer(tmp_path):
+    with pytest.raises(InputError, match="no tokenizer files"):
+        make_tokenizer(str(tmp_path), no_texts)
+
+
+def test_bad_ids_and_bad_text(bpe):
+    for tokenizer in (bpe, character_tokenizer(["ab"])):
+        for ids in ([tokenizer.vocab_size], [-1]):
+            with pytest.raises(InputError, match="outside the tokenizer's vocabulary"):
+                tokenizer.decode(ids)
+    with pytest.raises(InputError, match="surrogate.*character 2"):
+        bpe.encode("ab\ud800")
