@@ -17,6 +17,7 @@ from tqdm import tqdm
 
 from gptjax import config as configs
 from gptjax.data import lm, sources, tokens
+from gptjax.data.corpus import DataConfig, shards_directory
 from gptjax.errors import InputError
 from gptjax.objectives.language import bits_per_byte
 from gptjax.parallel.mesh import batch_ways
@@ -74,10 +75,11 @@ def main(_):
 
 def held_out(workdir, data: dict) -> tokens.TokenShards:
     """The validation tokens a run kept aside."""
-    cache = epath.Path(data.get("cache") or workdir) / "data"
-    if data.get("mixture"):
-        cache = cache / next(name for name, weight in data["mixture"].items() if weight > 0)
-    return tokens.open_shards(cache)[1]["validation"]
+    config = configs.build(DataConfig, data, "data")
+    directory = epath.Path(shards_directory(config, workdir))
+    if config.mixture:
+        directory = directory / next(name for name, weight in config.mixture.items() if weight > 0)
+    return tokens.open_shards(directory)[1]["validation"]
 
 
 class tokenised:

@@ -15,7 +15,7 @@ from ml_collections import config_dict as mlc
 
 from gptjax import config as configs
 from gptjax.data import lm
-from gptjax.data.corpus import Corpus, DataConfig, load_corpus
+from gptjax.data.corpus import Corpus, DataConfig, load_corpus, shards_directory
 from gptjax.errors import InputError
 from gptjax.generation.decode import generate
 from gptjax.generation.sampling import Sampling
@@ -81,7 +81,9 @@ class PretrainConfig:
         if self.batch_size < 1 or self.steps_per_dispatch < 1 or self.loss_chunk < 1:
             raise InputError("batch_size, steps_per_dispatch and loss_chunk are at least 1.")
         if self.batch_size % self.microbatch_rows:
-            raise InputError(f"batch_size={self.batch_size} is not a multiple of microbatch_size={self.microbatch_size}.")
+            raise InputError(
+                f"batch_size={self.batch_size} is not a multiple of microbatch_size={self.microbatch_size}: change one."
+            )
 
     @property
     def microbatch_rows(self) -> int:
@@ -110,7 +112,7 @@ def pretrain(config: mlc.ConfigDict, workdir: str) -> bool:
         configs.claim_workdir(workdir, "pretrain", c)
 
     # --- data ---
-    corpus = load_corpus(c.data, workdir, c.model.context_length, c.seed)
+    corpus = load_corpus(c.data, workdir, c.model.context_length, c.seed, resumed=known)
     vocab = corpus.tokenizer.vocab_size
     if unset and not known:
         c = configs.build(PretrainConfig, _with_vocab(config, vocab))
@@ -154,6 +156,11 @@ def pretrain(config: mlc.ConfigDict, workdir: str) -> bool:
         if restored:
             state, meta = restored
             checkpointer.drop_after(int(state.step))
+            if meta["data"] != corpus.fingerprint:
+                raise InputError(
+                    f"The tokens in {shards_directory(c.data, workdir)} are not those this run was trained on: "
+                    "put them back, or start anew in another --workdir."
+                )
             print(f"going on from step {int(state.step)} of {schedule.steps}")
         else:
             state = init_state(model, tx, c.precision, shardings, c.seed)
@@ -189,6 +196,7 @@ def pretrain(config: mlc.ConfigDict, workdir: str) -> bool:
             train_flops_per_token=flops_per_token(model).palm,
             stops_on_overflow=not c.precision.scaled,
             seconds_before=meta.get("seconds", 0.0),
+            meta={"data": corpus.fingerprint},
         )  # fmt: skip
         if finished:
             write_samples(workdir, schedule.steps, state.params, model, corpus.tokenizer, c)

@@ -16,7 +16,9 @@ from gptjax.generation.sampling import Sampling
 from gptjax.workdir import Model, load_model
 
 
-def continue_texts(model: Model, prompts: list[str], *, max_new_tokens: int, sampling: Sampling, seed: int) -> list[str]:
+def continue_texts(
+    model: Model, prompts: list[str], *, max_new_tokens: int, sampling: Sampling, seed: int
+) -> list[str]:
     """New text for each prompt. An empty prompt starts from end-of-text, as GPT-2 is sampled unconditionally."""
     eot = model.tokenizer.eot_id
     ids = []

@@ -180,6 +180,16 @@ def test_head_is_untied_only_where_it_differs_or_config_says_so(exported):
     np.testing.assert_array_equal(found["lm_head"], params["wte"] + 1)
 
 
+def test_an_untied_head_that_equals_the_embedding_stays_untied(tmp_path):
+    config = dataclasses.replace(SMALL, tied_head=False)
+    params = random_params(config)
+    params["lm_head"] = params["wte"].copy()
+    huggingface.write(tmp_path / "a", config, params)
+    found_config, found = huggingface.read(tmp_path / "a")
+    assert not found_config.tied_head
+    assert_same(found, params)
+
+
 # --- Refused ----------------------------------------------------------------------------------------------
 
 
@@ -334,6 +344,20 @@ def test_tokenizer_files(tmp_path):
     assert json.loads((tmp_path / "a/vocab.json").read_text())["<|endoftext|>"] == 264
     with pytest.raises(InputError, match="tokenizer has 265 ids and the model 17"):
         huggingface.write(tmp_path / "b", SMALL, random_params(SMALL), tokenizer)
+
+
+def test_byte_level_tokenizer_unlike_gpt2s_keeps_its_own_rules(tmp_path):
+    """GPT2Tokenizer would rebuild it from vocabulary and merges alone, and drop the added blank."""
+    train_bpe(TEXT, 265).save(tmp_path)
+    path = tmp_path / "tokenizer.json"
+    spec = json.loads(path.read_text(encoding="utf-8"))
+    spec["pre_tokenizer"]["add_prefix_space"] = True
+    path.write_text(json.dumps(spec), encoding="utf-8")
+    (tmp_path / "tokenizer_meta.json").unlink()
+    config = dataclasses.replace(SMALL, vocab_size=265)
+    huggingface.write(tmp_path / "a", config, random_params(config), Tokenizer.load(tmp_path))
+    settings = json.loads((tmp_path / "a/tokenizer_config.json").read_text())
+    assert settings["tokenizer_class"] == "PreTrainedTokenizerFast"
 
 
 def test_characters_have_no_special_tokens(tmp_path):

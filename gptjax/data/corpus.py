@@ -39,39 +39,51 @@ class Corpus:
     train: Windows | Mixture
     train_tokens: int
     validation: tokens.TokenShards
+    fingerprint: str  # of the training tokens
 
 
-def load_corpus(c: DataConfig, workdir, context_length: int, seed: int) -> Corpus:
-    """Tokenises on the first call, reuses the shards afterwards. Raises InputError for anything amiss."""
+def shards_directory(c: DataConfig, workdir) -> str:
+    return c.cache or os.path.join(workdir, "data")
+
+
+def load_corpus(c: DataConfig, workdir, context_length: int, seed: int, resumed: bool = False) -> Corpus:
+    """Tokenises, or reuses the shards when nothing changed. Raises InputError for anything amiss.
+
+    resumed: the run has begun, and goes on with the tokens it began with whatever became of the source.
+    """
     if c.source is None:
         raise InputError("No text to train on: give --config.data.source=PATH (or 'stdlib').")
-    cache = os.path.join(c.cache or os.fspath(workdir), "data")
-    validation = _fraction(c.validation)
-    if not c.mixture:
-        tokenizer, splits = tokens.prepare(
-            c.source, c.tokenizer, cache, validation=validation, text_field=c.text_field, seed=seed
+    cache = shards_directory(c, workdir)
+
+    def prepare(source, tokenizer, directory):
+        if resumed:
+            return tokens.open_shards(directory)
+        return tokens.prepare(
+            source, tokenizer, directory, validation=_fraction(c.validation), text_field=c.text_field, seed=seed
         )
+
+    if not c.mixture:
+        tokenizer, splits = prepare(c.source, c.tokenizer, cache)
         train = Windows(splits["train"], context_length, seed)
-        return Corpus(tokenizer, train, len(splits["train"]), splits["validation"])
+        return Corpus(tokenizer, train, len(splits["train"]), splits["validation"], splits["train"].fingerprint)
 
     # One tokenizer for all parts: trained on them together, or the one that was given.
     parts = {name: os.path.join(c.source, name) for name, weight in c.mixture.items() if weight > 0}
     saved = os.path.join(cache, "tokenizer")
-    if not os.path.exists(saved):
+    if not resumed:
         read = lambda: itertools.chain.from_iterable(
             (d.text for d in sources.documents(path, text_field=c.text_field)) for path in parts.values()
         )
         make_tokenizer(c.tokenizer, read).save(saved)
-    windows, n, held_out = [], 0, None
+    windows, n, held_out, fingerprints = [], 0, None, []
     for i, (name, path) in enumerate(parts.items()):
-        tokenizer, splits = tokens.prepare(
-            path, saved, os.path.join(cache, name), validation=validation, text_field=c.text_field, seed=seed
-        )
+        tokenizer, splits = prepare(path, saved, os.path.join(cache, name))
         windows.append(Windows(splits["train"], context_length, seed + i))
+        fingerprints.append(splits["train"].fingerprint)
         n += len(splits["train"])
         held_out = held_out or splits["validation"]  # of the first part, the mixture's main one
     weights = [c.mixture[name] for name in parts]
-    return Corpus(tokenizer, Mixture(windows, weights, seed), n, held_out)
+    return Corpus(tokenizer, Mixture(windows, weights, seed), n, held_out, "+".join(fingerprints))
 
 
 def _fraction(text: str) -> float | str:

@@ -113,9 +113,7 @@ class Mixture:
 
     def __init__(self, sources: Sequence[Windows], weights: Sequence[float], seed: int):
         if not sources or len(sources) != len(weights):
-            raise InputError(
-                f"a mixture of {len(sources)} sources has {len(weights)} weights; give one for each"
-            )
+            raise InputError(f"a mixture of {len(sources)} sources has {len(weights)} weights; give one for each")
         if len({s.context_length for s in sources}) > 1:
             raise InputError("the sources of a mixture have different context lengths; make them equal")
         for weight in weights:
@@ -172,7 +170,7 @@ def with_segments(tokens: np.ndarray, eot_id: int) -> tuple[np.ndarray, np.ndarr
     first[:, 0] = True
     time = np.arange(tokens.shape[1], dtype=np.int32)
     start = np.maximum.accumulate(np.where(first, time, 0), axis=1)
-    return np.cumsum(first, axis=1, dtype=np.int32), (time - start).astype(np.int32)
+    return np.cumsum(first, axis=1, dtype=np.int32), time - start
 
 
 class LmBatches:

@@ -233,9 +233,7 @@ def _json_lines(file: _File, text_field: str) -> Iterator[Document]:
 
 def _field(row: Any, text_field: str, where: str) -> str:
     if not isinstance(row, dict):
-        raise InputError(
-            f"{where}: the row is a JSON {type(row).__name__}, not an object with a field {text_field!r}"
-        )
+        raise InputError(f"{where}: the row is a JSON {type(row).__name__}, not an object with a field {text_field!r}")
     if text_field not in row:
         raise InputError(
             f"{where}: no field {text_field!r}; the row has {', '.join(map(repr, row)) or 'none'}: "
@@ -248,9 +246,7 @@ def _field(row: Any, text_field: str, where: str) -> str:
     try:
         text.encode()
     except UnicodeEncodeError:
-        raise InputError(
-            f"{where}: field {text_field!r} has half a surrogate pair; mend or remove the row"
-        ) from None
+        raise InputError(f"{where}: field {text_field!r} has half a surrogate pair; mend or remove the row") from None
     return text
 
 

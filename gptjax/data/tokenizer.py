@@ -160,9 +160,7 @@ class Tokenizer:
             tokenizer = cls(engine, meta["kind"])
             same = tokenizer.fingerprint == meta["fingerprint"]
         except (ValueError, KeyError, TypeError) as error:
-            raise InputError(
-                f"{meta_path} is damaged ({error}); remove it, or save the tokenizer again"
-            ) from None
+            raise InputError(f"{meta_path} is damaged ({error}); remove it, or save the tokenizer again") from None
         if not same:
             raise InputError(
                 f"{path} isn't the tokenizer that {meta_path.name} beside it describes (fingerprints "
@@ -226,9 +224,7 @@ def character_tokenizer(texts: Iterable[str]) -> Tokenizer:
 
 def load_gpt2(path: str | os.PathLike) -> Tokenizer:
     """GPT-2's vocabulary from encoder.json + vocab.bpe or vocab.json + merges.txt in directory `path`."""
-    vocabulary, merges, names = _read_vocabulary(
-        path, ("encoder.json", "vocab.bpe"), ("vocab.json", "merges.txt")
-    )
+    vocabulary, merges, names = _read_vocabulary(path, ("encoder.json", "vocab.bpe"), ("vocab.json", "merges.txt"))
     vocabulary.setdefault(END_OF_TEXT, len(vocabulary))
     try:
         return _byte_level(vocabulary, merges)
@@ -378,9 +374,7 @@ def _read_vocabulary(
     merges = [tuple(line.split()) for line in lines if line.strip()]
     for merge in merges:
         if len(merge) != 2:
-            raise InputError(
-                f"{files[1]} is damaged: {' '.join(merge)!r} isn't a pair of tokens; get the file again"
-            )
+            raise InputError(f"{files[1]} is damaged: {' '.join(merge)!r} isn't a pair of tokens; get the file again")
     return vocabulary, merges, " + ".join(names)
 
 

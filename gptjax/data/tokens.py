@@ -39,7 +39,7 @@ class TokenShards:
     """The tokens of one split, in shards, by memory map; len() is the number of tokens.
 
     dtype: of the files ('<u2' or '<u4'); vocab_size; eot_id (None: no end-of-text between documents);
-    bytes: UTF-8 bytes of the text; documents: their number.
+    bytes: UTF-8 bytes of the text; documents: their number; fingerprint: of the tokens in their order.
     """
 
     def __init__(self, directory: Path, manifest: dict, split: str):
@@ -49,6 +49,7 @@ class TokenShards:
         self.eot_id: int | None = manifest["eot_id"]
         self.bytes: int = record["bytes"]
         self.documents: int = record["documents"]
+        self.fingerprint = hashlib.sha256("".join(s["sha256"] for s in record["shards"]).encode()).hexdigest()
         self._paths = [directory / shard["file"] for shard in record["shards"]]
         self._ends = np.cumsum([0] + [shard["tokens"] for shard in record["shards"]])
         self._shard = functools.lru_cache(_OPEN_SHARDS)(self._map)
@@ -122,8 +123,8 @@ def prepare(
         "source_fingerprint": sources.fingerprint(source),
         "text_field": text_field,
         "tokenizer": given.fingerprint if given else tokenizer,
-        "validation": sources.fingerprint(validation) if isinstance(validation, str) else validation,
-        "seed": seed,
+        "validation": sources.fingerprint(validation) if isinstance(validation, str) else float(validation),
+        "seed": int(seed),
         "shard_tokens": shard_tokens,
         "token_dtype": token_dtype,
     }
@@ -138,9 +139,7 @@ def prepare(
     return open_shards(directory, progress=progress)
 
 
-def open_shards(
-    directory: str | os.PathLike, *, progress: bool = True
-) -> tuple[Tokenizer, dict[str, TokenShards]]:
+def open_shards(directory: str | os.PathLike, *, progress: bool = True) -> tuple[Tokenizer, dict[str, TokenShards]]:
     """Opens what `prepare` wrote. InputError: no manifest, or shards or tokenizer that don't match it.
 
     A shard's hash is checked when its size or time differ from the last check's (verified.json).
@@ -152,9 +151,7 @@ def open_shards(
     _verify(directory, manifest, progress)
     tokenizer = Tokenizer.load(directory / "tokenizer")
     if tokenizer.fingerprint != manifest["tokenizer_fingerprint"]:
-        raise InputError(
-            f"the tokenizer in {directory} isn't the one its tokens were made with; {_rebuild(directory)}"
-        )
+        raise InputError(f"the tokenizer in {directory} isn't the one its tokens were made with; {_rebuild(directory)}")
     return tokenizer, {split: TokenShards(directory, manifest, split) for split in SPLITS}
 
 
@@ -224,9 +221,7 @@ def _verify(directory: Path, manifest: dict, progress: bool) -> None:
                         digest.update(block)
                         bar.update(len(block))
                 if digest.hexdigest() != shard["sha256"]:
-                    raise InputError(
-                        f"token shard {path} doesn't match its manifest's sha256; {_rebuild(directory)}"
-                    )
+                    raise InputError(f"token shard {path} doesn't match its manifest's sha256; {_rebuild(directory)}")
             verified[shard["file"]] = seen
     if verified != known:
         with suppress(OSError):  # a read-only copy is checked each time
@@ -261,8 +256,7 @@ def _replacing(directory: Path) -> Iterator[Path]:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
         raise InputError(
-            f"the disk is full while writing token shards to {directory}; free some space or name another "
-            "directory"
+            f"the disk is full while writing token shards to {directory}; free some space or name another directory"
         ) from None
     finally:
         for leftover in (partial, replaced):
@@ -321,9 +315,7 @@ def _splitter(
 def _token_dtype(asked: str | None, vocab_size: int) -> np.dtype:
     dtype = np.dtype(asked or ("uint16" if vocab_size <= 2**16 else "uint32")).newbyteorder("<")
     if vocab_size - 1 > np.iinfo(dtype).max:
-        raise InputError(
-            f"a vocabulary of {vocab_size} doesn't fit token dtype {asked}; use uint32 or leave it unset"
-        )
+        raise InputError(f"a vocabulary of {vocab_size} doesn't fit token dtype {asked}; use uint32 or leave it unset")
     return dtype
 
 
@@ -419,9 +411,7 @@ def _write(
     (directory / "verified.json").write_text(json.dumps(verified), encoding="utf-8")
 
 
-def _batches(
-    documents: Iterator[tuple[str, str]], tokenizer: Tokenizer
-) -> Iterator[list[tuple[str, str, bool]]]:
+def _batches(documents: Iterator[tuple[str, str]], tokenizer: Tokenizer) -> Iterator[list[tuple[str, str, bool]]]:
     """Groups of (split, piece of a document, whether its last), each of about _BATCH characters."""
     batch, size = [], 0
     for name, text in documents:

@@ -34,7 +34,6 @@ def decode(params, config: GPTConfig, prompts, lengths, limits, key, *, new_toke
         is counted and what follows it is filled with it (or 0).
     """
     B, P = prompts.shape
-    slots = P + new_tokens
     pad = P - lengths
     positions = jnp.maximum(jnp.arange(P)[None] - pad[:, None], 0)
     real = jnp.arange(P)[None] >= pad[:, None]
@@ -59,8 +58,9 @@ def decode(params, config: GPTConfig, prompts, lengths, limits, key, *, new_toke
         i, token, cache, out, count, done = carry
         at = (lengths + i - 1)[:, None]
         h, cache = gpt.decode_step(
-            params, config, token[:, None], jnp.minimum(at, config.context_length - 1), cache, P + i - 1, filled, dtype=dtype
-        )
+            params, config, token[:, None], jnp.minimum(at, config.context_length - 1), cache, P + i - 1, filled,
+            dtype=dtype,
+        )  # fmt: skip
         token, out, count, done = emit(choose(h[:, 0], i), i, out, count, done)
         return i + 1, token, cache, out, count, done
 
@@ -98,7 +98,7 @@ def generate(params, config: GPTConfig, prompts: Sequence[Sequence[int]], *, max
                 f"Prompt {i} has {len(prompt)} tokens and the model's context is {config.context_length}: shorten it."
             )
         if max(prompt) >= config.vocab_size:
-            raise InputError(f"Prompt {i} has token {max(prompt)}, beyond the model's vocabulary of {config.vocab_size}.")
+            raise InputError(f"Prompt {i} has token {max(prompt)}; the model's vocabulary is {config.vocab_size}.")
     longest = max(map(len, prompts))
     width = _bucket(longest, config.context_length)
     lengths = np.array([len(p) for p in prompts], np.int32)

@@ -312,11 +312,7 @@ def _tied(settings, tensors, norm):
 
 def _differences(expected, found) -> list[str]:
     """What is wrong with a set of shapes by name: one line per missing, mis-shaped or extra tensor."""
-    missing = [
-        f"missing {name}: expected shape {list(shape)}"
-        for name, shape in expected.items()
-        if name not in found
-    ]
+    missing = [f"missing {name}: expected shape {list(shape)}" for name, shape in expected.items() if name not in found]
     misshaped = [
         f"mis-shaped {name}: expected shape {list(shape)}, found {list(found[name])}"
         for name, shape in expected.items()

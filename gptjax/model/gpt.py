@@ -260,7 +260,15 @@ def init(config: GPTConfig, key):
 
 
 def hidden(
-    params, config: GPTConfig, tokens, *, positions=None, segment_ids=None, dropout_key=None, dtype=jnp.float32, mesh=None
+    params,
+    config: GPTConfig,
+    tokens,
+    *,
+    positions=None,
+    segment_ids=None,
+    dropout_key=None,
+    dtype=jnp.float32,
+    mesh=None,
 ):
     """Final hidden states.
 

@@ -109,9 +109,7 @@ def _gpt2(n_layer: int, d_model: int, n_head: int) -> GPTConfig:
 
 
 def _gpt3(n_layer: int, d_model: int, n_head: int) -> GPTConfig:
-    return GPTConfig(
-        GPT2_VOCAB, n_layer, n_head, d_model, context_length=2048, local_window=GPT3_LOCAL_WINDOW
-    )
+    return GPTConfig(GPT2_VOCAB, n_layer, n_head, d_model, context_length=2048, local_window=GPT3_LOCAL_WINDOW)
 
 
 GPT1 = GPTConfig(GPT1_VOCAB, 12, 12, 768, context_length=512, norm="post", dropout=0.1)

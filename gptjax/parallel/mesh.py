@@ -53,9 +53,7 @@ def make_mesh(config: MeshConfig, devices=None) -> Mesh:
     """A Mesh over all devices (or those given), with Auto axes: jax.make_mesh would make Explicit ones."""
     devices = jax.devices() if devices is None else devices
     sizes = config.sizes(len(devices))
-    return jax.make_mesh(
-        tuple(sizes[a] for a in AXES), AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices
-    )
+    return jax.make_mesh(tuple(sizes[a] for a in AXES), AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices)
 
 
 def batch_ways(sizes) -> int:

@@ -112,6 +112,7 @@ def train(
     train_flops_per_token: float = 0.0,
     stops_on_overflow: bool = True,
     seconds_before: float = 0.0,
+    meta: dict | None = None,
 ) -> tuple[TrainState, bool]:
     """Runs steps start_step .. schedule.steps - 1.
 
@@ -119,6 +120,7 @@ def train(
         feed: turns (first step, steps) chunks into (first, steps, device batch, [{'target_bytes': int}, ...]).
         evaluate: params -> {'loss', 'bits_per_byte', ...}; its record goes to evaluations.jsonl.
         stops_on_overflow: a step that is not finite ends the run (float16 skips it instead).
+        seconds_before: training time of earlier starts. meta: kept in each checkpoint besides.
     Returns:
         (state, whether the run is finished): False after a SIGTERM, with everything saved.
     Raises:
@@ -179,7 +181,7 @@ def train(
     def save(step):
         with clock.paused():
             writer.flush()
-            return checkpointer.save(step, state, {"seconds": clock.total()})
+            return checkpointer.save(step, state, {"seconds": clock.total(), **(meta or {})})
 
     evaluated = {line["step"] for line in writer.evaluations()}
     if start_step not in evaluated:

@@ -68,9 +68,8 @@ def _summary(config, train, evaluations) -> list[tuple[str, str]]:
         first, last = evaluations[0], evaluations[-1]
         best = min(evaluations, key=lambda e: e["loss"])
         for name, e in (("first", first), ("last", last), ("best", best)):
-            rows.append(
-                (f"{name} validation", f"{e['loss']:.4f} nats/token, {e['bits_per_byte']:.4f} bits/byte, step {e['step']:,}")
-            )
+            figures = f"{e['loss']:.4f} nats/token, {e['bits_per_byte']:.4f} bits/byte, step {e['step']:,}"
+            rows.append((f"{name} validation", figures))
     rows += [
         ("hardware", f"{jax.device_count()} x {device.device_kind} ({platform.machine()} {platform.system()})"),
         ("software", f"jax {jax.__version__}, Python {platform.python_version()}"),

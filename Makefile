@@ -1,0 +1,48 @@
+# Everything a newcomer runs. PYTHON picks the interpreter that the virtual environments are made with.
+PYTHON ?= python3
+VENV := .venv
+PEERS := .venv-peers
+export JAX_COMPILATION_CACHE_DIR ?= $(CURDIR)/.jax_cache
+export JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS ?= 0.5
+
+.PHONY: demo test test-slow test-peers lint bench clean
+
+demo: $(VENV)/.installed
+	$(VENV)/bin/python -m gptjax.pretrain --config=configs/demo.py --workdir=runs/demo $(DEMO_FLAGS)
+
+test: $(VENV)/.installed-test
+	$(VENV)/bin/python -m pytest -q -m "not slow" $(PYTEST_FLAGS)
+
+test-slow: $(VENV)/.installed-test
+	$(VENV)/bin/python -m pytest -q -m slow $(PYTEST_FLAGS)
+
+# Parity with torch and transformers, in an environment of its own.
+test-peers: $(PEERS)/.installed
+	$(PEERS)/bin/python -m pytest -q tests/peers $(PYTEST_FLAGS)
+
+lint: $(VENV)/.installed-test
+	$(VENV)/bin/python -m ruff check .
+
+bench: $(PEERS)/.installed
+	$(PEERS)/bin/python -m experiments.benchmarks.pretrain_cpu
+
+clean:
+	rm -rf $(VENV) $(PEERS) .jax_cache
+
+$(VENV)/bin/python:
+	$(PYTHON) -m venv $(VENV)
+	$(VENV)/bin/python -m pip install -q --upgrade pip
+
+$(VENV)/.installed: requirements.txt | $(VENV)/bin/python
+	$(VENV)/bin/python -m pip install -q -r requirements.txt
+	touch $@
+
+$(VENV)/.installed-test: requirements.txt requirements-test.txt | $(VENV)/bin/python
+	$(VENV)/bin/python -m pip install -q -r requirements-test.txt
+	touch $@ $(VENV)/.installed
+
+$(PEERS)/.installed: requirements.txt requirements-peers.txt
+	$(PYTHON) -m venv $(PEERS)
+	$(PEERS)/bin/python -m pip install -q --upgrade pip
+	$(PEERS)/bin/python -m pip install -q -r requirements-peers.txt
+	touch $@

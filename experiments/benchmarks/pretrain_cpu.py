@@ -1,0 +1,195 @@
+"""Training throughput beside Hugging Face/torch eager: the same GPT, the same machine, the same run.
+
+    python -m experiments.benchmarks.pretrain_cpu [--vocab=65] [--rounds=7] [--steps=5] [--json]
+
+Needs torch and transformers (make bench makes an environment that has them). Each side lives in a process of
+its own that sleeps while the other works; rounds alternate A B A B. The model is 6 layers, 384 wide, context
+256, batch 12, float32, AdamW with clipping. The ratio is tokens/s of gptjax over torch, its spread the
+quartiles over rounds. The floor is what the matmuls alone need at the speed of one large matmul.
+"""
+
+import argparse
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import time
+
+SHAPE = dict(n_layer=6, n_head=6, d_model=384, context_length=256)
+BATCH = 12
+
+
+def tokens(vocab):
+    import numpy as np
+
+    return np.random.default_rng(0).integers(0, vocab, (BATCH, SHAPE["context_length"] + 1), dtype=np.int32)
+
+
+def make_torch(vocab):
+    import torch
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    torch.set_num_threads(len(os.sched_getaffinity(0)))
+    torch.manual_seed(0)
+    config = GPT2Config(
+        vocab_size=vocab, n_positions=SHAPE["context_length"], n_embd=SHAPE["d_model"], n_layer=SHAPE["n_layer"],
+        n_head=SHAPE["n_head"], resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0, use_cache=False,
+    )  # fmt: skip
+    model = GPT2LMHeadModel(config).train()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, betas=(0.9, 0.95), weight_decay=0.1)
+    batch = torch.from_numpy(tokens(vocab)).long()[:, :-1]  # the model shifts the labels itself
+
+    def step():
+        optimizer.zero_grad(set_to_none=True)
+        loss = model(batch, labels=batch).loss
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        return loss
+
+    return step, lambda loss: loss.item(), f"torch {torch.__version__}, {torch.get_num_threads()} threads"
+
+
+def make_gptjax(vocab):
+    import jax
+    import numpy as np
+
+    from gptjax.model import gpt
+    from gptjax.model.spec import GPTConfig
+    from gptjax.parallel.mesh import MeshConfig, make_mesh
+    from gptjax.training.optimizer import OptimizerConfig, make_optimizer
+    from gptjax.training.precision import PrecisionConfig
+    from gptjax.training.state import init_state, state_shardings
+    from gptjax.training.step import causal_lm_loss, jit_train_step, train_step
+
+    model = GPTConfig(vocab, **SHAPE, attention="cpu")
+    precision, tx, mesh = PrecisionConfig(), make_optimizer(OptimizerConfig()), make_mesh(MeshConfig())
+    _, shardings = state_shardings(gpt.abstract_params(model), tx, precision, mesh)
+    state = init_state(model, tx, precision, shardings, seed=0)
+    loss = causal_lm_loss(model, precision.dtype, chunk=128)
+    run = jit_train_step(train_step(loss, tx, 1.0, precision, 0, dropout=False), shardings)
+    one = tokens(vocab)[None, None]
+    batch = {"tokens": one, "weights": np.ones(one[..., 1:].shape, np.float32)}
+    rates = np.array([1e-3], np.float32)
+
+    def step():
+        nonlocal state
+        state, metrics = run(state, batch, rates)
+        return metrics
+
+    read = lambda m: float(m["loss_sum"][0] / m["count"][0])
+    return step, read, f"jax {jax.__version__}"
+
+
+def serve(side, vocab):
+    """Worker: makes the step, warms it up, then runs n steps for each line read from stdin."""
+    step, read, about = {"torch": make_torch, "gptjax": make_gptjax}[side](vocab)
+    for _ in range(3):
+        loss = read(step())
+    print(json.dumps({"about": about, "loss": loss}), flush=True)
+    for line in sys.stdin:
+        began = time.perf_counter()
+        for _ in range(int(line)):
+            out = step()
+        loss = read(out)
+        print(json.dumps({"seconds": time.perf_counter() - began, "loss": loss}), flush=True)
+
+
+class Worker:
+    def __init__(self, side, vocab):
+        command = [sys.executable, "-m", "experiments.benchmarks.pretrain_cpu", f"--serve={side}", f"--vocab={vocab}"]
+        self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        self.about = self._read()["about"]
+
+    def _read(self):
+        line = self._process.stdout.readline()
+        if not line:
+            sys.exit("a worker died: see its message above")
+        return json.loads(line)
+
+    def run(self, steps):
+        self._process.stdin.write(f"{steps}\n")
+        self._process.stdin.flush()
+        return self._read()
+
+    def close(self):
+        self._process.stdin.close()
+        self._process.wait()
+
+
+def matmul_speed():
+    """FLOP/s of one 2,048-cubed float32 matmul: what this machine can do at best."""
+    code = (
+        "import jax, jax.numpy as jnp, time; a = jnp.ones((2048, 2048)); f = jax.jit(jnp.dot)\n"
+        "f(a, a).block_until_ready(); best = 9e9\n"
+        "for _ in range(8):\n"
+        "    t = time.perf_counter(); f(a, a).block_until_ready(); best = min(best, time.perf_counter() - t)\n"
+        "print(2 * 2048**3 / best)"
+    )
+    return float(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--vocab", type=int, default=65)
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--steps", type=int, default=5, help="steps per round and side")
+    parser.add_argument("--json", action="store_true")
+    parser.add_argument("--serve", choices=["torch", "gptjax"], help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    os.environ.setdefault("JAX_PLATFORMS", "cpu")
+    if args.serve:
+        return serve(args.serve, args.vocab)
+
+    from gptjax.model.flops import flops_per_token
+    from gptjax.model.spec import GPTConfig
+
+    peak = matmul_speed()
+    sides = {side: Worker(side, args.vocab) for side in ("torch", "gptjax")}
+    per_round = args.steps * BATCH * SHAPE["context_length"]
+    speeds, ratios, losses = {side: [] for side in sides}, [], {}
+    for _ in range(args.rounds):
+        for side, worker in sides.items():
+            result = worker.run(args.steps)
+            speeds[side].append(per_round / result["seconds"])
+            losses[side] = result["loss"]
+        ratios.append(speeds["gptjax"][-1] / speeds["torch"][-1])
+    abouts = {side: worker.about for side, worker in sides.items()}
+    for worker in sides.values():
+        worker.close()
+    quartiles = statistics.quantiles(ratios, n=4)
+    flops = flops_per_token(GPTConfig(args.vocab, **SHAPE)).causal
+    result = {
+        "benchmark": "pretrain_cpu",
+        "model": {**SHAPE, "vocab_size": args.vocab, "batch": BATCH, "dtype": "float32"},
+        "ratio": statistics.median(ratios),
+        "ratio_quartiles": [quartiles[0], quartiles[2]],
+        "ratios": ratios,
+        "tokens_per_second": {side: statistics.median(s) for side, s in speeds.items()},
+        "floor": {
+            "flops_per_token": flops,
+            "matmul_flops_per_second": peak,
+            "tokens_per_second_at_matmul_speed": peak / flops,
+            "share_reached": statistics.median(speeds["gptjax"]) * flops / peak,
+        },
+        "last_loss": losses,
+        "versions": abouts,
+        "machine": f"{os.cpu_count()} cores, {platform.machine()}, Python {platform.python_version()}",
+    }
+    if args.json:
+        print(json.dumps(result))
+        return
+    print(f"gptjax / torch eager: {result['ratio']:.2f}x (quartiles {quartiles[0]:.2f}-{quartiles[2]:.2f})")
+    for side, speed in result["tokens_per_second"].items():
+        print(f"  {side:<8}{speed:>8,.0f} tokens/s   {abouts[side]}")
+    floor = result["floor"]
+    print(
+        f"  floor   {floor['tokens_per_second_at_matmul_speed']:>8,.0f} tokens/s if every FLOP ran at matmul speed "
+        f"({peak / 1e9:,.0f} GFLOP/s); gptjax reaches {100 * floor['share_reached']:.0f} %"
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,29 @@
+"""Eight virtual CPU devices, a persistent compilation cache, and the tiny models tests share."""
+
+import os
+from pathlib import Path
+
+# Before JAX starts: with fewer pool threads than this, collectives of 8 devices deadlock on 2 cores.
+os.environ["NPROC"] = "32"
+os.environ["JAX_PLATFORMS"] = "cpu"
+os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # libtpu is here to compile, not to look for a TPU
+CACHE = Path(__file__).resolve().parent.parent / ".jax_cache"
+os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(CACHE))
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.3")
+
+import jax  # noqa: E402
+
+jax.config.update("jax_num_cpu_devices", 8)
+jax.config.update("jax_default_matmul_precision", "highest")
+
+import pytest  # noqa: E402
+
+ROOT = Path(__file__).resolve().parent.parent
+SHARED_DATA = ROOT.parent / "shared" / "data"  # real data beside the checkout; tests that want it skip without
+
+
+@pytest.fixture(scope="session")
+def shared_data() -> Path:
+    if not SHARED_DATA.exists():
+        pytest.skip("needs ../shared/data, real data that is not part of this repository")
+    return SHARED_DATA

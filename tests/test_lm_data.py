@@ -1,0 +1,297 @@
+"""Language-modelling batches: the permutation, windows, mixtures, hosts, resume and isolated documents."""
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from gptjax.data.lm import LmBatches, Mixture, Windows, iterate, permute, validation_batches, with_segments
+from gptjax.errors import InputError
+
+EOT = 9
+PINNED_ORDER = [2, 6, 7, 5, 4, 9, 1, 3, 8, 0]
+PINNED_STARTS = [970, 746, 201, 649, 463]
+
+
+class Array:
+    """Stands for TokenShards: token i of the split is values[i]."""
+
+    def __init__(self, values, eot_id=EOT):
+        self.values, self.eot_id = np.asarray(values, np.int32), eot_id
+
+    def __len__(self):
+        return len(self.values)
+
+    def read(self, starts, length):
+        assert starts.size == 0 or (starts.min() >= 0 and starts.max() + length <= len(self))
+        return self.values[np.asarray(starts)[:, None] + np.arange(length)]
+
+
+def count(n):
+    return Array(np.arange(n))
+
+
+def batches_of(examples, size=4, **options):
+    options = {"byte_lengths": np.ones(100_000, np.int32), "eot_id": EOT, **options}
+    return LmBatches(examples, lambda step: (step * size, size), **options)
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.integers(1, 3000), st.integers(-(2**63), 2**64))
+def test_permute_is_a_bijection(length, key):
+    out = permute(np.arange(length), length, key)
+    assert out.dtype == np.int64
+    assert sorted(out.tolist()) == list(range(length))
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.integers(2**33, 2**45), st.integers(0, 2**64 - 1))
+def test_permute_of_long_ranges(length, key):
+    index = np.arange(length - 500, length)
+    out = permute(index, length, key)
+    assert len(set(out.tolist())) == 500 and 0 <= out.min() and out.max() < length
+    assert abs(out.mean() / length - 0.5) < 0.1
+    np.testing.assert_array_equal(permute(index[7:9], length, key), out[7:9])  # each index by itself
+
+
+def test_permute_is_uniform():
+    n, keys = 60, 6000
+    counts = np.zeros((n, n))
+    follows = np.zeros(n)
+    for key in range(keys):
+        out = permute(np.arange(n), n, key)
+        counts[np.arange(n), out] += 1
+        follows[(out[1:] - out[:-1]) % n] += 1
+    chi2 = ((counts - keys / n) ** 2 / (keys / n)).sum()
+    freedom = (n - 1) ** 2
+    assert abs(chi2 - freedom) < 6 * np.sqrt(2 * freedom)
+    assert abs(follows[1:] / follows[1:].mean() - 1).max() < 0.1  # neighbours don't stay neighbours
+
+
+def test_permute_keys():
+    keys = np.array([1, 2**64 - 1, 1, 7], np.uint64)
+    out = permute(np.array([5, 5, 6, 7]), 1000, keys)
+    for i, (index, key) in enumerate(zip((5, 5, 6, 7), keys.tolist(), strict=True)):
+        assert out[i] == permute(np.array([index]), 1000, key)[0]
+    assert len({tuple(permute(np.arange(50), 50, k).tolist()) for k in range(200)}) == 200
+    for bad in ([-1], [10]):
+        with pytest.raises(ValueError):
+            permute(np.array(bad), 10, 0)
+
+
+def test_values_are_pinned():
+    """A change of these changes the data order of every run that is resumed."""
+    assert permute(np.arange(10), 10, 42).tolist() == PINNED_ORDER
+    assert Windows(count(1000), 16, seed=3).starts(np.array([0, 1, 61, 62, 10**12])).tolist() == PINNED_STARTS
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.integers(2, 40), st.integers(0, 400), st.integers(0, 5))
+def test_windows_cover_each_epoch_once(context, extra, seed):
+    tokens = count(context + 1 + extra)
+    windows = Windows(tokens, context, seed)
+    n = len(windows)
+    assert n == max(1, len(tokens) // context - 1)
+    for epoch in range(4):
+        starts = np.sort(windows.starts(np.arange(epoch * n, (epoch + 1) * n)))
+        assert (np.diff(starts) == context).all()  # no token is twice a target
+        assert 0 <= starts[0] and starts[-1] + context + 1 <= len(tokens)
+        assert starts[0] < context
+
+
+def test_windows_change_order_and_cuts():
+    windows = Windows(count(50_000), 64, seed=0)
+    n = len(windows)
+    epochs = [windows.starts(np.arange(e * n, (e + 1) * n)) for e in range(50)]
+    assert len({int(e.min()) for e in epochs}) > 25  # of 64 phases
+    assert len({tuple((e // 64).tolist()) for e in epochs}) == 50
+    other = Windows(count(50_000), 64, seed=1)
+    assert (other.starts(np.arange(n)) // 64 != epochs[0] // 64).mean() > 0.9
+    np.testing.assert_array_equal(windows.read(np.array([5]))[0], epochs[0][5] + np.arange(65))
+
+
+def test_too_short_a_split():
+    with pytest.raises(InputError, match="16 tokens, fewer than one context of 16"):
+        Windows(count(16), 16, 0)
+    with pytest.raises(InputError, match="16 tokens, fewer than one context of 16"):
+        validation_batches(count(16), 16, 2, byte_lengths=np.ones(20))
+    assert len(Windows(count(17), 16, 0)) == 1
+
+
+WEIGHTS = [60, 22, 8, 8, 3]  # GPT-3 Table 2.2; they sum to 101
+
+
+def test_mixture_counts_are_exact_in_every_block():
+    sources = [Windows(count(2000 + 100 * k), 8, seed=k) for k in range(5)]
+    mixture = Mixture(sources, WEIGHTS, seed=0)
+    source, within = mixture.assign(np.arange(30_000))
+    for block in range(3):
+        counts = np.bincount(source[block * 10_000 : (block + 1) * 10_000])
+        assert counts.tolist() == [5941, 2178, 792, 792, 297]  # 10,000·w/101, largest remainders
+    for k in range(5):  # used in order, none left out, over epochs
+        np.testing.assert_array_equal(within[source == k], np.arange((source == k).sum()))
+    assert abs(np.bincount(source[:1000]) / 1000 - np.array(WEIGHTS) / 101).max() < 0.06
+    assert (source[:10_000] != source[10_000:20_000]).any()
+    np.testing.assert_array_equal(mixture.assign(np.array([9_999, 10_000]))[0], source[9_999:10_001])
+
+
+def test_mixture_reads_its_sources():
+    sources = [Windows(Array(np.arange(500) + 1000 * k), 8, seed=k) for k in range(3)]
+    mixture = Mixture(sources, [1, 2, 1], seed=5)
+    index = np.array([0, 12_345, 3, 9_999, 777])
+    source, within = mixture.assign(index)
+    out = mixture.read(index)
+    for row, s, w in zip(out, source, within, strict=True):
+        np.testing.assert_array_equal(row, sources[s].read(np.array([w]))[0])
+    assert mixture.context_length == 8
+
+
+def test_bad_mixtures():
+    windows = Windows(count(100), 8, 0)
+    with pytest.raises(InputError, match="2 sources.*1 weights"):
+        Mixture([windows, windows], [1], 0)
+    for weight in (0, -1, float("nan"), float("inf")):
+        with pytest.raises(InputError, match="isn't positive"):
+            Mixture([windows, windows], [1, weight], 0)
+    with pytest.raises(InputError, match="1e-06 is under one example in 10000"):
+        Mixture([windows, windows], [1, 1e-6], 0)
+    with pytest.raises(InputError, match="different context lengths"):
+        Mixture([windows, Windows(count(100), 9, 0)], [1, 1], 0)
+
+
+def ramp(step):
+    """Four steps of 3 sequences, then 8: an uneven ramp."""
+    return (step * 3, 3) if step < 4 else (12 + (step - 4) * 8, 8)
+
+
+@pytest.mark.parametrize("hosts", [1, 2, 4])
+@pytest.mark.parametrize("isolate", [False, True])
+def test_hosts_parts_join_to_the_one_host_batch(hosts, isolate):
+    rng = np.random.default_rng(0)
+    tokens = Array(rng.integers(0, 12, 3000))
+    lengths = rng.integers(1, 9, 12)
+    mixture = Mixture([Windows(tokens, 16, 0), Windows(tokens, 16, 1)], [3, 1], 0)
+
+    def make(index, total):
+        return LmBatches(
+            mixture,
+            ramp,
+            lambda step: 4 if step < 4 else 8,
+            byte_lengths=lengths,
+            eot_id=EOT,
+            isolate_documents=isolate,
+            host_index=index,
+            host_count=total,
+        )
+
+    for step in (0, 3, 4, 1000):
+        one = make(0, 1)[step]
+        parts = [make(h, hosts)[step] for h in range(hosts)]
+        for name in ("tokens", "weights") + (("segment_ids", "positions") if isolate else ()):
+            np.testing.assert_array_equal(np.concatenate([p[name] for p in parts]), one[name])
+        assert ("segment_ids" in one) == isolate
+        first, sequences = ramp(step)
+        assert {p["sequences"] for p in parts} == {sequences}
+        assert sum(p["target_bytes"] for p in parts) == one["target_bytes"]
+        real = mixture.read(np.arange(first, first + sequences))
+        assert one["target_bytes"] == lengths[real[:, 1:]].sum()
+        np.testing.assert_array_equal(one["tokens"][:sequences], real)
+        assert (one["tokens"].dtype, one["weights"].dtype) == (np.int32, np.float32)
+        assert (one["weights"][:sequences] == 1).all() and (one["weights"][sequences:] == 0).all()
+        assert one["weights"].shape == (4 if step < 4 else 8, 16)
+
+
+def test_rows_that_do_not_divide_over_hosts():
+    with pytest.raises(InputError, match="batch of 4 rows doesn't divide over 3 hosts"):
+        batches_of(Windows(count(100), 8, 0), host_count=3)[0]
+    with pytest.raises(ValueError, match="4 sequences don't fit 2 rows"):
+        batches_of(Windows(count(100), 8, 0), rows=lambda step: 2)[0]
+
+
+def test_isolation_without_end_of_text():
+    with pytest.raises(InputError, match="no end-of-text"):
+        batches_of(Windows(count(100), 8, 0), eot_id=None, isolate_documents=True)
+
+
+def test_segments():
+    tokens = np.array([[1, 2, EOT, 3, 4, EOT, EOT, 5], [EOT, 1, 2, 3, 4, 5, 6, EOT]])
+    segments, positions = with_segments(tokens, EOT)
+    assert segments.tolist() == [[1, 1, 2, 2, 2, 3, 4, 4], [1, 1, 1, 1, 1, 1, 1, 2]]
+    assert positions.tolist() == [[0, 1, 0, 1, 2, 0, 0, 1], [0, 1, 2, 3, 4, 5, 6, 0]]
+    assert segments.dtype == positions.dtype == np.int32
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.lists(st.lists(st.sampled_from([1, 2, EOT]), min_size=1, max_size=12), min_size=1, max_size=4))
+def test_segments_by_definition(rows):
+    width = min(map(len, rows))
+    tokens = np.array([row[:width] for row in rows])
+    segments, positions = with_segments(tokens, EOT)
+    for row, segment_row, position_row in zip(tokens, segments, positions, strict=True):
+        segment, position = 1, 0
+        for t, token in enumerate(row):
+            if t and token == EOT:
+                segment, position = segment + 1, 0
+            assert (segment_row[t], position_row[t]) == (segment, position)
+            position += 1
+
+
+def test_isolated_batches_use_the_inputs():
+    tokens = Array([1, 2, 3, EOT, 4, 5, 6, EOT, 7])
+    batch = validation_batches(tokens, 4, 2, byte_lengths=np.ones(10), isolate_documents=True)[0]
+    assert batch["segment_ids"].tolist() == [[1, 1, 1, 2], [1, 1, 1, 2]]
+    assert batch["positions"].tolist() == [[0, 1, 2, 0], [0, 1, 2, 0]]
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_iterate_is_the_batches_in_order_from_any_step(threads):
+    batches = batches_of(Windows(count(5000), 16, 0))
+    seen = list(iterate(batches, 0, 25, threads=threads, buffer=3))
+    assert [step for step, _ in seen] == list(range(25))
+    for step, batch in seen:
+        np.testing.assert_array_equal(batch["tokens"], batches[step]["tokens"])
+    tail = list(iterate(batches, 13, 25, threads=threads))
+    for (step, batch), (expected_step, expected) in zip(tail, seen[13:], strict=True):
+        assert step == expected_step
+        np.testing.assert_array_equal(batch["tokens"], expected["tokens"])
+    assert list(iterate(batches, 5, 5)) == []
+
+
+def test_iterate_passes_errors_on_and_can_be_left():
+    batches = batches_of(Windows(count(100), 8, 0), host_count=3)
+    with pytest.raises(InputError, match="doesn't divide"):
+        next(iterate(batches, 0, 5))
+    running = iterate(batches_of(Windows(count(100), 8, 0)), 0, 10**9)
+    assert next(running)[0] == 0
+    running.close()
+
+
+def test_steps_are_independent_of_what_was_read_before():
+    one, two = (batches_of(Mixture([Windows(count(900), 8, s) for s in (0, 1)], [1, 1], 7)) for _ in "ab")
+    backwards = {step: one[step]["tokens"] for step in range(6000, 0, -997)}
+    for step in sorted(backwards):
+        np.testing.assert_array_equal(two[step]["tokens"], backwards[step])
+
+
+def test_validation_batches():
+    tokens = count(8 * 11 + 5)
+    batches = validation_batches(tokens, 8, 4, byte_lengths=np.full(200, 2))
+    assert len(batches) == 3
+    assert [b["sequences"] for b in batches] == [4, 4, 3]  # iterates like a list, and ends
+    targets = np.concatenate([b["tokens"][:, 1:][b["weights"] > 0] for b in batches])
+    np.testing.assert_array_equal(targets, np.arange(1, 89))  # each once, in order
+    assert [b["tokens"].shape for b in batches] == [(4, 9)] * 3
+    assert [b["target_bytes"] for b in batches] == [64, 64, 48]
+    assert len(validation_batches(tokens, 8, 4, 2, byte_lengths=np.ones(200))) == 2
+    assert len(validation_batches(tokens, 8, 4, 99, byte_lengths=np.ones(200))) == 3
+    exact = validation_batches(count(8 * 11), 8, 4, byte_lengths=np.ones(200))  # no target for the last token
+    assert [b["sequences"] for b in exact] == [4, 4, 2]
+    with pytest.raises(IndexError):
+        batches[3]
+    halves = [
+        validation_batches(tokens, 8, 4, byte_lengths=np.ones(200), host_index=h, host_count=2)[2]["tokens"]
+        for h in range(2)
+    ]
+    np.testing.assert_array_equal(np.concatenate(halves), batches[2]["tokens"])
+    with pytest.raises(InputError, match="batch of 4 rows doesn't divide over 3 hosts"):
+        validation_batches(tokens, 8, 4, byte_lengths=np.ones(200), host_count=3)[0]

@@ -1,0 +1,213 @@
+"""Batch-size ramp and learning rate: the papers' figures, and offsets that neither lose nor double a sequence."""
+
+import bisect
+import importlib.util
+import math
+
+import pytest
+from conftest import ROOT
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from gptjax.config import build
+from gptjax.describe import describe
+from gptjax.errors import InputError
+from gptjax.pretrain import PretrainConfig
+from gptjax.training.schedule import Schedule, ScheduleConfig
+
+
+def config_file(name, *argument):
+    spec = importlib.util.spec_from_file_location(name, ROOT / "configs" / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module.get_config(*argument)
+
+
+def of_config(config, **length):
+    """The Schedule of a config file, as pretrain.py makes it."""
+    if config.model.vocab_size is None:
+        config.model.vocab_size = 1
+    c = build(PretrainConfig, config)
+    length = length or {"steps": c.steps, "tokens": c.tokens}
+    return Schedule(
+        c.schedule, batch_size=c.batch_size, context_length=c.model.context_length,
+        learning_rate=c.optimizer.learning_rate, **length,
+    )  # fmt: skip
+
+
+def ramp(*, start, full, tokens, batch_size, context_length, total):
+    config = ScheduleConfig(ramp_tokens=tokens, ramp_start_batch_tokens=start, ramp_full_batch_tokens=full)
+    return Schedule(config, batch_size=batch_size, context_length=context_length, learning_rate=1.0, tokens=total)
+
+
+def batch_after(schedule, tokens, span=50):
+    """Tokens of a batch once `tokens` have been seen, over 2 span steps so that whole sequences do not show."""
+    step = bisect.bisect_left(range(schedule.steps), tokens, key=schedule.tokens_before)
+    return (schedule.tokens_before(step + span) - schedule.tokens_before(step - span)) / (2 * span)
+
+
+# --- GPT-3's ramp -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "size, ramp_steps, steps, half, batch_tokens",
+    [("175b", 17_444, 107_444, 1.616e6, 3.2e6), ("125m", 23_495, 615_495, 266e3, 0.5e6)],
+)
+def test_gpt3_ramp_has_the_papers_figures(size, ramp_steps, steps, half, batch_tokens):
+    s = of_config(config_file("gpt3", size))
+    assert (math.ceil(s.ramp_steps - 1e-9), s.steps) == (ramp_steps, steps)
+    assert s.start == 32_000 and s.full == batch_tokens
+    assert batch_after(s, s.config.ramp_tokens / 2) == pytest.approx(half, rel=1e-3)
+    assert batch_after(s, 200e9) == pytest.approx(batch_tokens, rel=1e-3)
+    assert s.sequences(0) == 16  # 32k tokens, rounded to sequences of 2,048
+    assert abs(s.total_tokens - 300e9) <= batch_tokens + 2048
+    assert s.tokens_before(ramp_steps) == pytest.approx(s.config.ramp_tokens, rel=1e-3)
+
+
+def test_describe_tells_the_same_ramp():
+    d = describe(config_file("gpt3", "175b").to_dict())
+    assert (d["steps"], d["ramp_steps"], d["batch_tokens"], d["tokens"]) == (107_444, 17_444, 3_200_000, 300e9)
+
+
+@pytest.mark.parametrize("size", ["125m", "350m", "760m", "1.3b", "2.7b", "6.7b", "13b", "175b"])
+def test_every_gpt3_batch_fits_its_rows(size):
+    s = of_config(config_file("gpt3", size))
+    last = math.ceil(s.ramp_steps)
+    for step in [0, 1, last // 2, *range(last - 20, last + 200), s.steps - 1]:
+        assert 1 <= s.sequences(step) <= s.batch_size
+
+
+def test_ramp_is_the_solution_of_its_differential_equation():
+    """Against a simulation in small steps of dn = B(n) dt with B linear in n (Brown et al. appendix B)."""
+    start, full, length, context = 2_000.0, 13_000.0, 300_000.0, 10
+    s = ramp(start=start, full=full, tokens=length, batch_size=1300, context_length=context, total=1e6)
+    size = lambda n: start + (full - start) * min(n / length, 1.0)
+    n, pieces = 0.0, 400
+    for step in range(s.steps):
+        assert abs(s.tokens_before(step) - n) <= context / 2 + 1e-4 * n
+        for _ in range(pieces):  # midpoint rule
+            n += size(n + size(n) / (2 * pieces)) / pieces
+
+
+def test_ramp_is_close_to_batches_sized_one_after_the_other():
+    """Batch t of exactly B(tokens seen before it), as a plain implementation has it."""
+    s = of_config(config_file("gpt3", "175b"))
+    n = 0.0
+    for step in range(17_444):
+        if step % 1000 == 0:
+            assert s.tokens_before(step) == pytest.approx(n, rel=3e-3, abs=2048)
+        n += 32e3 + (3.2e6 - 32e3) * n / 12e9
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    context=st.integers(1, 300), batch=st.integers(1, 400), start=st.floats(0, 1), full=st.floats(0, 1),
+    length=st.floats(1, 1e6), step=st.integers(0, 10**6),
+)  # fmt: skip
+def test_offsets_are_whole_and_sequences_follow_each_other(context, batch, start, full, length, step):
+    capacity = batch * context
+    full = context + (capacity - context) * full
+    start = context + (full - context) * start
+    s = Schedule(
+        ScheduleConfig(ramp_tokens=length, ramp_start_batch_tokens=start, ramp_full_batch_tokens=full),
+        batch_size=batch, context_length=context, learning_rate=1.0, steps=step + 60,
+    )  # fmt: skip
+    assert s.sequences_before(0) == 0
+    for t in (*range(40), *range(step, step + 40)):
+        here, after = s.sequences_before(t), s.sequences_before(t + 1)
+        assert isinstance(here, int) and s.tokens_before(t) == here * context
+        assert s.sequences(t) == after - here  # so the next batch begins where this one ends
+        assert 1 <= s.sequences(t) <= batch
+
+
+@settings(max_examples=50, deadline=None)
+@given(batch=st.integers(1, 1000), context=st.integers(1, 4096), step=st.integers(0, 10**8))
+def test_without_a_ramp_every_batch_is_full(batch, context, step):
+    s = Schedule(ScheduleConfig(), batch_size=batch, context_length=context, learning_rate=1.0, steps=10)
+    assert s.sequences_before(step) == step * batch and s.sequences(step) == batch
+    assert not s.ramping and s.ramp_steps == 0 and s.total_tokens == 10 * batch * context
+
+
+@settings(max_examples=50, deadline=None)
+@given(tokens=st.floats(1, 1e9), ramp_tokens=st.sampled_from([0.0, 1e4, 1e6]))
+def test_a_length_in_tokens_is_reached_and_passed_by_less_than_a_batch(tokens, ramp_tokens):
+    config = ScheduleConfig(ramp_tokens=ramp_tokens, ramp_start_batch_tokens=100.0)
+    s = Schedule(config, batch_size=64, context_length=32, learning_rate=1.0, tokens=tokens)
+    assert s.total_tokens >= tokens - 16 - 1e-6 * tokens  # offsets are rounded to sequences
+    assert s.tokens_before(s.steps - 1) < tokens + 16
+
+
+def test_a_ramp_that_starts_at_the_full_batch_is_none():
+    s = ramp(start=1e6, full=None, tokens=1e5, batch_size=4, context_length=8, total=3200)
+    assert not s.ramping and s.steps == 100 and s.sequences(0) == 4
+
+
+def test_steps_come_before_tokens():
+    s = Schedule(ScheduleConfig(), batch_size=1, context_length=1, learning_rate=1.0, steps=3, tokens=1000)
+    assert s.steps == 3
+
+
+# --- learning rate ----------------------------------------------------------------------------------------
+
+
+def test_gpt3_learning_rate():
+    s = of_config(config_file("gpt3", "175b"))
+    got = [s.fraction(t) for t in (0, 187.5e6, 375e6, 130e9, 260e9, 300e9)]
+    assert got == pytest.approx([0, 0.5, 1, 0.5510, 0.1, 0.1], abs=5e-5)
+    assert s.learning_rate(s.steps - 1) == pytest.approx(0.6e-5)
+    assert 0 < s.learning_rate(0) < 1e-3 * s.peak
+
+
+def test_gpt1_learning_rate():
+    s = of_config(config_file("gpt1"), steps=30_000)
+    assert s.learning_rate(999) == pytest.approx(1.25e-4)  # the 1,000th update
+    assert s.learning_rate(1999) == pytest.approx(2.5e-4)
+    assert s.learning_rate(2999) < 2.5e-4
+    assert s.learning_rate(1999 + 14_000) == pytest.approx(1.25e-4)  # half of a cosine
+    assert s.learning_rate(29_999) == pytest.approx(0.0, abs=1e-12)
+
+
+@pytest.mark.parametrize("kind, half", [("cosine", 0.55), ("linear", 0.55), ("constant", 1.0)])
+def test_kinds(kind, half):
+    config = ScheduleConfig(kind, warmup_tokens=100, decay_tokens=1100, final_fraction=0.1)
+    s = Schedule(config, batch_size=1, context_length=1, learning_rate=2.0, steps=2000)
+    assert s.fraction(50) == 0.5 and s.fraction(100) == 1.0
+    assert s.fraction(600) == pytest.approx(half)
+    assert s.fraction(1500) == pytest.approx(1.0 if kind == "constant" else 0.1)
+    quarter = {"cosine": 0.1 + 0.9 * (0.5 + math.sqrt(0.125)), "linear": 0.775, "constant": 1.0}[kind]
+    assert s.fraction(350) == pytest.approx(quarter)
+    assert s.learning_rate(599) == pytest.approx(2 * half)
+
+
+def test_the_fall_ends_with_the_run_unless_told():
+    s = Schedule(ScheduleConfig(final_fraction=0.0), batch_size=2, context_length=5, learning_rate=1.0, steps=10)
+    assert s.learning_rate(9) == pytest.approx(0.0, abs=1e-15) and s.learning_rate(8) > 0
+    assert s.learning_rate(4) == pytest.approx(0.5)
+
+
+# --- errors -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "fields, says",
+    [
+        ({"kind": "cosin"}, "cosine, linear or constant"),
+        ({"warmup_tokens": -1.0}, "warmup_tokens"),
+        ({"ramp_tokens": -1.0}, "ramp_tokens"),
+        ({"final_fraction": 1.5}, "final_fraction"),
+    ],
+)
+def test_bad_fields(fields, says):
+    with pytest.raises(InputError, match=says):
+        ScheduleConfig(**fields)
+
+
+@pytest.mark.parametrize("length, says", [({}, "--config.steps"), ({"steps": 0}, "0 steps"), ({"tokens": 0.0}, "0 steps")])
+def test_bad_lengths(length, says):
+    with pytest.raises(InputError, match=says):
+        Schedule(ScheduleConfig(), batch_size=1, context_length=1, learning_rate=1.0, **length)
+
+
+def test_a_ramp_from_less_than_a_sequence():
+    with pytest.raises(InputError, match="ramp_start_batch_tokens.*one sequence"):
+        ramp(start=1000, full=None, tokens=1e6, batch_size=64, context_length=2048, total=1e9)
