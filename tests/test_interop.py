@@ -95,9 +95,7 @@ def test_names_and_layout_are_those_of_gpt2(exported):
         tensors["transformer.h.1.attn.c_attn.weight"], np.concatenate([kernel[1, :, i] for i in range(3)], -1)
     )
     for ours, theirs in (("ln_1", "ln_1"), ("ln_2", "ln_2")):
-        np.testing.assert_array_equal(
-            tensors[f"transformer.h.2.{theirs}.weight"], params["blocks"][ours]["scale"][2]
-        )
+        np.testing.assert_array_equal(tensors[f"transformer.h.2.{theirs}.weight"], params["blocks"][ours]["scale"][2])
 
 
 def test_names_of_gpt1(tmp_path):
@@ -113,9 +111,7 @@ def test_file_of_the_bare_model_without_prefix_and_with_mask_buffers(exported):
     directory, params = exported
     masks = {f"h.{i}.attn.bias": np.tril(np.ones((1, 1, 6, 6), np.float32)) for i in range(3)}
     masks |= {"h.0.attn.masked_bias": np.float32([-1e4])}
-    edit_tensors(
-        directory, lambda tensors: {k.removeprefix("transformer."): v for k, v in tensors.items()} | masks
-    )
+    edit_tensors(directory, lambda tensors: {k.removeprefix("transformer."): v for k, v in tensors.items()} | masks)
     assert_same(huggingface.read(directory)[1], params)
 
 
@@ -244,9 +240,7 @@ def test_gpt1_with_another_activation_is_refused(tmp_path):
 
 
 def test_what_computes_the_same_is_taken(exported):
-    edit_settings(
-        exported[0], n_inner=32, activation_function="gelu_pytorch_tanh", reorder_and_upcast_attn=True
-    )
+    edit_settings(exported[0], n_inner=32, activation_function="gelu_pytorch_tanh", reorder_and_upcast_attn=True)
     assert_same(huggingface.read(exported[0])[1], exported[1])
 
 
@@ -311,9 +305,7 @@ def test_parameters_of_another_configuration_are_not_exported(tmp_path):
 def test_export_is_whole_or_absent_and_overwrites_nothing(tmp_path, monkeypatch):
     params = random_params(SMALL)
     with monkeypatch.context() as patch:
-        patch.setattr(
-            huggingface, "_settings", lambda *a: (_ for _ in ()).throw(OSError(28, "No space left"))
-        )
+        patch.setattr(huggingface, "_settings", lambda *a: (_ for _ in ()).throw(OSError(28, "No space left")))
         with pytest.raises(InputError, match="No space left.*nothing was left behind"):
             huggingface.write(tmp_path / "a", SMALL, params)
     assert list(tmp_path.iterdir()) == []
@@ -335,9 +327,7 @@ def test_tokenizer_files(tmp_path):
     huggingface.write(tmp_path / "a", config, random_params(config), tokenizer)
     settings = json.loads((tmp_path / "a/config.json").read_text())
     assert settings["vocab_size"] == 272 and settings["eos_token_id"] == tokenizer.eot_id == 264
-    assert (
-        json.loads((tmp_path / "a/tokenizer_config.json").read_text())["tokenizer_class"] == "GPT2Tokenizer"
-    )
+    assert json.loads((tmp_path / "a/tokenizer_config.json").read_text())["tokenizer_class"] == "GPT2Tokenizer"
     merges = (tmp_path / "a/merges.txt").read_text(encoding="utf-8").splitlines()
     assert merges[0] == "#version: 0.2" and len(merges) == 1 + 8
     assert Tokenizer.load(tmp_path / "a").fingerprint == tokenizer.fingerprint
@@ -397,11 +387,7 @@ def sort_model():
     for row in huggingface.table(config):
         name = row.theirs if row.theirs.startswith("lm_head") else f"transformer.{row.theirs}"
         linear = ".attn." in name or ".mlp." in name
-        layers = (
-            [tensors.pop(name.format(i)) for i in range(config.n_layer)]
-            if "{}" in name
-            else [tensors.pop(name)]
-        )
+        layers = [tensors.pop(name.format(i)) for i in range(config.n_layer)] if "{}" in name else [tensors.pop(name)]
         layers = [(x.T if linear else x).reshape(row.shape_here) for x in layers]
         params[row.ours] = np.stack(layers) if "{}" in name else layers[0]
     assert all(name.endswith(".attn.bias") for name in tensors)  # the masks: nothing else is unused
@@ -430,10 +416,7 @@ def test_trained_weights_reproduce_every_intermediate_tensor(sort_model, path):
         )  # fmt: skip
         seen = state["intermediates"]
         block = jax.tree.map(lambda x: x[0], seen["blocks"])  # of the first layer
-        q, k, v = (
-            out(block["attn"]["c_attn"])[:, :, i].reshape(B, T, config.n_head, config.d_head)
-            for i in range(3)
-        )
+        q, k, v = (out(block["attn"]["c_attn"])[:, :, i].reshape(B, T, config.n_head, config.d_head) for i in range(3))
         # Probabilities are the output where the values are the unit vectors.
         unit = jnp.broadcast_to(jnp.eye(T)[:, None], (B, T, config.n_head, T))
         scores = jnp.einsum("bqhd,bkhd->bhqk", q, k) / math.sqrt(config.d_head)

@@ -54,7 +54,8 @@ def test_published_figures(name, expected):
     c = OptimizerConfig(name=name, b1=0.9, b2=0.999, weight_decay=0.1)
     gradients = [{"kernel": jnp.float32(g)} for g in (0.5, -0.5)]
     trail = descend(c, {"kernel": jnp.float32(1.0)}, gradients, [0.1, 0.1])
-    assert [float(p["kernel"]) for p in trail] == pytest.approx(expected, abs=1.5e-7)
+    # float32: 1 - .999 keeps 4 digits fewer than the figures have (7e-7 measured, optax's own AdamW too)
+    assert [float(p["kernel"]) for p in trail] == pytest.approx(expected, abs=1e-6)
 
 
 def test_gpt1_adam_is_not_adamw():

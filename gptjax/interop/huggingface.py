@@ -5,7 +5,7 @@
 
 Arrays are numpy and torch is not needed. Both layouts keep weights [in, out] (transformers' Conv1D), as we
 do: a tensor differs from ours only in how q, k and v are laid side by side and in that ours are stacked over
-layers. Sources: transformers' modeling_gpt2.py and modeling_openai.py; papers.md §1.1, §2.1.
+layers. Sources: transformers' modeling_gpt2.py and modeling_openai.py.
 """
 
 import contextlib
@@ -24,6 +24,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from gptjax.errors import InputError
+from gptjax.interop.hf_tokenizer import dump, write_tokenizer
 from gptjax.model.gpt import INIT_STD, LAYER_NORM_EPS
 from gptjax.model.spec import GPTConfig
 
@@ -363,11 +364,11 @@ def write(directory: str | os.PathLike, config: GPTConfig, params, tokenizer=Non
         temporary.mkdir(parents=True)
         save_file(tensors, temporary / "model.safetensors", metadata={"format": "pt"})
         eot = None if tokenizer is None else tokenizer.eot_id
-        _dump(temporary / "config.json", _settings(config, eot))
+        dump(temporary / "config.json", _settings(config, eot))
         generation = {"bos_token_id": eot, "eos_token_id": eot, "pad_token_id": eot}
-        _dump(temporary / "generation_config.json", {k: v for k, v in generation.items() if v is not None})
+        dump(temporary / "generation_config.json", {k: v for k, v in generation.items() if v is not None})
         if tokenizer is not None:
-            _write_tokenizer(temporary, config, tokenizer)
+            write_tokenizer(temporary, config.context_length, tokenizer)
         temporary.replace(directory)  # onto an empty directory too
     except (OSError, SafetensorError) as error:
         raise InputError(
@@ -419,43 +420,3 @@ def _settings(c: GPTConfig, eot) -> dict:
         "eos_token_id": eot,
         "torch_dtype": "float32",
     }
-
-
-def _write_tokenizer(directory, config, tokenizer):
-    """tokenizer.json and what transformers wants beside it: its class and its special tokens."""
-    tokenizer.save(directory)
-    spec = _json(directory / "tokenizer.json")
-    name, special = _tokenizer_class(tokenizer, spec)
-    settings = {
-        "tokenizer_class": name,
-        "model_max_length": config.context_length,
-        "clean_up_tokenization_spaces": False,  # would take out blanks that the model wrote
-        **special,
-    }
-    if name == "GPT2Tokenizer":
-        settings["add_prefix_space"] = False
-    _dump(directory / "tokenizer_config.json", settings)
-    _dump(directory / "special_tokens_map.json", special)
-    if tokenizer.kind != "char":  # the files of older readers: openai's own layout
-        merges = (pair if isinstance(pair, str) else " ".join(pair) for pair in spec["model"]["merges"])
-        _dump(directory / "vocab.json", spec["model"]["vocab"])
-        (directory / "merges.txt").write_text("\n".join(["#version: 0.2", *merges, ""]), encoding="utf-8")
-
-
-def _tokenizer_class(tokenizer, spec) -> tuple[str, dict]:
-    """The class in transformers that turns text to the same ids, and its special tokens."""
-    if tokenizer.kind == "gpt1":
-        return "OpenAIGPTTokenizer", {"unk_token": "<unk>"}
-    tokens = {token["id"]: token["content"] for token in spec["added_tokens"]}
-    end = tokens.get(tokenizer.eot_id)
-    special = {} if end is None else {"bos_token": end, "eos_token": end, "unk_token": end}
-    before = spec["pre_tokenizer"] or {}
-    plain = before.get("type") == "ByteLevel" and before.get("use_regex", True)
-    plain = plain and not before["add_prefix_space"] and spec["normalizer"] is None
-    if tokenizer.kind == "bpe" and plain and list(tokens.values()) == [end]:
-        return "GPT2Tokenizer", special
-    return "PreTrainedTokenizerFast", special  # takes tokenizer.json as it is; GPT-2's class rebuilds it
-
-
-def _dump(path, value):
-    path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

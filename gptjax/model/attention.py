@@ -36,7 +36,8 @@ def attention(q, k, v, *, path, window=None, segment_ids=None, dropout=0.0, drop
 
     Args:
         q, k, v: [batch, time, head, d_head], one dtype. Scores are scaled by 1/sqrt(d_head).
-        path: 'reference', 'xla', 'cpu', 'splash' or 'cudnn'; see `resolve`.
+        path: 'reference', 'xla', 'cpu', 'splash' or 'cudnn'; 'auto' asks `resolve` for the default backend,
+            which is wrong when compiling for another platform: resolve it for that one first.
         window: None, or how many positions back a query sees, its own included (a band).
         segment_ids: None, or int [batch, time]; a position sees its own segment only.
         dropout, dropout_key: probability of dropping an attention weight, and its key.
@@ -44,6 +45,7 @@ def attention(q, k, v, *, path, window=None, segment_ids=None, dropout=0.0, drop
     Returns:
         [batch, time, head, d_head] in the dtype of q.
     """
+    path = resolve(path, jax.default_backend())
     if window is not None and window >= q.shape[1]:
         window = None
     if dropout > 0.0 and dropout_key is not None:
@@ -101,6 +103,21 @@ def _dot_product(q, k, v, window, segment_ids, implementation):
 # Per batch row everything fits the cache, and a block of queries needs no key after its own end.
 
 _QUERY_BLOCK = 64
+_CACHE_BYTES = 2**20  # of scores held at a time: small shapes take several batch rows at once
+
+
+def _rows_at_once(batch, head, time):
+    rows = max(1, _CACHE_BYTES // (4 * head * min(time, _QUERY_BLOCK) * time))
+    return next(n for n in range(min(rows, batch), 0, -1) if batch % n == 0)
+
+
+def _map_rows(function, rows, head, time):
+    """lax.map over batch rows, as many at once as the cache likes."""
+    batch = rows[0].shape[0]
+    at_once = _rows_at_once(batch, head, time)
+    if at_once == batch:
+        return jax.vmap(function)(rows)
+    return lax.map(function, rows, batch_size=None if at_once == 1 else at_once)
 
 
 def _cpu_blocks(time, window):
@@ -165,13 +182,13 @@ def _by_head(*arrays):
 
 def _cpu_forward(q, k, v, segment_ids, window):
     q, k, v = _by_head(q, k, v)
-    out, lse = lax.map(lambda row: _cpu_row_forward(*row, window), (q, k, v, segment_ids))
+    out, lse = _map_rows(lambda row: _cpu_row_forward(*row, window), (q, k, v, segment_ids), *q.shape[1:3])
     return jnp.swapaxes(out, 1, 2), (q, k, v, segment_ids, out, lse)
 
 
 def _cpu_backward(window, residuals, d_out):
     (d_out,) = _by_head(d_out)
-    d_q, d_k, d_v = lax.map(lambda row: _cpu_row_backward(*row, window), (*residuals, d_out))
+    d_q, d_k, d_v = _map_rows(lambda row: _cpu_row_backward(*row, window), (*residuals, d_out), *d_out.shape[1:3])
     return (*_by_head(d_q, d_k, d_v), None)
 
 

@@ -97,9 +97,7 @@ def test_our_weights_give_our_logits_in_transformers(tmp_path, shape, norm, tied
     config = dataclasses.replace(shape, norm=norm, tied_head=tied)
     params = random_params(config)
     huggingface.write(tmp_path / "a", config, params)
-    model, report = transformers.AutoModelForCausalLM.from_pretrained(
-        tmp_path / "a", output_loading_info=True
-    )
+    model, report = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "a", output_loading_info=True)
     assert not any(report[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"))
     assert type(model) is MODELS[norm][1] and model.dtype == torch.float32
     tokens = tokens_for(config)

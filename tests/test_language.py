@@ -1,0 +1,193 @@
+"""The chunked cross-entropy against the plain one, what it holds in memory, and bits per byte."""
+
+import functools
+import math
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import NamedSharding, PartitionSpec
+
+from gptjax.objectives.language import bits_per_byte, cross_entropy_sum, log_probs
+from gptjax.parallel.mesh import MeshConfig, make_mesh
+
+B, T, D, V = 3, 10, 8, 29
+CHUNKS = [1, 2, 3, 4, 7, 9, 10, 11, 1000]  # 3, 4, 7 and 9 do not divide 10
+
+
+def problem(batch=B, time=T, width=D, vocab=V, dtype=jnp.float32, seed=0):
+    """x, w, targets, weights; the weights hold 0, 1 and fractions."""
+    rng = np.random.default_rng(seed)
+    x = jnp.asarray(rng.standard_normal((batch, time, width)), dtype)
+    w = jnp.asarray(rng.standard_normal((vocab, width)), jnp.float32)
+    weights = rng.choice(np.array([0, 1, 0.25, 3.5], np.float32), (batch, time))
+    return x, w, jnp.asarray(rng.integers(0, vocab, (batch, time))), jnp.asarray(weights)
+
+
+def oracle(x, w, targets, weights):
+    """Loss and gradients in x and w, numpy float64."""
+    x, w, weights = (np.asarray(a).astype(np.float64) for a in (x, w, weights))
+    logits = x @ w.T
+    shifted = logits - logits.max(-1, keepdims=True)
+    log_p = shifted - np.log(np.exp(shifted).sum(-1, keepdims=True))
+    one_hot = np.asarray(targets)[..., None] == np.arange(len(w))
+    d_logits = (np.exp(log_p) - one_hot) * weights[..., None]
+    return -(weights * log_p[one_hot].reshape(weights.shape)).sum(), d_logits @ w, np.einsum("btv,btd->vd", d_logits, x)
+
+
+@functools.partial(jax.jit, static_argnames="chunk")
+def chunked(x, w, targets, weights, chunk):
+    return jax.value_and_grad(cross_entropy_sum, (0, 1))(x, w, targets, weights, chunk)
+
+
+@jax.jit
+def plain(x, w, targets, weights):
+    return jax.value_and_grad(lambda x, w: -(weights * log_probs(x, w, targets)).sum(), (0, 1))(x, w)
+
+
+# --- equal to the plain loss ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("chunk", CHUNKS)
+def test_chunked_equals_plain_and_the_oracle(chunk):
+    arguments = problem()
+    value, (d_x, d_w) = chunked(*arguments, chunk)
+    for expected, (e_x, e_w) in (plain(*arguments), (lambda o: (o[0], o[1:]))(oracle(*arguments))):
+        np.testing.assert_allclose(value, expected, rtol=1e-6)
+        np.testing.assert_allclose(d_x, e_x, atol=5e-6)
+        np.testing.assert_allclose(d_w, e_w, atol=2e-5)
+    assert value.dtype == jnp.float32 and d_x.shape == (B, T, D) and d_w.shape == (V, D)
+
+
+@pytest.mark.parametrize("chunk", CHUNKS)
+def test_without_a_gradient_the_value_is_the_same(chunk):
+    arguments = problem()
+    np.testing.assert_allclose(cross_entropy_sum(*arguments, chunk), oracle(*arguments)[0], rtol=1e-6)
+
+
+def test_the_gradient_scales_with_what_comes_after():
+    """Not a loss that is always last: d(f(loss)) = f'(loss) d(loss)."""
+    x, w, targets, weights = problem()
+    value, grads = chunked(x, w, targets, weights, 4)
+    scaled = jax.grad(lambda x, w: (cross_entropy_sum(x, w, targets, weights, 4) / 7) ** 2, (0, 1))(x, w)
+    for a, b in zip(scaled, grads, strict=True):
+        np.testing.assert_allclose(a, b * (2 * value / 49), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("chunk", [1, 4, 10])
+def test_weights_multiply(chunk):
+    """Weight 0 removes a position from the loss and its gradient; weight 2 counts it twice."""
+    x, w, targets, _ = problem()
+    base = np.ones((B, T), np.float32)
+    base[0, 3] = base[2, 9] = 0
+    value, (d_x, d_w) = chunked(x, w, targets, base, chunk)
+    assert (d_x[0, 3] == 0).all() and (d_x[2, 9] == 0).all()
+    doubled, (dd_x, dd_w) = chunked(x, w, targets, 2 * base, chunk)
+    np.testing.assert_allclose(doubled, 2 * value, rtol=1e-6)
+    np.testing.assert_allclose(dd_w, 2 * d_w, rtol=1e-5, atol=1e-5)
+    other = x.at[0, 3].set(50.0).at[2, 9].set(-3.0)  # what stands in a removed position does not matter
+    value_2, (_, d_w_2) = chunked(other, w, targets, base, chunk)
+    assert value_2 == value
+    np.testing.assert_array_equal(d_w_2, d_w)
+    nothing, grads = chunked(x, w, targets, 0 * base, chunk)
+    assert nothing == 0 and all((g == 0).all() for g in grads)
+
+
+@pytest.mark.parametrize("chunk", [3, 10])
+def test_nan_in_a_position_of_weight_0_is_not_in_the_loss(chunk):
+    """The value only: its gradient is 0 * NaN, and the train step then skips the whole step as not finite."""
+    x, w, targets, weights = problem()
+    weights = weights.at[1, 4].set(0)
+    expected = cross_entropy_sum(x, w, targets, weights, chunk)
+    assert cross_entropy_sum(x.at[1, 4].set(jnp.nan), w, targets, weights, chunk) == expected
+    assert jnp.isnan(cross_entropy_sum(x.at[1, 4].set(jnp.nan), w, targets, weights.at[1, 4].set(1), chunk))
+
+
+@pytest.mark.parametrize("chunk", [3, 10])
+def test_bfloat16_activations(chunk):
+    """Products are rounded to 8 bits, sums are not; the loss and the head's gradient stay float32."""
+    x, w, targets, weights = problem(dtype=jnp.bfloat16)
+    value, (d_x, d_w) = chunked(x, w, targets, weights, chunk)
+    assert (value.dtype, d_x.dtype, d_w.dtype) == (jnp.float32, jnp.bfloat16, jnp.float32)
+    rounded = w.astype(jnp.bfloat16)
+    expected, e_x, e_w = oracle(x, rounded, targets, weights)
+    np.testing.assert_allclose(value, expected, rtol=1e-5)  # the head is rounded, the logits are summed in float32
+    np.testing.assert_allclose(np.asarray(d_x, np.float32), e_x, rtol=2**-7, atol=0.1)
+    np.testing.assert_allclose(d_w, e_w, rtol=2**-8, atol=0.1)
+
+
+def test_large_logits_do_not_overflow():
+    x, w, targets, weights = problem()
+    arguments = 100 * x, 10 * w, targets, weights
+    value, grads = chunked(*arguments, 4)
+    expected, *e_grads = oracle(*arguments)
+    np.testing.assert_allclose(value, expected, rtol=1e-5)
+    for a, b in zip(grads, e_grads, strict=True):
+        assert np.isfinite(a).all()
+        np.testing.assert_allclose(a, b, atol=1e-3 * np.abs(b).max())
+
+
+@pytest.mark.parametrize("vocab", [2, 29, 50257])
+def test_uniform_logits_cost_ln_v(vocab):
+    x, w = jnp.zeros((1, 3, 4)), jnp.ones((vocab, 4))
+    value = cross_entropy_sum(x, w, jnp.array([[0, 1, vocab - 1]]), jnp.ones((1, 3)), 3)
+    assert value / 3 == np.float32(math.log(vocab))
+
+
+def test_log_probs():
+    x, w, targets, _ = problem()
+    found = log_probs(x, w, targets)
+    assert found.shape == (B, T) and found.dtype == jnp.float32
+    every = jnp.stack([log_probs(x, w, jnp.full((B, T), v)) for v in range(V)], -1)
+    np.testing.assert_allclose(jnp.exp(every).sum(-1), 1, atol=1e-6)
+    np.testing.assert_allclose(-found.sum(), oracle(x, w, targets, jnp.ones((B, T)))[0], rtol=1e-6)
+
+
+# --- memory -----------------------------------------------------------------------------------------------
+
+
+def float32_sizes(compiled):
+    """Elements of every float32 array in the compiled program."""
+    shapes = re.findall(r"\bf32\[([\d,]*)\]", compiled.as_text())
+    return {math.prod(map(int, s.split(","))) if s else 1 for s in shapes}
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_no_array_of_all_logits_is_ever_held(dtype):
+    batch, time, vocab, chunk = 4, 32, 1024, 8
+    arguments = problem(batch, time, 16, vocab, dtype)
+    sizes = float32_sizes(chunked.lower(*arguments, chunk).compile())
+    assert max(sizes) == batch * chunk * vocab  # the largest is one chunk's logits
+    for whole in (plain.lower(*arguments), chunked.lower(*arguments, time)):
+        assert batch * time * vocab in float32_sizes(whole.compile())  # the reading of shapes does see it
+
+
+# --- sharding ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("chunk", [3, 1000])
+@pytest.mark.parametrize("sizes", [(8, 1, 1), (1, 8, 1), (2, 2, 2)], ids=str)
+def test_sharded_over_eight_devices(sizes, chunk):
+    data, fsdp, tensor = sizes
+    mesh = make_mesh(MeshConfig(data=data, fsdp=fsdp, tensor=tensor))
+    arguments = problem(batch=8)
+    rows = NamedSharding(mesh, PartitionSpec(("data", "fsdp")))
+    head = NamedSharding(mesh, PartitionSpec(None, "fsdp"))
+    placed = jax.device_put(arguments, (rows, head, rows, rows))
+    with jax.set_mesh(mesh):
+        value, (d_x, d_w) = chunked(*placed, chunk)
+    expected, (e_x, e_w) = chunked(*arguments, chunk)
+    np.testing.assert_allclose(value, expected, rtol=1e-6)
+    np.testing.assert_allclose(d_x, e_x, atol=2e-6)
+    np.testing.assert_allclose(d_w, e_w, atol=2e-5)
+
+
+# --- bits per byte ----------------------------------------------------------------------------------------
+
+
+def test_bits_per_byte():
+    assert bits_per_byte(100 * math.log(256), 100) == pytest.approx(8, rel=1e-12)  # uniform bytes
+    assert bits_per_byte(7 * math.log(2), 14) == pytest.approx(0.5, rel=1e-12)
+    assert bits_per_byte(1.4697 * 1000, 1000) == pytest.approx(2.1203, abs=5e-5)  # nanoGPT's Shakespeare

@@ -1,0 +1,204 @@
+"""Sharded = unsharded on 8 virtual devices, state that is really cut up, and meshes that do not fit."""
+
+import dataclasses
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from gptjax.errors import InputError
+from gptjax.model import gpt
+from gptjax.model.spec import GPTConfig
+from gptjax.parallel.mesh import MeshConfig, batch_ways, check_fits, make_mesh
+from gptjax.parallel.rules import RULES, parameter_shardings, partition_spec
+from gptjax.training.loop import global_array
+from gptjax.training.optimizer import OptimizerConfig, make_optimizer
+from gptjax.training.precision import PrecisionConfig
+from gptjax.training.state import init_state, state_shardings
+from gptjax.training.step import batch_sharding, causal_lm_loss, jit_train_step, train_step
+
+MODEL = GPTConfig(64, n_layer=2, n_head=4, d_model=32, context_length=16)
+F32 = PrecisionConfig()
+# The gradient of the keys' bias is 0 but for rounding, which Adam would blow up to whole steps with a smaller eps.
+OPTIMIZER = OptimizerConfig(eps=1e-4)
+STEPS = 3
+MESHES = {
+    "data 8": MeshConfig(data=8),
+    "fsdp 8": MeshConfig(data=1, fsdp=8),
+    "data 2 fsdp 2 tensor 2": MeshConfig(data=2, fsdp=2, tensor=2),
+    "fsdp 2 tensor 4": MeshConfig(data=1, fsdp=2, tensor=4),
+}
+
+
+def train(config, devices):
+    """(state at birth, compiled text, final state, metrics) of 3 steps of 2 micro-batches on a mesh."""
+    mesh = make_mesh(config, devices)
+    model = dataclasses.replace(MODEL, attention="xla")
+    tx = make_optimizer(OPTIMIZER)
+    _, shardings = state_shardings(gpt.abstract_params(model), tx, F32, mesh)
+    step = train_step(causal_lm_loss(model, jnp.float32, 8, mesh), tx, 1.0, F32, seed=0, dropout=False)
+    rng = np.random.default_rng(0)
+    batch = {
+        "tokens": rng.integers(0, 64, (STEPS, 2, 8, 17), np.int32),
+        "weights": (rng.random((STEPS, 2, 8, 16)) < 0.7).astype(np.float32),
+    }
+    with jax.set_mesh(mesh):
+        born = init_state(model, tx, F32, shardings, 0)
+        batch = jax.tree.map(lambda a: global_array(a, batch_sharding(mesh, 2)), batch)
+        compiled = jit_train_step(step, shardings).lower(born, batch, np.full(STEPS, 1e-2, np.float32)).compile()
+        birth = jax.device_get(born)
+        state, metrics = compiled(born, batch, np.full(STEPS, 1e-2, np.float32))
+    return birth, compiled.as_text(), state, jax.device_get(metrics)
+
+
+@pytest.fixture(scope="module")
+def alone():
+    return train(MeshConfig(data=1), jax.devices()[:1])
+
+
+@pytest.fixture(scope="module", params=MESHES)
+def spread(request):
+    return request.param, *train(MESHES[request.param], jax.devices())
+
+
+def leaves(tree):
+    return {jax.tree_util.keystr(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
+
+
+def test_sharded_is_unsharded(alone, spread):
+    _, _, state, metrics = alone
+    _, _, _, got, got_metrics = spread
+    for name in ("loss_sum", "count", "grad_norm"):
+        np.testing.assert_allclose(got_metrics[name], metrics[name], rtol=1e-5)
+    expected = leaves(state.params)
+    for path, leaf in leaves(got.params).items():
+        limit = 1e-5 * np.abs(expected[path]).max()
+        np.testing.assert_allclose(np.asarray(leaf), expected[path], rtol=0, atol=limit, err_msg=path)
+    moved = jax.tree.map(lambda a, b: float(np.abs(a - b).max()), alone[0].params, jax.device_get(state.params))
+    assert min(v for k, v in leaves(moved).items() if "kernel" in k or "wte" in k) > 1e-3  # there was something to get wrong
+
+
+def test_born_sharded_is_born_whole(alone, spread):
+    """Bitwise: the same seed is the same model on any mesh."""
+    jax.tree.map(np.testing.assert_array_equal, alone[0], spread[1])
+
+
+def test_parameters_and_moments_are_really_cut_up(spread):
+    name, _, _, state, _ = spread
+    mesh = make_mesh(MESHES[name])
+    f, t = mesh.shape["fsdp"], mesh.shape["tensor"]
+    shapes = {
+        "['wte']": (64, 32 // f),
+        "['wpe']": (16, 32 // f),
+        "['blocks']['attn']['c_attn']['kernel']": (2, 32 // f, 3, 32 // t),
+        "['blocks']['attn']['c_attn']['bias']": (2, 3, 32 // t),
+        "['blocks']['attn']['c_proj']['kernel']": (2, 32 // t, 32 // f),
+        "['blocks']['attn']['c_proj']['bias']": (2, 32),
+        "['blocks']['mlp']['c_fc']['kernel']": (2, 32 // f, 128 // t),
+        "['blocks']['mlp']['c_fc']['bias']": (2, 128 // t),
+        "['blocks']['mlp']['c_proj']['kernel']": (2, 128 // t, 32 // f),
+        "['blocks']['ln_1']['scale']": (2, 32),
+        "['ln_f']['bias']": (32,),
+    }
+    adam = state.opt_state[0]
+    for tree in (state.params, adam.mu, adam.nu):
+        found = leaves(tree)
+        for path, shape in shapes.items():
+            assert {s.data.shape for s in found[path].addressable_shards} == {shape}, path
+            assert len(found[path].addressable_shards) == 8
+    on_one = sum(leaf.addressable_shards[0].data.nbytes for leaf in leaves(state).values())
+    whole = sum(leaf.nbytes for leaf in leaves(state).values())
+    assert on_one < whole * (1 / (f * t) + 0.06)  # the gains and biases are on every device
+
+
+def test_the_compiled_step_communicates_as_it_should(spread):
+    name, _, text, _, _ = spread
+    reduces = "all-reduce" in text or "reduce-scatter" in text
+    assert reduces
+    if "fsdp" in name:
+        assert "all-gather" in text
+    if name == "data 8":
+        assert "all-gather" not in text  # every device has the whole model
+
+
+# --- meshes -----------------------------------------------------------------------------------------------
+
+
+def test_minus_one_takes_the_rest():
+    assert dict(make_mesh(MeshConfig()).shape) == {"data": 8, "fsdp": 1, "tensor": 1, "stage": 1, "seq": 1}
+    shape = make_mesh(MeshConfig(data=2, fsdp=-1, tensor=2)).shape
+    assert shape["fsdp"] == 2 and batch_ways(shape) == 4
+
+
+@pytest.mark.parametrize(
+    "sizes, says",
+    [
+        ({"data": 3}, "data=3 needs 3 devices and there are 8"),
+        ({"data": 2, "fsdp": 2}, "data=2 x fsdp=2 needs 4 devices and there are 8"),
+        ({"data": -1, "tensor": 3}, "8 devices are not a multiple.*3"),
+    ],
+)
+def test_a_mesh_that_does_not_multiply_out(sizes, says):
+    with pytest.raises(InputError, match=says):
+        make_mesh(MeshConfig(**sizes))
+
+
+@pytest.mark.parametrize(
+    "sizes, says",
+    [
+        ({"data": 0}, "positive"),
+        ({"data": -1, "fsdp": -1}, "-1 on at most one"),
+        ({"fsdp": -2}, "positive"),
+        ({"stage": 2}, "mesh.stage"),
+        ({"seq": 2}, "mesh.seq"),
+    ],
+)
+def test_sizes_that_can_not_be(sizes, says):
+    with pytest.raises(InputError, match=says):
+        MeshConfig(**sizes)
+
+
+def test_heads_and_batches_that_do_not_divide():
+    sizes = MeshConfig(data=2, fsdp=2, tensor=2).sizes(8)
+    check_fits(sizes, n_head=4, batch_size=8, microbatch_size=4)
+    with pytest.raises(InputError, match="n_head=5 is not divisible by mesh.tensor=2"):
+        check_fits(sizes, n_head=5, batch_size=8, microbatch_size=4)
+    with pytest.raises(InputError, match=r"^batch_size=10 .*mesh.data x mesh.fsdp = 4 devices: use 8 or 12"):
+        check_fits(sizes, n_head=4, batch_size=10, microbatch_size=4)
+    with pytest.raises(InputError, match=r"^microbatch_size=2 .*use 4\."):
+        check_fits(sizes, n_head=4, batch_size=8, microbatch_size=2)
+
+
+def test_an_axis_without_a_rule():
+    with pytest.raises(InputError, match="'colour'.*parallel/rules.py"):
+        partition_spec(("embed", "colour"))
+    with pytest.raises(InputError, match="'embed'"):
+        parameter_shardings(gpt.abstract_params(MODEL), make_mesh(MeshConfig()), {k: v for k, v in RULES.items() if k != "embed"})
+
+
+def test_every_logical_axis_of_the_model_has_a_rule_and_every_rule_a_use():
+    boxed = jax.tree.leaves(gpt.abstract_params(MODEL), is_leaf=lambda x: isinstance(x, nn.LogicallyPartitioned))
+    named = {name for leaf in boxed for name in leaf.names}
+    assert named <= set(RULES) and {"embed", "heads", "mlp", "vocab", "layers", "qkv", "norm", "position"} == named
+
+
+@pytest.mark.parametrize(
+    "model, mesh, says",
+    [
+        (dict(d_model=36), MeshConfig(data=1, fsdp=8), "axis of 36, which mesh.fsdp = 8"),
+        (dict(d_model=12, n_head=2), MeshConfig(data=1, tensor=8), "c_attn/.*axis of 12, which mesh.tensor = 8"),
+    ],
+)
+def test_an_indivisible_dimension_names_the_parameter(model, mesh, says):
+    boxed = gpt.abstract_params(dataclasses.replace(MODEL, **model))
+    with pytest.raises(InputError, match=says) as caught:
+        parameter_shardings(boxed, make_mesh(mesh))
+    assert str(caught.value).split()[0].rsplit("/")[-1] in ("kernel", "bias", "wte", "wpe")
+
+
+def test_a_parameter_without_names():
+    boxed = {"attn": {"extra": jax.ShapeDtypeStruct((4,), jnp.float32)}}
+    with pytest.raises(InputError, match="attn/extra has no logical axis names"):
+        parameter_shardings(boxed, make_mesh(MeshConfig()))
