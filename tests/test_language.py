@@ -131,9 +131,9 @@ def test_large_logits_do_not_overflow():
 
 @pytest.mark.parametrize("vocab", [2, 29, 50257])
 def test_uniform_logits_cost_ln_v(vocab):
-    x, w = jnp.zeros((1, 3, 4)), jnp.ones((vocab, 4))
-    value = cross_entropy_sum(x, w, jnp.array([[0, 1, vocab - 1]]), jnp.ones((1, 3)), 3)
-    assert value / 3 == np.float32(math.log(vocab))
+    x, w = jnp.zeros((1, 4, 5)), jnp.ones((vocab, 5))
+    value = cross_entropy_sum(x, w, jnp.array([[0, 1, 0, vocab - 1]]), jnp.ones((1, 4)), 4)
+    assert value / 4 == np.float32(math.log(vocab))
 
 
 def test_log_probs():

@@ -1,0 +1,470 @@
+"""The model: a numpy forward as oracle, its initialisation, and what each part must and must not see."""
+
+import dataclasses
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax.traverse_util import flatten_dict, unflatten_dict
+
+from gptjax.model import gpt
+from gptjax.model.spec import GPT1, GPT2, GPTConfig
+from gptjax.objectives.language import cross_entropy_sum, log_probs
+from gptjax.training.step import causal_lm_loss
+
+TINY = GPTConfig(vocab_size=61, n_layer=3, n_head=2, d_model=16, context_length=12, attention="reference")
+VARIANTS = {
+    "pre": TINY,
+    "post": dataclasses.replace(TINY, norm="post"),
+    "banded": dataclasses.replace(TINY, local_window=3),
+    "untied": dataclasses.replace(TINY, tied_head=False),
+    "cpu banded": dataclasses.replace(TINY, local_window=3, attention="cpu"),
+}
+every_variant = pytest.mark.parametrize("name", VARIANTS)
+
+
+@functools.cache
+def random_params(config, seed=0):
+    """Every parameter random and large enough to matter, LayerNorm gains and all biases too."""
+    rng = np.random.default_rng(seed)
+    shapes = jax.eval_shape(lambda key: gpt.init(config, key), jax.random.key(0))
+    return jax.tree.map(lambda x: (0.4 * rng.standard_normal(x.shape)).astype(np.float32), shapes)
+
+
+def random_tokens(config, batch=3, time=None, seed=1):
+    return np.random.default_rng(seed).integers(0, config.vocab_size, (batch, time or config.context_length))
+
+
+@functools.partial(jax.jit, static_argnums=1)
+def forward(params, config, tokens, positions=None, segment_ids=None):
+    x = gpt.hidden(params, config, tokens, positions=positions, segment_ids=segment_ids)
+    return x, gpt.logits(params, config, x)
+
+
+# --- the oracle -------------------------------------------------------------------------------------------
+
+
+def numpy_forward(params, c, tokens):
+    """(hidden, logits) of GPT-1, 2 and 3 in float64, one row at a time, from the papers."""
+    p = {name: np.asarray(a, np.float64) for name, a in flatten_dict(params, sep="/").items()}
+
+    def norm(x, name, layer=None):
+        gain, bias = (p[f"{name}/{part}"] if layer is None else p[f"{name}/{part}"][layer] for part in ("scale", "bias"))
+        return (x - x.mean(-1, keepdims=True)) / np.sqrt(x.var(-1, keepdims=True) + 1e-5) * gain + bias
+
+    def linear(x, name, layer):
+        w, b = p[f"blocks/{name}/kernel"][layer], p[f"blocks/{name}/bias"][layer]
+        return x @ w.reshape(len(w), -1) + b.reshape(-1)
+
+    def attend(x, layer):
+        q, k, v = np.split(linear(x, "attn/c_attn", layer), 3, axis=-1)
+        out = np.zeros_like(q)
+        size = c.d_model // c.n_head
+        for head in range(c.n_head):
+            at = slice(head * size, (head + 1) * size)
+            for t in range(len(x)):
+                first = max(0, t - c.local_window + 1) if c.local_window and layer % 2 == 1 else 0
+                scores = k[first : t + 1, at] @ q[t, at] / math.sqrt(size)
+                e = np.exp(scores - scores.max())
+                out[t, at] = e / e.sum() @ v[first : t + 1, at]
+        return linear(out, "attn/c_proj", layer)
+
+    def mlp(x, layer):
+        h = linear(x, "mlp/c_fc", layer)
+        return linear(0.5 * h * (1 + np.tanh(math.sqrt(2 / math.pi) * (h + 0.044715 * h**3))), "mlp/c_proj", layer)
+
+    rows = []
+    for row in tokens:
+        x = p["wte"][row] + p["wpe"][: len(row)]
+        for layer in range(c.n_layer):
+            if c.norm == "pre":
+                x = x + attend(norm(x, "blocks/ln_1", layer), layer)
+                x = x + mlp(norm(x, "blocks/ln_2", layer), layer)
+            else:
+                x = norm(x + attend(x, layer), "blocks/ln_1", layer)
+                x = norm(x + mlp(x, layer), "blocks/ln_2", layer)
+        rows.append(norm(x, "ln_f") if c.norm == "pre" else x)
+    x = np.stack(rows)
+    return x, x @ p["wte" if c.tied_head else "lm_head"].T
+
+
+@every_variant
+@pytest.mark.parametrize("time", [12, 7])
+def test_forward_equals_numpy(name, time):
+    c = VARIANTS[name]
+    params, tokens = random_params(c), random_tokens(c, time=time)
+    for found, expected in zip(forward(params, c, tokens), numpy_forward(params, c, tokens), strict=True):
+        assert found.dtype == jnp.float32
+        np.testing.assert_allclose(found, expected, rtol=0, atol=2e-5)
+
+
+def test_bfloat16_activations_are_near():
+    c = TINY
+    params, tokens = random_params(c), random_tokens(c)
+    x = gpt.hidden(params, c, tokens, dtype=jnp.bfloat16)
+    assert x.dtype == jnp.bfloat16 and gpt.logits(params, c, x).dtype == jnp.float32
+    expected = numpy_forward(params, c, tokens)[0]
+    assert np.abs(np.asarray(x, np.float64) - expected).max() < 0.2 * expected.std()
+
+
+def test_bfloat16_weight_gradients_are_not_rounded():
+    """Accumulated in float32: a weight's gradient is a long sum, which 8 bits would lose."""
+    x = jnp.asarray(np.random.default_rng(0).standard_normal((4, 64, 8)), jnp.bfloat16)
+    w = jnp.asarray(np.random.default_rng(1).standard_normal((8, 3, 5)), jnp.float32)
+    d_y = jnp.asarray(np.random.default_rng(2).standard_normal((4, 64, 3, 5)), jnp.bfloat16)
+    y, pull = jax.vjp(gpt._matmul, x, w)
+    d_x, d_w = pull(d_y)
+    assert (y.dtype, d_x.dtype, d_w.dtype) == (jnp.bfloat16, jnp.bfloat16, jnp.float32)
+    exact = lambda *names_and_arrays: np.einsum(
+        names_and_arrays[0], *(np.asarray(a, np.float64) for a in names_and_arrays[1:])
+    )
+    np.testing.assert_allclose(d_w, exact("bti,btjk->ijk", x, d_y), rtol=1e-5, atol=1e-4)
+    rounded = w.astype(jnp.bfloat16)
+    np.testing.assert_allclose(np.asarray(y, np.float64), exact("bti,ijk->btjk", x, rounded), rtol=2**-8, atol=1e-2)
+    np.testing.assert_allclose(np.asarray(d_x, np.float64), exact("btjk,ijk->bti", d_y, rounded), rtol=2**-8, atol=1e-2)
+
+
+# --- initialisation ---------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def published():
+    """The real GPT-1 and GPT-2 124M at initialisation, made once each."""
+    made = {}
+
+    def make(config):
+        if config not in made:
+            made.clear()  # half a gigabyte each
+            made[config] = jax.jit(gpt.init, static_argnums=0)(config, jax.random.key(0))
+        return made[config]
+
+    return make
+
+
+@pytest.mark.parametrize("config, residual_std", [(GPT2["124m"], 0.0040825), (GPT1, 0.02)], ids=["gpt2", "gpt1"])
+def test_published_initialisation(published, config, residual_std):
+    """Weights N(0, .02), residual projections .02/sqrt(2 L) in GPT-2 and .02 in GPT-1, gains 1, biases 0; and the
+    loss of such a model: ln V + d sigma^2 / 2, for logits of variance d sigma^2 (not ln V)."""
+    c = dataclasses.replace(config, attention="cpu", dropout=0.0)
+    params = published(c)
+    for name, x in flatten_dict(params, sep="/").items():
+        kind = name.split("/")[-1]
+        if kind == "scale":
+            assert (x == 1).all(), name
+        elif kind == "bias":
+            assert (x == 0).all(), name
+        else:
+            std = residual_std if "c_proj" in name else 0.02
+            assert float(jnp.std(x)) == pytest.approx(std, rel=0.02), name
+            assert abs(float(jnp.mean(x))) < 4 * std / x.size**0.5, name
+    tokens = jax.random.randint(jax.random.key(1), (4, 65), 0, c.vocab_size)
+    batch = {"tokens": tokens, "weights": jnp.ones((4, 64))}
+    total, count = jax.jit(lambda p, b: causal_lm_loss(c, jnp.float32, 16)(p, b, None))(params, batch)
+    assert total / count == pytest.approx(math.log(c.vocab_size) + c.d_model * 0.02**2 / 2, abs=0.06)
+
+
+@pytest.mark.parametrize(
+    "n_layer, std", [(12, 0.0040825), (24, 0.0028868), (36, 0.0023570), (48, 0.0020412), (96, 0.0014434)]
+)
+def test_residual_projections_shrink_with_depth(n_layer, std):
+    c = GPTConfig(11, n_layer, 2, 64, 4)
+    params = jax.jit(gpt.init, static_argnums=0)(c, jax.random.key(2))
+    for part in ("attn", "mlp"):
+        assert float(jnp.std(params["blocks"][part]["c_proj"]["kernel"])) == pytest.approx(std, rel=0.02)
+    assert float(jnp.std(params["blocks"]["mlp"]["c_fc"]["kernel"])) == pytest.approx(0.02, rel=0.02)
+
+
+def test_every_layer_starts_different_and_the_seed_decides():
+    make = lambda seed: flatten_dict(gpt.init(TINY, jax.random.key(seed)), sep="/")
+    a, b, other = make(0), make(0), make(1)
+    for name, x in a.items():
+        np.testing.assert_array_equal(x, b[name])
+        if name.endswith("kernel") or name in ("wte", "wpe"):
+            assert (x != other[name]).mean() > 0.99, name
+        if name.endswith("kernel"):
+            assert (x[0] != x[1]).mean() > 0.99, name
+
+
+def test_names_and_shapes_are_gpt2s():
+    c = dataclasses.replace(TINY, tied_head=False)
+    shapes = {name: x.shape for name, x in flatten_dict(random_params(c), sep="/").items()}
+    assert shapes == {
+        "wte": (61, 16), "wpe": (12, 16), "lm_head": (61, 16), "ln_f/scale": (16,), "ln_f/bias": (16,),
+        "blocks/ln_1/scale": (3, 16), "blocks/ln_1/bias": (3, 16), "blocks/ln_2/scale": (3, 16),
+        "blocks/ln_2/bias": (3, 16), "blocks/attn/c_attn/kernel": (3, 16, 3, 16), "blocks/attn/c_attn/bias": (3, 3, 16),
+        "blocks/attn/c_proj/kernel": (3, 16, 16), "blocks/attn/c_proj/bias": (3, 16),
+        "blocks/mlp/c_fc/kernel": (3, 16, 64), "blocks/mlp/c_fc/bias": (3, 64),
+        "blocks/mlp/c_proj/kernel": (3, 64, 16), "blocks/mlp/c_proj/bias": (3, 16),
+    }  # fmt: skip
+    post = flatten_dict(random_params(VARIANTS["post"]), sep="/").keys()
+    assert post == shapes.keys() - {"lm_head", "ln_f/scale", "ln_f/bias"}  # GPT-1: tied, no final LayerNorm
+
+
+# --- LayerNorm, GELU --------------------------------------------------------------------------------------
+
+
+def test_layer_norm_epsilon_is_1e_5():
+    """On an input of variance 1e-5 it halves the variance; 1e-6, Flax's default, would leave 91 %."""
+    x = jnp.float32(1e-5**0.5) * jnp.tile(jnp.array([1.0, -1.0]), 8)
+    params = {"params": {"scale": jnp.ones(16), "bias": jnp.zeros(16)}}
+    y = gpt.LayerNorm().apply(params, x)
+    np.testing.assert_allclose(y, np.sign(x) * 0.5**0.5, rtol=1e-5)
+
+
+def test_layer_norm_of_bfloat16_is_taken_in_float32():
+    """Values 256..257 have no variance in 8 bits; gain and bias act before the result is rounded."""
+    x = jnp.asarray(np.random.default_rng(0).standard_normal(64) + 30, jnp.bfloat16)
+    x64 = np.asarray(x, np.float64)
+    expected = (x64 - x64.mean()) / np.sqrt(x64.var() + 1e-5) * 3 - 2
+    y = gpt.LayerNorm().apply({"params": {"scale": jnp.full(64, 3.0), "bias": jnp.full(64, -2.0)}}, x)
+    assert y.dtype == jnp.bfloat16
+    np.testing.assert_allclose(np.asarray(y, np.float64), expected, rtol=2**-8, atol=1e-6)
+
+
+def test_gelu_is_the_tanh_form():
+    x = np.linspace(-5, 5, 2001)
+    tanh = 0.5 * x * (1 + np.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3)))
+    erf = 0.5 * x * (1 + np.vectorize(math.erf)(x / math.sqrt(2)))
+    found = np.asarray(gpt.gelu(jnp.asarray(x, jnp.float32)))
+    np.testing.assert_allclose(found, tanh, atol=1e-6)
+    assert np.abs(found - erf).max() > 4e-4
+    slope = jax.vmap(jax.grad(gpt.gelu))(jnp.asarray(x, jnp.float32))
+    np.testing.assert_allclose(slope[1:-1], (tanh[2:] - tanh[:-2]) / (x[2:] - x[:-2]), atol=1e-4)
+
+
+# --- the head ---------------------------------------------------------------------------------------------
+
+
+def loss_of(config, params, tokens):
+    x = gpt.hidden(params, config, tokens[:, :-1])
+    w = gpt.unembedding(params, config)
+    return cross_entropy_sum(x, w, tokens[:, 1:], jnp.ones(tokens[:, 1:].shape), 4)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def gradients(config, params, tokens):
+    return jax.value_and_grad(loss_of, 1)(config, params, tokens)
+
+
+@pytest.mark.parametrize("norm", ["pre", "post"])
+def test_a_tied_head_gets_the_gradients_of_both_its_uses(norm):
+    tied = dataclasses.replace(TINY, norm=norm)
+    untied = dataclasses.replace(tied, tied_head=False)
+    params, tokens = random_params(tied), random_tokens(tied)
+    value, grads = gradients(tied, params, tokens)
+    value_2, grads_2 = gradients(untied, {**params, "lm_head": params["wte"]}, tokens)
+    np.testing.assert_allclose(value, value_2, rtol=1e-6)
+    scale = np.abs(grads["wte"]).max()
+    np.testing.assert_allclose(grads["wte"], grads_2["wte"] + grads_2["lm_head"], atol=1e-5 * scale)
+    for part in ("wte", "lm_head"):
+        assert np.abs(grads_2[part]).max() > 0.01 * scale  # neither is negligible
+
+
+def test_an_untied_head_is_its_own():
+    c = VARIANTS["untied"]
+    params, tokens = random_params(c), random_tokens(c)
+    assert gpt.unembedding(params, c) is params["lm_head"]
+    x, logits = forward(params, c, tokens)
+    np.testing.assert_allclose(logits, np.asarray(x) @ params["lm_head"].T, atol=2e-5)
+    assert gpt.unembedding(random_params(TINY), TINY) is random_params(TINY)["wte"]
+
+
+# --- what sees what ---------------------------------------------------------------------------------------
+
+
+@functools.partial(jax.jit, static_argnums=1)
+def leak(params, config, tokens):
+    """|d logits_t / d (embedding of position s)| summed over features: [t, s]. wpe stands in for the embedding."""
+
+    def logits(wpe):
+        x = gpt.hidden({**params, "wpe": wpe}, config, tokens)
+        return gpt.logits(params, config, x)[0] @ jnp.sin(jnp.arange(config.vocab_size))
+
+    return jnp.abs(jax.jacrev(logits)(params["wpe"])).sum(-1)
+
+
+@every_variant
+def test_the_future_leaks_exactly_nothing(name):
+    c = VARIANTS[name]
+    seen = np.asarray(leak(random_params(c), c, random_tokens(c, batch=1)))
+    causal = np.tril(np.ones((12, 12), bool))
+    assert (seen[~causal] == 0.0).all()
+    assert (seen[causal] > 0.0).all()  # three layers, the first of them dense: all of the past is seen
+
+
+@pytest.mark.parametrize("attention", ["reference", "cpu"])
+@pytest.mark.parametrize("only", range(4))
+def test_dense_and_banded_layers_alternate(only, attention):
+    """With the attention of all layers but one switched off, that layer's reach is what is seen."""
+    c = dataclasses.replace(TINY, n_layer=4, local_window=3, attention=attention)
+    params = jax.tree.map(np.copy, random_params(c))
+    for part in ("kernel", "bias"):
+        others = [layer for layer in range(4) if layer != only]
+        params["blocks"]["attn"]["c_proj"][part][others] = 0
+    seen = np.asarray(leak(params, c, random_tokens(c, batch=1))) > 0
+    distance = np.arange(12)[:, None] - np.arange(12)[None]
+    expected = (distance >= 0) & (distance < (3 if only % 2 else 12))
+    np.testing.assert_array_equal(seen, expected)
+
+
+def test_a_window_of_the_whole_context_is_dense_bit_for_bit():
+    tokens = random_tokens(TINY)
+    for attention in ("reference", "cpu"):
+        dense = dataclasses.replace(TINY, attention=attention)
+        wide = dataclasses.replace(dense, local_window=12)
+        params = random_params(TINY)
+        for a, b in zip(forward(params, dense, tokens), forward(params, wide, tokens), strict=True):
+            np.testing.assert_array_equal(a, b)
+
+
+def test_rows_do_not_see_each_other():
+    params, tokens = random_params(TINY), random_tokens(TINY, batch=5)
+    order = np.array([3, 0, 4, 2, 1])
+    x, _ = forward(params, TINY, tokens)
+    shuffled, _ = forward(params, TINY, tokens[order])
+    np.testing.assert_array_equal(shuffled, np.asarray(x)[order])
+    value, grads = gradients(TINY, params, tokens)
+    value_2, grads_2 = gradients(TINY, params, tokens[order])
+    np.testing.assert_allclose(value, value_2, rtol=1e-6)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5 * np.abs(a).max() + 1e-6), grads, grads_2)
+
+
+def test_positions_tell_equal_tokens_apart():
+    c = TINY
+    x, _ = forward(random_params(c), c, np.full((1, 12), 7))
+    distances = np.linalg.norm(np.asarray(x)[0, :, None] - np.asarray(x)[0, None], axis=-1)
+    assert distances[~np.eye(12, dtype=bool)].min() > 0.01
+
+
+@pytest.mark.parametrize("attention", ["reference", "cpu", "xla"])
+@pytest.mark.parametrize("norm, window", [("pre", None), ("post", None), ("pre", 3)])
+def test_packed_documents_equal_the_documents_alone(norm, window, attention):
+    """Two rows of documents of unequal length, against each document in a row of its own."""
+    c = dataclasses.replace(TINY, norm=norm, local_window=window, attention=attention)
+    params = random_params(c)
+    rng = np.random.default_rng(5)
+    rows = [[rng.integers(0, 61, n) for n in lengths] for lengths in ((5, 4, 3), (1, 9, 2))]
+    tokens = np.stack([np.concatenate(row) for row in rows])
+    positions = np.stack([np.concatenate([np.arange(len(d)) for d in row]) for row in rows])
+    segments = np.stack([np.repeat(np.arange(len(row)), [len(d) for d in row]) for row in rows])
+    packed = np.asarray(forward(params, c, tokens, positions, segments)[0])
+    alone = np.zeros((6, 12), np.int64)
+    documents = [d for row in rows for d in row]
+    for row, document in zip(alone, documents, strict=True):
+        row[: len(document)] = document  # what follows it is the future, and is not seen
+    x = np.asarray(forward(params, c, alone)[0])
+    expected = np.stack(
+        [np.concatenate([x[i, : len(documents[i])] for i in at]) for at in ((0, 1, 2), (3, 4, 5))]
+    )
+    np.testing.assert_allclose(packed, expected, atol=1e-5)
+    together = np.asarray(forward(params, c, tokens, positions)[0])
+    assert np.abs(together - expected).max() > 0.1  # without segments they do see each other
+
+
+# --- how it is computed -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("norm, window", [("pre", 3), ("post", None)])
+def test_scan_unrolling_and_remat_change_nothing(norm, window):
+    base = dataclasses.replace(TINY, norm=norm, local_window=window)
+    params, tokens = random_params(base), random_tokens(base)
+    value, grads = gradients(base, params, tokens)
+    for change in ({"unroll": 3}, {"unroll": 2}, {"remat": "dots"}, {"remat": "full"}, {"remat": "full", "unroll": 3}):
+        value_2, grads_2 = gradients(dataclasses.replace(base, **change), params, tokens)
+        np.testing.assert_allclose(value_2, value, rtol=1e-6, err_msg=str(change))
+        for a, b in zip(jax.tree.leaves(grads_2), jax.tree.leaves(grads), strict=True):
+            np.testing.assert_allclose(a, b, atol=2e-6 * np.abs(b).max() + 1e-6, err_msg=str(change))
+
+
+def test_remat_policies_trade_memory_for_recomputation():
+    """'none' keeps everything, 'full' recomputes everything, 'dots' keeps the weight matmuls and lies between."""
+    memory, flops = {}, {}
+    for remat in ("none", "dots", "full"):
+        c = GPTConfig(64, 4, 2, 64, 64, remat=remat, attention="reference")
+        params = jax.eval_shape(lambda key, c=c: gpt.init(c, key), jax.random.key(0))
+        compiled = gradients.lower(c, params, jax.ShapeDtypeStruct((32, 65), jnp.int32)).compile()
+        memory[remat] = compiled.memory_analysis().temp_size_in_bytes
+        flops[remat] = compiled.cost_analysis()["flops"]
+    assert memory["full"] < 0.9 * memory["dots"] and memory["dots"] < 0.9 * memory["none"], memory
+    # a layer's weight matmuls are 2 * 12 d^2 FLOPs a token; of all recomputation they are what 'dots' saves
+    # (XLA counts a scanned layer once)
+    assert flops["none"] < flops["dots"] < flops["full"] - 0.9 * 2 * 12 * 64**2 * 32 * 64, flops
+
+
+def test_compile_time_does_not_grow_with_depth():
+    """The layers are one loop: 24 of them make a program no longer than 4 of them do."""
+
+    def program(n_layer):
+        c = dataclasses.replace(TINY, n_layer=n_layer)
+        params = jax.eval_shape(lambda key: gpt.init(c, key), jax.random.key(0))
+        return gradients.lower(c, params, jax.ShapeDtypeStruct((2, 12), jnp.int32)).as_text().count("\n")
+
+    assert program(24) == program(4)
+
+
+def test_the_whole_loss_is_the_mean_of_log_probs():
+    params, tokens = random_params(TINY), random_tokens(TINY)
+    batch = {"tokens": tokens, "weights": np.ones((3, 11), np.float32)}
+    total, count = causal_lm_loss(TINY, jnp.float32, 4)(params, batch, None)
+    logits = numpy_forward(params, TINY, tokens[:, :-1])[1]
+    log_p = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
+    np.testing.assert_allclose(total, -np.take_along_axis(log_p, tokens[:, 1:, None], -1).sum(), rtol=1e-5)
+    assert count == 33
+    x, _ = forward(params, TINY, tokens[:, :-1])
+    np.testing.assert_allclose(total, -log_probs(x, params["wte"], tokens[:, 1:]).sum(), rtol=1e-6)
+
+
+# --- dropout ----------------------------------------------------------------------------------------------
+
+
+def test_dropout_is_decided_by_its_key():
+    c = dataclasses.replace(TINY, dropout=0.2)
+    params, tokens = random_params(c), random_tokens(c)
+    drop = jax.jit(lambda key: gpt.hidden(params, c, tokens, dropout_key=key))
+    a, again, other = drop(jax.random.key(0)), drop(jax.random.key(0)), drop(jax.random.key(1))
+    without = forward(params, c, tokens)[0]
+    np.testing.assert_array_equal(a, again)
+    assert np.abs(a - other).max() > 0.1 and np.abs(a - without).max() > 0.1
+    np.testing.assert_array_equal(without, forward(params, TINY, tokens)[0])  # no key: the rate does not matter
+    same = gpt.hidden(params, TINY, tokens, dropout_key=jax.random.key(0))  # no rate: the key does not
+    np.testing.assert_allclose(same, without, atol=1e-6)
+
+
+@pytest.mark.parametrize("norm", ["pre", "post"])
+def test_dropout_acts_on_the_embedding_and_on_both_residual_branches_of_every_layer(norm):
+    """Embeddings of 1, then branches of 1 (a bias alone): what is added is 0 or 1/(1-p), each its own draw."""
+    c = dataclasses.replace(TINY, dropout=0.25, norm="pre")
+    params = unflatten_dict({k: np.zeros_like(v) for k, v in flatten_dict(random_params(c)).items()})
+    params["wte"][:] = 1
+    for part in ("attn", "mlp"):
+        params["blocks"][part]["c_proj"]["bias"][:] = 1
+    if norm == "post":  # its LayerNorms would hide the sums: only that it drops at all is seen
+        c = dataclasses.replace(c, norm="post")
+        params = {k: v for k, v in params.items() if k != "ln_f"}
+        params["blocks"]["ln_1"]["scale"][:] = params["blocks"]["ln_2"]["scale"][:] = 1
+    tokens = np.zeros((40, 12), int)
+    model = gpt.GPT(c, gpt.Mode(train=True))
+    run = jax.jit(
+        lambda key: model.apply(
+            {"params": params}, tokens, jnp.zeros_like(tokens), rngs={"dropout": key}, mutable="intermediates"
+        )[1]["intermediates"]["blocks"]["block"][0]
+    )
+    out = np.asarray(run(jax.random.key(0)))  # [layer, batch, time, feature]
+    if norm == "post":
+        assert np.unique(out[0].round(4)).size > 10
+        return
+    units = out * 0.75
+    np.testing.assert_allclose(units, units.round(), atol=1e-5)
+    units = units.round().astype(int)
+    layers = np.diff(units, axis=0)  # what layers 1 and 2 added: 0, 1 or 2 branches kept
+    kept = lambda n: n.mean() / n.max()
+    assert units[0].max() == 3 and layers.max() == 2  # the embedding and two branches; two branches
+    for n in (units[0], *layers):
+        assert kept(n) == pytest.approx(0.75, abs=4 * (0.25 * 0.75 / n.size) ** 0.5)
+    for n in layers:  # two draws, not one used twice: then nothing would be 1
+        assert (n == 1).mean() == pytest.approx(2 * 0.75 * 0.25, abs=0.02)
+    assert (layers[0] != layers[1]).mean() > 0.3  # a layer does not repeat the one before
+    assert (units[0, 0] != units[0, 1]).any() and (units[0, :, 0] != units[0, :, 1]).any()

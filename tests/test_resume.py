@@ -1,0 +1,435 @@
+"""A run that is interrupted, killed, damaged or out of disk ends bitwise where an uninterrupted one ends."""
+
+import importlib.util
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+import pytest
+from conftest import ROOT
+
+from gptjax import pretrain as stage
+from gptjax.config import config_dict
+from gptjax.errors import InputError
+from gptjax.parallel.mesh import make_mesh
+from gptjax.pretrain import PretrainConfig, pretrain
+from gptjax.training import loop
+from gptjax.training.checkpoint import Checkpointer
+from gptjax.training.loop import Dispatch, TrainingDiverged
+from gptjax.training.schedule import Schedule
+from gptjax.workdir import load_model
+
+STEPS, STOP = 25, 13
+TIMES = ("tokens_per_second", "mfu", "seconds")
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory):
+    """A file of nonsense words: the source of every run here."""
+    rng = random.Random(0)
+    words = ["".join(rng.choice("abcdefgh") for _ in range(rng.randint(2, 6))) for _ in range(60)]
+    path = tmp_path_factory.mktemp("text") / "words.txt"
+    path.write_text(" ".join(rng.choice(words) for _ in range(4000)))
+    return path
+
+
+def tiny(text, **overrides):
+    """A PretrainConfig of 27k parameters; overrides by dotted key, with __ for the dot."""
+    c = config_dict(PretrainConfig)
+    c.model.update(n_layer=2, n_head=4, d_model=32, context_length=32)
+    c.data.update(source=str(text), tokenizer="char")
+    c.steps, c.batch_size = STEPS, 8
+    c.eval.update(every=10, batches=2)
+    c.checkpoint.every = 5
+    c.log.tensorboard = False
+    c.optimizer.learning_rate = 3e-3
+    c.update_from_flattened_dict({k.replace("__", "."): v for k, v in overrides.items()})
+    return c
+
+
+@pytest.fixture
+def one_device(monkeypatch):
+    """pretrain() in this process, which has 8 virtual devices, on the first of them."""
+    monkeypatch.setattr(stage, "make_mesh", lambda config: make_mesh(config, jax.devices()[:1]))
+
+
+def interrupted(monkeypatch, config, workdir, stop=STOP):
+    """Runs until a SIGTERM that comes while step `stop` is being computed."""
+    real = Dispatch.__call__
+
+    def call(self, state, batch, rates):
+        result = real(self, state, batch, rates)
+        if int(result[0].step) >= stop:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return result
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Dispatch, "__call__", call)
+        assert pretrain(config, str(workdir)) is False
+    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+    return Checkpointer(workdir).steps()[-1]
+
+
+# --- what a run left --------------------------------------------------------------------------------------
+
+
+def arrays(workdir, step=STEPS):
+    """{path: numpy array} of a checkpoint: parameters, optimiser state and loss scale, read by Orbax alone."""
+    found = {}
+    for item in ("params", "training"):
+        reader = ocp.Checkpointer(ocp.PyTreeCheckpointHandler())
+        path = (workdir / "checkpoints" / str(step) / item).resolve()
+        names = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), dict(reader.metadata(path).item_metadata.tree))
+        tree = reader.restore(path, args=ocp.args.PyTreeRestore(restore_args=names))
+        found |= {item + jax.tree_util.keystr(k): np.asarray(v) for k, v in jax.tree_util.tree_leaves_with_path(tree)}
+    return found
+
+
+def assert_bitwise(workdir, other, step=STEPS):
+    a, b = arrays(workdir, step), arrays(other, step)
+    assert a.keys() == b.keys() and len(a) > 30
+    assert [k for k in a if a[k].tobytes() != b[k].tobytes()] == []
+
+
+def lines(workdir, name="metrics"):
+    return [json.loads(line) for line in (workdir / f"{name}.jsonl").read_text().splitlines()]
+
+
+def without_times(records):
+    return [{k: v for k, v in r.items() if k not in TIMES} for r in records]
+
+
+def assert_same_run(workdir, other, steps=STEPS):
+    assert_bitwise(workdir, other, steps)
+    assert [line["step"] for line in lines(workdir)] == list(range(1, steps + 1))
+    assert without_times(lines(workdir)) == without_times(lines(other))
+    there = {e["step"]: e for e in lines(workdir, "evaluations")}
+    assert len(there) == len(lines(workdir, "evaluations"))
+    for e in lines(other, "evaluations"):
+        assert there[e["step"]] == e
+
+
+# --- interrupted and taken up again -----------------------------------------------------------------------
+
+CASES = {
+    "plain": {},
+    "dropout": {"model__dropout": 0.2},
+    "float16": {"precision__compute": "float16", "precision__growth_interval": 4, "precision__initial_scale": 2.0**22},
+    "ramp": {
+        "schedule__ramp_tokens": 3000.0, "schedule__ramp_start_batch_tokens": 128.0, "microbatch_size": 4,
+        "schedule__warmup_tokens": 1000.0,
+    },
+    "5 steps a dispatch": {"steps_per_dispatch": 5, "checkpoint__every": 7, "model__dropout": 0.2},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_13_steps_and_12_are_25(text, tmp_path, monkeypatch, one_device, case):
+    config = tiny(text, **CASES[case])
+    assert pretrain(config, str(tmp_path / "straight")) is True
+    stopped = interrupted(monkeypatch, config, tmp_path / "parts")
+    assert stopped == (14 if "5 steps" in case else STOP)  # between two device calls
+    assert [line["step"] for line in lines(tmp_path / "parts")] == list(range(1, stopped + 1))
+    assert pretrain(config, str(tmp_path / "parts")) is True
+    assert_same_run(tmp_path / "parts", tmp_path / "straight")
+
+    metrics = lines(tmp_path / "straight")
+    assert metrics[-1]["tokens_seen"] == sum(m["batch_tokens"] for m in metrics)
+    if case == "float16":  # its scale went both ways on both sides of the stop
+        scales = [m["loss_scale"] for m in metrics]
+        for part in (scales[:STOP], scales[STOP:]):
+            assert any(a < b for a, b in zip(part, part[1:], strict=False))
+        assert any(m["skipped"] for m in metrics) and not all(m["skipped"] for m in metrics)
+    if case == "ramp":
+        sizes = [m["batch_tokens"] for m in metrics]
+        assert sizes == sorted(sizes) and sizes[0] < 200 and sizes[-1] == 8 * 32 and len(set(sizes)) > 4
+
+
+def test_one_and_five_steps_a_dispatch_are_the_same_run(text, tmp_path, one_device):
+    """To 1e-6: one device call of several steps is a loop, which XLA may fuse otherwise than a single step."""
+    for n in (1, 5):
+        pretrain(tiny(text, model__dropout=0.2, steps_per_dispatch=n), str(tmp_path / str(n)))
+    for a, b in zip(lines(tmp_path / "1"), lines(tmp_path / "5"), strict=True):
+        assert (a["step"], a["tokens_seen"], a["learning_rate"]) == (b["step"], b["tokens_seen"], b["learning_rate"])
+        assert a["loss"] == pytest.approx(b["loss"], rel=1e-6)
+
+
+def test_a_finished_run_started_again_changes_nothing(text, tmp_path, one_device):
+    config = tiny(text, steps=5)
+    pretrain(config, str(tmp_path / "run"))
+    before = {name: lines(tmp_path / "run", name) for name in ("metrics", "evaluations")}
+    assert pretrain(config, str(tmp_path / "run")) is True
+    assert {name: lines(tmp_path / "run", name) for name in before} == before
+
+
+def test_a_finished_run_can_be_made_longer(text, tmp_path, one_device):
+    constant = {"schedule__kind": "constant"}
+    pretrain(tiny(text, steps=10, **constant), str(tmp_path / "parts"))
+    pretrain(tiny(text, steps=25, **constant), str(tmp_path / "parts"))
+    pretrain(tiny(text, steps=25, **constant), str(tmp_path / "straight"))
+    assert_same_run(tmp_path / "parts", tmp_path / "straight")
+
+
+def test_another_seed_is_another_run(text, tmp_path, one_device):
+    for seed in (0, 1):
+        pretrain(tiny(text, steps=2, seed=seed), str(tmp_path / str(seed)))
+    a, b = (lines(tmp_path / str(seed)) for seed in (0, 1))
+    assert a[0]["loss"] != b[0]["loss"]
+
+
+@pytest.mark.parametrize("first, then", [("fsdp 8", "one device"), ("one device", "fsdp 8")])
+def test_taken_up_on_another_mesh(text, tmp_path, monkeypatch, first, then):
+    """1e-5 of the run on one device. Adam's eps is raised: it would blow up the rounding of gradients that are 0."""
+    meshes = {"one device": {"mesh__data": 1, "mesh__fsdp": 1}, "fsdp 8": {"mesh__data": 1, "mesh__fsdp": 8}}
+
+    def run(mesh, workdir, how):
+        with monkeypatch.context() as patch:
+            if mesh == "one device":
+                patch.setattr(stage, "make_mesh", lambda config: make_mesh(config, jax.devices()[:1]))
+            return how(tiny(text, optimizer__eps=1e-4, **meshes[mesh]), workdir)
+
+    straight = lambda config, workdir: pretrain(config, str(workdir))
+    run("one device", tmp_path / "straight", straight)
+    assert run(first, tmp_path / "parts", lambda c, w: interrupted(monkeypatch, c, w)) == STOP
+    assert run(then, tmp_path / "parts", straight) is True
+    a, b = lines(tmp_path / "parts"), lines(tmp_path / "straight")
+    assert [m["step"] for m in a] == list(range(1, STEPS + 1))
+    np.testing.assert_allclose([m["loss"] for m in a], [m["loss"] for m in b], rtol=1e-5)
+    expected = arrays(tmp_path / "straight")
+    for path, value in arrays(tmp_path / "parts").items():
+        if path.startswith("params"):
+            limit = 1e-5 * np.abs(expected[path]).max() + 1e-6
+            np.testing.assert_allclose(value, expected[path], rtol=0, atol=limit, err_msg=path)
+
+
+# --- divergence -------------------------------------------------------------------------------------------
+
+
+def test_a_loss_that_becomes_nan_stops_the_run(text, tmp_path, monkeypatch, one_device):
+    """An infinite learning rate at step 7 makes the loss of step 8 NaN; the checkpoint of step 5 goes on from there."""
+    real = Schedule.learning_rate
+    with monkeypatch.context() as patch:
+        patch.setattr(Schedule, "learning_rate", lambda self, t: float("inf") if t == 6 else real(self, t))
+        with pytest.raises(TrainingDiverged, match="at step 8; .*last good checkpoint is step 5.*learning_rate") as caught:
+            pretrain(tiny(text), str(tmp_path / "run"))
+    assert isinstance(caught.value, InputError) and "nan" in str(caught.value)
+    assert Checkpointer(tmp_path / "run").steps()[-1] == 5
+    assert load_model(tmp_path / "run").step == 5
+    assert pretrain(tiny(text), str(tmp_path / "run")) is True
+    pretrain(tiny(text), str(tmp_path / "straight"))
+    assert_same_run(tmp_path / "run", tmp_path / "straight")
+
+
+def test_a_huge_learning_rate_before_any_checkpoint(text, tmp_path, one_device):
+    with pytest.raises(TrainingDiverged, match="no checkpoint had been written yet"):
+        pretrain(tiny(text, optimizer__learning_rate=1e30, optimizer__clip_norm=0.0), str(tmp_path / "run"))
+
+
+def test_float16_whose_loss_stays_nan_stops_too(text, tmp_path, monkeypatch, one_device):
+    """Halving the scale mends an overflow, never a NaN: to skip every step up to the last is no training."""
+    real = stage.causal_lm_loss
+
+    def planted(*args, **kwargs):
+        loss = real(*args, **kwargs)
+
+        def nan(params, batch, key):
+            total, count = loss(params, batch, key)
+            return (total if key is None and not params["wte"].shape[0] else total * float("nan")), count
+
+        return nan
+
+    monkeypatch.setattr(stage, "causal_lm_loss", planted)
+    monkeypatch.setattr(stage, "evaluator", lambda *_: None)
+    config = tiny(text, precision__compute="float16", precision__initial_scale=2.0, steps=60)
+    with pytest.raises(TrainingDiverged, match="step"):
+        pretrain(config, str(tmp_path / "run"))
+
+
+# --- a full disk ------------------------------------------------------------------------------------------
+
+
+def fill_disk(patch, *steps):
+    """Saving these steps fails as Orbax does: at once or while it is awaited."""
+    real = Checkpointer.manager.fget
+
+    def manager(self):
+        m = real(self)
+        if not hasattr(m, "real_save"):
+            m.real_save = m.save
+
+            def save(step, *args, **kwargs):
+                if step in steps:
+                    raise ValueError("RESOURCE_EXHAUSTED: No space left on device")
+                return m.real_save(step, *args, **kwargs)
+
+            m.save = save
+        return m
+
+    patch.setattr(Checkpointer, "manager", property(manager))
+
+
+def test_a_full_disk_does_not_stop_training(text, tmp_path, monkeypatch, capsys, one_device):
+    with monkeypatch.context() as patch:
+        fill_disk(patch, 10, 15)
+        assert pretrain(tiny(text), str(tmp_path / "run")) is True
+    assert capsys.readouterr().err.count("is full") == 2
+    assert [m["step"] for m in lines(tmp_path / "run")] == list(range(1, STEPS + 1))
+    assert Checkpointer(tmp_path / "run").steps()[-2:] == [20, 25]
+
+
+def test_the_last_checkpoint_does_not_fit(text, tmp_path, monkeypatch, one_device):
+    with monkeypatch.context() as patch:
+        fill_disk(patch, STEPS)
+        with pytest.raises(InputError, match="free some disk space and give the same command again.* step 20"):
+            pretrain(tiny(text), str(tmp_path / "run"))
+    assert pretrain(tiny(text), str(tmp_path / "run")) is True
+    pretrain(tiny(text), str(tmp_path / "straight"))
+    assert_same_run(tmp_path / "run", tmp_path / "straight")
+
+
+# --- the clock --------------------------------------------------------------------------------------------
+
+
+def test_compiling_is_not_training_time(text, tmp_path, monkeypatch, one_device):
+    """So says the report: "compiling, evaluating and saving not counted"."""
+    real = stage.jit_train_step
+
+    class Slow:
+        def __init__(self, step):
+            self.step = step
+
+        def lower(self, *args):
+            time.sleep(1.0)
+            return self.step.lower(*args)
+
+    monkeypatch.setattr(stage, "jit_train_step", lambda *args: Slow(real(*args)))
+    pretrain(tiny(text, steps=2), str(tmp_path / "run"))
+    assert lines(tmp_path / "run")[0]["seconds"] < 1.0
+
+
+def test_the_loop_puts_the_signal_handler_back():
+    before = signal.getsignal(signal.SIGTERM)
+    with loop.stop_on_sigterm() as asked:
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(0.01)
+        assert asked
+    assert signal.getsignal(signal.SIGTERM) is before
+
+
+# --- the process itself: SIGTERM, kill -9, bytes flipped on disk --------------------------------------------
+
+LONG = 120  # steps, of some 5 ms
+
+
+class Process:
+    """`python -m gptjax.pretrain` on one device, always the same run."""
+
+    def __init__(self, text, workdir):
+        options = {
+            "steps": LONG, "batch_size": 8, "steps_per_dispatch": 1, "model.n_layer": 2, "model.d_model": 32,
+            "model.context_length": 32, "model.dropout": 0.1, "eval.every": 60, "eval.batches": 2,
+            "checkpoint.every": 10, "log.tensorboard": False, "samples.max_new_tokens": 4, "data.source": text,
+        }  # fmt: skip
+        self.workdir = workdir
+        self.command = [
+            sys.executable, "-m", "gptjax.pretrain", f"--config={ROOT}/configs/shakespeare_char.py", f"--workdir={workdir}",
+            *(f"--config.{k}={v}" for k, v in options.items()),
+        ]  # fmt: skip
+        flags = os.environ.get("XLA_FLAGS", "").replace("--xla_force_host_platform_device_count=8", "")
+        self.environment = {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags}
+
+    def start(self):
+        return subprocess.Popen(
+            self.command, cwd=ROOT, env=self.environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+        )
+
+    def finish(self):
+        process = self.start()
+        output = process.communicate(timeout=120)[0]
+        assert process.returncode == 0, output
+        return output
+
+    def signal_when(self, condition, number):
+        """(whether it was still running, its exit code, output): sends a signal once condition(names) holds for
+        the names in checkpoints/."""
+        process, there = self.start(), self.workdir / "checkpoints"
+        deadline = time.monotonic() + 90
+        while process.poll() is None and time.monotonic() < deadline:
+            if condition(os.listdir(there) if there.exists() else []):
+                break
+            time.sleep(0.0005)
+        running = process.poll() is None
+        if running:
+            os.kill(process.pid, number)
+        output = process.communicate(timeout=60)[0]
+        return running, process.returncode, output
+
+
+@pytest.fixture(scope="module")
+def straight(text, tmp_path_factory):
+    """The run without any interruption."""
+    workdir = tmp_path_factory.mktemp("straight")
+    Process(text, workdir).finish()
+    return workdir
+
+
+@pytest.fixture(scope="module")
+def stopped(text, tmp_path_factory, straight):
+    """A workdir whose run was sent SIGTERM after step 20, and what it printed."""
+    workdir = tmp_path_factory.mktemp("stopped")
+    running, code, output = Process(text, workdir).signal_when(lambda names: "20" in names, signal.SIGTERM)
+    assert running
+    return workdir, code, output
+
+
+def copy(workdir, to):
+    shutil.copytree(workdir, to, dirs_exist_ok=True)
+    return to
+
+
+def test_sigterm_saves_exits_cleanly_and_goes_on(text, tmp_path, straight, stopped):
+    workdir, code, output = stopped
+    steps = Checkpointer(workdir).steps()
+    assert code == 0 and 20 <= steps[-1] < LONG and "Traceback" not in output
+    assert f"asked to stop: saved step {steps[-1]}" in output
+    again = copy(workdir, tmp_path)
+    assert f"going on from step {steps[-1]} of {LONG}" in Process(text, again).finish()
+    assert_same_run(again, straight, LONG)
+
+
+def test_a_corrupted_newest_checkpoint_goes_on_from_the_older_one(text, tmp_path, straight, stopped):
+    again = copy(stopped[0], tmp_path)
+    older, newest = Checkpointer(again).steps()[-2:]
+    path = max((again / "checkpoints" / str(newest) / "params").rglob("*"), key=lambda p: p.is_file() and p.stat().st_size)
+    content = bytearray(path.read_bytes())
+    for at in range(len(content) // 2, len(content) // 2 + 4):
+        content[at] ^= 0xFF
+    path.write_bytes(content)
+    output = Process(text, again).finish()
+    assert f"checkpoint {newest} is damaged" in output and f"going on from step {older} " in output
+    assert_same_run(again, straight, LONG)
+
+
+def test_kill_9_in_the_middle_of_a_save(text, tmp_path, straight):
+    run = Process(text, tmp_path)
+    saving = lambda names: any(n.endswith("-tmp") and n.split(".")[0] >= "30" for n in names if n[0] in "3456789")
+    for _ in range(3):  # the save may end between the look and the blow: then the next start tries again
+        running, code, _ = run.signal_when(saving, signal.SIGKILL)
+        assert running and code == -signal.SIGKILL
+        left = list((tmp_path / "checkpoints").glob("*.orbax-checkpoint-tmp"))
+        if left:
+            break
+    assert left, "no save was caught in its middle"
+    whole = max(int(n) for n in os.listdir(tmp_path / "checkpoints") if n.isdecimal())
+    assert whole < int(left[0].name.split(".")[0])
+    assert f"going on from step {whole} of {LONG}" in run.finish()
+    assert not list((tmp_path / "checkpoints").glob("*tmp*"))
+    assert_same_run(tmp_path, straight, LONG)
