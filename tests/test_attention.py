@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from jax.sharding import NamedSharding, PartitionSpec
 
 from gptjax.model import attention as module
 from gptjax.model.attention import attention, reference, resolve, visible
@@ -132,6 +133,35 @@ def test_cpu_path_at_any_shape(data):
     batch, heads, d_head = (data.draw(st.integers(1, 3), name) for name in ("batch", "heads", "d_head"))
     segments = some_segments(batch, time, seed=time) if data.draw(st.booleans(), "packed") else None
     check("cpu", batch, time, heads, d_head, window, segments, value=5e-6, gradient=5e-5)
+
+
+@pytest.mark.parametrize("at_once", [1, 2, 4])
+def test_cpu_path_with_few_rows_at_a_time(at_once, monkeypatch):
+    """However many batch rows the cache is taken to hold, here of four: the loop's steps are put together again."""
+    monkeypatch.setattr(module, "_CACHE_BYTES", at_once * 4 * 2 * 64 * 70)
+    assert module._rows_at_once(4, 2, 70) == at_once
+    q, k, v, d_out = inputs(4, 70, 2, 8)
+    segments = some_segments(4, 70)
+    out, pull = jax.vjp(lambda q, k, v: module._cpu(q, k, v, segments, 9), q, k, v)
+    for a, b in zip((out, *pull(d_out)), oracle(q, k, v, d_out, 9, segments), strict=True):
+        np.testing.assert_allclose(a, b, atol=2e-5)
+
+
+@pytest.mark.parametrize("batch, expected", [(12, 4), (7, 1), (2, 2), (1, 1), (5, 5)])
+def test_rows_at_once_divide_the_batch(batch, expected, monkeypatch):
+    monkeypatch.setattr(module, "_CACHE_BYTES", 5 * 4 * 2 * 64 * 70)  # five rows fit
+    assert module._rows_at_once(batch, 2, 70) == expected
+
+
+def test_cpu_path_sharded_over_rows_and_heads():
+    mesh = make_mesh(MeshConfig(data=2, fsdp=2, tensor=2))
+    q, k, v, d_out = inputs(8, 70, 2, 8)
+    segments = some_segments(8, 70)
+    placed = jax.device_put((q, k, v, d_out), NamedSharding(mesh, PartitionSpec(("data", "fsdp"), None, "tensor")))
+    with jax.set_mesh(mesh):
+        found = value_and_gradients("cpu", 9, segments, *placed)
+    for a, b in zip(found, oracle(q, k, v, d_out, 9, segments), strict=True):
+        np.testing.assert_allclose(a, b, atol=2e-5)
 
 
 def test_scores_far_apart_stay_finite():

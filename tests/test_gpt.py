@@ -52,7 +52,7 @@ def numpy_forward(params, c, tokens):
     p = {name: np.asarray(a, np.float64) for name, a in flatten_dict(params, sep="/").items()}
 
     def norm(x, name, layer=None):
-        gain, bias = (p[f"{name}/{part}"] if layer is None else p[f"{name}/{part}"][layer] for part in ("scale", "bias"))
+        gain, bias = (p[f"{name}/{part}"][... if layer is None else layer] for part in ("scale", "bias"))
         return (x - x.mean(-1, keepdims=True)) / np.sqrt(x.var(-1, keepdims=True) + 1e-5) * gain + bias
 
     def linear(x, name, layer):
@@ -367,12 +367,18 @@ def test_packed_documents_equal_the_documents_alone(norm, window, attention):
 # --- how it is computed -----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("norm, window", [("pre", 3), ("post", None)])
-def test_scan_unrolling_and_remat_change_nothing(norm, window):
+@pytest.mark.parametrize(
+    "norm, window, changes",
+    [
+        ("pre", 3, [{"unroll": 3}, {"remat": "dots"}, {"remat": "full"}]),
+        ("post", None, [{"unroll": 2}, {"remat": "full", "unroll": 3}]),
+    ],
+)
+def test_scan_unrolling_and_remat_change_nothing(norm, window, changes):
     base = dataclasses.replace(TINY, norm=norm, local_window=window)
     params, tokens = random_params(base), random_tokens(base)
     value, grads = gradients(base, params, tokens)
-    for change in ({"unroll": 3}, {"unroll": 2}, {"remat": "dots"}, {"remat": "full"}, {"remat": "full", "unroll": 3}):
+    for change in changes:
         value_2, grads_2 = gradients(dataclasses.replace(base, **change), params, tokens)
         np.testing.assert_allclose(value_2, value, rtol=1e-6, err_msg=str(change))
         for a, b in zip(jax.tree.leaves(grads_2), jax.tree.leaves(grads), strict=True):
@@ -423,7 +429,7 @@ def test_the_whole_loss_is_the_mean_of_log_probs():
 def test_dropout_is_decided_by_its_key():
     c = dataclasses.replace(TINY, dropout=0.2)
     params, tokens = random_params(c), random_tokens(c)
-    drop = jax.jit(lambda key: gpt.hidden(params, c, tokens, dropout_key=key))
+    drop = jax.jit(lambda key: gpt.hidden(jax.tree.map(jnp.asarray, params), c, jnp.asarray(tokens), dropout_key=key))
     a, again, other = drop(jax.random.key(0)), drop(jax.random.key(0)), drop(jax.random.key(1))
     without = forward(params, c, tokens)[0]
     np.testing.assert_array_equal(a, again)
@@ -433,38 +439,43 @@ def test_dropout_is_decided_by_its_key():
     np.testing.assert_allclose(same, without, atol=1e-6)
 
 
-@pytest.mark.parametrize("norm", ["pre", "post"])
-def test_dropout_acts_on_the_embedding_and_on_both_residual_branches_of_every_layer(norm):
-    """Embeddings of 1, then branches of 1 (a bias alone): what is added is 0 or 1/(1-p), each its own draw."""
-    c = dataclasses.replace(TINY, dropout=0.25, norm="pre")
-    params = unflatten_dict({k: np.zeros_like(v) for k, v in flatten_dict(random_params(c)).items()})
-    params["wte"][:] = 1
-    for part in ("attn", "mlp"):
-        params["blocks"][part]["c_proj"]["bias"][:] = 1
-    if norm == "post":  # its LayerNorms would hide the sums: only that it drops at all is seen
-        c = dataclasses.replace(c, norm="post")
-        params = {k: v for k, v in params.items() if k != "ln_f"}
-        params["blocks"]["ln_1"]["scale"][:] = params["blocks"]["ln_2"]["scale"][:] = 1
-    tokens = np.zeros((40, 12), int)
-    model = gpt.GPT(c, gpt.Mode(train=True))
+def block_outputs_under_dropout(config, **ones):
+    """[layer, batch, time, feature] of a model that is all zeros but for the parameters named: those are 1."""
+    params = {k: jnp.zeros(v.shape) for k, v in flatten_dict(random_params(config), sep="/").items()}
+    params = {k: jnp.ones_like(v) if any(k.endswith(one) for one in ones["ones"]) else v for k, v in params.items()}
+    tokens = jnp.zeros((40, 12), int)
+    model = gpt.GPT(config, gpt.Mode(train=True))
     run = jax.jit(
         lambda key: model.apply(
-            {"params": params}, tokens, jnp.zeros_like(tokens), rngs={"dropout": key}, mutable="intermediates"
+            {"params": unflatten_dict(params, sep="/")}, tokens, tokens, rngs={"dropout": key}, mutable="intermediates"
         )[1]["intermediates"]["blocks"]["block"][0]
     )
-    out = np.asarray(run(jax.random.key(0)))  # [layer, batch, time, feature]
-    if norm == "post":
-        assert np.unique(out[0].round(4)).size > 10
-        return
-    units = out * 0.75
+    return np.asarray(run(jax.random.key(0)))
+
+
+def near(share, n):
+    """A share of n independent draws, to four standard deviations."""
+    return pytest.approx(share, abs=4 * (share * (1 - share) / n) ** 0.5)
+
+
+def test_dropout_acts_on_the_embedding_and_on_both_residual_branches_of_every_layer():
+    """Embeddings of 1, then branches of 1 (a bias alone): each adds 0 or 1/(1-p), by draws of its own."""
+    c = dataclasses.replace(TINY, dropout=0.25)
+    units = 0.75 * block_outputs_under_dropout(c, ones=["wte", "c_proj/bias"])
     np.testing.assert_allclose(units, units.round(), atol=1e-5)
     units = units.round().astype(int)
     layers = np.diff(units, axis=0)  # what layers 1 and 2 added: 0, 1 or 2 branches kept
-    kept = lambda n: n.mean() / n.max()
     assert units[0].max() == 3 and layers.max() == 2  # the embedding and two branches; two branches
-    for n in (units[0], *layers):
-        assert kept(n) == pytest.approx(0.75, abs=4 * (0.25 * 0.75 / n.size) ** 0.5)
-    for n in layers:  # two draws, not one used twice: then nothing would be 1
-        assert (n == 1).mean() == pytest.approx(2 * 0.75 * 0.25, abs=0.02)
-    assert (layers[0] != layers[1]).mean() > 0.3  # a layer does not repeat the one before
+    for n, draws in ((units[0], 3), *((layer, 2) for layer in layers)):
+        assert (n == draws).mean() == near(0.75**draws, n.size)  # independent: the draws multiply
+        assert n.mean() == pytest.approx(0.75 * draws, abs=4 * (draws * 0.1875 / n.size) ** 0.5)
+    assert ((layers[0] == 2) & (layers[1] == 2)).mean() == near(0.75**4, layers[0].size)  # so do layers'
     assert (units[0, 0] != units[0, 1]).any() and (units[0, :, 0] != units[0, :, 1]).any()
+
+
+@pytest.mark.parametrize("part", ["attn", "mlp"])
+def test_dropout_acts_on_the_branches_of_gpt1(part):
+    """Post-LN: one branch of 1 onto zeros; what was kept stands above the mean after the LayerNorm."""
+    c = dataclasses.replace(TINY, dropout=0.25, norm="post", n_layer=1)
+    out = block_outputs_under_dropout(c, ones=[f"{part}/c_proj/bias", "scale"])
+    assert (out > 0.1).mean() == near(0.75, out.size)

@@ -37,7 +37,7 @@ def text(tmp_path_factory):
     rng = random.Random(0)
     words = ["".join(rng.choice("abcdefgh") for _ in range(rng.randint(2, 6))) for _ in range(60)]
     path = tmp_path_factory.mktemp("text") / "words.txt"
-    path.write_text(" ".join(rng.choice(words) for _ in range(4000)))
+    path.write_text("".join(rng.choice(words) + rng.choice(" \n") for _ in range(4000)))
     return path
 
 
@@ -150,7 +150,8 @@ def test_13_steps_and_12_are_25(text, tmp_path, monkeypatch, one_device, case):
         assert any(m["skipped"] for m in metrics) and not all(m["skipped"] for m in metrics)
     if case == "ramp":
         sizes = [m["batch_tokens"] for m in metrics]
-        assert sizes == sorted(sizes) and sizes[0] < 200 and sizes[-1] == 8 * 32 and len(set(sizes)) > 4
+        assert sizes[0] == 4 * 32 and sizes[-1] == 8 * 32 and set(sizes) == {n * 32 for n in (4, 5, 6, 7, 8)}
+        assert all(b >= a - 32 for a, b in zip(sizes, sizes[1:], strict=False))  # rounded to whole sequences
 
 
 def test_one_and_five_steps_a_dispatch_are_the_same_run(text, tmp_path, one_device):
@@ -176,6 +177,16 @@ def test_a_finished_run_can_be_made_longer(text, tmp_path, one_device):
     pretrain(tiny(text, steps=25, **constant), str(tmp_path / "parts"))
     pretrain(tiny(text, steps=25, **constant), str(tmp_path / "straight"))
     assert_same_run(tmp_path / "parts", tmp_path / "straight")
+
+
+def test_a_run_goes_on_with_its_own_tokens_whatever_became_of_the_source(text, tmp_path, one_device):
+    source = tmp_path / "source.txt"
+    shutil.copy(text, source)
+    for steps, name in ((5, "parts"), (10, "straight")):
+        pretrain(tiny(source, steps=steps, schedule__kind="constant"), str(tmp_path / name))
+    source.write_text("other words " * 500)
+    pretrain(tiny(source, steps=10, schedule__kind="constant"), str(tmp_path / "parts"))
+    assert_same_run(tmp_path / "parts", tmp_path / "straight", 10)
 
 
 def test_another_seed_is_another_run(text, tmp_path, one_device):
@@ -240,9 +251,9 @@ def test_float16_whose_loss_stays_nan_stops_too(text, tmp_path, monkeypatch, one
     def planted(*args, **kwargs):
         loss = real(*args, **kwargs)
 
-        def nan(params, batch, key):
-            total, count = loss(params, batch, key)
-            return (total if key is None and not params["wte"].shape[0] else total * float("nan")), count
+        def nan(*inputs):
+            total, count = loss(*inputs)
+            return total * float("nan"), count
 
         return nan
 
@@ -253,11 +264,22 @@ def test_float16_whose_loss_stays_nan_stops_too(text, tmp_path, monkeypatch, one
         pretrain(config, str(tmp_path / "run"))
 
 
+def test_a_float16_run_whose_last_step_is_skipped_has_a_report(text, tmp_path, monkeypatch, one_device):
+    """metrics.jsonl has null for a loss that is not finite, as JSON has no NaN."""
+    from gptjax.training import report
+
+    pretrain(tiny(text, steps=2, precision__compute="float16"), str(tmp_path / "run"))
+    records = lines(tmp_path / "run")
+    records[-1] |= {"loss": None, "bits_per_byte": None, "grad_norm": None, "skipped": 1}
+    (tmp_path / "run" / "metrics.jsonl").write_text("".join(json.dumps(r) + "\n" for r in records))
+    assert "training curves" in report.write(tmp_path / "run").read_text()
+
+
 # --- a full disk ------------------------------------------------------------------------------------------
 
 
 def fill_disk(patch, *steps):
-    """Saving these steps fails as Orbax does: at once or while it is awaited."""
+    """Saving these steps fails, after the save before has been waited for, as Orbax does it."""
     real = Checkpointer.manager.fget
 
     def manager(self):
@@ -266,6 +288,7 @@ def fill_disk(patch, *steps):
             m.real_save = m.save
 
             def save(step, *args, **kwargs):
+                m.wait_until_finished()
                 if step in steps:
                     raise ValueError("RESOURCE_EXHAUSTED: No space left on device")
                 return m.real_save(step, *args, **kwargs)
@@ -334,7 +357,7 @@ class Process:
 
     def __init__(self, text, workdir):
         options = {
-            "steps": LONG, "batch_size": 8, "steps_per_dispatch": 1, "model.n_layer": 2, "model.d_model": 32,
+            "steps": LONG, "batch_size": 8, "steps_per_dispatch": 1, "model.n_layer": 2, "model.unroll": 1, "model.d_model": 32,
             "model.context_length": 32, "model.dropout": 0.1, "eval.every": 60, "eval.batches": 2,
             "checkpoint.every": 10, "log.tensorboard": False, "samples.max_new_tokens": 4, "data.source": text,
         }  # fmt: skip

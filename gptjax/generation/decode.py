@@ -16,6 +16,7 @@ from gptjax.errors import InputError
 from gptjax.generation.sampling import Sampling, sample
 from gptjax.model import gpt
 from gptjax.model.spec import GPTConfig
+from gptjax.parallel.mesh import batch_ways
 
 
 @functools.partial(jax.jit, static_argnames=("config", "new_tokens", "sampling", "eot_id", "dtype", "mesh"))
@@ -80,6 +81,12 @@ def _bucket(n: int, limit: int) -> int:
     return min(size, limit)
 
 
+def _batch_ways() -> int:
+    """Over how many devices of the mesh in force the rows of a batch are cut up."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return 1 if mesh.empty else batch_ways(mesh.shape)
+
+
 def generate(params, config: GPTConfig, prompts: Sequence[Sequence[int]], *, max_new_tokens: int, sampling: Sampling,
              seed: int = 0, eot_id: int | None = None, dtype=jnp.float32, mesh=None) -> list[list[int]]:  # fmt: skip
     """Token lists in, token lists out: new tokens only, without the end-of-text token.
@@ -99,21 +106,22 @@ def generate(params, config: GPTConfig, prompts: Sequence[Sequence[int]], *, max
             )
         if max(prompt) >= config.vocab_size:
             raise InputError(f"Prompt {i} has token {max(prompt)}; the model's vocabulary is {config.vocab_size}.")
-    longest = max(map(len, prompts))
-    width = _bucket(longest, config.context_length)
     lengths = np.array([len(p) for p in prompts], np.int32)
+    width = _bucket(int(lengths.max()), config.context_length)
     # The last context position can still predict: a prompt of the full context gets one new token.
     limits = np.minimum(max_new_tokens, config.context_length - lengths + 1).astype(np.int32)
-    tokens = np.zeros((len(prompts), width), np.int32)
-    for row, prompt in zip(tokens, prompts, strict=True):
+    rows = -(-len(prompts) // _batch_ways()) * _batch_ways()  # rows beyond the prompts are done from the start
+    tokens = np.zeros((rows, width), np.int32)
+    for row, prompt in zip(tokens, prompts, strict=False):
         row[width - len(prompt) :] = prompt
-    keys = jax.vmap(jax.random.key)(np.uint32(seed) + np.zeros(len(prompts), np.uint32))
-    keys = jax.vmap(jax.random.fold_in)(keys, np.arange(len(prompts)))
+    spare = rows - len(prompts)
+    keys = jax.vmap(lambda i: jax.random.fold_in(jax.random.key(seed), i))(np.arange(rows))
     out, counts = decode(
-        params, config, tokens, lengths, limits, keys,
+        params, config, tokens, np.pad(lengths, (0, spare), constant_values=1), np.pad(limits, (0, spare)), keys,
         new_tokens=_bucket(int(limits.max()), config.context_length), sampling=sampling, eot_id=eot_id,
         dtype=dtype, mesh=mesh,
     )  # fmt: skip
+    out, counts = out[: len(prompts)], counts[: len(prompts)]
     texts = []
     for row, count in zip(np.asarray(out), np.asarray(counts), strict=True):
         text = row[:count].tolist()

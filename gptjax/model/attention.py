@@ -115,7 +115,8 @@ def _map_rows(function, rows, head, time):
     """lax.map over batch rows, as many at once as the cache likes."""
     batch = rows[0].shape[0]
     at_once = _rows_at_once(batch, head, time)
-    if at_once == batch:
+    mesh = jax.sharding.get_abstract_mesh()
+    if at_once == batch or not (mesh.empty or mesh.size == 1):  # a loop over sharded rows would gather them
         return jax.vmap(function)(rows)
     return lax.map(function, rows, batch_size=None if at_once == 1 else at_once)
 

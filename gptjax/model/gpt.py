@@ -233,7 +233,11 @@ class GPT(nn.Module):
         wpe = self.param("wpe", _normal(INIT_STD, "position", "embed"), (c.context_length, c.d_model))
         if not c.tied_head:
             self.param("lm_head", _normal(INIT_STD, "vocab", "embed"), (c.vocab_size, c.d_model))
-        x = (wte[tokens] + wpe[positions]).astype(self.dtype)
+        # Whole tables, rows looked up where they are needed: gathering from a table cut up along its width would
+        # leave x cut up along the width too, and moving it is dearer than moving the table. In float32, so that
+        # the gradients of a frequent token add up.
+        whole = lambda table, axis: constrain(table, axis, "features")
+        x = (whole(wte, "vocab")[tokens] + whole(wpe, "position")[positions]).astype(self.dtype)
         self.sow("intermediates", "embedding", x)
         if self.mode.train and c.dropout:
             x = _dropout(x, c.dropout, self.make_rng("dropout"))

@@ -12,7 +12,6 @@ verifies it. A checkpoint that is damaged or half-written is passed over, aloud,
 
 import dataclasses
 import json
-import shutil
 import sys
 
 import jax
@@ -148,7 +147,7 @@ class Checkpointer:
             if not full:
                 raise
         for leftover in self.directory.glob("*.orbax-checkpoint-tmp*"):
-            shutil.rmtree(leftover, ignore_errors=True)
+            leftover.rmtree(missing_ok=True)
         good = self.steps()
         self._failed = (
             f"the disk of {self.directory} is full: the checkpoint being written was dropped. "
@@ -244,7 +243,7 @@ class Checkpointer:
         """Forget checkpoints newer than the one that was restored: they are damaged and would be in the way."""
         for newer in self.steps():
             if newer > step:
-                shutil.rmtree(self.directory / str(newer), ignore_errors=True)
+                (self.directory / str(newer)).rmtree(missing_ok=True)
         self.manager.reload()
 
 

@@ -51,14 +51,17 @@ class Dispatch:
 
     def __init__(self, step_fn, say=print):
         self._step_fn, self._compiled, self._say = step_fn, {}, say
+        self.seconds_compiling = 0.0
 
     def __call__(self, state, batch, rates):
         key = jax.tree.structure(batch), tuple(x.shape for x in jax.tree.leaves(batch))
         if key not in self._compiled:
             began = time.perf_counter()
             self._compiled[key] = self._step_fn.lower(state, batch, rates).compile()
+            seconds = time.perf_counter() - began
+            self.seconds_compiling += seconds
             if len(self._compiled) == 1:
-                self._announce(self._compiled[key], time.perf_counter() - began)
+                self._announce(self._compiled[key], seconds)
         return self._compiled[key](state, batch, rates)
 
     def _announce(self, compiled, seconds):
@@ -138,8 +141,10 @@ def train(
         seconds = clock.lap() / count
         for i in range(count):
             step = first + i + 1
-            if not metrics["finite"][i] and stops_on_overflow:
+            # float16 has nothing left to lower once its scale is 1
+            if not metrics["finite"][i] and (stops_on_overflow or metrics["loss_scale"][i] <= 1):
                 bar.close()
+                writer.flush()
                 _diverged(step, float(metrics["loss_sum"][i]), float(metrics["grad_norm"][i]), checkpointer)
             if step % log.every and step != schedule.steps:
                 continue
@@ -197,7 +202,9 @@ def train(
         for first, count, batch, infos in feed(plan):
             profiler.before(first)
             rates = np.array([schedule.learning_rate(s) for s in range(first, first + count)], np.float32)
+            compiling = dispatch.seconds_compiling
             state, metrics = dispatch(state, batch, rates)
+            clock.leave_out(dispatch.seconds_compiling - compiling)
             if pending is not None:
                 record(*pending)
             pending, step = (first, count, metrics, infos), first + count
@@ -252,11 +259,14 @@ class _Clock:
     def total(self) -> float:
         return self._total
 
+    def leave_out(self, seconds: float):
+        self._out += seconds
+
     @contextlib.contextmanager
     def paused(self):
         began = time.perf_counter()
         yield
-        self._out += time.perf_counter() - began
+        self.leave_out(time.perf_counter() - began)
 
 
 class _Profiler(contextlib.AbstractContextManager):

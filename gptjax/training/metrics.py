@@ -1,6 +1,7 @@
 """Where figures go: metrics.jsonl first, TensorBoard always, Weights & Biases if asked."""
 
 import dataclasses
+import io
 import json
 import math
 import os
@@ -24,25 +25,32 @@ class LogConfig:
 class JsonLines:
     """An append-only file of one JSON object per step, each step once.
 
-    Taking a run up again at `start_step` drops the lines after it, and a last line cut short by a kill.
+    Taking a run up again at `start_step` drops the lines after it, and a last line cut short by a kill. Object
+    stores cannot append: there the file is written whole at each flush.
     """
 
     def __init__(self, path, start_step: int = 0):
         self.path = epath.Path(path)
-        kept = [line for line in self.read(path) if line["step"] <= start_step]
+        kept = [json.dumps(line) + "\n" for line in self.read(path) if line["step"] <= start_step]
         if self.path.exists():
             temporary = self.path.parent / f".{self.path.name}.tmp"
-            temporary.write_text("".join(json.dumps(line) + "\n" for line in kept))
+            temporary.write_text("".join(kept))
             temporary.replace(self.path)
-        self._file = open(os.fspath(self.path), "a") if "://" not in str(self.path) else self.path.open("a")
+        self._remote = "://" in str(self.path)
+        self._file = io.StringIO("".join(kept)) if self._remote else open(self.path, "a")
+        self._file.seek(0, os.SEEK_END)
 
     def write(self, record: dict):
         self._file.write(json.dumps({k: _finite(v) for k, v in record.items()}) + "\n")
 
     def flush(self):
-        self._file.flush()
+        if self._remote:
+            self.path.write_text(self._file.getvalue())
+        else:
+            self._file.flush()
 
     def close(self):
+        self.flush()
         self._file.close()
 
     @staticmethod
@@ -70,11 +78,12 @@ class MetricWriter:
 
     def __init__(self, workdir, config: LogConfig, start_step: int = 0, run_config: dict | None = None):
         self.active = jax.process_index() == 0
+        workdir = epath.Path(workdir)
+        self._evaluations = workdir / "evaluations.jsonl"
         if not self.active:
             return
-        workdir = epath.Path(workdir)
         self._train = JsonLines(workdir / "metrics.jsonl", start_step)
-        self._eval = JsonLines(workdir / "evaluations.jsonl", start_step)
+        self._eval = JsonLines(self._evaluations, start_step)
         self._board = self._wandb = None
         if config.tensorboard:
             from tensorboardX import SummaryWriter
@@ -107,7 +116,7 @@ class MetricWriter:
             self._wandb.log(scalars, step=record["step"])
 
     def evaluations(self) -> list[dict]:
-        return JsonLines.read(self._eval.path) if self.active else []
+        return JsonLines.read(self._evaluations)  # on every host: they must agree on what is still to do
 
     def flush(self):
         if self.active:

@@ -1,0 +1,410 @@
+"""End to end: pretrain, sample, evaluate and describe as a newcomer runs them, every kind of source, bad input."""
+
+import json
+import os
+import random
+import re
+import shutil
+import subprocess
+import sys
+
+import jax
+import pytest
+from conftest import ROOT
+
+from gptjax.config import config_dict
+from gptjax.data import tokens
+from gptjax.errors import InputError
+from gptjax.evaluate import held_out, score, tokenised
+from gptjax.generation.sampling import Sampling
+from gptjax.pretrain import PretrainConfig, pretrain
+from gptjax.sample import continue_texts
+from gptjax.workdir import load_model
+
+METRICS = {
+    "step", "tokens_seen", "loss", "bits_per_byte", "grad_norm", "learning_rate", "batch_tokens", "tokens_per_second", "mfu",
+}  # fmt: skip
+STEPS = 30
+
+
+def words(seed=0, count=3000):
+    rng = random.Random(seed)
+    known = ["".join(rng.choice("abcdefgh") for _ in range(rng.randint(2, 6))) for _ in range(40)]
+    return "".join(rng.choice(known) + rng.choice(" \n") for _ in range(count))
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory):
+    path = tmp_path_factory.mktemp("text") / "words.txt"
+    path.write_text(words())
+    return path
+
+
+def command(name, *options, code=0):
+    """stdout of `python -m gptjax.<name>` on one device; with code 2, its one line of stderr."""
+    flags = os.environ.get("XLA_FLAGS", "").replace("--xla_force_host_platform_device_count=8", "")
+    done = subprocess.run(
+        [sys.executable, "-m", f"gptjax.{name}", *options], cwd=ROOT, env={**os.environ, "XLA_FLAGS": flags},
+        capture_output=True, text=True, timeout=120,
+    )  # fmt: skip
+    assert done.returncode == code, done.stderr
+    if code:
+        assert "Traceback" not in done.stderr and done.stderr.strip().splitlines()[-1].startswith("error: ")
+    return done.stderr if code else done.stdout
+
+
+@pytest.fixture(scope="module")
+def trained(text, tmp_path_factory):
+    """(workdir, what pretrain printed) of a small run."""
+    workdir = tmp_path_factory.mktemp("trained") / "run"
+    options = {
+        "steps": STEPS, "batch_size": 8, "steps_per_dispatch": 5, "model.n_layer": 2, "model.unroll": 2, "model.d_model": 32,
+        "model.context_length": 32, "eval.every": 15, "checkpoint.every": 15, "samples.max_new_tokens": 8,
+        "optimizer.learning_rate": 0.01, "data.source": text,
+    }  # fmt: skip
+    printed = command(
+        "pretrain", "--config=configs/shakespeare_char.py", f"--workdir={workdir}",
+        *(f"--config.{k}={v}" for k, v in options.items()),
+    )  # fmt: skip
+    return workdir, printed
+
+
+def read_lines(workdir, name):
+    return [json.loads(line) for line in (workdir / f"{name}.jsonl").read_text().splitlines()]
+
+
+# --- pretrain ---------------------------------------------------------------------------------------------
+
+
+def test_pretrain_leaves_a_whole_workdir(trained):
+    workdir, printed = trained
+    metrics, evaluations = read_lines(workdir, "metrics"), read_lines(workdir, "evaluations")
+    assert [m["step"] for m in metrics] == list(range(1, STEPS + 1))
+    assert all(METRICS <= m.keys() for m in metrics)
+    assert [m["tokens_seen"] for m in metrics] == [8 * 32 * n for n in range(1, STEPS + 1)]
+    assert all(m["batch_tokens"] == 256 and m["tokens_per_second"] > 0 for m in metrics)
+    assert metrics[-1]["loss"] < metrics[0]["loss"] - 0.1
+    assert [e["step"] for e in evaluations] == [0, 15, STEPS]
+    assert evaluations[-1]["loss"] < evaluations[0]["loss"] - 0.1
+    assert {s["step"] for s in read_lines(workdir, "samples")} == {0, STEPS}
+    assert list((workdir / "tensorboard").iterdir())
+    assert {"15", str(STEPS)} <= set(os.listdir(workdir / "checkpoints"))
+    assert json.loads((workdir / "config.json").read_text())["model"]["vocab_size"] == 10  # a-h, space, newline
+
+
+def test_one_character_is_one_byte_here(trained):
+    """bits per byte of plain ASCII, character by character: nats / ln 2."""
+    for record in (*read_lines(trained[0], "metrics"), *read_lines(trained[0], "evaluations")):
+        assert record["bits_per_byte"] == pytest.approx(record["loss"] / 0.69314718, rel=1e-5)
+
+
+def test_what_pretrain_prints(trained):
+    workdir, printed = trained
+    assert "compiled the train step in" in printed and "memory per device" in printed
+    assert "bits/byte" in printed and "parameters" in printed and "--- sample at step 30" in printed
+    assert printed.rstrip().endswith(f"report: {workdir}/report.html")
+
+
+def test_the_report_is_one_page_that_needs_nothing_else(trained):
+    page = (trained[0] / "report.html").read_text()
+    assert page.startswith("<!doctype html>")
+    assert not re.search(r"https?://|(src|href)\s*=\s*(?!['\"]?data:)", page)
+    assert "src='data:image/png;base64," in page and "<script" not in page
+    for told in ("hardware", "last validation", "bits/byte", "training time", "n_layer", "tokens/s", f"step {STEPS}"):
+        assert told in page, told
+    assert page.count("<pre><b>") == 2  # the sample before and the one after
+
+
+def test_the_report_escapes_what_the_model_wrote(trained, tmp_path):
+    from gptjax.training import report
+
+    for name in ("config.json", "metrics.jsonl", "evaluations.jsonl"):
+        shutil.copy(trained[0] / name, tmp_path)
+    sample = {"step": 0, "prompt": "<script>", "text": "</pre><img src=http://x>"}
+    (tmp_path / "samples.jsonl").write_text(json.dumps(sample) + "\n")
+    page = report.write(tmp_path).read_text()
+    assert "<script" not in page and "<img src=http" not in page and "&lt;script&gt;" in page
+
+
+# --- sample -----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def model(trained):
+    return load_model(trained[0])
+
+
+def continued(model, prompts, temperature, seed, n=12):
+    return continue_texts(model, prompts, max_new_tokens=n, sampling=Sampling(temperature), seed=seed)
+
+
+def test_sample_is_greedy_and_repeats_itself(trained, model):
+    """The command line, on one device, and this process, on eight, write the same."""
+    options = (f"--workdir={trained[0]}", "--prompt=ab", "--max_new_tokens=12", "--temperature=0")
+    printed = command("sample", *options)
+    assert printed == "ab" + continued(model, ["ab"], 0.0, 0)[0] + "\n"
+    assert len(printed) == 2 + 12 + 1
+    assert continued(model, ["ab"], 0.0, 1) == continued(model, ["ab"], 0.0, 2)
+
+
+def test_a_seed_repeats_and_another_differs(trained, model):
+    options = (f"--workdir={trained[0]}", "--prompt=ab", "--max_new_tokens=12", "--temperature=0.8", "--top_p=0.95")
+    assert command("sample", *options, "--seed=3") == command("sample", *options, "--seed=3")
+    texts = {seed: tuple(continued(model, ["ab", "c"], 1.0, seed)) for seed in range(4)}
+    assert texts[2] == tuple(continued(model, ["ab", "c"], 1.0, 2))
+    assert len(set(texts.values())) == 4
+
+
+def test_several_prompts_and_samples(trained):
+    printed = command("sample", f"--workdir={trained[0]}", "--prompt=ab", "--prompt=c", "--n=2", "--max_new_tokens=4")
+    assert [line for line in printed.splitlines() if line.startswith("---")] == [f"--- {i} ---" for i in range(4)]
+
+
+def test_prompts_that_can_not_be(trained, model):
+    with pytest.raises(InputError, match="Prompt 0 has 33 tokens and the model's context is 32"):
+        continued(model, ["a" * 33], 0.0, 0)
+    with pytest.raises(InputError, match="no end-of-text"):
+        continued(model, [""], 0.0, 0)
+    with pytest.raises(InputError, match="'z'"):
+        continued(model, ["z"], 0.0, 0)
+    assert "33 tokens" in command("sample", f"--workdir={trained[0]}", f"--prompt={'a' * 33}", code=2)
+    assert len(continued(model, ["a" * 32], 0.0, 0)[0]) == 1  # the last position predicts once more
+
+
+def test_workdirs_that_can_not_be(trained, tmp_path):
+    with pytest.raises(InputError, match="is not a workdir"):
+        load_model(tmp_path)
+    with pytest.raises(InputError, match="no checkpoint of step 7: there are 15, 30"):
+        load_model(trained[0], step=7)
+    for name in ("config.json", "tokenizer"):
+        (shutil.copytree if name == "tokenizer" else shutil.copy)(trained[0] / name, tmp_path / name)
+    with pytest.raises(InputError, match="no checkpoint yet"):
+        load_model(tmp_path)
+    assert load_model(trained[0], step=15).step == 15
+
+
+# --- evaluate ---------------------------------------------------------------------------------------------
+
+
+def test_evaluate_is_what_training_measured(trained):
+    result = json.loads(command("evaluate", f"--workdir={trained[0]}", "--json"))
+    last = read_lines(trained[0], "evaluations")[-1]
+    assert result["loss"] == pytest.approx(last["loss"], rel=1e-6)
+    assert result["bits_per_byte"] == pytest.approx(last["bits_per_byte"], rel=1e-6)
+    assert (result["tokens"], result["step"]) == (last["tokens"], STEPS)
+    assert result["bytes"] == result["tokens"] and result["perplexity"] == pytest.approx(2.718281828 ** result["loss"])
+
+
+def test_evaluate_of_another_text_and_an_older_step(trained, model, tmp_path):
+    """Every token but the first is scored once, whatever the size of the batch, but for a rest below one context."""
+    from gptjax.data import lm
+
+    path = tmp_path / "other.txt"
+    path.write_text("abc def\n" * 40)
+    shards = tokenised(str(path), model.tokenizer, "text")
+    options = dict(byte_lengths=model.tokenizer.byte_lengths)
+    results = [score(model, lm.validation_batches(shards, 32, rows, **options)) for rows in (8, 16)]
+    assert results[0]["tokens"] == results[1]["tokens"] == 319 // 32 * 32
+    assert results[0]["loss"] == pytest.approx(results[1]["loss"], rel=1e-6)
+    printed = command("evaluate", f"--workdir={trained[0]}", f"--source={path}", "--step=15")
+    assert re.search(r"step\s+15\b", printed) and "perplexity" in printed
+    assert len(held_out(trained[0], {})) == read_lines(trained[0], "evaluations")[0]["tokens"] // 32 * 32 + (
+        len(held_out(trained[0], {})) % 32 or 32
+    )
+
+
+# --- describe ---------------------------------------------------------------------------------------------
+
+
+def test_describe_json():
+    d = json.loads(command("describe", "--config=configs/gpt3.py:175b", "--json"))
+    assert {"params", "params_non_embedding", "flops_per_token", "tokens", "pf_days", "bytes_per_device"} <= d.keys()
+    assert d["params"] == 174_604_259_328 and d["tokens"] == 300_000_000_000
+    assert {"causal_halved", "palm", "6n"} <= d["flops_per_token"].keys()
+    assert {"params", "optimizer", "gradients"} == d["bytes_per_device"].keys()
+    assert d["pf_days"] == pytest.approx(3637, rel=2e-3)  # the paper's table says 3,640
+    ways = d["mesh"]["fsdp"] * d["mesh"]["tensor"]
+    assert d["devices"] == ways and d["bytes_per_device"]["params"] == pytest.approx(
+        4 * d["params"] / ways, rel=0.06  # embeddings are not cut up over tensor, gains and biases not at all
+    )
+    assert d["bytes_per_device"]["optimizer"] == pytest.approx(2 * d["bytes_per_device"]["params"], rel=0.01)
+
+
+def test_describe_is_a_table_too():
+    printed = command("describe", "--config=configs/gpt1.py")
+    assert "116,534,784" in printed and "per device" in printed
+
+
+# --- sources ----------------------------------------------------------------------------------------------
+
+
+def tiny(source, **overrides):
+    c = config_dict(PretrainConfig)
+    c.model.update(n_layer=2, n_head=4, d_model=32, context_length=32)
+    c.data.update(source=str(source), tokenizer="char")
+    c.steps, c.batch_size, c.log.tensorboard = 2, 8, False
+    c.eval.batches = 1
+    c.update_from_flattened_dict({k.replace("__", "."): v for k, v in overrides.items()})
+    return c
+
+
+def json_lines(folder):
+    rows = [{"body": words(n, 100), "id": n} for n in range(30)]
+    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return folder / "rows.jsonl", {"data__text_field": "body"}
+
+
+def parquet(folder):
+    import pyarrow
+    from pyarrow import parquet as pq
+
+    pq.write_table(pyarrow.table({"text": [words(n, 100) for n in range(30)]}), folder / "rows.parquet")
+    return folder / "rows.parquet", {}
+
+
+def directory(folder):
+    for n in range(30):
+        (folder / f"part{n % 3}").mkdir(exist_ok=True)
+        (folder / f"part{n % 3}" / f"{n}.txt").write_text(words(n, 100))
+    return folder, {}
+
+
+def subwords(folder):
+    """A directory with a BPE, whose end-of-text keeps documents apart."""
+    return directory(folder)[0], {"data__tokenizer": "bpe:300", "data__isolate_documents": True}
+
+
+def mixture(folder):
+    for name in ("one", "two"):
+        (folder / name).mkdir()
+        directory(folder / name)
+    return folder, {"data__mixture": {"one": 3.0, "two": 1.0}, "data__tokenizer": "bpe:300"}
+
+
+@pytest.mark.parametrize("kind", [json_lines, parquet, directory, subwords, mixture])
+def test_every_kind_of_source_trains(tmp_path, kind):
+    """On 8 devices, parameters cut up over them, with samples: the prompts need not divide over the devices."""
+    (tmp_path / "data").mkdir()
+    source, options = kind(tmp_path / "data")
+    more = {"mesh__data": 1, "mesh__fsdp": 8, "samples__prompts": ("ab", "c", "def"), "samples__max_new_tokens": 4}
+    assert pretrain(tiny(source, **options, **more), str(tmp_path / "run")) is True
+    assert [m["step"] for m in read_lines(tmp_path / "run", "metrics")] == [1, 2]
+    assert len(read_lines(tmp_path / "run", "samples")) == 6
+    assert load_model(tmp_path / "run").step == 2
+
+
+# --- bad input --------------------------------------------------------------------------------------------
+
+
+def write(content):
+    def make(folder):
+        path = folder / "bad.txt"
+        path.write_bytes(content)
+        return path
+
+    return make
+
+
+def bad_lines(content):
+    def make(folder):
+        (folder / "bad.jsonl").write_text(content)
+        return folder / "bad.jsonl"
+
+    return make
+
+
+ROW = json.dumps({"text": "abc def"}) + "\n"
+BAD = {
+    "missing": (lambda folder: folder / "nothing.txt", {}, r"nothing\.txt"),
+    "empty": (write(b""), {}, r"bad\.txt.*empty|empty.*bad\.txt|no text"),
+    "empty directory": (lambda folder: folder, {}, "empty|no "),
+    "not text": (write(bytes(range(256)) * 20), {}, r"bad\.txt"),
+    "too short": (write(b"abc def ghi"), {}, "fewer than one context of 32"),
+    "not JSON": (bad_lines(ROW * 3 + "{oops\n"), {}, r"bad\.jsonl:4|bad\.jsonl.*line 4"),
+    "no such field": (bad_lines(ROW + '{"body": "x"}\n'), {}, r"bad\.jsonl(:2|.*line 2).*text"),
+    "not set": (lambda folder: None, {}, "--config.data.source"),
+    "batch over mesh": (write(b"abc def " * 500), {"batch_size": 12}, "batch_size=12 is not divisible.*8 or 16"),
+    "heads over mesh": (
+        write(b"abc def " * 500), {"mesh__data": 1, "mesh__tensor": 8}, "n_head=4 is not divisible by mesh.tensor=8",
+    ),
+    "mesh over devices": (write(b"abc def " * 500), {"mesh__data": 3}, "needs 3 devices and there are 8"),
+    "vocabulary": (write(b"abc def " * 500), {"model__vocab_size": 3}, "tokenizer has .* tokens and the model 3"),
+    "no length": (write(b"abc def " * 500), {"steps": None}, "--config.steps"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_bad_input_is_one_clear_error(tmp_path, name):
+    make, options, says = BAD[name]
+    folder = tmp_path / "data"
+    folder.mkdir()
+    config = tiny("", **options)
+    source = make(folder)
+    config.data.source = source and str(source)
+    with pytest.raises(InputError, match=f"(?is){says}"):
+        pretrain(config, str(tmp_path / "run"))
+    good = tmp_path / "data" / "good.txt"
+    good.write_text("abc def " * 500)  # mended, the same workdir can be used
+    if name in ("missing", "batch over mesh", "heads over mesh", "mesh over devices", "too short"):
+        assert pretrain(tiny(good), str(tmp_path / "run")) is True
+
+
+def test_a_forgotten_length_costs_nothing(tmp_path):
+    """Once steps are given, the same workdir goes on."""
+    path = tmp_path / "text.txt"
+    path.write_text("abc def " * 500)
+    with pytest.raises(InputError, match="--config.steps"):
+        pretrain(tiny(path, steps=None), str(tmp_path / "run"))
+    assert pretrain(tiny(path, steps=1), str(tmp_path / "run")) is True
+
+
+def test_a_prompt_for_samples_that_can_not_be_is_refused_before_training(tmp_path):
+    """And the message says that it is of samples.prompts, which a config file may have set."""
+    path = tmp_path / "text.txt"
+    path.write_text("abc def " * 500)
+    with pytest.raises(InputError, match="samples.prompts"):
+        pretrain(tiny(path, samples__prompts=("\n",)), str(tmp_path / "run"))
+    with pytest.raises(InputError):
+        pretrain(tiny(path, samples__prompts=("a" * 33,)), str(tmp_path / "run2"))
+
+
+def test_a_tokenizer_too_large_for_its_dtype(tmp_path):
+    path = tmp_path / "text.txt"
+    path.write_text("abc def " * 500)
+    with pytest.raises(InputError, match="70000.*uint16.*uint32"):
+        tokens.prepare(str(path), "bpe:70000", tmp_path / "shards", token_dtype="uint16")
+
+
+def test_shards_that_do_not_match_their_manifest(trained, text, tmp_path):
+    workdir = tmp_path / "run"
+    assert pretrain(tiny(text), str(workdir)) is True
+    shard = workdir / "data" / "train-00000.bin"
+    content = bytearray(shard.read_bytes())
+    content[100] ^= 1
+    shard.write_bytes(content)
+    with pytest.raises(InputError, match="train-00000.bin.*sha256.*delete .*/run/data to have it built again"):
+        pretrain(tiny(text, steps=4), str(workdir))
+    shutil.rmtree(workdir / "data")  # as the message says
+    assert pretrain(tiny(text, steps=4), str(workdir)) is True
+    assert [m["step"] for m in read_lines(workdir, "metrics")] == [1, 2, 3, 4]
+
+
+def test_another_runs_workdir(trained, text):
+    before = {p: p.stat().st_mtime_ns for p in trained[0].rglob("*")}
+    with pytest.raises(InputError, match="holds another run's config(?s:.*)batch_size: there 8, now 16"):
+        pretrain(tiny(text, batch_size=16), str(trained[0]))
+    assert {p: p.stat().st_mtime_ns for p in trained[0].rglob("*")} == before  # nothing lost, nothing written
+
+
+def test_weights_of_another_run_to_start_from(trained, text, tmp_path):
+    """init_from: the first loss is the other run's last, and a model of another shape is refused."""
+    assert pretrain(tiny(text, init_from=str(trained[0]), eval__batches=0, steps=1), str(tmp_path / "run")) is True
+    first = read_lines(tmp_path / "run", "evaluations")[0]
+    assert first["step"] == 0
+    assert first["loss"] == pytest.approx(read_lines(trained[0], "evaluations")[-1]["loss"], rel=1e-5)
+    with pytest.raises(InputError, match=r"model.n_layer=2, this run 3"):
+        pretrain(tiny(text, init_from=str(trained[0]), model__n_layer=3), str(tmp_path / "other"))
+
+
+def test_eight_devices_are_what_these_tests_run_on():
+    assert jax.device_count() == 8

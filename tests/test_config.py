@@ -1,0 +1,293 @@
+"""Configs: keys that scripts rely on, misspelt keys and presets, workdirs of another run, the command line."""
+
+import dataclasses
+import importlib.util
+import json
+import re
+import subprocess
+import sys
+import threading
+
+import pytest
+from conftest import ROOT
+from ml_collections import config_dict as mlc
+
+from gptjax import config as configs
+from gptjax.config import build, choose, claim_workdir, config_dict, read_config, run, to_json, write_json
+from gptjax.errors import InputError
+from gptjax.pretrain import PretrainConfig
+
+STABLE = {
+    "seed", "steps", "batch_size", "data.source", "data.tokenizer", "model.n_layer", "model.n_head", "model.d_model",
+    "model.context_length", "model.dropout", "optimizer.learning_rate", "precision.compute", "mesh.data", "mesh.fsdp",
+    "mesh.tensor", "mesh.stage", "mesh.seq", "checkpoint.every", "eval.every",
+}  # fmt: skip
+FILES = sorted(path.stem for path in (ROOT / "configs").glob("*.py"))
+PRESETS = [
+    ("gpt1", None), *(("gpt2", s) for s in ("124m", "355m", "774m", "1558m")),
+    *(("gpt3", s) for s in ("125m", "350m", "760m", "1.3b", "2.7b", "6.7b", "13b", "175b", "125m,mixture")),
+    ("shakespeare_char", "cpu"), ("shakespeare_char", "gpu"),
+]  # fmt: skip
+
+
+def load(name, argument=None):
+    spec = importlib.util.spec_from_file_location(name, ROOT / "configs" / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module.get_config() if argument is None else module.get_config(argument)
+
+
+@pytest.fixture
+def config():
+    c = load("shakespeare_char")
+    c.model.vocab_size = 65
+    return c
+
+
+def built(config, **overrides):
+    config = mlc.ConfigDict(config.to_dict())
+    config.update_from_flattened_dict({k.replace("__", "."): v for k, v in overrides.items()})
+    return build(PretrainConfig, config)
+
+
+# --- config files -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_every_config_file_has_the_keys_scripts_rely_on(name):
+    c = load(name)
+    c.model.vocab_size = c.model.vocab_size or 65
+    flat = configs._flatten(to_json(build(PretrainConfig, c)))
+    assert STABLE <= flat.keys()
+    c.lock()
+    new = {  # each can be set from the command line, whether it has a value or not
+        "seed": 5, "steps": 7, "batch_size": 16, "data.source": "x", "data.tokenizer": "char", "model.n_layer": 4,
+        "model.n_head": 2, "model.d_model": 64, "model.context_length": 8, "model.dropout": 0.25,
+        "optimizer.learning_rate": 0.5, "precision.compute": "float16", "mesh.data": 2, "mesh.fsdp": 2, "mesh.tensor": 2,
+        "mesh.stage": 1, "mesh.seq": 1, "checkpoint.every": 3, "eval.every": 4,
+    }  # fmt: skip
+    assert new.keys() == STABLE
+    c.update_from_flattened_dict({**new, "microbatch_size": None})
+    flat = configs._flatten(to_json(build(PretrainConfig, c)))
+    assert {k: flat[k] for k in new} == new
+
+
+@pytest.mark.parametrize("name, argument", PRESETS)
+def test_config_json_tells_the_whole_config(name, argument):
+    """A config goes to JSON and back to itself."""
+    c = load(name, argument)
+    c.model.vocab_size = c.model.vocab_size or 65
+    first = build(PretrainConfig, c)
+    again = build(PretrainConfig, json.loads(json.dumps(to_json(first))))
+    assert again == first and to_json(again) == to_json(first)
+
+
+def test_defaults_come_from_the_dataclasses_alone():
+    c = config_dict(PretrainConfig)
+    c.model.update(vocab_size=10, n_layer=1, n_head=1, d_model=8, context_length=4)
+    model = build(PretrainConfig, c).model
+    assert build(PretrainConfig, c) == PretrainConfig(model=model)
+
+
+# --- misspelt ---------------------------------------------------------------------------------------------
+
+
+def test_an_unknown_key_names_the_nearest():
+    @dataclasses.dataclass(frozen=True)
+    class Outer:
+        size: int = 3
+        learning_rate: float = 1.0
+
+    with pytest.raises(InputError, match=r"Unknown key config.lerning_rate: did you mean 'learning_rate'\?"):
+        build(Outer, {"lerning_rate": 2.0})
+    with pytest.raises(InputError, match="Unknown key config.zzz: there are learning_rate, size"):
+        build(Outer, {"zzz": 2.0})
+
+
+@pytest.mark.parametrize(
+    "section, key, nearest",
+    [("model", "n_layers", "n_layer"), ("optimizer", "learning_rat", "learning_rate"), ("mesh", "fdsp", "fsdp")],
+)
+def test_an_unknown_key_deeper_down(config, section, key, nearest):
+    tree = config.to_dict()
+    tree[section][key] = 1
+    with pytest.raises(InputError, match=f"Unknown key config.{section}.{key}: did you mean '{nearest}'"):
+        build(PretrainConfig, tree)
+
+
+def test_a_key_that_is_not_set_or_missing(config):
+    tree = config.to_dict()
+    tree["model"]["d_model"] = None
+    with pytest.raises(InputError, match="config.model.d_model is not set"):
+        build(PretrainConfig, tree)
+    tree = config.to_dict()
+    del tree["model"]["n_head"]
+    with pytest.raises(InputError, match="config.model: .*n_head"):
+        build(PretrainConfig, tree)
+
+
+@pytest.mark.parametrize(
+    "name, argument, says",
+    [
+        ("gpt2", "124M", "Unknown GPT-2 size '124M': did you mean '124m'"),
+        ("gpt2", "huge", "there are 124m, 1558m, 355m, 774m"),
+        ("gpt3", "175", "did you mean '175b'"),
+        ("gpt3", "125m,mixtur", "Unknown GPT-3 config option 'mixtur': did you mean 'mixture'"),
+        ("shakespeare_char", "gpus", "did you mean 'gpu'"),
+    ],
+)
+def test_an_unknown_preset_names_the_nearest(name, argument, says):
+    with pytest.raises(InputError, match=says):
+        load(name, argument)
+
+
+def test_choose_takes_what_is_there():
+    assert choose({"a": 1}, "a", "letter") == 1
+
+
+@pytest.mark.parametrize(
+    "overrides, says",
+    [
+        ({"batch_size": 0}, "batch_size"),
+        ({"steps_per_dispatch": 0}, "steps_per_dispatch"),
+        ({"batch_size": 12, "microbatch_size": 5}, "batch_size=12 is not a multiple of microbatch_size=5"),
+        ({"model__n_head": 3}, "d_model=128 is not a multiple of model.n_head=3"),
+        ({"model__dropout": 1.0}, "dropout"),
+        ({"model__n_layer": 0}, "n_layer"),
+        ({"model__attention": "flash"}, "choose one of"),
+        ({"model__remat": "some"}, "choose one of"),
+        ({"precision__compute": "fp16"}, "float16"),
+        ({"eval__every": 0}, "eval.every"),
+        ({"checkpoint__every": 0}, "every"),
+        ({"mesh__stage": 2}, "mesh.stage"),
+    ],
+)
+def test_values_that_can_not_be(config, overrides, says):
+    with pytest.raises(InputError, match=says):
+        built(config, **overrides)
+
+
+# --- the workdir ------------------------------------------------------------------------------------------
+
+
+def test_a_workdir_is_claimed_and_taken_up_again(config, tmp_path):
+    c = built(config)
+    assert claim_workdir(tmp_path / "new" / "run", "pretrain", c) is False
+    assert claim_workdir(tmp_path / "new" / "run", "pretrain", c) is True
+    written = read_config(tmp_path / "new" / "run")
+    assert written.pop("stage") == "pretrain"
+    assert build(PretrainConfig, written) == c
+
+
+def test_another_runs_workdir_is_refused_and_left_alone(config, tmp_path):
+    claim_workdir(tmp_path, "pretrain", built(config))
+    before = (tmp_path / "config.json").read_bytes()
+    with pytest.raises(InputError) as caught:
+        claim_workdir(tmp_path, "pretrain", built(config, model__n_layer=5, optimizer__learning_rate=0.5, steps=9))
+    message = str(caught.value)
+    assert "model.n_layer: there 4, now 5" in message
+    assert "optimizer.learning_rate: there 0.001, now 0.5" in message
+    assert "steps" not in message and "--workdir" in message  # a longer run is the same run
+    assert (tmp_path / "config.json").read_bytes() == before
+
+
+def test_another_stages_workdir_is_refused(config, tmp_path):
+    claim_workdir(tmp_path, "pretrain", built(config))
+    with pytest.raises(InputError, match="stage: there 'pretrain', now 'sft'"):
+        claim_workdir(tmp_path, "sft", built(config))
+
+
+@pytest.mark.parametrize("key", ["model.n_layer", "batch_size", "seed", "data.source", "precision.compute", "schedule.kind"])
+def test_what_the_run_computes_may_not_change(config, tmp_path, key):
+    other = {"data.source": "y", "precision.compute": "bfloat16", "schedule.kind": "linear"}.get(key, 24)
+    claim_workdir(tmp_path, "pretrain", built(config))
+    with pytest.raises(InputError, match=f"  {key}: "):
+        claim_workdir(tmp_path, "pretrain", built(config, **{key.replace(".", "__"): other}))
+
+
+def test_where_and_how_fast_it_runs_may(config, tmp_path, capsys):
+    claim_workdir(tmp_path, "pretrain", built(config))
+    changed = built(
+        config, mesh__data=1, mesh__fsdp=-1, checkpoint__every=7, eval__batches=3, steps=5000, steps_per_dispatch=1,
+        log__every=5, samples__max_new_tokens=9,
+    )  # fmt: skip
+    assert claim_workdir(tmp_path, "pretrain", changed) is True
+    assert "config.mesh.fsdp changed from 1 to -1" in capsys.readouterr().out
+    assert read_config(tmp_path)["mesh"]["fsdp"] == -1
+
+
+def test_no_workdir_and_a_damaged_one(tmp_path):
+    with pytest.raises(InputError, match="is not a workdir"):
+        read_config(tmp_path)
+    (tmp_path / "config.json").write_text('{"stage": ')
+    with pytest.raises(InputError, match="config.json is damaged"):
+        read_config(tmp_path)
+
+
+def test_write_json_is_atomic(tmp_path):
+    """A reader beside a writer of large files never sees half of one."""
+    path = tmp_path / "value.json"
+    values = [{"n": n, "filler": [n] * 20_000} for n in (1, 2)]
+    write_json(path, values[0])
+    stop = threading.Event()
+
+    def write():
+        while not stop.is_set():
+            for value in values:
+                write_json(path, value)
+
+    writer = threading.Thread(target=write)
+    writer.start()
+    try:
+        for _ in range(60):
+            assert json.loads(path.read_text()) in values
+    finally:
+        stop.set()
+        writer.join()
+    assert [p.name for p in tmp_path.iterdir()] == ["value.json"]
+
+
+def test_a_value_that_is_no_json_leaves_the_old_file(tmp_path):
+    path = tmp_path / "value.json"
+    write_json(path, {"a": 1})
+    with pytest.raises(TypeError):
+        write_json(path, {"a": object()})
+    assert json.loads(path.read_text()) == {"a": 1}
+
+
+# --- the command line -------------------------------------------------------------------------------------
+
+DESCRIBE = ("gptjax.describe",)
+PRETRAIN = ("gptjax.pretrain", "--workdir=/nonexistent/workdir")
+
+
+@pytest.mark.parametrize(
+    "command, says",
+    [
+        ((*DESCRIBE, "--config=configs/gpt2.py:125m"), "Unknown GPT-2 size '125m': did you mean '124m'"),
+        ((*PRETRAIN, "--config=configs/gpt2.py", "--config.model.n_layers=3"), "unknown config key.*n_layer"),
+        ((*DESCRIBE, "--config=configs/gpt4.py"), "There is no config file configs/gpt4.py: did you mean 'configs/gpt[123].py'"),
+        ((*DESCRIBE, "--config=configs/gpt2.py", "--config.model.n_layer=many"), "many"),
+        (("gptjax.pretrain", "--config=configs/gpt2.py"), "--workdir"),
+        ((*DESCRIBE, "--config=configs/gpt2.py", "json"), "Unexpected argument 'json'"),
+    ],
+    ids=["preset", "key", "file", "value", "no workdir", "no flag"],
+)
+def test_a_mistake_on_the_command_line_is_one_line_and_exit_code_2(command, says):
+    done = subprocess.run([sys.executable, "-m", *command], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 2, done.stderr
+    assert "Traceback" not in done.stderr and done.stdout == ""
+    lines = [line for line in done.stderr.strip().splitlines() if line]
+    assert len(lines) == 1 and lines[0].startswith("error: "), done.stderr
+    assert re.search(says, lines[0]), lines[0]
+
+
+def test_an_input_error_of_a_main_is_told_the_same_way(monkeypatch, capsys):
+    def main(_):
+        raise InputError("There is no oil in the lamp: buy some.")
+
+    monkeypatch.setattr(sys, "argv", ["lamp"])
+    with pytest.raises(SystemExit) as caught:
+        run(main)
+    assert caught.value.code == 2
+    assert capsys.readouterr().err == "error: There is no oil in the lamp: buy some.\n"

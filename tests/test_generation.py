@@ -1,0 +1,321 @@
+"""Sampling against exact distributions, and cached decoding against the full forward, token by token."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from test_gpt import random_params
+
+from gptjax.errors import InputError
+from gptjax.generation.decode import decode, generate
+from gptjax.generation.sampling import Sampling, filtered_logits, sample
+from gptjax.model import gpt
+from gptjax.model.spec import GPTConfig
+
+GREEDY = Sampling(temperature=0.0)
+CONTEXT = 40
+TINY = GPTConfig(vocab_size=53, n_layer=3, n_head=2, d_model=16, context_length=CONTEXT, attention="cpu")
+VARIANTS = {
+    "pre": TINY,
+    "post": dataclasses.replace(TINY, norm="post"),
+    "banded": dataclasses.replace(TINY, local_window=3),
+    "untied": dataclasses.replace(TINY, tied_head=False, attention="reference"),
+}
+every_variant = pytest.mark.parametrize("name", VARIANTS)
+PROMPTS = [[3, 1, 4, 1, 5, 9, 2, 6], [5], [35, 8, 9], [7, 9, 3, 2, 3]]
+
+
+@functools.partial(jax.jit, static_argnums=1)
+def full_logits(params, config, tokens):
+    return gpt.logits(params, config, gpt.hidden(params, config, tokens))
+
+
+def greedy_without_cache(params, config, prompt, n):
+    """One token at a time through the whole forward, and how sure each choice was."""
+    tokens, margins = list(prompt), []
+    for _ in range(n):
+        row = np.zeros((1, CONTEXT), np.int32)
+        row[0, : len(tokens)] = tokens  # what is to the right is the future, and is not seen
+        logits = np.asarray(full_logits(params, config, row))[0, len(tokens) - 1]
+        second, first = np.sort(logits)[-2:]
+        margins.append(first - second)
+        tokens.append(int(logits.argmax()))
+    return tokens[len(prompt) :], min(margins)
+
+
+# --- the cache --------------------------------------------------------------------------------------------
+
+
+@every_variant
+def test_greedy_decoding_equals_the_full_forward(name):
+    """Prompts of unequal length in one batch."""
+    c = VARIANTS[name]
+    params = random_params(c)
+    found = generate(params, c, PROMPTS, max_new_tokens=12, sampling=GREEDY)
+    for prompt, tokens in zip(PROMPTS, found, strict=True):
+        expected, margin = greedy_without_cache(params, c, prompt, 12)
+        assert margin > 1e-4  # no toss-ups, so equal tokens say something
+        assert tokens == expected
+
+
+@every_variant
+def test_cached_logits_equal_the_full_forward(name):
+    """Prefill of unequal prompts padded on the left, then steps of one and of several tokens."""
+    c = VARIANTS[name]
+    params = random_params(c)
+    rng = np.random.default_rng(2)
+    lengths, width, new = np.array([8, 1, 5]), 8, 6
+    rows = rng.integers(0, c.vocab_size, (3, CONTEXT))  # row i: its prompt, then what follows
+    full = np.asarray(full_logits(params, c, rows))
+    pad = width - lengths
+    tokens = np.stack([np.concatenate([np.zeros(p, int), row[: width - p]]) for p, row in zip(pad, rows, strict=True)])
+    real = np.arange(width)[None] >= pad[:, None]
+    positions = np.maximum(np.arange(width)[None] - pad[:, None], 0)
+    x, kv = gpt.prefill(params, c, tokens, positions, real.astype(np.int32))
+    assert kv["k"].shape == (3, 3, width, 2, 8)
+    prefilled = np.asarray(gpt.logits(params, c, x))
+    for i, n in enumerate(lengths):
+        np.testing.assert_allclose(prefilled[i, width - n :], full[i, :n], atol=1e-5)
+
+    cache = jax.tree.map(lambda a: jnp.pad(a, ((0, 0), (0, 0), (0, new), (0, 0), (0, 0))), kv)
+    filled = jnp.asarray(np.concatenate([real, np.ones((3, new), bool)], 1))
+    step = jax.jit(lambda tokens, at, cache, slot: gpt.decode_step(params, c, tokens, at, cache, slot, filled))
+    params = jax.tree.map(jnp.asarray, params)
+    done = 0
+    for n in (1, 1, 3, 1):
+        at = lengths[:, None] + done + np.arange(n)
+        x, cache = step(np.take_along_axis(rows, at, 1), at, cache, width + done)
+        expected = np.take_along_axis(full, at[..., None], 1)
+        np.testing.assert_allclose(gpt.logits(params, c, x), expected, atol=1e-5)
+        done += n
+
+
+def test_bfloat16_generates():
+    for c in (TINY, VARIANTS["banded"]):
+        out = generate(random_params(c), c, PROMPTS, max_new_tokens=5, sampling=GREEDY, dtype=jnp.bfloat16)
+        assert [len(row) for row in out] == [5] * 4 and all(0 <= t < 53 for row in out for t in row)
+
+
+# --- rows, seeds ------------------------------------------------------------------------------------------
+
+WARM = Sampling(temperature=3.0)
+
+
+def run(prompts, sampling=WARM, config=TINY, **options):
+    return generate(random_params(config), config, prompts, **{"max_new_tokens": 10, "sampling": sampling, **options})
+
+
+def test_a_row_does_not_depend_on_its_neighbours_nor_on_how_far_it_is_padded():
+    alone = run([[5, 6, 7]])
+    for others in ([[1]], [[9] * 12], [[9] * 20], [[9] * 39, [2]]):  # buckets of 16, 16, 32 and the whole context
+        assert run([[5, 6, 7], *others])[0] == alone[0]
+    second = run([[1], [5, 6, 7]])[1]
+    assert run([[8] * 30, [5, 6, 7], [4]])[1] == second
+    assert second != alone[0]  # the same prompt twice in a batch is not the same text twice
+
+
+def test_how_many_are_asked_for_changes_only_the_length():
+    long = run([[5, 6, 7]], max_new_tokens=30)[0]
+    for n in (1, 2, 10, 16, 17):
+        assert run([[5, 6, 7]], max_new_tokens=n)[0] == long[:n]
+
+
+def test_seeds():
+    assert run(PROMPTS, seed=3) == run(PROMPTS, seed=3)
+    texts = {str(run(PROMPTS, seed=seed)) for seed in range(4)}
+    assert len(texts) == 4
+    assert run(PROMPTS, GREEDY, seed=3) == run(PROMPTS, GREEDY, seed=4)
+
+
+@pytest.mark.parametrize("seed", [2**31, 2**32 - 1, 2**32, 2**40, -1])
+def test_any_whole_number_is_a_seed_or_is_refused_as_bad_input(seed):
+    try:
+        assert run([[5]], seed=seed) == run([[5]], seed=seed)
+    except InputError:
+        pass
+
+
+# --- where a row ends -------------------------------------------------------------------------------------
+
+COUNTER = GPTConfig(vocab_size=12, n_layer=1, n_head=1, d_model=12, context_length=20, tied_head=False, attention="cpu")
+
+
+@functools.cache
+def counter():
+    """A planted model: after token n comes n + 1, after 11 comes 0."""
+    shapes = jax.eval_shape(lambda key: gpt.init(COUNTER, key), jax.random.key(0))
+    params = jax.tree.map(lambda x: np.zeros(x.shape, np.float32), shapes)
+    params["wte"] = np.eye(12, dtype=np.float32)
+    params["lm_head"] = 10 * np.roll(np.eye(12, dtype=np.float32), 1, axis=0)
+    params["ln_f"]["scale"][:] = 1
+    return params
+
+
+def count_on(prompts, max_new_tokens=8, **options):
+    return generate(counter(), COUNTER, prompts, max_new_tokens=max_new_tokens, sampling=GREEDY, **options)
+
+
+def test_each_row_stops_at_its_own_end_of_text():
+    assert count_on([[2], [4], [0, 1], [9]], eot_id=5) == [[3, 4], [], [2, 3, 4], [10, 11, 0, 1, 2, 3, 4]]
+    assert count_on([[2], [4]], 3, eot_id=5) == [[3, 4], []]
+    assert count_on([[2]], 2, eot_id=5) == [[3, 4]]  # ends by its limit just before the end of text
+    assert count_on([[5], [5, 3, 5]], 3, eot_id=5) == [[6, 7, 8]] * 2  # in a prompt it ends nothing
+    assert count_on([[2]]) == [[3, 4, 5, 6, 7, 8, 9, 10]]
+    assert count_on([[10]], 4, eot_id=0) == [[11]]  # id 0 is an end like any other
+
+
+def test_a_row_stops_when_the_context_is_full():
+    """The last position still predicts: a prompt of n tokens gets at most context - n + 1 new ones."""
+    out = count_on([[0] * 20, [0] * 19, [0], [3] * 12], 100)
+    assert [len(row) for row in out] == [1, 2, 20, 9]
+    assert out[0] == [1] and out[1] == [1, 2] and out[3] == [4, 5, 6, 7, 8, 9, 10, 11, 0]
+
+
+def test_decode_counts_the_end_of_text_and_fills_what_follows():
+    prompts, lengths = jnp.array([[0, 2], [7, 9], [0, 4]]), jnp.array([1, 2, 1])
+    keys = jax.random.split(jax.random.key(0), 3)
+    out, counts = decode(
+        counter(), COUNTER, prompts, lengths, jnp.array([6, 4, 0]), keys, new_tokens=6, sampling=GREEDY, eot_id=5
+    )
+    assert out.dtype == jnp.int32
+    assert counts.tolist() == [3, 4, 0]
+    assert out.tolist() == [[3, 4, 5, 5, 5, 5], [10, 11, 0, 1, 5, 5], [5] * 6]
+
+
+# --- bad input --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "prompts, options, message",
+    [
+        ([[1], []], {}, "Prompt 1 has no tokens"),
+        ([[1], [2] * 21], {}, "Prompt 1 has 21 tokens and the model's context is 20"),
+        ([[1, 12]], {}, "has token 12"),
+        ([[3], [1, -1]], {}, "-1"),
+        ([[1]], {"max_new_tokens": 0}, "at least 1"),
+    ],
+)
+def test_bad_prompts(prompts, options, message):
+    with pytest.raises(InputError, match=message):
+        count_on(prompts, **options)
+
+
+def test_no_prompts_give_no_texts_or_are_refused():
+    try:
+        assert count_on([]) == []
+    except InputError:
+        pass
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"temperature": -1}, {"top_k": -1}, {"top_p": 0.0}, {"top_p": 1.1}, {"temperature": float("nan")}],
+    ids=str,
+)
+def test_bad_sampling(options):
+    with pytest.raises(InputError, match="sampling"):
+        Sampling(**options)
+
+
+# --- sampling ---------------------------------------------------------------------------------------------
+
+LOGITS = np.log(np.array([0.02, 0.3, 0.08, 0.25, 0.05, 0.15, 0.1, 0.05], np.float32)) + 3
+
+
+def exact(s: Sampling):
+    """The truncated distribution in float64: temperature, then the k likeliest, then the mass p."""
+    p = np.exp(LOGITS.astype(np.float64) / s.temperature)
+    p /= p.sum()
+    order = np.argsort(-p, kind="stable")
+    if s.top_k:
+        p[order[s.top_k :]] = 0
+        p /= p.sum()
+    mass = np.cumsum(p[order])
+    keep = mass - p[order] < s.top_p
+    p[order[~keep]] = 0
+    return p / p.sum()
+
+
+@pytest.mark.parametrize(
+    "s, kept",
+    [
+        (Sampling(), 8),
+        (Sampling(temperature=0.5), 8),
+        (Sampling(temperature=2.0), 8),
+        (Sampling(top_k=3), 3),
+        (Sampling(top_k=1), 1),
+        (Sampling(top_k=100), 8),
+        (Sampling(top_p=0.6), 3),
+        (Sampling(top_p=0.01), 1),
+        (Sampling(top_p=0.999), 8),
+        (Sampling(temperature=0.7, top_k=5, top_p=0.9), 4),
+        # the k first: of (.3, .25) / .55 the first alone reaches .5; of all eight it would not
+        (Sampling(top_k=2, top_p=0.5), 1),
+    ],
+    ids=str,
+)
+def test_samples_follow_the_exact_truncated_distribution(s, kept):
+    expected = exact(s)
+    assert (expected > 0).sum() == kept
+    np.testing.assert_allclose(jax.nn.softmax(filtered_logits(jnp.asarray(LOGITS), s)), expected, atol=1e-6)
+    n = 20_000
+    keys = jax.random.split(jax.random.key(7), n)
+    tokens = np.asarray(jax.jit(jax.vmap(lambda key: sample(jnp.asarray(LOGITS), key, s)))(keys))
+    assert tokens.dtype == np.int32
+    counts = np.bincount(tokens, minlength=8)
+    assert (counts[expected == 0] == 0).all()
+    likely = expected > 0
+    chi2 = ((counts[likely] - n * expected[likely]) ** 2 / (n * expected[likely])).sum()
+    assert chi2 < [0, 10.8, 13.8, 16.3, 18.5, 20.5, 22.5, 24.3][kept - 1] + 1e-9  # p = .001 at kept - 1 degrees
+
+
+def test_the_likeliest_token_is_always_kept():
+    rng = np.random.default_rng(0)
+    logits = jnp.asarray(5 * rng.standard_normal((50, 100)), jnp.float32)
+    found = filtered_logits(logits, Sampling(top_p=1e-6))
+    assert (jnp.isfinite(found).sum(-1) == 1).all()
+    assert (found.argmax(-1) == logits.argmax(-1)).all()
+    flat = filtered_logits(jnp.zeros((2, 100)), Sampling(top_p=0.5))  # ties: half of them, not all and not one
+    assert (jnp.abs(jnp.isfinite(flat).sum(-1) - 50) <= 1).all()
+
+
+def test_rows_are_filtered_by_themselves():
+    s = Sampling(top_k=4, top_p=0.8, temperature=0.9)
+    rng = np.random.default_rng(1)
+    logits = jnp.asarray(rng.standard_normal((3, 5, 30)), jnp.float32)
+    together = filtered_logits(logits, s)
+    for i in np.ndindex(3, 5):
+        np.testing.assert_array_equal(together[i], filtered_logits(logits[i], s))
+
+
+def test_greedy_is_the_limit_of_cold():
+    rng = np.random.default_rng(2)
+    logits = jnp.asarray(rng.standard_normal((64, 40)), jnp.float32)
+    greedy = sample(logits, jax.random.key(0), GREEDY)
+    np.testing.assert_array_equal(greedy, logits.argmax(-1))
+    np.testing.assert_array_equal(sample(logits, jax.random.key(1), Sampling(temperature=1e-4)), greedy)
+    assert run(PROMPTS, Sampling(temperature=1e-4)) == run(PROMPTS, GREEDY)
+
+
+def test_generated_tokens_follow_the_models_distribution():
+    """End to end: the first and the second new token of 512 rows, against the probabilities the model gives."""
+    c, params, n = TINY, random_params(TINY), 512
+    s = Sampling(temperature=2.0, top_k=4)
+    out = np.array(generate(params, c, [[5, 6, 7]] * n, max_new_tokens=2, sampling=s))
+
+    def probabilities(tokens):
+        row = np.zeros((1, CONTEXT), np.int32)
+        row[0, : len(tokens)] = tokens
+        logits = full_logits(params, c, row)[0, len(tokens) - 1]
+        return np.asarray(jax.nn.softmax(filtered_logits(logits, s)), np.float64)
+
+    p = probabilities([5, 6, 7])
+    joint = {(a, b): p[a] * q for a in np.flatnonzero(p) for b, q in enumerate(probabilities([5, 6, 7, a])) if q > 0}
+    assert set(map(tuple, out)) <= joint.keys()
+    expected = np.array(list(joint.values())) * n
+    counts = np.array([(out == pair).all(1).sum() for pair in joint])
+    assert len(joint) == 16
+    assert ((counts - expected) ** 2 / expected).sum() < 37.7  # p = .001 at 15 degrees
