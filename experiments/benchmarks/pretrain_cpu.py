@@ -21,25 +21,24 @@ SHAPE = dict(n_layer=6, n_head=6, d_model=384, context_length=256)
 BATCH = 12
 
 
-def tokens(vocab):
-    import numpy as np
-
-    return np.random.default_rng(0).integers(0, vocab, (BATCH, SHAPE["context_length"] + 1), dtype=np.int32)
-
-
 def make_torch(vocab):
     import torch
     from transformers import GPT2Config, GPT2LMHeadModel
+
+    from experiments.benchmarks.setup import random_tokens
 
     torch.set_num_threads(len(os.sched_getaffinity(0)))
     torch.manual_seed(0)
     config = GPT2Config(
         vocab_size=vocab, n_positions=SHAPE["context_length"], n_embd=SHAPE["d_model"], n_layer=SHAPE["n_layer"],
-        n_head=SHAPE["n_head"], resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0, use_cache=False,
+        n_head=SHAPE["n_head"], bos_token_id=None, eos_token_id=None, use_cache=False,
+        resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0,
     )  # fmt: skip
     model = GPT2LMHeadModel(config).train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, betas=(0.9, 0.95), weight_decay=0.1)
-    batch = torch.from_numpy(tokens(vocab)).long()[:, :-1]  # the model shifts the labels itself
+    batch = torch.from_numpy(random_tokens(vocab, BATCH, SHAPE["context_length"])).long()[
+        :, :-1
+    ]  # the model shifts the labels itself
 
     def step():
         optimizer.zero_grad(set_to_none=True)
@@ -56,22 +55,11 @@ def make_gptjax(vocab):
     import jax
     import numpy as np
 
-    from gptjax.model import gpt
+    from experiments.benchmarks.setup import as_batch, make_step, random_tokens
     from gptjax.model.spec import GPTConfig
-    from gptjax.parallel.mesh import MeshConfig, make_mesh
-    from gptjax.training.optimizer import OptimizerConfig, make_optimizer
-    from gptjax.training.precision import PrecisionConfig
-    from gptjax.training.state import init_state, state_shardings
-    from gptjax.training.step import causal_lm_loss, jit_train_step, train_step
 
-    model = GPTConfig(vocab, **SHAPE, attention="cpu")
-    precision, tx, mesh = PrecisionConfig(), make_optimizer(OptimizerConfig()), make_mesh(MeshConfig())
-    _, shardings = state_shardings(gpt.abstract_params(model), tx, precision, mesh)
-    state = init_state(model, tx, precision, shardings, seed=0)
-    loss = causal_lm_loss(model, precision.dtype, chunk=128)
-    run = jit_train_step(train_step(loss, tx, 1.0, precision, 0, dropout=False), shardings)
-    one = tokens(vocab)[None, None]
-    batch = {"tokens": one, "weights": np.ones(one[..., 1:].shape, np.float32)}
+    state, run = make_step(GPTConfig(vocab, **SHAPE, attention="cpu"))
+    batch = as_batch(random_tokens(vocab, BATCH, SHAPE["context_length"]))
     rates = np.array([1e-3], np.float32)
 
     def step():
