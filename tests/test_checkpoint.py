@@ -42,7 +42,9 @@ def make_state(step, where):
     rng = np.random.default_rng(step)
     noise = lambda shape: (rng.integers(0, 2**32, shape, np.uint32) & np.uint32(0xBFFFFFFF)).view(np.float32)
     tree = lambda: {name: noise(shape) for name, shape in SHAPES.items()}
-    state = TrainState(np.int32(step), tree(), optax.TraceState(tree()), LossScale(np.float32(2.0**step), np.int32(step)))
+    state = TrainState(
+        np.int32(step), tree(), optax.TraceState(tree()), LossScale(np.float32(2.0**step), np.int32(step))
+    )
     return jax.tree.map(jax.device_put, state, where)
 
 
@@ -104,7 +106,7 @@ def digest(values):
 
 
 arrays = st.integers(0, 2**32 - 1).map(
-    lambda seed: (np.random.default_rng(seed).integers(0, 2**32, (5, 8), np.uint32) & np.uint32(0xBFFFFFFF))
+    lambda seed: np.random.default_rng(seed).integers(0, 2**32, (5, 8), np.uint32) & np.uint32(0xBFFFFFFF)
 )
 
 
@@ -149,7 +151,9 @@ def test_every_dtype_has_a_digest(dtype):
     assert digest(np.zeros((), dtype)) == digest(np.zeros((), dtype))
 
 
-@pytest.mark.parametrize("mesh", [dict(data=8), dict(data=1, fsdp=8), dict(data=2, fsdp=2, tensor=2), dict(data=1, tensor=8)])
+@pytest.mark.parametrize(
+    "mesh", [dict(data=8), dict(data=1, fsdp=8), dict(data=2, fsdp=2, tensor=2), dict(data=1, tensor=8)]
+)
 def test_a_digest_does_not_depend_on_the_sharding(mesh, one_device):
     state = make_state(3, one_device)
     assert digests(state) == digests(make_state(3, shardings(MeshConfig(**mesh))))
@@ -178,7 +182,9 @@ def test_flipped_bytes_inside_an_array_fall_back_and_say_so(workdir, one_device,
     assert_bitwise(state, make_state(1, one_device))
     assert meta["step"] == 1
     warning = capsys.readouterr().err
-    assert "checkpoint 2 is damaged, trying an older one" in warning and f"['{name}']" in warning and "digest" in warning
+    assert (
+        "checkpoint 2 is damaged, trying an older one" in warning and f"['{name}']" in warning and "digest" in warning
+    )
 
 
 def files(workdir, step=2):
@@ -392,22 +398,23 @@ def test_bad_policies(fields):
 @pytest.mark.parametrize("error", [ValueError(DISK_FULL), OSError(28, "No space left on device")])
 def test_a_full_disk_is_told_and_the_older_checkpoints_stay(workdir, one_device, capsys, monkeypatch, where, error):
     checkpointer = Checkpointer(workdir)
-    (workdir / "checkpoints" / "3.orbax-checkpoint-tmp" / "params").mkdir(parents=True)
+    assert checkpointer.save(3, make_state(3, one_device)) and checkpointer.wait()
+    (workdir / "checkpoints" / "4.orbax-checkpoint-tmp" / "params").mkdir(parents=True)
 
     def full(*_, **__):
         raise error
 
     with monkeypatch.context() as patch:
         patch.setattr(checkpointer.manager, where, full)
-        ok = checkpointer.save(3, make_state(3, one_device)) if where == "save" else checkpointer.wait()
+        ok = checkpointer.save(4, make_state(4, one_device)) if where == "save" else checkpointer.wait()
     assert ok is False
     warning = capsys.readouterr().err
-    assert "is full" in warning and "1, 2" in warning and "Free some space" in warning
+    assert "is full" in warning and "2, 3" in warning and "Free some space" in warning
     assert not list((workdir / "checkpoints").glob("*tmp*"))  # what it had written is freed at once
-    assert checkpointer.steps() == [1, 2]
-    assert checkpointer.save(4, make_state(4, one_device)) and checkpointer.wait()
+    assert checkpointer.steps() == [2, 3]
+    assert checkpointer.save(5, make_state(5, one_device)) and checkpointer.wait()
     checkpointer.close()
-    assert_bitwise(restore(workdir, one_device)[0], make_state(4, one_device))
+    assert_bitwise(restore(workdir, one_device)[0], make_state(5, one_device))
 
 
 def test_another_error_while_saving_is_not_swallowed(workdir, one_device, monkeypatch):

@@ -22,7 +22,8 @@ from gptjax.sample import continue_texts
 from gptjax.workdir import load_model
 
 METRICS = {
-    "step", "tokens_seen", "loss", "bits_per_byte", "grad_norm", "learning_rate", "batch_tokens", "tokens_per_second", "mfu",
+    "step", "tokens_seen", "loss", "bits_per_byte", "grad_norm", "learning_rate", "batch_tokens", "tokens_per_second",
+    "mfu",
 }  # fmt: skip
 STEPS = 30
 
@@ -58,8 +59,8 @@ def trained(text, tmp_path_factory):
     """(workdir, what pretrain printed) of a small run."""
     workdir = tmp_path_factory.mktemp("trained") / "run"
     options = {
-        "steps": STEPS, "batch_size": 8, "steps_per_dispatch": 5, "model.n_layer": 2, "model.unroll": 2, "model.d_model": 32,
-        "model.context_length": 32, "eval.every": 15, "checkpoint.every": 15, "samples.max_new_tokens": 8,
+        "steps": STEPS, "batch_size": 8, "steps_per_dispatch": 5, "model.n_layer": 2, "model.unroll": 2,
+        "model.d_model": 32, "model.context_length": 32, "eval.every": 15, "checkpoint.every": 15, "samples.max_new_tokens": 8,
         "optimizer.learning_rate": 0.01, "data.source": text,
     }  # fmt: skip
     printed = command(
@@ -225,7 +226,8 @@ def test_describe_json():
     assert d["pf_days"] == pytest.approx(3637, rel=2e-3)  # the paper's table says 3,640
     ways = d["mesh"]["fsdp"] * d["mesh"]["tensor"]
     assert d["devices"] == ways and d["bytes_per_device"]["params"] == pytest.approx(
-        4 * d["params"] / ways, rel=0.06  # embeddings are not cut up over tensor, gains and biases not at all
+        4 * d["params"] / ways,
+        rel=0.06,  # embeddings are not cut up over tensor, gains and biases not at all
     )
     assert d["bytes_per_device"]["optimizer"] == pytest.approx(2 * d["bytes_per_device"]["params"], rel=0.01)
 

@@ -63,8 +63,8 @@ def test_every_config_file_has_the_keys_scripts_rely_on(name):
     new = {  # each can be set from the command line, whether it has a value or not
         "seed": 5, "steps": 7, "batch_size": 16, "data.source": "x", "data.tokenizer": "char", "model.n_layer": 4,
         "model.n_head": 2, "model.d_model": 64, "model.context_length": 8, "model.dropout": 0.25,
-        "optimizer.learning_rate": 0.5, "precision.compute": "float16", "mesh.data": 2, "mesh.fsdp": 2, "mesh.tensor": 2,
-        "mesh.stage": 1, "mesh.seq": 1, "checkpoint.every": 3, "eval.every": 4,
+        "optimizer.learning_rate": 0.5, "precision.compute": "float16", "mesh.data": 2, "mesh.fsdp": 2,
+        "mesh.tensor": 2, "mesh.stage": 1, "mesh.seq": 1, "checkpoint.every": 3, "eval.every": 4,
     }  # fmt: skip
     assert new.keys() == STABLE
     c.update_from_flattened_dict({**new, "microbatch_size": None})
@@ -197,7 +197,9 @@ def test_another_stages_workdir_is_refused(config, tmp_path):
         claim_workdir(tmp_path, "sft", built(config))
 
 
-@pytest.mark.parametrize("key", ["model.n_layer", "batch_size", "seed", "data.source", "precision.compute", "schedule.kind"])
+@pytest.mark.parametrize(
+    "key", ["model.n_layer", "batch_size", "seed", "data.source", "precision.compute", "schedule.kind"]
+)
 def test_what_the_run_computes_may_not_change(config, tmp_path, key):
     other = {"data.source": "y", "precision.compute": "bfloat16", "schedule.kind": "linear"}.get(key, 24)
     claim_workdir(tmp_path, "pretrain", built(config))
@@ -266,7 +268,10 @@ PRETRAIN = ("gptjax.pretrain", "--workdir=/nonexistent/workdir")
     [
         ((*DESCRIBE, "--config=configs/gpt2.py:125m"), "Unknown GPT-2 size '125m': did you mean '124m'"),
         ((*PRETRAIN, "--config=configs/gpt2.py", "--config.model.n_layers=3"), "unknown config key.*n_layer"),
-        ((*DESCRIBE, "--config=configs/gpt4.py"), "There is no config file configs/gpt4.py: did you mean 'configs/gpt[123].py'"),
+        (
+            (*DESCRIBE, "--config=configs/gpt4.py"),
+            "There is no config file configs/gpt4.py: did you mean 'configs/gpt[123].py'",
+        ),
         ((*DESCRIBE, "--config=configs/gpt2.py", "--config.model.n_layer=many"), "many"),
         (("gptjax.pretrain", "--config=configs/gpt2.py"), "--workdir"),
         ((*DESCRIBE, "--config=configs/gpt2.py", "json"), "Unexpected argument 'json'"),

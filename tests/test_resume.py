@@ -1,6 +1,5 @@
 """A run that is interrupted, killed, damaged or out of disk ends bitwise where an uninterrupted one ends."""
 
-import importlib.util
 import json
 import os
 import random
@@ -87,7 +86,9 @@ def arrays(workdir, step=STEPS):
     for item in ("params", "training"):
         reader = ocp.Checkpointer(ocp.PyTreeCheckpointHandler())
         path = (workdir / "checkpoints" / str(step) / item).resolve()
-        names = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), dict(reader.metadata(path).item_metadata.tree))
+        names = jax.tree.map(
+            lambda _: ocp.RestoreArgs(restore_type=np.ndarray), dict(reader.metadata(path).item_metadata.tree)
+        )
         tree = reader.restore(path, args=ocp.args.PyTreeRestore(restore_args=names))
         found |= {item + jax.tree_util.keystr(k): np.asarray(v) for k, v in jax.tree_util.tree_leaves_with_path(tree)}
     return found
@@ -229,7 +230,9 @@ def test_a_loss_that_becomes_nan_stops_the_run(text, tmp_path, monkeypatch, one_
     real = Schedule.learning_rate
     with monkeypatch.context() as patch:
         patch.setattr(Schedule, "learning_rate", lambda self, t: float("inf") if t == 6 else real(self, t))
-        with pytest.raises(TrainingDiverged, match="at step 8; .*last good checkpoint is step 5.*learning_rate") as caught:
+        with pytest.raises(
+            TrainingDiverged, match="at step 8; .*last good checkpoint is step 5.*learning_rate"
+        ) as caught:
             pretrain(tiny(text), str(tmp_path / "run"))
     assert isinstance(caught.value, InputError) and "nan" in str(caught.value)
     assert Checkpointer(tmp_path / "run").steps()[-1] == 5
@@ -357,13 +360,13 @@ class Process:
 
     def __init__(self, text, workdir):
         options = {
-            "steps": LONG, "batch_size": 8, "steps_per_dispatch": 1, "model.n_layer": 2, "model.unroll": 1, "model.d_model": 32,
-            "model.context_length": 32, "model.dropout": 0.1, "eval.every": 60, "eval.batches": 2,
+            "steps": LONG, "batch_size": 8, "steps_per_dispatch": 1, "model.n_layer": 2, "model.unroll": 1,
+            "model.d_model": 32, "model.context_length": 32, "model.dropout": 0.1, "eval.every": 60, "eval.batches": 2,
             "checkpoint.every": 10, "log.tensorboard": False, "samples.max_new_tokens": 4, "data.source": text,
         }  # fmt: skip
         self.workdir = workdir
         self.command = [
-            sys.executable, "-m", "gptjax.pretrain", f"--config={ROOT}/configs/shakespeare_char.py", f"--workdir={workdir}",
+            sys.executable, "-m", "gptjax.pretrain", "--config=configs/shakespeare_char.py", f"--workdir={workdir}",
             *(f"--config.{k}={v}" for k, v in options.items()),
         ]  # fmt: skip
         flags = os.environ.get("XLA_FLAGS", "").replace("--xla_force_host_platform_device_count=8", "")
@@ -431,7 +434,9 @@ def test_sigterm_saves_exits_cleanly_and_goes_on(text, tmp_path, straight, stopp
 def test_a_corrupted_newest_checkpoint_goes_on_from_the_older_one(text, tmp_path, straight, stopped):
     again = copy(stopped[0], tmp_path)
     older, newest = Checkpointer(again).steps()[-2:]
-    path = max((again / "checkpoints" / str(newest) / "params").rglob("*"), key=lambda p: p.is_file() and p.stat().st_size)
+    path = max(
+        (again / "checkpoints" / str(newest) / "params").rglob("*"), key=lambda p: p.is_file() and p.stat().st_size
+    )
     content = bytearray(path.read_bytes())
     for at in range(len(content) // 2, len(content) // 2 + 4):
         content[at] ^= 0xFF

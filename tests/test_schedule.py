@@ -202,7 +202,9 @@ def test_bad_fields(fields, says):
         ScheduleConfig(**fields)
 
 
-@pytest.mark.parametrize("length, says", [({}, "--config.steps"), ({"steps": 0}, "0 steps"), ({"tokens": 0.0}, "0 steps")])
+@pytest.mark.parametrize(
+    "length, says", [({}, "--config.steps"), ({"steps": 0}, "0 steps"), ({"tokens": 0.0}, "0 steps")]
+)
 def test_bad_lengths(length, says):
     with pytest.raises(InputError, match=says):
         Schedule(ScheduleConfig(), batch_size=1, context_length=1, learning_rate=1.0, **length)

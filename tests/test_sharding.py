@@ -77,7 +77,9 @@ def test_sharded_is_unsharded(alone, spread):
         limit = 1e-5 * np.abs(expected[path]).max()
         np.testing.assert_allclose(np.asarray(leaf), expected[path], rtol=0, atol=limit, err_msg=path)
     moved = jax.tree.map(lambda a, b: float(np.abs(a - b).max()), alone[0].params, jax.device_get(state.params))
-    assert min(v for k, v in leaves(moved).items() if "kernel" in k or "wte" in k) > 1e-3  # there was something to get wrong
+    assert (
+        min(v for k, v in leaves(moved).items() if "kernel" in k or "wte" in k) > 1e-3
+    )  # there was something to get wrong
 
 
 def test_born_sharded_is_born_whole(alone, spread):
@@ -175,7 +177,9 @@ def test_an_axis_without_a_rule():
     with pytest.raises(InputError, match="'colour'.*parallel/rules.py"):
         partition_spec(("embed", "colour"))
     with pytest.raises(InputError, match="'embed'"):
-        parameter_shardings(gpt.abstract_params(MODEL), make_mesh(MeshConfig()), {k: v for k, v in RULES.items() if k != "embed"})
+        parameter_shardings(
+            gpt.abstract_params(MODEL), make_mesh(MeshConfig()), {k: v for k, v in RULES.items() if k != "embed"}
+        )
 
 
 def test_every_logical_axis_of_the_model_has_a_rule_and_every_rule_a_use():

@@ -171,7 +171,7 @@ def test_several_steps_in_a_dispatch_are_the_same_steps(born):
     part = lambda a, b: (jax.tree.map(lambda x: x[a:b], batches), rates[a:b])
     results = {}
     with jax.set_mesh(mesh):
-        for size in (1, 2, 3, 6):
+        for size in (1, 2, 6):
             state, metrics = fresh(), []
             for a in range(0, 6, size):
                 state, m = run(state, *part(a, a + size))
@@ -179,7 +179,6 @@ def test_several_steps_in_a_dispatch_are_the_same_steps(born):
             results[size] = jax.device_get((state, jax.tree.map(lambda *x: np.concatenate(x), *metrics)))
     assert int(results[6][0].step) == 6
     assert_same(results[2], results[6])
-    assert_same(results[3], results[6])
     assert_close(results[1][0].params, results[6][0].params, 1e-7)
     np.testing.assert_allclose(results[1][1]["loss_sum"], results[6][1]["loss_sum"], rtol=1e-7)
 
@@ -200,7 +199,9 @@ def test_the_state_is_donated_and_the_memory_told(born):
     assert needed["outputs"] < state_bytes / 3  # the new state lies where the old one was
 
 
-@pytest.mark.parametrize("start, stop, size, boundaries", [(0, 25, 5, (10, 7)), (13, 25, 10, (5,)), (3, 4, 8, ()), (0, 9, 4, (0, 6))])
+@pytest.mark.parametrize(
+    "start, stop, size, boundaries", [(0, 25, 5, (10, 7)), (13, 25, 10, (5,)), (3, 4, 8, ()), (0, 9, 4, (0, 6))]
+)
 def test_chunks_cover_every_step_and_stop_at_boundaries(start, stop, size, boundaries):
     got = list(chunks(start, stop, size, *boundaries))
     assert [s for first, n in got for s in range(first, first + n)] == list(range(start, stop))

@@ -36,9 +36,8 @@ def make_torch(vocab):
     )  # fmt: skip
     model = GPT2LMHeadModel(config).train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, betas=(0.9, 0.95), weight_decay=0.1)
-    batch = torch.from_numpy(random_tokens(vocab, BATCH, SHAPE["context_length"])).long()[
-        :, :-1
-    ]  # the model shifts the labels itself
+    tokens = torch.from_numpy(random_tokens(vocab, BATCH, SHAPE["context_length"])).long()
+    batch = tokens[:, :-1]  # the model shifts the labels itself
 
     def step():
         optimizer.zero_grad(set_to_none=True)
