@@ -174,7 +174,7 @@ def pretrain(config: mlc.ConfigDict, workdir: str) -> bool:
         describe_run(c, model, corpus, schedule, mesh)
         evaluate = evaluator(loss, corpus, c, mesh, host)
         if start == 0:
-            write_samples(workdir, 0, state.params, model, corpus.tokenizer, c)
+            write_samples(workdir, 0, state.params, model, corpus.tokenizer, c, mesh)
         state, finished = loop.train(
             state,
             feed=loop.device_feed(
@@ -199,7 +199,7 @@ def pretrain(config: mlc.ConfigDict, workdir: str) -> bool:
             meta={"data": corpus.fingerprint},
         )  # fmt: skip
         if finished:
-            write_samples(workdir, schedule.steps, state.params, model, corpus.tokenizer, c)
+            write_samples(workdir, schedule.steps, state.params, model, corpus.tokenizer, c, mesh)
         writer.close()
         checkpointer.close()
     if jax.process_index() == 0:
@@ -258,14 +258,14 @@ def load_weights(workdir, model: GPTConfig, abstract, shardings):
     return restored[0]
 
 
-def write_samples(workdir, step, params, model, tokenizer, c: PretrainConfig):
+def write_samples(workdir, step, params, model, tokenizer, c: PretrainConfig, mesh):
     """Continues the configured prompts, prints them and appends them to samples.jsonl."""
     if not c.samples.prompts or jax.process_count() > 1:
         return
     out = generate(
         params, model, [tokenizer.encode(p) for p in c.samples.prompts], max_new_tokens=c.samples.max_new_tokens,
         sampling=Sampling(c.samples.temperature, top_p=c.samples.top_p), seed=c.seed, eot_id=tokenizer.eot_id,
-        dtype=c.precision.dtype,
+        dtype=c.precision.dtype, mesh=mesh,
     )  # fmt: skip
     lines = JsonLines(epath.Path(workdir) / "samples.jsonl", max(step - 1, 0) if step else -1)
     for prompt, ids in zip(c.samples.prompts, out, strict=True):

@@ -8,13 +8,15 @@ import dataclasses
 import math
 import os
 import re
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
-from gptjax.generation.decode import decode
+from gptjax import pretrain
+from gptjax.generation import decode as generation
 from gptjax.generation.sampling import Sampling
 from gptjax.model import gpt
 from gptjax.model.attention import resolve
@@ -122,17 +124,49 @@ def test_gpt3_banded_and_packed_train_step_over_heads_too(chips):
         assert shape.count(model.context_length) < 2, shape
 
 
+class Captured(Exception):
+    """Carries the arguments of decode out of generate."""
+
+
+def decode_arguments(model, prompts, sizes, monkeypatch, **options):
+    """What generate hands to decode on a mesh of these sizes; found on CPU devices, since it makes real arrays."""
+
+    def capture(*arguments, **more):
+        raise Captured(arguments, more)
+
+    monkeypatch.setattr(generation, "decode", capture)
+    with jax.set_mesh(make_mesh(sizes)), pytest.raises(Captured) as found:
+        generation.generate(None, model, prompts, **options)
+    monkeypatch.undo()
+    return found.value.args
+
+
+@pytest.mark.parametrize("caller", ["sample.py", "pretrain.py"])
 @pytest.mark.parametrize("rows", [1, 8])
-def test_sampling_from_a_prompt_long_enough_for_splash(chips, rows):
-    """As sample.py calls it on eight chips: a prompt of 65 tokens and more is padded to 128, which Splash takes."""
-    mesh = make_mesh(MeshConfig(data=1, fsdp=8), chips)
+def test_sampling_from_a_prompt_long_enough_for_splash(chips, rows, caller, monkeypatch, tmp_path):
+    """A prompt of 65 tokens and more is padded to 128, which Splash takes: one row or several, on eight chips."""
+    sizes = MeshConfig(data=1, fsdp=8)
+    mesh = make_mesh(sizes, chips)
     model = GPTConfig(512, 2, 2, 128, 256, attention=resolve("auto", "tpu"))
+    options = {"max_new_tokens": 16, "sampling": Sampling(0.8, top_p=0.95), "eot_id": 3, "dtype": jnp.bfloat16}
+    if caller == "sample.py":
+        options["mesh"] = mesh
+    else:  # the options are those that write_samples gives
+        seen = {}
+        monkeypatch.setattr(pretrain, "generate", lambda *_, **given: seen.update(given) or [[]] * rows)
+        settings = SimpleNamespace(samples=pretrain.SamplesConfig(prompts=("x",) * rows), seed=0, precision=BF16)
+        tokenizer = SimpleNamespace(encode=lambda _: [1], decode=lambda _: "", eot_id=3)
+        with jax.set_mesh(mesh):
+            pretrain.write_samples(tmp_path, 0, None, model, tokenizer, settings)
+        options = seen
+    arguments, more = decode_arguments(model, [[1] * 70] * rows, sizes, monkeypatch, **options)
     state, shardings = state_shardings(gpt.abstract_params(model), make_optimizer(OptimizerConfig()), BF16, mesh)
     whole = NamedSharding(mesh, PartitionSpec())
-    of = lambda shape, dtype=jnp.int32: jax.ShapeDtypeStruct(shape, dtype, sharding=whole)
-    keys = of((rows,), jax.random.key(0).dtype)
+    inputs = [jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=whole) for x in arguments[2:]]
+    assert inputs[0].shape[1] == 128
     with as_in_training(mesh):
-        decode.lower(
-            abstract(state.params, shardings.params), model, of((rows, 128)), of((rows,)), of((rows,)), keys,
-            new_tokens=16, sampling=Sampling(0.8, top_p=0.95), eot_id=3, dtype=jnp.bfloat16, mesh=mesh,
-        ).compile()  # fmt: skip
+        try:
+            lowered = generation.decode.lower(abstract(state.params, shardings.params), model, *inputs, **more)
+        except NotImplementedError as error:  # it comes with a program of a thousand lines
+            pytest.fail(str(error))
+        assert kernels(lowered.compile()) >= 1

@@ -235,6 +235,7 @@ def test_a_loss_that_becomes_nan_stops_the_run(text, tmp_path, monkeypatch, one_
         ) as caught:
             pretrain(tiny(text), str(tmp_path / "run"))
     assert isinstance(caught.value, InputError) and "nan" in str(caught.value)
+    assert [m["step"] for m in lines(tmp_path / "run")] == list(range(1, 8))  # up to the last finite one, on disk
     assert Checkpointer(tmp_path / "run").steps()[-1] == 5
     assert load_model(tmp_path / "run").step == 5
     assert pretrain(tiny(text), str(tmp_path / "run")) is True

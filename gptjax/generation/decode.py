@@ -97,6 +97,8 @@ def generate(params, config: GPTConfig, prompts: Sequence[Sequence[int]], *, max
     """
     if max_new_tokens < 1:
         raise InputError("max_new_tokens must be at least 1.")
+    if not len(prompts):
+        return []
     for i, prompt in enumerate(prompts):
         if not len(prompt):
             raise InputError(f"Prompt {i} has no tokens: give it at least one.")
@@ -104,8 +106,8 @@ def generate(params, config: GPTConfig, prompts: Sequence[Sequence[int]], *, max
             raise InputError(
                 f"Prompt {i} has {len(prompt)} tokens and the model's context is {config.context_length}: shorten it."
             )
-        if max(prompt) >= config.vocab_size:
-            raise InputError(f"Prompt {i} has token {max(prompt)}; the model's vocabulary is {config.vocab_size}.")
+        if wrong := [token for token in prompt if not 0 <= token < config.vocab_size]:
+            raise InputError(f"Prompt {i} has token {wrong[0]}; the model's vocabulary is 0..{config.vocab_size - 1}.")
     lengths = np.array([len(p) for p in prompts], np.int32)
     width = _bucket(int(lengths.max()), config.context_length)
     # The last context position can still predict: a prompt of the full context gets one new token.

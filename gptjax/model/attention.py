@@ -14,10 +14,12 @@ Paths, all equal to `reference` in value and gradient (tests/test_attention.py):
 Dropout on the probabilities (GPT-1) exists in `reference` only: with dropout every path becomes it.
 """
 
+import concurrent.futures
 import functools
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jax.sharding import PartitionSpec as P
 
@@ -214,10 +216,11 @@ def _splash_kernel(time, n_head, window, interpret):
         block_q_dkv=block, block_kv_dkv=block, block_kv_dkv_compute=block,
         block_q_dq=block, block_kv_dq=block,
     )  # fmt: skip
-    with jax.ensure_compile_time_eval():
-        return sk.make_splash_mha(
-            sm.MultiHeadMask([mask] * n_head), head_shards=1, q_seq_shards=1, block_sizes=sizes, interpret=interpret
-        )
+    heads = sm.MultiHeadMask([mask] * n_head)
+    make = lambda: sk.make_splash_mha(heads, head_shards=1, q_seq_shards=1, block_sizes=sizes, interpret=interpret)
+    # In a thread of its own, where no mesh or trace is in force, and kept as numpy: the kernel outlives both.
+    with concurrent.futures.ThreadPoolExecutor(1) as thread:
+        return jax.tree.map(np.asarray, thread.submit(make).result())
 
 
 def _splash(q, k, v, window, segment_ids, mesh, interpret=False):

@@ -16,6 +16,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.ad_checkpoint import checkpoint_name
 
 from gptjax.model.attention import attention, masked_attention, visible
 from gptjax.model.spec import GPTConfig
@@ -91,7 +92,8 @@ class Linear(nn.Module):
         # A bias as wide as the residual stream is as small as a LayerNorm's: never sharded.
         bias_names = tuple("norm" if n == "embed" else n for n in self.names[1:])
         bias = self.param("bias", _constant(0.0, *bias_names), self.features)
-        return _matmul(x, kernel) + bias.astype(x.dtype)
+        # Named, because a remat policy cannot see the dot inside a custom VJP.
+        return checkpoint_name(_matmul(x, kernel), "matmul") + bias.astype(x.dtype)
 
 
 @jax.checkpoint
@@ -144,7 +146,7 @@ class Attention(nn.Module):
                 dropout=drop, dropout_key=key, mesh=self.mode.mesh,
             )  # fmt: skip
 
-        if c.local_window is None:
+        if c.local_window is None or c.local_window >= q.shape[1]:
             return attend(None)(q, k, v)
         return lax.cond(local, attend(c.local_window), attend(None), q, k, v)
 
@@ -216,7 +218,7 @@ def _dropout(x, rate, key):
 
 
 _REMAT = {
-    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    "dots": jax.checkpoint_policies.save_only_these_names("matmul"),
     "full": jax.checkpoint_policies.nothing_saveable,
 }
 

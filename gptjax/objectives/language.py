@@ -33,7 +33,7 @@ def cross_entropy_sum(x, w, targets, weights, chunk: int):
 
     Args:
         x: [batch, time, d_model]; w: [vocab, d_model]; targets: int [batch, time]; weights: float [batch, time].
-        chunk: time steps per chunk, static; time need not be a multiple.
+        chunk: time steps per chunk, static; time need not be a multiple. Where the weight is 0, x may be NaN.
     Returns:
         float32 scalar. Differentiable in x and w only.
     """
@@ -52,13 +52,14 @@ def _over_chunks(x, w, targets, weights, chunk, with_gradients):
     def one(carry, chunk_of):
         total, d_w = carry
         x_c, y_c, weight_c = chunk_of
+        x_c = jnp.where(weight_c[..., None] != 0, x_c, 0)  # what does not count may be anything, NaN included
         logits = jnp.einsum("btd,vd->btv", x_c, w_compute, preferred_element_type=jnp.float32)
         top = logits.max(-1, keepdims=True)
         e = jnp.exp(logits - top)
         z = e.sum(-1, keepdims=True)
         chosen = jnp.take_along_axis(logits, y_c[..., None], axis=-1)
         nll = (jnp.log(z) + top - chosen)[..., 0]
-        total = total + jnp.sum(jnp.where(weight_c > 0, weight_c * nll, 0.0))
+        total = total + jnp.sum(weight_c * nll)
         if not with_gradients:
             return (total, d_w), None
         one_hot = y_c[..., None] == jnp.arange(w.shape[0])
