@@ -157,7 +157,7 @@ def test_sampling_from_a_prompt_long_enough_for_splash(chips, rows, caller, monk
         settings = SimpleNamespace(samples=pretrain.SamplesConfig(prompts=("x",) * rows), seed=0, precision=BF16)
         tokenizer = SimpleNamespace(encode=lambda _: [1], decode=lambda _: "", eot_id=3)
         with jax.set_mesh(mesh):
-            pretrain.write_samples(tmp_path, 0, None, model, tokenizer, settings)
+            pretrain.write_samples(tmp_path, 0, None, model, tokenizer, settings, mesh)
         options = seen
     arguments, more = decode_arguments(model, [[1] * 70] * rows, sizes, monkeypatch, **options)
     state, shardings = state_shardings(gpt.abstract_params(model), make_optimizer(OptimizerConfig()), BF16, mesh)

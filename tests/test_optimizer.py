@@ -38,9 +38,9 @@ def paths(tree):
 def descend(c, params, gradients, rates):
     """Parameters after each gradient, as the train step applies updates."""
     tx = make_optimizer(c)
-    state, trail = tx.init(params), []
+    state, trail, update = tx.init(params), [], jax.jit(tx.update)
     for g, rate in zip(gradients, rates, strict=True):
-        updates, state = tx.update(g, state, params)
+        updates, state = update(g, state, params)
         params = jax.tree.map(lambda p, u, rate=rate: p + rate * u, params, updates)
         trail.append(params)
     return trail
@@ -73,13 +73,13 @@ def test_adamw_is_optax_adamw_with_a_schedule(params):
     rates = [1e-3, 3e-3, 2e-3, 5e-4, 0.0, 1e-2]
     c = OptimizerConfig(b1=0.9, b2=0.95, eps=1e-6, weight_decay=0.1)
     keys = jax.random.split(jax.random.key(1), len(rates))
-    noise = lambda key: jax.tree.map(lambda p: 0.1 * jax.random.normal(key, p.shape), params)
+    noise = jax.jit(lambda key: jax.tree.map(lambda p: 0.1 * jax.random.normal(key, p.shape), params))
     gradients = [noise(key) for key in keys]
     mask = jax.tree_util.tree_map_with_path(lambda path, _: parameter_path(path) in DECAYED, params)
     peer = optax.adamw(lambda t: jnp.asarray(rates)[t], b1=0.9, b2=0.95, eps=1e-6, weight_decay=0.1, mask=mask)
-    state, expected = peer.init(params), params
+    state, expected, update = peer.init(params), params, jax.jit(peer.update)
     for g, got in zip(gradients, descend(c, params, gradients, rates), strict=True):
-        updates, state = peer.update(g, state, expected)
+        updates, state = update(g, state, expected)
         expected = optax.apply_updates(expected, updates)
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-6, atol=1e-7), got, expected)
 

@@ -140,20 +140,22 @@ def test_the_gradient_does_not_depend_on_the_scale(scale):
 # --- a GPT ------------------------------------------------------------------------------------------------
 
 
-def train(compute, scale=2.0**16, learning_rate=1e-2):
-    precision = PrecisionConfig(compute, scale)
+@functools.cache
+def trainer(compute):
+    """learning rate -> (state, metrics) of 20 steps of a GPT, jitted."""
+    precision = PrecisionConfig(compute)
     tx = make_optimizer(OptimizerConfig(eps=1e-6))
     params = gpt.init(MODEL, jax.random.key(0))
     step = train_step(causal_lm_loss(MODEL, precision.dtype, 16), tx, 1.0, precision, seed=0, dropout=False)
     tokens = jax.random.randint(jax.random.key(1), (STEPS, 1, 4, 17), 0, 8)
     batches = {"tokens": tokens, "weights": jnp.ones((STEPS, 1, 4, 16))}
-    run = jax.jit(lambda s, b: lax.scan(step, s, (b, jnp.full(STEPS, learning_rate))))
-    return run(new_state(params, tx, precision), batches)
+    state = new_state(params, tx, precision)
+    return jax.jit(lambda rate: lax.scan(step, state, (batches, jnp.full(STEPS, rate))))
 
 
 @pytest.fixture(scope="module")
 def runs():
-    return {compute: train(compute) for compute in ("float32", "bfloat16", "float16")}
+    return {compute: trainer(compute)(1e-2) for compute in ("float32", "bfloat16", "float16")}
 
 
 @pytest.mark.parametrize("compute, tolerance", [("float16", 0.01), ("bfloat16", 0.05)])
@@ -174,6 +176,6 @@ def test_parameters_and_moments_stay_float32(runs, compute):
 
 def test_bfloat16_keeps_updates_smaller_than_its_own_resolution():
     """Steps of 1e-6 on gains of 1: bfloat16 would round each of them away."""
-    state, _ = train("bfloat16", learning_rate=1e-6)
+    state, _ = trainer("bfloat16")(1e-6)
     moved = np.abs(np.asarray(state.params["ln_f"]["scale"]) - 1)
     assert (moved > 1e-6).mean() > 0.9 and moved.max() < 3e-5

@@ -165,23 +165,22 @@ def stacked_batches(steps):
 
 
 def test_several_steps_in_a_dispatch_are_the_same_steps(born):
-    """Chunks of whatever length are bitwise equal. One step at a time, which is straight-line code and no loop,
-    is held to 1e-7: on the CPU this was written on (jax 0.10.2) it is bitwise equal too."""
+    """To 1e-7, as one step is straight-line code and several are a loop; on the CPU this was written on (jax 0.10.2)
+    they are bitwise equal."""
     mesh, _, run, fresh = born
     batches, rates = stacked_batches(6), np.linspace(1e-4, 1e-3, 6, dtype=np.float32)
     part = lambda a, b: (jax.tree.map(lambda x: x[a:b], batches), rates[a:b])
     results = {}
     with jax.set_mesh(mesh):
-        for size in (1, 2, 6):
+        for size in (1, 3):
             state, metrics = fresh(), []
             for a in range(0, 6, size):
                 state, m = run(state, *part(a, a + size))
                 metrics.append(m)
             results[size] = jax.device_get((state, jax.tree.map(lambda *x: np.concatenate(x), *metrics)))
-    assert int(results[6][0].step) == 6
-    assert_same(results[2], results[6])
-    assert_close(results[1][0].params, results[6][0].params, 1e-7)
-    np.testing.assert_allclose(results[1][1]["loss_sum"], results[6][1]["loss_sum"], rtol=1e-7)
+    assert int(results[3][0].step) == 6
+    assert_close(results[1][0].params, results[3][0].params, 1e-7)
+    np.testing.assert_allclose(results[1][1]["loss_sum"], results[3][1]["loss_sum"], rtol=1e-7)
 
 
 def test_the_state_is_donated_and_the_memory_told(born):
