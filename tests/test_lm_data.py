@@ -284,6 +284,8 @@ def test_validation_batches():
     assert [b["target_bytes"] for b in batches] == [64, 64, 48]
     assert len(validation_batches(tokens, 8, 4, 2, byte_lengths=np.ones(200))) == 2
     assert len(validation_batches(tokens, 8, 4, 99, byte_lengths=np.ones(200))) == 3
+    spread = validation_batches(count(8 * 40 + 1), 8, 4, 2, byte_lengths=np.ones(400))  # 8 of 40 windows
+    assert [int(row[0]) for i in range(2) for row in spread[i]["tokens"]] == [8 * 5 * i for i in range(8)]
     exact = validation_batches(count(8 * 11), 8, 4, byte_lengths=np.ones(200))  # no target for the last token
     assert [b["sequences"] for b in exact] == [4, 4, 2]
     with pytest.raises(IndexError):

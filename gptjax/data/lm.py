@@ -263,18 +263,24 @@ def iterate(
         iterator.close()
 
 
-class _Consecutive:
-    """Example i is the i-th window from the start of a split: the fixed order of validation."""
+class _Spread:
+    """Windows of a split in their order, all of them or `most` spread evenly over it: validation's examples.
 
-    def __init__(self, shards: TokenShards, context_length: int):
+    The first ones alone would be whatever documents happen to come first.
+    """
+
+    def __init__(self, shards: TokenShards, context_length: int, most: int | None):
         _check_length(shards, context_length)
         self.context_length, self._shards = context_length, shards
+        self._windows = (len(shards) - 1) // context_length
+        self._used = self._windows if most is None else min(most, self._windows)
 
     def __len__(self) -> int:
-        return (len(self._shards) - 1) // self.context_length
+        return self._used
 
     def read(self, index: np.ndarray) -> np.ndarray:
-        return self._shards.read(np.asarray(index) * self.context_length, self.context_length + 1)
+        window = np.asarray(index, np.int64) * self._windows // self._used
+        return self._shards.read(window * self.context_length, self.context_length + 1)
 
 
 def validation_batches(
@@ -288,13 +294,13 @@ def validation_batches(
     host_index: int = 0,
     host_count: int = 1,
 ) -> LmBatches:
-    """The same batches each time: windows from the start of a split whose targets don't overlap.
+    """The same batches each time: windows of a split whose targets don't overlap.
 
     Every batch has batch_size rows; the last is padded with rows of weight 0. A rest shorter than one
-    context is left out. max_batches None: the whole split. InputError: as Windows and LmBatches.
+    context is left out. max_batches None: the whole split; else that many batches of windows spread evenly
+    over it. InputError: as Windows and LmBatches.
     """
-    windows = _Consecutive(shards, context_length)
-    batches = -(-len(windows) // batch_size)
+    windows = _Spread(shards, context_length, None if max_batches is None else max_batches * batch_size)
 
     return LmBatches(
         windows,
@@ -305,7 +311,7 @@ def validation_batches(
         isolate_documents=isolate_documents,
         host_index=host_index,
         host_count=host_count,
-        steps=batches if max_batches is None else min(batches, max_batches),
+        steps=-(-len(windows) // batch_size),
     )
 
 
