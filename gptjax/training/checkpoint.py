@@ -47,8 +47,10 @@ class CheckpointConfig:
 
 @jax.jit
 def _digests(leaves):
-    """uint32 per leaf: sum of bits x (2 i + 1) mod 2^32. Odd factors: no flip of bits in one element cancels;
-    distinct ones: swapped elements show. Integer sums do not depend on the sharding."""
+    """uint32 per leaf: the sum over elements of mix(bits + index x odd) mod 2^32.
+
+    The mix (MurmurHash3's finaliser) is a bijection, so any change of one element shows for certain; swaps and
+    changes of several show but for one chance in 2^32. Integer sums do not depend on the sharding."""
 
     def one(x):
         x = x.astype(jnp.int32) if x.dtype == jnp.bool_ else x
@@ -57,7 +59,10 @@ def _digests(leaves):
         for axis in reversed(range(x.ndim)):
             index = index + lax.broadcasted_iota(jnp.uint32, x.shape, axis) * jnp.uint32(stride % 2**32)
             stride *= x.shape[axis]
-        return jnp.sum(bits * (2 * index + 1), dtype=jnp.uint32)
+        h = bits + index * jnp.uint32(0x9E3779B9)
+        h = (h ^ (h >> 16)) * jnp.uint32(0x85EBCA6B)
+        h = (h ^ (h >> 13)) * jnp.uint32(0xC2B2AE35)
+        return jnp.sum(h ^ (h >> 16), dtype=jnp.uint32)
 
     return [one(x) for x in leaves]
 
