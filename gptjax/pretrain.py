@@ -121,6 +121,7 @@ def pretrain(config: mlc.ConfigDict, workdir: str) -> bool:
             f"The tokenizer has {vocab} tokens and the model {c.model.vocab_size}: raise --config.model.vocab_size "
             "or train a smaller tokenizer (--config.data.tokenizer=bpe:SIZE)."
         )
+    encode_prompts(c.samples.prompts, corpus.tokenizer, c.model.context_length)  # refused now, not after training
     if not known:
         configs.claim_workdir(workdir, "pretrain", c)
     corpus.tokenizer.save(workdir / "tokenizer")
@@ -258,12 +259,30 @@ def load_weights(workdir, model: GPTConfig, abstract, shardings):
     return restored[0]
 
 
+def encode_prompts(prompts, tokenizer, context_length: int) -> list[list[int]]:
+    """Token ids of samples.prompts. Raises InputError for one that cannot be a prompt."""
+    encoded = []
+    for prompt in prompts:
+        try:
+            ids = tokenizer.encode(prompt)
+        except InputError as error:
+            raise InputError(f"samples.prompts {prompt!r}: {error}.") from error
+        if not 0 < len(ids) <= context_length:
+            raise InputError(
+                f"samples.prompts {prompt!r} has {len(ids)} tokens; it must have 1 to {context_length} (the context). "
+                "Change --config.samples.prompts."
+            )
+        encoded.append(ids)
+    return encoded
+
+
 def write_samples(workdir, step, params, model, tokenizer, c: PretrainConfig, mesh):
     """Continues the configured prompts, prints them and appends them to samples.jsonl."""
     if not c.samples.prompts or jax.process_count() > 1:
         return
+    prompts = encode_prompts(c.samples.prompts, tokenizer, model.context_length)
     out = generate(
-        params, model, [tokenizer.encode(p) for p in c.samples.prompts], max_new_tokens=c.samples.max_new_tokens,
+        params, model, prompts, max_new_tokens=c.samples.max_new_tokens,
         sampling=Sampling(c.samples.temperature, top_p=c.samples.top_p), seed=c.seed, eot_id=tokenizer.eot_id,
         dtype=c.precision.dtype, mesh=mesh,
     )  # fmt: skip

@@ -56,7 +56,7 @@ def load_corpus(c: DataConfig, workdir, context_length: int, seed: int, resumed:
     cache = shards_directory(c, workdir)
 
     def prepare(source, tokenizer, directory):
-        if resumed:
+        if resumed and os.path.exists(os.path.join(directory, "manifest.json")):
             return tokens.open_shards(directory)
         return tokens.prepare(
             source, tokenizer, directory, validation=_fraction(c.validation), text_field=c.text_field, seed=seed
@@ -70,7 +70,7 @@ def load_corpus(c: DataConfig, workdir, context_length: int, seed: int, resumed:
     # One tokenizer for all parts: trained on them together, or the one that was given.
     parts = {name: os.path.join(c.source, name) for name, weight in c.mixture.items() if weight > 0}
     saved = os.path.join(cache, "tokenizer")
-    if not resumed:
+    if not (resumed and os.path.exists(saved)):
         read = lambda: itertools.chain.from_iterable(
             (d.text for d in sources.documents(path, text_field=c.text_field)) for path in parts.values()
         )

@@ -90,13 +90,17 @@ class _Keep(preservation_policy.PreservationPolicy):
 
 
 class Checkpointer:
-    """Saves and restores a TrainState under workdir/checkpoints."""
+    """Saves and restores a TrainState under workdir/checkpoints.
 
-    def __init__(self, workdir, config: CheckpointConfig = CheckpointConfig()):
+    config: None for one who only reads: what a running training is writing there is not his to clean up.
+    """
+
+    def __init__(self, workdir, config: CheckpointConfig | None = None):
         logging.set_verbosity(logging.ERROR)  # orbax's progress notes would drown ours
         self.directory = epath.Path(workdir).resolve() / "checkpoints"
-        self._keep = _Keep(config)
-        self._config = config
+        self._owner = config is not None
+        self._config = config or CheckpointConfig()
+        self._keep = _Keep(self._config)
         best = self._read_best()
         self._keep.best = best and best["step"]
         self._manager = None
@@ -106,7 +110,9 @@ class Checkpointer:
     def manager(self) -> ocp.CheckpointManager:
         if self._manager is None:
             options = ocp.CheckpointManagerOptions(
-                preservation_policy=self._keep, cleanup_tmp_directories=True, enable_async_checkpointing=True
+                preservation_policy=self._keep,
+                cleanup_tmp_directories=self._owner,
+                enable_async_checkpointing=True,
             )
             self._manager = ocp.CheckpointManager(self.directory, options=options)
         return self._manager
