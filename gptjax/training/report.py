@@ -4,6 +4,7 @@ import base64
 import html
 import io
 import json
+import math
 import platform
 
 import jax
@@ -52,8 +53,9 @@ def _summary(config, train, evaluations) -> list[tuple[str, str]]:
     m = config["model"]
     rows.append(("model", f"{m['n_layer']} layers, {m['d_model']} wide, {m['n_head']} heads, context "
                  f"{m['context_length']}, vocabulary {m['vocab_size']:,}"))  # fmt: skip
-    if train:
-        last = train[-1]
+    finite = [line for line in train if None not in (line["loss"], line["bits_per_byte"])]  # fp16 skips some
+    if finite:
+        last = finite[-1]
         speeds = sorted(line["tokens_per_second"] for line in train)
         rows += [
             ("steps", f"{last['step']:,}"),
@@ -93,7 +95,8 @@ def _figure(train, evaluations) -> str:
     panels = (("loss", "loss, nats/token"), ("bits_per_byte", "bits/byte"),
               ("grad_norm", "gradient norm"), ("learning_rate", "learning rate"))  # fmt: skip
     for axis, (key, title) in zip(axes.flat, panels, strict=True):
-        axis.plot(steps, [line[key] for line in train], lw=0.8, label="training", color="#3b6fb6")
+        values = [math.nan if line[key] is None else line[key] for line in train]
+        axis.plot(steps, values, lw=0.8, label="training", color="#3b6fb6")
         if key in ("loss", "bits_per_byte") and evaluations:
             points = [(e["step"], e[key]) for e in evaluations]
             axis.plot(*zip(*points, strict=True), "o-", ms=3, lw=1.2, label="validation", color="#d1495b")

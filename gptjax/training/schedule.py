@@ -67,7 +67,7 @@ class Schedule:
 
     def _ramp_length(self):
         grow = self.full - self.start
-        return self.config.ramp_tokens / grow * math.log(self.full / self.start)
+        return self.config.ramp_tokens / grow * math.log1p(grow / self.start)  # exact for nearly equal ends too
 
     def _steps_for(self, tokens):
         if not self.ramping:
