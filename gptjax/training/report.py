@@ -58,7 +58,7 @@ def _summary(config, train, evaluations) -> list[tuple[str, str]]:
         last = finite[-1]
         speeds = sorted(line["tokens_per_second"] for line in train)
         rows += [
-            ("steps", f"{last['step']:,}"),
+            ("steps", f"{train[-1]['step']:,}"),
             ("tokens seen", f"{last['tokens_seen']:,}"),
             ("last training loss", f"{last['loss']:.4f} nats/token, {last['bits_per_byte']:.4f} bits/byte"),
             ("speed", f"{speeds[len(speeds) // 2]:,.0f} tokens/s (median)"),
