@@ -50,7 +50,7 @@ def descend(c, params, gradients, rates):
     "name, expected", [("adamw", [0.89, 0.8863631598]), ("gpt1_adam", [0.8968377856, 0.8999905318])]
 )
 def test_published_figures(name, expected):
-    """p = 1, gradients .5 and -.5, learning rate .1, weight decay .1 (papers.md §1.4)."""
+    """p = 1, gradients .5 and -.5, learning rate .1, weight decay .1."""
     c = OptimizerConfig(name=name, b1=0.9, b2=0.999, weight_decay=0.1)
     gradients = [{"kernel": jnp.float32(g)} for g in (0.5, -0.5)]
     trail = descend(c, {"kernel": jnp.float32(1.0)}, gradients, [0.1, 0.1])

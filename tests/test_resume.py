@@ -121,7 +121,6 @@ def assert_same_run(workdir, other, steps=STEPS):
 # --- interrupted and taken up again -----------------------------------------------------------------------
 
 CASES = {
-    "plain": {},
     "dropout": {"model__dropout": 0.2},
     "float16": {"precision__compute": "float16", "precision__growth_interval": 4, "precision__initial_scale": 2.0**22},
     "ramp": {
