@@ -2,6 +2,9 @@
 PYTHON ?= python3
 VENV := .venv
 PEERS := .venv-peers
+# What JAX needs besides, on a machine with an NVIDIA GPU or a TPU.
+ACCELERATOR ?= $(shell if nvidia-smi -L >/dev/null 2>&1; then echo 'jax[cuda12]'; \
+	elif ls /dev/accel0 /dev/vfio/0 >/dev/null 2>&1; then echo 'jax[tpu]'; fi)
 export JAX_COMPILATION_CACHE_DIR ?= $(CURDIR)/.jax_cache
 export JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS ?= 0.5
 
@@ -34,11 +37,11 @@ $(VENV)/bin/python:
 	$(VENV)/bin/python -m pip install -q --upgrade pip
 
 $(VENV)/.installed: requirements.txt | $(VENV)/bin/python
-	$(VENV)/bin/python -m pip install -q -r requirements.txt
+	$(VENV)/bin/python -m pip install -q -r requirements.txt $(if $(ACCELERATOR),'$(ACCELERATOR)')
 	touch $@
 
 $(VENV)/.installed-test: requirements.txt requirements-test.txt | $(VENV)/bin/python
-	$(VENV)/bin/python -m pip install -q -r requirements-test.txt
+	$(VENV)/bin/python -m pip install -q -r requirements-test.txt $(if $(ACCELERATOR),'$(ACCELERATOR)')
 	touch $@ $(VENV)/.installed
 
 $(PEERS)/.installed: requirements.txt requirements-peers.txt

@@ -7,8 +7,8 @@ The learning rate, steps and weight decay were not published: these are nanoGPT'
 of half a million tokens; there 124m reaches a loss of 2.85) and GPT-3's learning rates for the larger ones.
 
 data.tokenizer trains a byte-level BPE of GPT-2's size on the data; for GPT-2's own, give the directory that
-holds encoder.json and vocab.bpe. Hardware: 124m trains on one 16 GB device with microbatch_size=16; mesh.fsdp
-spreads the larger ones.
+holds encoder.json and vocab.bpe. Hardware: any; the memory need is printed before step 1. Smaller
+microbatch_size and model.remat=dots or full need less, mesh.fsdp spreads the larger sizes over devices.
 """
 
 from gptjax.config import choose, config_dict

@@ -16,6 +16,7 @@ from ml_collections import config_dict as mlc
 from gptjax import config as configs
 from gptjax.data import lm
 from gptjax.data.corpus import Corpus, DataConfig, load_corpus, shards_directory
+from gptjax.data.tokenizer import Tokenizer
 from gptjax.errors import InputError
 from gptjax.generation.decode import generate
 from gptjax.generation.sampling import Sampling
@@ -122,9 +123,7 @@ def pretrain(config: mlc.ConfigDict, workdir: str) -> bool:
             "or train a smaller tokenizer (--config.data.tokenizer=bpe:SIZE)."
         )
     encode_prompts(c.samples.prompts, corpus.tokenizer, c.model.context_length)  # refused now, not after training
-    if not known:
-        configs.claim_workdir(workdir, "pretrain", c)
-    corpus.tokenizer.save(workdir / "tokenizer")
+    check_same_tokenizer(c.init_from, corpus.tokenizer)
     tokens = c.tokens if c.epochs is None or c.tokens is not None else c.epochs * corpus.train_tokens
     schedule = Schedule(
         c.schedule, batch_size=c.batch_size, context_length=c.model.context_length,
@@ -145,6 +144,12 @@ def pretrain(config: mlc.ConfigDict, workdir: str) -> bool:
     abstract, shardings = state_shardings(boxed, tx, c.precision, mesh)
     loss = causal_lm_loss(model, c.precision.dtype, c.loss_chunk, mesh)
     step = train_step(loss, tx, c.optimizer.clip_norm, c.precision, c.seed, dropout=model.dropout > 0)
+    evaluate = evaluator(loss, corpus, c, mesh, host)
+
+    # --- everything that can be refused has been: the workdir is ours ---
+    if not known:
+        configs.claim_workdir(workdir, "pretrain", c)
+    corpus.tokenizer.save(workdir / "tokenizer")
 
     with jax.set_mesh(mesh):
         # --- where the state comes from ---
@@ -169,11 +174,14 @@ def pretrain(config: mlc.ConfigDict, workdir: str) -> bool:
                 params = load_weights(c.init_from, model, abstract.params, shardings.params)
                 state = dataclasses.replace(state, params=params)
         start = int(state.step)
+        if start > schedule.steps:
+            raise InputError(
+                f"{workdir} has done {start} steps, more than the {schedule.steps} asked for: raise --config.steps."
+            )
         writer = MetricWriter(workdir, c.log, start, configs.to_json(c))
 
         # --- loop ---
         describe_run(c, model, corpus, schedule, mesh)
-        evaluate = evaluator(loss, corpus, c, mesh, host)
         if start == 0:
             write_samples(workdir, 0, state.params, model, corpus.tokenizer, c, mesh)
         state, finished = loop.train(
@@ -247,10 +255,19 @@ def evaluator(loss, corpus: Corpus, c: PretrainConfig, mesh, host):
     return evaluate
 
 
+def check_same_tokenizer(init_from, tokenizer):
+    """Weights mean nothing under another vocabulary: InputError if the two runs' tokenizers differ."""
+    if init_from and Tokenizer.load(epath.Path(init_from) / "tokenizer").fingerprint != tokenizer.fingerprint:
+        raise InputError(
+            f"init_from: {init_from} was trained with another tokenizer; "
+            f"give --config.data.tokenizer={init_from}/tokenizer."
+        )
+
+
 def load_weights(workdir, model: GPTConfig, abstract, shardings):
     """Parameters of another run's newest good checkpoint. Raises InputError if its model is another one."""
     there = configs.read_config(workdir)["model"]
-    for key in ("vocab_size", "n_layer", "n_head", "d_model", "context_length", "norm", "tied_head"):
+    for key in ("vocab_size", "n_layer", "n_head", "d_model", "context_length", "norm", "local_window", "tied_head"):
         if there[key] != getattr(model, key):
             raise InputError(f"init_from: {workdir} has model.{key}={there[key]}, this run {getattr(model, key)}.")
     restored = Checkpointer(workdir).restore_params(abstract, shardings)
@@ -284,7 +301,7 @@ def write_samples(workdir, step, params, model, tokenizer, c: PretrainConfig, me
     out = generate(
         params, model, prompts, max_new_tokens=c.samples.max_new_tokens,
         sampling=Sampling(c.samples.temperature, top_p=c.samples.top_p), seed=c.seed, eot_id=tokenizer.eot_id,
-        dtype=c.precision.dtype, mesh=mesh,
+        vocab=tokenizer.vocab_size, dtype=c.precision.dtype, mesh=mesh,
     )  # fmt: skip
     lines = JsonLines(epath.Path(workdir) / "samples.jsonl", max(step - 1, 0) if step else -1)
     for prompt, ids in zip(c.samples.prompts, out, strict=True):

@@ -35,7 +35,7 @@ def continue_texts(
     with jax.set_mesh(model.mesh):
         out = generate(
             model.params, model.config, ids, max_new_tokens=max_new_tokens, sampling=sampling, seed=seed,
-            eot_id=eot, dtype=model.dtype, mesh=model.mesh,
+            eot_id=eot, vocab=model.tokenizer.vocab_size, dtype=model.dtype, mesh=model.mesh,
         )  # fmt: skip
     return [model.tokenizer.decode(tokens) for tokens in out]
 

@@ -411,3 +411,10 @@ def test_weights_of_another_run_to_start_from(trained, text, tmp_path):
 
 def test_eight_devices_are_what_these_tests_run_on():
     assert jax.device_count() == 8
+
+
+def test_a_tokenizer_smaller_than_the_model_samples_only_what_it_can_decode(text, tmp_path):
+    """An untrained model gives every id a chance; those beyond the tokenizer have no text."""
+    config = tiny(text, steps=1, model__vocab_size=5000, samples__prompts=("the",))
+    assert pretrain(config, str(tmp_path / "run")) is True
+    assert {s["step"] for s in read_lines(tmp_path / "run", "samples")} == {0, 1}

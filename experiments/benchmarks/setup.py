@@ -1,6 +1,5 @@
 """A train step wired as pretrain.py wires it, for benchmarks."""
 
-import jax
 import numpy as np
 
 from gptjax.model import gpt
@@ -30,7 +29,3 @@ def as_batch(tokens: np.ndarray):
     """One step of one micro-batch, as the train step takes it."""
     tokens = tokens[None, None]
     return {"tokens": tokens, "weights": np.ones(tokens[..., 1:].shape, np.float32)}
-
-
-def device_kind() -> str:
-    return jax.devices()[0].device_kind

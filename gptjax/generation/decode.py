@@ -19,9 +19,9 @@ from gptjax.model.spec import GPTConfig
 from gptjax.parallel.mesh import batch_ways
 
 
-@functools.partial(jax.jit, static_argnames=("config", "new_tokens", "sampling", "eot_id", "dtype", "mesh"))
+@functools.partial(jax.jit, static_argnames=("config", "new_tokens", "sampling", "eot_id", "vocab", "dtype", "mesh"))
 def decode(params, config: GPTConfig, prompts, lengths, limits, key, *, new_tokens: int, sampling: Sampling,
-           eot_id: int | None = None, dtype=jnp.float32, mesh=None):  # fmt: skip
+           eot_id: int | None = None, vocab: int | None = None, dtype=jnp.float32, mesh=None):  # fmt: skip
     """Continues every prompt.
 
     Args:
@@ -30,6 +30,7 @@ def decode(params, config: GPTConfig, prompts, lengths, limits, key, *, new_toke
         key: one key per row, typed [batch], so that a row's text does not depend on its neighbours.
         new_tokens: static; slots + new_tokens is the size of the cache.
         eot_id: a row ends once it has produced this token; None = no such token.
+        vocab: only ids below it are produced (a tokenizer smaller than the model); None = all.
     Returns:
         (tokens int32 [batch, new_tokens], how many of each row are real int32 [batch]); the end-of-text token
         is counted and what follows it is filled with it (or 0).
@@ -44,7 +45,7 @@ def decode(params, config: GPTConfig, prompts, lengths, limits, key, *, new_toke
     fill = eot_id if eot_id is not None else 0
 
     def choose(hidden, i):
-        logits = gpt.logits(params, config, hidden)
+        logits = gpt.logits(params, config, hidden)[:, :vocab]
         keys = jax.vmap(jax.random.fold_in, (0, None))(key, i)
         return jax.vmap(lambda logit, k: sample(logit, k, sampling))(logits, keys)
 
@@ -88,7 +89,8 @@ def _batch_ways() -> int:
 
 
 def generate(params, config: GPTConfig, prompts: Sequence[Sequence[int]], *, max_new_tokens: int, sampling: Sampling,
-             seed: int = 0, eot_id: int | None = None, dtype=jnp.float32, mesh=None) -> list[list[int]]:  # fmt: skip
+             seed: int = 0, eot_id: int | None = None, vocab: int | None = None, dtype=jnp.float32,
+             mesh=None) -> list[list[int]]:  # fmt: skip
     """Token lists in, token lists out: new tokens only, without the end-of-text token.
 
     The same seed gives the same text for a row, whatever the other rows are. A row stops at end-of-text, after
@@ -121,7 +123,7 @@ def generate(params, config: GPTConfig, prompts: Sequence[Sequence[int]], *, max
     out, counts = decode(
         params, config, tokens, np.pad(lengths, (0, spare), constant_values=1), np.pad(limits, (0, spare)), keys,
         new_tokens=_bucket(int(limits.max()), config.context_length), sampling=sampling, eot_id=eot_id,
-        dtype=dtype, mesh=mesh,
+        vocab=vocab, dtype=dtype, mesh=mesh,
     )  # fmt: skip
     out, counts = out[: len(prompts)], counts[: len(prompts)]
     texts = []

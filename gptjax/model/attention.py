@@ -30,7 +30,9 @@ def resolve(path: str, platform: str) -> str:
     """The path that 'auto' means on a platform ('cpu', 'tpu', 'gpu', ...)."""
     if path != "auto":
         return path
-    return {"cpu": "cpu", "tpu": "splash", "gpu": "cudnn", "cuda": "cudnn"}.get(platform, "xla")
+    if platform in ("gpu", "cuda"):
+        return "cudnn" if _flash_capable_gpu() else "xla"
+    return {"cpu": "cpu", "tpu": "splash"}.get(platform, "xla")
 
 
 def attention(q, k, v, *, path, window=None, segment_ids=None, dropout=0.0, dropout_key=None, mesh=None):
@@ -56,11 +58,26 @@ def attention(q, k, v, *, path, window=None, segment_ids=None, dropout=0.0, drop
         return _cpu(q, k, v, segment_ids, window)
     if path == "splash" and q.shape[1] % 128 == 0:
         return _splash(q, k, v, window, segment_ids, mesh)
-    if path == "cudnn" and q.dtype in (jnp.bfloat16, jnp.float16):
+    if path == "cudnn" and _cudnn_takes(q, segment_ids):
         return _dot_product(q, k, v, window, segment_ids, "cudnn")
     if path in ("xla", "splash", "cudnn"):  # shapes and dtypes that the kernels do not take
         return _dot_product(q, k, v, window, segment_ids, "xla")
     return reference(q, k, v, window=window, segment_ids=segment_ids)
+
+
+def _cudnn_takes(q, segment_ids) -> bool:
+    """What jax asks of cuDNN's flash attention: 16 bits, heads of a multiple of 8 up to 128, even time under a mask."""
+    half = q.dtype in (jnp.bfloat16, jnp.float16)
+    return half and q.shape[-1] % 8 == 0 and q.shape[-1] <= 128 and (segment_ids is None or q.shape[1] % 2 == 0)
+
+
+def _flash_capable_gpu() -> bool:
+    """cuDNN's flash attention needs Ampere (compute capability 8.0) or newer; T4 and V100 are older."""
+    try:
+        capability = jax.devices("gpu")[0].compute_capability
+        return tuple(int(n) for n in str(capability).split(".")) >= (8, 0)
+    except (RuntimeError, AttributeError, ValueError):
+        return True  # no GPU here: compiling for one elsewhere
 
 
 def visible(q_positions, kv_positions, window=None):

@@ -66,6 +66,7 @@ PEAK_FLOPS = {
     "tpu7x": 1153.5e12,  # a device is a core: half a chip
     "nvidia a100": 312e12,
     "nvidia h100 pcie": 756e12,
+    "nvidia h100 nvl": 835e12,
     "nvidia h100": 989e12,
     "nvidia h200": 989e12,
     "nvidia b200": 2250e12,
@@ -82,7 +83,7 @@ PEAK_FLOPS = {
 def peak_flops(device_kind: str) -> float | None:
     """Dense bf16 (fp16 where there is no bf16) peak of one device in FLOP/s, or None if it is not known."""
     kind = device_kind.lower()
-    matches = [name for name in PEAK_FLOPS if kind.startswith(name)]
+    matches = [name for name in PEAK_FLOPS if f"{kind.replace('-', ' ')} ".startswith(f"{name} ")]
     return PEAK_FLOPS[max(matches, key=len)] if matches else None
 
 

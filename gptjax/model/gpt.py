@@ -93,7 +93,8 @@ class Linear(nn.Module):
         bias_names = tuple("norm" if n == "embed" else n for n in self.names[1:])
         bias = self.param("bias", _constant(0.0, *bias_names), self.features)
         # Named, because a remat policy cannot see the dot inside a custom VJP.
-        return checkpoint_name(_matmul(x, kernel), "matmul") + bias.astype(x.dtype)
+        y = checkpoint_name(_matmul(x, kernel), "matmul")
+        return (y.astype(jnp.float32) + bias).astype(x.dtype)  # the bias's gradient sums in float32
 
 
 @jax.checkpoint

@@ -12,6 +12,7 @@ verifies it. A checkpoint that is damaged or half-written is passed over, aloud,
 
 import dataclasses
 import json
+import math
 import sys
 
 import jax
@@ -180,6 +181,8 @@ class Checkpointer:
     def report(self, step: int, loss: float):
         """Tell the loss of an evaluated step; the best saved one is kept."""
         best = self._read_best()
+        if not math.isfinite(loss):
+            return
         if self._config.keep_best and step in self.manager.all_steps() and (not best or loss < best["loss"]):
             self._keep.best = step
             write_json(self.directory / "best.json", {"step": step, "loss": loss})
@@ -251,10 +254,17 @@ class Checkpointer:
         )
 
     def drop_after(self, step: int):
-        """Forget checkpoints newer than the one that was restored: they are damaged and would be in the way."""
+        """Put checkpoints newer than the one that was restored out of the way, into checkpoints-damaged."""
         for newer in self.steps():
             if newer > step:
-                (self.directory / str(newer)).rmtree(missing_ok=True)
+                aside = self.directory.parent / "checkpoints-damaged"
+                aside.mkdir(parents=True, exist_ok=True)
+                (aside / str(newer)).rmtree(missing_ok=True)
+                (self.directory / str(newer)).rename(aside / str(newer))
+                print(f"warning: checkpoint {newer} was moved to {aside}", file=sys.stderr)
+                if self._keep.best == newer:
+                    (self.directory / "best.json").unlink(missing_ok=True)
+                    self._keep.best = None
         self.manager.reload()
 
 

@@ -73,11 +73,11 @@ class Dispatch:
         self._say(text)
 
 
-def chunks(start: int, stop: int, size: int, *boundaries: int) -> Iterator[tuple[int, int]]:
-    """(first step, number of steps) of each dispatch; none runs across a multiple of a boundary."""
+def chunks(start: int, stop: int, size: int, *boundaries: int, at=()) -> Iterator[tuple[int, int]]:
+    """(first step, number of steps) of each dispatch; none runs across a multiple of a boundary or a step of `at`."""
     step = start
     while step < stop:
-        ends = [step + size, stop, *((step // b + 1) * b for b in boundaries if b)]
+        ends = [step + size, stop, *((step // b + 1) * b for b in boundaries if b), *(a for a in at if a > step)]
         yield step, min(ends) - step
         step = min(ends)
 
@@ -189,14 +189,14 @@ def train(
             return checkpointer.save(step, state, {"seconds": clock.total(), **(meta or {})})
 
     evaluated = {line["step"] for line in writer.evaluations()}
-    if start_step not in evaluated:
+    if start_step not in evaluated and start_step % eval_every == 0:
         assess(start_step)
 
     profiler = _Profiler(workdir, start_step + log.profile_start, log.profile_steps)
     pending, step, saved = None, start_step, start_step if start_step else -1
     with stop_on_sigterm() as asked_to_stop, profiler:
         plan = chunks(
-            start_step, schedule.steps, steps_per_dispatch, checkpoint_every, eval_every, *profiler.boundaries
+            start_step, schedule.steps, steps_per_dispatch, checkpoint_every, eval_every, at=profiler.ends
         )
         clock.lap()
         for first, count, batch, infos in feed(plan):
@@ -275,7 +275,7 @@ class _Profiler(contextlib.AbstractContextManager):
     def __init__(self, workdir, start, steps):
         self.directory, self.start = str(workdir) + "/profile", start
         self.stop_at = start + steps if steps else float("inf")
-        self.boundaries = ()
+        self.ends = (start, start + steps) if steps else ()
         self._steps, self._on = steps, False
 
     def before(self, step):
