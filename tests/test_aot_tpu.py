@@ -155,7 +155,7 @@ def test_sampling_from_a_prompt_long_enough_for_splash(chips, rows, caller, monk
         seen = {}
         monkeypatch.setattr(pretrain, "generate", lambda *_, **given: seen.update(given) or [[]] * rows)
         settings = SimpleNamespace(samples=pretrain.SamplesConfig(prompts=("x",) * rows), seed=0, precision=BF16)
-        tokenizer = SimpleNamespace(encode=lambda _: [1], decode=lambda _: "", eot_id=3)
+        tokenizer = SimpleNamespace(encode=lambda _: [1], decode=lambda _: "", eot_id=3, vocab_size=512)
         with jax.set_mesh(mesh):
             pretrain.write_samples(tmp_path, 0, None, model, tokenizer, settings, mesh)
         options = seen
