@@ -148,8 +148,9 @@ _MAY_CHANGE = ("mesh", "checkpoint", "eval", "log", "steps", "tokens", "epochs",
 
 
 def to_json(config) -> dict:
-    """A nested dataclass as JSON types."""
-    return json.loads(json.dumps(dataclasses.asdict(config), default=dict))
+    """A nested dataclass (or a plain value) as JSON types."""
+    config = dataclasses.asdict(config) if dataclasses.is_dataclass(config) else config
+    return json.loads(json.dumps(config, default=dict))
 
 
 def write_json(path, value):
@@ -160,15 +161,17 @@ def write_json(path, value):
     temporary.replace(path)
 
 
-def claim_workdir(workdir, stage: str, config) -> bool:
+def claim_workdir(workdir, stage: str, config, **sections) -> bool:
     """Writes config.json into a new workdir, or checks that the one there is the same run's.
 
+    sections: what takes the place of the config's own or is added to it (the whole model, where the config overrides
+    a part of one).
     Returns whether the run is being taken up again. Raises InputError listing the keys that differ.
     """
     workdir = epath.Path(workdir)
     workdir.mkdir(parents=True, exist_ok=True)
     path = workdir / "config.json"
-    new = {"stage": stage, **to_json(config)}
+    new = {"stage": stage, **to_json(config), **{name: to_json(section) for name, section in sections.items()}}
     if not path.exists():
         write_json(path, new)
         return False

@@ -12,16 +12,15 @@ import math
 import jax
 import numpy as np
 from absl import flags
-from etils import epath
 from tqdm import tqdm
 
 from gptjax import config as configs
-from gptjax.data import lm, sources, tokens
-from gptjax.data.corpus import DataConfig, shards_directory
+from gptjax.data import lm, sources
+from gptjax.data.corpus import pretraining_split
 from gptjax.errors import InputError
 from gptjax.objectives.language import bits_per_byte
 from gptjax.parallel.mesh import batch_ways
-from gptjax.training.loop import global_array
+from gptjax.training.loop import evaluation_sums
 from gptjax.training.step import batch_sharding, causal_lm_loss, jit_eval_step
 from gptjax.workdir import Model, load_model
 
@@ -30,15 +29,9 @@ def score(model: Model, batches, loss_chunk: int = 128) -> dict:
     """{'loss' nats/token, 'perplexity', 'bits_per_byte', 'tokens', 'bytes', 'step'} over batches of lm.LmBatches."""
     loss = causal_lm_loss(model.config, model.dtype, loss_chunk, model.mesh)
     step, sharding = jit_eval_step(loss, model.mesh), batch_sharding(model.mesh, 0)
-    sums, n_bytes = [], 0
     with jax.set_mesh(model.mesh):
-        for i in tqdm(range(len(batches)), desc="scoring", unit="batch", disable=len(batches) < 20):
-            batch = batches[i]
-            n_bytes += batch["target_bytes"]
-            arrays = {k: global_array(v, sharding) for k, v in batch.items() if isinstance(v, np.ndarray)}
-            sums.append(step(model.params, arrays))
-    total, count = (sum(float(s[i]) for s in sums) for i in (0, 1))
-    mean = total / count
+        total, count, more = evaluation_sums(step, model.params, batches, sharding)
+    mean, n_bytes = total / count, more["target_bytes"]
     return {
         "loss": mean,
         "perplexity": math.exp(mean),
@@ -55,9 +48,10 @@ def main(_):
     data = run.get("data") or {}
     rows = -(-FLAGS.batch_size // batch_ways(model.mesh.shape)) * batch_ways(model.mesh.shape)
     if FLAGS.source is None:
-        if not data.get("source"):
-            raise InputError("This workdir was not trained on text here: give --source=PATH.")
-        shards = held_out(FLAGS.workdir, data)
+        try:
+            shards = pretraining_split(FLAGS.workdir, "validation")[0][0]
+        except InputError as error:
+            raise InputError(f"This workdir was not trained on text here ({error}): give --source=PATH.") from error
     else:
         shards = tokenised(FLAGS.source, model.tokenizer, FLAGS.text_field)
     isolate = data.get("isolate_documents", False) and model.tokenizer.eot_id is not None
@@ -71,15 +65,6 @@ def main(_):
     else:
         for name, value in result.items():
             print(f"{name:>14}  {value:,.4f}" if isinstance(value, float) else f"{name:>14}  {value:,}")
-
-
-def held_out(workdir, data: dict) -> tokens.TokenShards:
-    """The validation tokens a run kept aside."""
-    config = configs.build(DataConfig, data, "data")
-    directory = epath.Path(shards_directory(config, workdir))
-    if config.mixture:
-        directory = directory / next(name for name, weight in config.mixture.items() if weight > 0)
-    return tokens.open_shards(directory)[1]["validation"]
 
 
 class tokenised:

@@ -243,14 +243,9 @@ def evaluator(loss, corpus: Corpus, c: PretrainConfig, mesh, host):
     sharding = batch_sharding(mesh, 0)
 
     def evaluate(params) -> dict:
-        sums, n_bytes = [], 0
-        for i in range(len(batches)):
-            batch = batches[i]
-            n_bytes += batch["target_bytes"]
-            arrays = {k: batch[k] for k in ("tokens", "weights", "segment_ids", "positions") if k in batch}
-            sums.append(step(params, jax.tree.map(lambda a: loop.global_array(a, sharding), arrays)))
-        total, count = (float(sum(float(s[i]) for s in sums)) for i in (0, 1))
-        return {"loss": total / count, "bits_per_byte": float(bits_per_byte(total, n_bytes)), "tokens": int(count)}
+        total, count, more = loop.evaluation_sums(step, params, batches, sharding)
+        bits = float(bits_per_byte(total, more["target_bytes"]))
+        return {"loss": total / count, "bits_per_byte": bits, "tokens": int(count)}
 
     return evaluate
 

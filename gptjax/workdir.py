@@ -30,33 +30,52 @@ class Model:
     mesh: jax.sharding.Mesh
 
 
-def load_model(workdir, *, step: int | None = None, mesh: MeshConfig | None = None) -> Model:
+def load_model(workdir, *, step: int | None = None, mesh: jax.sharding.Mesh | None = None) -> Model:
     """Model, tokenizer and weights (float32) of a workdir's newest good checkpoint, or of a given step.
 
+    A stage that selects its best checkpoint (config `selection`, as SFT) gives that one instead of the newest. For
+    PPO the weights are the policy's moving average.
+
     mesh: None = parameters spread over all devices if they divide (fsdp), else one whole copy on each.
-    Raises InputError if the workdir, its tokenizer or its checkpoint is missing or damaged.
+    Raises InputError if the workdir, its tokenizer or its checkpoint is missing or damaged, or if it is a reward
+    model, which writes no text.
     """
     workdir = epath.Path(workdir)
     run = configs.read_config(workdir)
+    if run.get("stage") == "reward":
+        raise InputError(f"{workdir} is a reward model, which scores texts and writes none: give another workdir.")
     config = configs.build(GPTConfig, run["model"], "model")
     tokenizer = Tokenizer.load(workdir / "tokenizer")
     config = dataclasses.replace(config, attention=resolve(config.attention, jax.default_backend()), remat="none")
     boxed = gpt.abstract_params(config)
-    try:
-        grid = make_mesh(mesh or MeshConfig(data=1, fsdp=-1))
-        shardings = parameter_shardings(boxed, grid)
-    except InputError:
-        if mesh is not None:
-            raise
-        grid = make_mesh(MeshConfig())
-        shardings = parameter_shardings(boxed, grid)
+    grid, shardings = _layout(boxed, mesh)
+    params, meta = load_params(workdir, run, boxed, shardings, step)
+    dtype = DTYPES[run.get("precision", {}).get("compute", "float32")]
+    return Model(config, params, tokenizer, dtype, meta["step"], grid)
+
+
+def _layout(boxed, mesh):
+    if mesh is not None:
+        return mesh, parameter_shardings(boxed, mesh)
+    for axes in (MeshConfig(data=1, fsdp=-1), MeshConfig()):
+        grid = make_mesh(axes)
+        try:
+            return grid, parameter_shardings(boxed, grid)
+        except InputError:  # its widths do not divide over so many devices
+            continue
+    raise AssertionError("whole copies always fit the rules")
+
+
+def load_params(workdir, run: dict, boxed, shardings, step: int | None = None) -> tuple[dict, dict]:
+    """(parameters, meta) of the checkpoint to use: `step`, the selected one, or the newest good one."""
     checkpointer = Checkpointer(workdir)
-    if step is not None and step not in checkpointer.steps():
-        there = ", ".join(map(str, checkpointer.steps())) or "none"
+    steps = checkpointer.steps()
+    if step is not None and step not in steps:
+        there = ", ".join(map(str, steps)) or "none"
         raise InputError(f"{workdir} has no checkpoint of step {step}: there are {there}.")
+    if step is None and run.get("selection", "last") != "last" and checkpointer.best in steps:
+        step = checkpointer.best
     restored = checkpointer.restore_params(nn.meta.unbox(boxed), shardings, step)
     if restored is None:
         raise InputError(f"{workdir} has no checkpoint yet: train until the first one (checkpoint.every).")
-    params, meta = restored
-    dtype = DTYPES[run.get("precision", {}).get("compute", "float32")]
-    return Model(config, params, tokenizer, dtype, meta["step"], grid)
+    return restored

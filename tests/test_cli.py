@@ -14,8 +14,9 @@ from conftest import ROOT
 
 from gptjax.config import config_dict
 from gptjax.data import tokens
+from gptjax.data.corpus import pretraining_split
 from gptjax.errors import InputError
-from gptjax.evaluate import held_out, score, tokenised
+from gptjax.evaluate import score, tokenised
 from gptjax.generation.sampling import Sampling
 from gptjax.pretrain import PretrainConfig, pretrain
 from gptjax.sample import continue_texts
@@ -210,9 +211,9 @@ def test_evaluate_of_another_text_and_an_older_step(trained, model, tmp_path):
     assert results[0]["loss"] == pytest.approx(results[1]["loss"], rel=1e-6)
     printed = command("evaluate", f"--workdir={trained[0]}", f"--source={path}", "--step=15")
     assert re.search(r"step\s+15\b", printed) and "perplexity" in printed
-    assert len(held_out(trained[0], {})) == read_lines(trained[0], "evaluations")[0]["tokens"] // 32 * 32 + (
-        len(held_out(trained[0], {})) % 32 or 32
-    )
+    assert len(pretraining_split(trained[0], "validation")[0][0]) == read_lines(trained[0], "evaluations")[0][
+        "tokens"
+    ] // 32 * 32 + (len(pretraining_split(trained[0], "validation")[0][0]) % 32 or 32)
 
 
 # --- describe ---------------------------------------------------------------------------------------------

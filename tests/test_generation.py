@@ -177,7 +177,7 @@ def test_a_row_stops_when_the_context_is_full():
 def test_decode_counts_the_end_of_text_and_fills_what_follows():
     prompts, lengths = jnp.array([[0, 2], [7, 9], [0, 4]]), jnp.array([1, 2, 1])
     keys = jax.random.split(jax.random.key(0), 3)
-    out, counts = decode(
+    out, counts, log_probs = decode(
         counter(), COUNTER, prompts, lengths, jnp.array([6, 4, 0]), keys, new_tokens=6, sampling=GREEDY, eot_id=5
     )
     assert out.dtype == jnp.int32

@@ -12,7 +12,7 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-from gptjax.data.sources import Document, documents, fingerprint
+from gptjax.data.sources import Document, Row, documents, fingerprint, rows
 from gptjax.errors import InputError
 
 
@@ -253,3 +253,75 @@ def test_fingerprint(tmp_path):
     assert fingerprint(str(tmp_path)) == renamed
     assert len({first, touched, grown, renamed}) == 4
     assert fingerprint("stdlib") == fingerprint("stdlib") != fingerprint("hf:a") != fingerprint("hf:b")
+
+
+def test_rows_of_each_kind(tmp_path):
+    values = [{"a": 1, "b": ["x", None]}, {"a": 2, "b": ["é"]}]
+    lines = "\n\n".join(json.dumps(v) for v in values).encode()  # a blank line is no row, but counts as a line
+    for name in ("x.jsonl", "x.ndjson", "x.jsonl.gz", "x.NDJSON.GZ", "x.json.gz"):
+        path = tmp_path / name
+        path.write_bytes(gzip.compress(lines) if name.lower().endswith("gz") else lines)
+        assert list(rows(str(path))) == [Row(f"{path}:1", values[0]), Row(f"{path}:3", values[1])]
+    (tmp_path / "x.json").write_text(json.dumps(values))
+    parquet(tmp_path / "x.parquet", a=[1, 2], b=[["x", None], ["é"]])
+    for name in ("x.json", "x.parquet"):
+        path = tmp_path / name
+        assert list(rows(str(path))) == [Row(f"{path}: row {n}", v) for n, v in enumerate(values, 1)]
+
+
+def test_rows_of_parquet_count_over_batches(tmp_path):
+    parquet(tmp_path / "x.parquet", id=list(range(2500)), body=[f"t{i}" for i in range(2500)])
+    assert list(rows(str(tmp_path / "x.parquet")))[2499] == (
+        f"{tmp_path}/x.parquet: row 2500",
+        {"id": 2499, "body": "t2499"},
+    )
+
+
+def test_rows_of_a_directory_and_a_glob(tmp_path):
+    (tmp_path / "b").mkdir()
+    (tmp_path / "b" / "1.jsonl").write_text('{"n": 2}')
+    (tmp_path / "a.json").write_text('[{"n": 0}, {"n": 1}]')
+    assert [row.value["n"] for row in rows(str(tmp_path))] == [0, 1, 2]
+    assert [row.value["n"] for row in rows(str(tmp_path / "b" / "*.jsonl"))] == [2]
+    (tmp_path / "README.md").write_text("about")
+    with pytest.warns(UserWarning, match="skipped 1 files that hold no rows, first 'README.md'"):
+        assert [row.value["n"] for row in rows(str(tmp_path))] == [0, 1, 2]
+    with pytest.raises(InputError, match=r"README.md holds no rows.*\.jsonl, \.ndjson.*\.json, \.parquet or hf:NAME"):
+        list(rows(str(tmp_path / "*.*")))
+    (tmp_path / "b" / "1.jsonl").rename(tmp_path / "b" / "1.txt")
+    for source in (str(tmp_path / "b"), "stdlib"):  # nothing but files of other kinds
+        with pytest.raises(InputError, match="holds no rows that can be read"):
+            list(rows(source))
+
+
+def test_rows_of_hugging_face(monkeypatch):
+    load = lambda name, config, *, split, streaming: iter([{"name": name, "config": config, "split": split}])
+    monkeypatch.setitem(sys.modules, "datasets", types.SimpleNamespace(load_dataset=load))
+    source = "hf:org/name:en:test"
+    assert list(rows(source)) == [Row(f"{source}: row 1", {"name": "org/name", "config": "en", "split": "test"})]
+
+
+@pytest.mark.parametrize(
+    "name, data, message",
+    [
+        ("x.jsonl", b'{"a": 1}\n[1]\n', "x.jsonl:2: the row is a JSON list, not an object"),
+        ("x.jsonl", b'{"a": 1}\n{oops\n', "x.jsonl:2: the line isn't JSON"),
+        ("x.jsonl", b"\n", "is empty: it holds no rows"),
+        ("x.json", b"[]", "is empty: it holds no rows"),
+        ("x.json", b'[{"a": 1}, 7]', "x.json: row 2: the row is a JSON int"),
+        ("x.json", b'{"a": 1}', "x.json is a JSON dict, not a list of objects"),
+        ("x.json", b'{"a": 1}\n{"a": 2}', "x.json isn't one JSON value.*name it .jsonl"),
+        ("x.parquet", b"PAR1 but not really", "x.parquet isn't a whole Parquet file"),
+        ("x.jsonl.gz", gzip.compress(b'{"a": 1}\n' * 999)[:-20], "x.jsonl.gz is a damaged gzip"),
+        ("x.txt", b"text", "x.txt holds no rows that can be read: rows come from .jsonl"),
+    ],
+)
+def test_bad_rows_are_named(tmp_path, name, data, message):
+    (tmp_path / name).write_bytes(data)
+    with pytest.raises(InputError, match=message):
+        list(rows(str(tmp_path / name)))
+
+
+def test_rows_of_what_is_missing(tmp_path):
+    with pytest.raises(InputError, match="doesn't exist"):
+        list(rows(str(tmp_path / "x.jsonl")))

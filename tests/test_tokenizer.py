@@ -302,3 +302,79 @@ def test_bad_ids_and_bad_text(bpe):
                 tokenizer.decode(ids)
     with pytest.raises(InputError, match="surrogate.*character 2"):
         bpe.encode("ab\ud800")
+
+
+SPECIALS = ["<|endoftext|>", "<|pad|>", "<|user|>"]
+SPOKEN = "ab <|user|> ba<|pad|><|endoftext|>"  # what a person may write
+
+
+def tiny_gpt1(directory):
+    """Each printable character by itself, in a word or ending one, in GPT-1's layout."""
+    pytest.importorskip("spacy", reason="GPT-1's words need spaCy")
+    characters = [chr(c) for c in range(33, 127)]
+    tokens = ["<unk>", *characters, *(c + "</w>" for c in characters)]
+    directory.mkdir()
+    (directory / "encoder_bpe_40000.json").write_text(json.dumps({t: i for i, t in enumerate(tokens)}))
+    (directory / "vocab_40000.bpe").write_text("#version: 0.2\n")
+    return load_gpt1(directory)
+
+
+@pytest.mark.parametrize("kind", ["bpe", "char", "gpt1"])
+def test_special_tokens(kind, tmp_path):
+    if kind == "gpt1":
+        base = tiny_gpt1(tmp_path / "gpt1")
+    else:
+        base = small_bpe() if kind == "bpe" else character_tokenizer([SPOKEN])
+    size, spoken = base.vocab_size, base.encode(SPOKEN)
+    new = SPECIALS if kind != "bpe" else SPECIALS[1:]  # a trained BPE has end-of-text
+
+    made = base.with_specials(SPECIALS)
+    made.save(tmp_path / "saved")
+    for tokenizer in (made, Tokenizer.load(tmp_path / "saved"), made.with_specials(SPECIALS)):
+        assert tokenizer.kind == kind
+        assert tokenizer.vocab_size == size + len(new)
+        assert [tokenizer.special_id(name) for name in new] == list(range(size, size + len(new)))
+        assert tokenizer.eot_id == (base.eot_id if kind == "bpe" else size)
+        assert tokenizer.eot_id == tokenizer.special_id("<|endoftext|>")
+        assert tokenizer.pad_id == tokenizer.special_id("<|pad|>") is not None
+        assert [tokenizer.decode([tokenizer.special_id(name)]) for name in SPECIALS] == SPECIALS
+        assert [tokenizer.byte_lengths[tokenizer.special_id(name)] for name in SPECIALS] == [1, 0, 0]
+        np.testing.assert_array_equal(tokenizer.byte_lengths[:size], base.byte_lengths)
+        assert tokenizer.encode(SPOKEN) == spoken and max(spoken) < size
+        assert tokenizer.decode(spoken) == base.decode(spoken)
+        assert tokenizer.fingerprint == made.fingerprint != base.fingerprint
+    assert made.decode([size, *base.encode("ab")]).startswith(new[0])
+
+    assert (base.vocab_size, base.pad_id, base.special_id("<|user|>")) == (size, None, None)  # left as it was
+    assert base.eot_id == (319 if kind == "bpe" else None)
+    hugging_face = tokenizers.Tokenizer.from_file(str(tmp_path / "saved" / "tokenizer.json"))
+    assert [hugging_face.token_to_id(name) for name in SPECIALS] == [made.special_id(name) for name in SPECIALS]
+
+
+def test_special_tokens_are_added_in_their_order(bpe):
+    once = bpe.with_specials(["<|b|>", "<|a|>", "<|b|>"])
+    assert (once.special_id("<|b|>"), once.special_id("<|a|>"), once.vocab_size) == (320, 321, 322)
+    twice = once.with_specials(["<|c|>", "<|a|>"])
+    assert (twice.special_id("<|a|>"), twice.special_id("<|c|>"), twice.vocab_size) == (321, 322, 323)
+    assert bpe.with_specials([]).fingerprint == bpe.fingerprint
+
+
+def test_an_ordinary_token_is_no_special(bpe):
+    assert bpe.special_id("a") is None
+    for name in ("a", ""):
+        with pytest.raises(InputError, match="can't be a special token"):
+            bpe.with_specials([name])
+
+
+def test_special_tokens_want_a_vocabulary_without_gaps(bpe, tmp_path):
+    model = json.loads(bpe._engine.to_str())["model"]
+    (tmp_path / "encoder.json").write_text(json.dumps(model["vocab"] | {"e": 400}))
+    (tmp_path / "vocab.bpe").write_text("\n".join(f"{a} {b}" for a, b in model["merges"]), encoding="utf-8")
+    with pytest.raises(InputError, match="some ids under 401 have no token"):
+        load_gpt2(tmp_path).with_specials(["<|pad|>"])
+
+
+def test_unknown_character_beside_specials():
+    characters = character_tokenizer(["ab"]).with_specials(["<|pad|>"])
+    with pytest.raises(InputError, match="'<'.*isn't in the tokenizer's 2 characters"):
+        characters.encode("a<|pad|>")

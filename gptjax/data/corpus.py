@@ -5,6 +5,7 @@ import itertools
 import os
 from collections.abc import Mapping
 
+from gptjax.config import build, read_config
 from gptjax.data import sources, tokens
 from gptjax.data.lm import Mixture, Windows
 from gptjax.data.tokenizer import Tokenizer, make_tokenizer
@@ -84,6 +85,50 @@ def load_corpus(c: DataConfig, workdir, context_length: int, seed: int, resumed:
         held_out = held_out or splits["validation"]  # of the first part, the mixture's main one
     weights = [c.mixture[name] for name in parts]
     return Corpus(tokenizer, Mixture(windows, weights, seed), n, held_out, "+".join(fingerprints))
+
+
+# --- the pre-training text of a run, for the stages after it ------------------------------------------------
+
+
+def pretraining_run(workdir) -> tuple[str, dict]:
+    """(workdir, config.json) of the pre-training that a run's weights began with, following init_from.
+
+    Raises InputError where the chain ends without one (imported weights have no text here).
+    """
+    seen = []
+    while workdir and str(workdir) not in seen:
+        seen.append(str(workdir))
+        run = read_config(workdir)
+        if run.get("stage") == "pretrain" and (run.get("data") or {}).get("source"):
+            return str(workdir), run
+        workdir = run.get("init_from") or run.get("policy")
+    raise InputError(f"{' <- '.join(seen)}: no pre-training text is known of these weights; name a source of text")
+
+
+def pretraining_split(workdir, split: str) -> list[tuple[tokens.TokenShards, float]]:
+    """[(tokens of a split, weight)] of the pre-training a run began with: several for a mixture; of its validation,
+    the first part's alone, as pre-training has it."""
+    directory, run = pretraining_run(workdir)
+    c = build(DataConfig, run["data"], "data")
+    cache = shards_directory(c, directory)
+    parts = {name: weight for name, weight in c.mixture.items() if weight > 0} or {"": 1.0}
+    shards = [(tokens.open_shards(os.path.join(cache, name))[1][split], weight) for name, weight in parts.items()]
+    return shards if split == "train" else shards[:1]
+
+
+def text_windows(source: str | None, init_from, tokenizer_directory, cache, context_length: int, seed: int):
+    """Pre-training text as a later stage mixes it in: (training examples, validation tokens).
+
+    source: None = the text the run `init_from` was pre-trained on; else any source, tokenised into `cache` with the
+    tokenizer saved in tokenizer_directory.
+    """
+    if source is not None:
+        _, splits = tokens.prepare(source, str(tokenizer_directory), cache, seed=seed)
+        return Windows(splits["train"], context_length, seed), splits["validation"]
+    train = pretraining_split(init_from, "train")
+    windows = [Windows(shards, context_length, seed + i) for i, (shards, _) in enumerate(train)]
+    examples = windows[0] if len(windows) == 1 else Mixture(windows, [weight for _, weight in train], seed)
+    return examples, pretraining_split(init_from, "validation")[0][0]
 
 
 def _fraction(text: str) -> float | str:

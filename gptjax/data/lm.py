@@ -74,6 +74,15 @@ def permute(index: np.ndarray, length: int, key: int | np.ndarray) -> np.ndarray
     return out.astype(np.int64).reshape(index.shape)
 
 
+def shuffled(index: np.ndarray, length: int, seed: int) -> np.ndarray:
+    """int64 of index's shape: what an endless stream over range(length) has at each place, int64 ≥ 0.
+
+    Place i is in epoch i // length; each epoch has an order of its own.
+    """
+    epoch, number = np.divmod(np.asarray(index, np.int64), length)
+    return permute(number, length, _key(seed, _ORDER, epoch))
+
+
 class Windows:
     """Windows of context_length + 1 tokens from one split, in a new order and at new cuts each epoch.
 
@@ -93,9 +102,9 @@ class Windows:
 
     def starts(self, index: np.ndarray) -> np.ndarray:
         """int64 [n]: the first token of each example of index, int64 [n]."""
-        epoch, number = np.divmod(np.asarray(index, np.int64), self._windows)
-        position = permute(number, self._windows, _key(self._seed, _ORDER, epoch))
-        phase = (_key(self._seed, _PHASE, epoch) % _U64(self._phases)).astype(np.int64)
+        index = np.asarray(index, np.int64)
+        position = shuffled(index, self._windows, self._seed)
+        phase = (_key(self._seed, _PHASE, index // self._windows) % _U64(self._phases)).astype(np.int64)
         return phase + position * self.context_length
 
     def read(self, index: np.ndarray) -> np.ndarray:

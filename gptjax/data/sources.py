@@ -40,6 +40,13 @@ class Document(NamedTuple):
     text: str
 
 
+class Row(NamedTuple):
+    """where: 'path:line' or 'path: row N', from 1, for messages; value: its fields or columns."""
+
+    where: str
+    value: dict
+
+
 class _File(NamedTuple):
     fs: Any  # fsspec.AbstractFileSystem
     path: str
@@ -59,13 +66,31 @@ def documents(source: str, *, text_field: str = "text") -> Iterator[Document]:
     file and line. In a directory, files that aren't text are skipped with one warning.
     """
     found = False
-    rows = _hub_rows if source.startswith("hf:") else _file_rows
-    for document in rows(source, text_field):
+    for document in (_hub_documents if source.startswith("hf:") else _file_documents)(source, text_field):
         if document.text:
             found = True
             yield document
     if not found:
         raise InputError(f"source {source!r} is empty: it holds no text; name one that has some")
+
+
+def rows(source: str) -> Iterator[Row]:
+    """Rows of a source with all their fields, in sorted order of files.
+
+    source: .jsonl or .ndjson (also .gz), .json.gz with a row a line, a .json file that holds a list of
+    objects, .parquet, a directory or glob pattern of those, or hf:NAME[:CONFIG][:SPLIT].
+
+    InputError: missing, empty, damaged, a row that isn't an object, a file of another kind. In a directory,
+    files of other kinds are skipped with one warning.
+    """
+    found = False
+    for where, value in (_hub_rows if source.startswith("hf:") else _file_rows)(source):
+        found = True
+        if not isinstance(value, dict):
+            raise InputError(f"{where}: the row is a JSON {type(value).__name__}, not an object; mend or remove it")
+        yield Row(where, value)
+    if not found:
+        raise InputError(f"source {source!r} is empty: it holds no rows; name one that has some")
 
 
 def fingerprint(source: str) -> str:
@@ -84,13 +109,14 @@ def fingerprint(source: str) -> str:
     return hashlib.sha256(json.dumps(content).encode()).hexdigest()
 
 
-def _file_rows(source: str, text_field: str) -> Iterator[Document]:
+def _file_documents(source: str, text_field: str) -> Iterator[Document]:
     files, skip_binary = _files(source)
     skipped = []
     for file in files:
         reader = _reader(file.name)
         try:
-            yield from reader(file, text_field)
+            with _readable(file):
+                yield from reader(file, text_field)
         except _NotText as error:
             if not skip_binary:
                 raise InputError(
@@ -98,13 +124,39 @@ def _file_rows(source: str, text_field: str) -> Iterator[Document]:
                     "UTF-8, or name a text, JSONL, Parquet or ArrayRecord file"
                 ) from None
             skipped.append(file.name)
-        except OSError as error:
-            raise InputError(f"can't read {file.path} ({error}); check its permissions and disk") from None
     if skipped and source != "stdlib":
         warnings.warn(
             f"source {source!r}: skipped {len(skipped)} binary files (not UTF-8 text), first {skipped[0]!r}",
             stacklevel=2,
         )
+
+
+def _file_rows(source: str) -> Iterator[tuple[str, Any]]:
+    """(where, row), not yet known to be an object."""
+    files, in_directory = _files(source)
+    readers = [(file, _row_reader(file.name)) for file in files]
+    other = [file for file, reader in readers if reader is None]
+    if other and (not in_directory or len(other) == len(files)):
+        raise InputError(
+            f"{other[0].path} holds no rows that can be read: rows come from .jsonl, .ndjson (also .gz), .json, "
+            ".parquet or hf:NAME; convert it to one of them"
+        )
+    for file, reader in readers:
+        if reader is not None:
+            with _readable(file):
+                yield from ((where, value) for _, where, value in reader(file))
+    if other:
+        warnings.warn(
+            f"source {source!r}: skipped {len(other)} files that hold no rows, first {other[0].name!r}", stacklevel=3
+        )
+
+
+@contextmanager
+def _readable(file: _File) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise InputError(f"can't read {file.path} ({error}); check its permissions and disk") from None
 
 
 def _files(source: str) -> tuple[list[_File], bool]:
@@ -180,6 +232,16 @@ def _reader(name: str) -> Callable[[_File, str], Iterator[Document]]:
     return _array_record if name.endswith(_ARRAY_RECORD) else _text_file
 
 
+def _row_reader(name: str) -> Callable[[_File], Iterator[tuple[int, str, Any]]] | None:
+    """What yields (number, where, row) of a file of that name, None where it has no rows."""
+    name = name.lower()
+    if name.endswith(_JSON_LINES):
+        return _json_line_rows
+    if name.endswith(_PARQUET):
+        return _parquet_rows
+    return _json_list_rows if name.endswith(".json") else None
+
+
 class _NotText(Exception):
     def __init__(self, offset: int, reason: str):
         super().__init__(offset, reason)
@@ -219,6 +281,11 @@ def _text_file(file: _File, text_field: str) -> Iterator[Document]:
 
 
 def _json_lines(file: _File, text_field: str) -> Iterator[Document]:
+    for number, where, row in _json_line_rows(file):
+        yield Document(f"{file.name}:{number}", _field(row, text_field, where))
+
+
+def _json_line_rows(file: _File) -> Iterator[tuple[int, str, Any]]:
     with _opened(file) as stream:
         for number, line in enumerate(stream, 1):
             if not line.strip():
@@ -228,7 +295,21 @@ def _json_lines(file: _File, text_field: str) -> Iterator[Document]:
                 row = json.loads(line)
             except ValueError as error:  # also bytes that aren't UTF-8
                 raise InputError(f"{where}: the line isn't JSON ({error}); mend or remove it") from None
-            yield Document(f"{file.name}:{number}", _field(row, text_field, where))
+            yield number, where, row
+
+
+def _json_list_rows(file: _File) -> Iterator[tuple[int, str, Any]]:
+    with _opened(file) as stream:
+        try:
+            values = json.load(stream)
+        except ValueError as error:
+            raise InputError(
+                f"{file.path} isn't one JSON value ({error}); mend it, or name it .jsonl where each line is a row"
+            ) from None
+    if not isinstance(values, list):
+        raise InputError(f"{file.path} is a JSON {type(values).__name__}, not a list of objects; make it one")
+    for number, value in enumerate(values, 1):
+        yield number, f"{file.path}: row {number}", value
 
 
 def _field(row: Any, text_field: str, where: str) -> str:
@@ -251,6 +332,12 @@ def _field(row: Any, text_field: str, where: str) -> str:
 
 
 def _parquet(file: _File, text_field: str) -> Iterator[Document]:
+    for number, where, row in _parquet_rows(file, text_field):
+        yield Document(f"{file.name}:{number}", _field(row, text_field, where))
+
+
+def _parquet_rows(file: _File, column: str | None = None) -> Iterator[tuple[int, str, dict]]:
+    """Rows with one column, or with all."""
     import pyarrow
     import pyarrow.parquet
 
@@ -258,17 +345,16 @@ def _parquet(file: _File, text_field: str) -> Iterator[Document]:
         try:
             table = pyarrow.parquet.ParquetFile(stream)
             names = table.schema_arrow.names
-            if text_field not in names:
+            if column is not None and column not in names:
                 raise InputError(
-                    f"{file.path}: no column {text_field!r}; the file has "
+                    f"{file.path}: no column {column!r}; the file has "
                     f"{', '.join(map(repr, names))}: name one of them as the text field"
                 )
             number = 0
-            for batch in table.iter_batches(batch_size=1024, columns=[text_field]):
-                for text in batch.column(0).to_pylist():
+            for batch in table.iter_batches(batch_size=1024, columns=None if column is None else [column]):
+                for row in batch.to_pylist():
                     number += 1
-                    where = f"{file.path}: row {number}"
-                    yield Document(f"{file.name}:{number}", _field({text_field: text}, text_field, where))
+                    yield number, f"{file.path}: row {number}", row
         except pyarrow.ArrowException as error:
             raise InputError(f"{file.path} isn't a whole Parquet file ({error}); get it again") from None
 
@@ -314,7 +400,12 @@ def _record(record: bytes, where: str) -> tuple[str, dict | None]:
     return text, row if isinstance(row, dict) else None
 
 
-def _hub_rows(source: str, text_field: str) -> Iterator[Document]:
+def _hub_documents(source: str, text_field: str) -> Iterator[Document]:
+    for number, (where, row) in enumerate(_hub_rows(source), 1):
+        yield Document(f"{source}:{number}", _field(row, text_field, where))
+
+
+def _hub_rows(source: str) -> Iterator[tuple[str, Any]]:
     """Rows of hf:NAME[:CONFIG][:SPLIT], streamed; the split is 'train' unless named."""
     name, config, split, *rest = [*source.split(":")[1:], "", ""]
     if not name or any(rest):
@@ -323,6 +414,6 @@ def _hub_rows(source: str, text_field: str) -> Iterator[Document]:
         import datasets
     except ImportError:
         raise InputError(f"source {source!r} needs a package; run `pip install datasets`") from None
-    rows = datasets.load_dataset(name, config or None, split=split or "train", streaming=True)
-    for number, row in enumerate(rows, 1):
-        yield Document(f"{source}:{number}", _field(row, text_field, f"{source}: row {number}"))
+    stream = datasets.load_dataset(name, config or None, split=split or "train", streaming=True)
+    for number, row in enumerate(stream, 1):
+        yield f"{source}: row {number}", row

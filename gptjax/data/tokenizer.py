@@ -24,6 +24,7 @@ from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
 from gptjax.errors import InputError
 
 END_OF_TEXT = "<|endoftext|>"
+PAD = "<|pad|>"
 END_OF_WORD = "</w>"  # GPT-1's mark on the last piece of a word
 FORMS = (
     "a tokenizer is 'bpe:SIZE' (trained on the source, for example bpe:8192), 'char', or a directory with "
@@ -42,9 +43,9 @@ class Tokenizer:
 
     kind: 'bpe' (byte-level), 'char' or 'gpt1'.
     vocab_size: number of ids, int.
-    eot_id: id of `<|endoftext|>`, None where the vocabulary has none (char, GPT-1).
+    eot_id: id of `<|endoftext|>`, None where the vocabulary has none (char, GPT-1, until `with_specials`).
     byte_lengths: int32 [vocab_size], the UTF-8 bytes of text each token stands for. End-of-text counts
-        1, as a separator; a GPT-1 token that ends a word counts its text and one space.
+        1, as a separator, other special tokens 0; a GPT-1 token that ends a word counts its text and one space.
     fingerprint: sha256 (hex) of kind, vocabulary and merges; the same after save and load.
     """
 
@@ -60,8 +61,11 @@ class Tokenizer:
         self._engine = engine
         vocabulary = engine.get_vocab(with_added_tokens=True)
         self.vocab_size = max(vocabulary.values()) + 1
-        self.eot_id: int | None = vocabulary.get(END_OF_TEXT) if kind == "bpe" else None
         special = {t["content"] for t in spec["added_tokens"] if t["special"]}
+        self._specials = {token: vocabulary[token] for token in special}
+        if kind == "bpe" and END_OF_TEXT in vocabulary:  # also where the files don't mark it
+            self._specials[END_OF_TEXT] = vocabulary[END_OF_TEXT]
+        self.eot_id: int | None = self._specials.get(END_OF_TEXT)
         added = {t["content"] for t in spec["added_tokens"]}
         self.byte_lengths = np.zeros(self.vocab_size, np.int32)
         for token, index in vocabulary.items():
@@ -69,10 +73,38 @@ class Tokenizer:
         self.fingerprint = _fingerprint(kind, vocabulary, spec)
         self._may_cut = kind == "bpe" and _is_gpt2_pattern(spec, added - special)
         if kind == "char":
-            self._characters = sorted(vocabulary, key=vocabulary.__getitem__)
-            codes = np.array([ord(c) for c in self._characters])
+            self._tokens = sorted(vocabulary, key=vocabulary.__getitem__)
+            characters = self._tokens[: self.vocab_size - len(special)]
+            codes = np.array([ord(c) for c in characters])
             self._id_of_code = np.full(int(codes.max()) + 2, -1, np.int32)  # the last entry: unknown
-            self._id_of_code[codes] = np.arange(self.vocab_size)
+            self._id_of_code[codes] = np.arange(codes.size)
+
+    def with_specials(self, names: Sequence[str]) -> Tokenizer:
+        """A tokenizer with these special tokens too, at the ids from vocab_size on; those it has are kept.
+
+        No text is ever encoded to a special token. InputError: a name that is an ordinary token, or a
+        vocabulary with unused ids.
+        """
+        engine = tokenizers.Tokenizer.from_str(self._engine.to_str())
+        new = [name for name in dict.fromkeys(names) if name not in self._specials]
+        for number, name in enumerate(new, self.vocab_size):
+            if not name or engine.token_to_id(name) is not None:
+                raise InputError(f"{name!r} can't be a special token: text may hold it as a token; take another name")
+            engine.add_special_tokens([name])
+            if engine.token_to_id(name) != number:  # the library counts the tokens, whatever their ids
+                raise InputError(
+                    f"{name!r} can't be added: some ids under {number} have no token; take a tokenizer without gaps"
+                )
+        return Tokenizer(engine, self.kind)
+
+    def special_id(self, name: str) -> int | None:
+        """Id of a special token, None where the vocabulary has no special token of that name."""
+        return self._specials.get(name)
+
+    @property
+    def pad_id(self) -> int | None:
+        """Id of `<|pad|>`, None where the vocabulary has none."""
+        return self.special_id(PAD)
 
     def encode(self, text: str) -> list[int]:
         """Ids of one text. InputError: a character the vocabulary lacks (char), text that isn't Unicode."""
@@ -110,7 +142,7 @@ class Tokenizer:
                     "tokenizer the ids were made with"
                 )
         if self.kind == "char":
-            return "".join(self._characters[i] for i in ids)
+            return "".join(self._tokens[i] for i in ids)
         return self._engine.decode(ids, skip_special_tokens=False)
 
     def save(self, directory: str | os.PathLike) -> None:
@@ -173,10 +205,10 @@ class Tokenizer:
         ids = self._id_of_code[np.minimum(codes, self._id_of_code.size - 1)]
         unknown = ids < 0
         if unknown.any():
-            character = text[int(unknown.argmax())]
+            character, known = text[int(unknown.argmax())], (self._id_of_code >= 0).sum()
             raise InputError(
                 f"character {character!r} (U+{ord(character):04X}, {unicodedata.name(character, 'unnamed')}) "
-                f"isn't in the tokenizer's {self.vocab_size} characters; remove it, or use a bpe tokenizer"
+                f"isn't in the tokenizer's {known} characters; remove it, or use a bpe tokenizer"
             )
         return ids.tolist()
 
@@ -331,8 +363,10 @@ def _kind(spec: dict, path: epath.Path) -> str:
 
 
 def _byte_length(token: str, kind: str, special: bool, added: bool) -> int:
-    if special or token == END_OF_TEXT or (kind == "gpt1" and token == "<unk>"):
+    if token == END_OF_TEXT or (kind == "gpt1" and token == "<unk>"):
         return 1
+    if special:
+        return 0
     if kind == "bpe" and not added:
         return len(token)  # each character of a byte-level token stands for one byte
     if token.endswith(END_OF_WORD) and kind == "gpt1":

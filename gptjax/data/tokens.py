@@ -272,6 +272,26 @@ def _draw(seed: int, name: str) -> int:
     return int.from_bytes(hashlib.sha256(f"{seed}:{name}".encode()).digest()[:8], "big")
 
 
+def held_out(source: str, validation: float, *, text_field: str = "text", seed: int = 0) -> set[str]:
+    """The names of the documents that `prepare` puts into the validation split, of a source that has several."""
+    read = functools.partial(sources.documents, source, text_field=text_field)
+    limit, _ = _limit(read, validation, seed)
+    return {d.name for d in read() if _draw(seed, d.name) < limit}
+
+
+def _limit(read: Callable[[], Iterator[sources.Document]], validation: float, seed: int) -> tuple[int, int]:
+    """Documents that draw less are held out; and 1 if there is just one document, else more."""
+    limit, least, most, count = int(validation * 2**64), 2**64, -1, 0
+    for document in read():
+        count += 1
+        draw = _draw(seed, document.name)
+        least, most = min(least, draw), max(most, draw)
+        if least < limit <= most:  # both sides have a document: the rest needn't be read for this
+            break
+    # Else the document with the lowest draw is held out, or the one with the highest kept.
+    return min(max(limit, least + 1), most), count
+
+
 def _splitter(
     source: str, validation: float | str, text_field: str, seed: int
 ) -> Callable[[], Iterator[tuple[str, str]]]:
@@ -286,15 +306,7 @@ def _splitter(
 
         return two_sources
 
-    limit, least, most, count = int(validation * 2**64), 2**64, -1, 0
-    for document in read():
-        count += 1
-        draw = _draw(seed, document.name)
-        least, most = min(least, draw), max(most, draw)
-        if least < limit <= most:  # both sides have a document: the rest needn't be read for this
-            break
-    # Else the document with the lowest draw is held out, or the one with the highest kept.
-    limit = min(max(limit, least + 1), most)
+    limit, count = _limit(read, validation, seed)
 
     def by_document() -> Iterator[tuple[str, str]]:
         yield from (("validation" if _draw(seed, d.name) < limit else "train", d.text) for d in read())

@@ -18,10 +18,13 @@ from gptjax.model import gpt
 from gptjax.model.spec import GPTConfig
 from gptjax.parallel.mesh import batch_ways
 
+_STATIC = ("config", "new_tokens", "sampling", "eot_id", "pad_id", "vocab", "dtype", "mesh")
 
-@functools.partial(jax.jit, static_argnames=("config", "new_tokens", "sampling", "eot_id", "vocab", "dtype", "mesh"))
+
+@functools.partial(jax.jit, static_argnames=_STATIC)
 def decode(params, config: GPTConfig, prompts, lengths, limits, key, *, new_tokens: int, sampling: Sampling,
-           eot_id: int | None = None, vocab: int | None = None, dtype=jnp.float32, mesh=None):  # fmt: skip
+           eot_id: int | None = None, pad_id: int | None = None, vocab: int | None = None, dtype=jnp.float32,
+           mesh=None):  # fmt: skip
     """Continues every prompt.
 
     Args:
@@ -29,11 +32,13 @@ def decode(params, config: GPTConfig, prompts, lengths, limits, key, *, new_toke
         limits: int [batch], at most so many new tokens per row.
         key: one key per row, typed [batch], so that a row's text does not depend on its neighbours.
         new_tokens: static; slots + new_tokens is the size of the cache.
-        eot_id: a row ends once it has produced this token; None = no such token.
+        eot_id: a row ends once it has produced this token; None = no such token. pad_id: what follows it; None =
+            eot_id again, or 0.
         vocab: only ids below it are produced (a tokenizer smaller than the model); None = all.
     Returns:
-        (tokens int32 [batch, new_tokens], how many of each row are real int32 [batch]); the end-of-text token
-        is counted and what follows it is filled with it (or 0).
+        (tokens int32 [batch, new_tokens], how many of each row are real int32 [batch], their log-probabilities
+        float32 [batch, new_tokens]); the end-of-text token is counted. The log-probabilities are those of the
+        distribution at this temperature before top-k and top-p (at temperature 0: of temperature 1).
     """
     B, P = prompts.shape
     pad = P - lengths
@@ -42,39 +47,42 @@ def decode(params, config: GPTConfig, prompts, lengths, limits, key, *, new_toke
     x, kv = gpt.prefill(params, config, prompts, positions, real.astype(jnp.int32), dtype=dtype, mesh=mesh)
     cache = jax.tree.map(lambda a: jnp.pad(a, ((0, 0), (0, 0), (0, new_tokens), (0, 0), (0, 0))), kv)
     filled = jnp.concatenate([real, jnp.ones((B, new_tokens), bool)], axis=1)  # causality hides the rest
-    fill = eot_id if eot_id is not None else 0
+    fill = next(i for i in (pad_id, eot_id, 0) if i is not None)
 
     def choose(hidden, i):
         logits = gpt.logits(params, config, hidden)[:, :vocab]
         keys = jax.vmap(jax.random.fold_in, (0, None))(key, i)
-        return jax.vmap(lambda logit, k: sample(logit, k, sampling))(logits, keys)
+        token = jax.vmap(lambda logit, k: sample(logit, k, sampling))(logits, keys)
+        logits = logits / (sampling.temperature or 1.0)
+        log_prob = jnp.take_along_axis(logits, token[:, None], 1)[:, 0] - jax.nn.logsumexp(logits, axis=-1)
+        return token, log_prob
 
-    def emit(token, i, out, count, done):
-        token = jnp.where(done, fill, token)
+    def emit(chosen, i, out, log_probs, count, done):
+        token = jnp.where(done, fill, chosen[0])
         out = lax.dynamic_update_slice(out, token[:, None], (0, i))
+        log_probs = lax.dynamic_update_slice(log_probs, jnp.where(done, 0.0, chosen[1])[:, None], (0, i))
         count = count + ~done
         ended = (token == eot_id) if eot_id is not None else False
-        return token, out, count, done | ended | (count >= limits)
+        return token, out, log_probs, count, done | ended | (count >= limits)
 
     def body(carry):
-        i, token, cache, out, count, done = carry
+        i, token, cache, *rest = carry
         at = (lengths + i - 1)[:, None]
         h, cache = gpt.decode_step(
             params, config, token[:, None], jnp.minimum(at, config.context_length - 1), cache, P + i - 1, filled,
             dtype=dtype,
         )  # fmt: skip
-        token, out, count, done = emit(choose(h[:, 0], i), i, out, count, done)
-        return i + 1, token, cache, out, count, done
+        token, *rest = emit(choose(h[:, 0], i), i, *rest)
+        return i + 1, token, cache, *rest
 
-    out = jnp.full((B, new_tokens), fill, jnp.int32)
-    start = emit(choose(x[:, -1], 0), 0, out, jnp.zeros(B, jnp.int32), limits <= 0)
-    token, out, count, done = start
-    carry = (jnp.int32(1), token, cache, out, count, done)
-    carry = lax.while_loop(lambda c: (c[0] < new_tokens) & ~jnp.all(c[-1]), body, carry)
-    return carry[3], carry[4]
+    out, log_probs = jnp.full((B, new_tokens), fill, jnp.int32), jnp.zeros((B, new_tokens), jnp.float32)
+    token, *rest = emit(choose(x[:, -1], 0), 0, out, log_probs, jnp.zeros(B, jnp.int32), limits <= 0)
+    carry = (jnp.int32(1), token, cache, *rest)
+    *_, out, log_probs, count, _ = lax.while_loop(lambda c: (c[0] < new_tokens) & ~jnp.all(c[-1]), body, carry)
+    return out, count, log_probs
 
 
-def _bucket(n: int, limit: int) -> int:
+def bucket(n: int, limit: int) -> int:
     """Sizes are rounded up, so that few shapes are compiled."""
     size = 16
     while size < n:
@@ -89,9 +97,9 @@ def _batch_ways() -> int:
 
 
 def generate(params, config: GPTConfig, prompts: Sequence[Sequence[int]], *, max_new_tokens: int, sampling: Sampling,
-             seed: int = 0, eot_id: int | None = None, vocab: int | None = None, dtype=jnp.float32,
-             mesh=None) -> list[list[int]]:  # fmt: skip
-    """Token lists in, token lists out: new tokens only, without the end-of-text token.
+             seed: int = 0, eot_id: int | None = None, keep_eot: bool = False, vocab: int | None = None,
+             dtype=jnp.float32, mesh=None) -> list[list[int]]:  # fmt: skip
+    """Token lists in, token lists out: new tokens only, without the end-of-text token unless keep_eot.
 
     The same seed gives the same text for a row, whatever the other rows are. A row stops at end-of-text, after
     max_new_tokens, or when the context is full. Raises InputError for an empty prompt or one longer than the
@@ -111,7 +119,7 @@ def generate(params, config: GPTConfig, prompts: Sequence[Sequence[int]], *, max
         if wrong := [token for token in prompt if not 0 <= token < config.vocab_size]:
             raise InputError(f"Prompt {i} has token {wrong[0]}; the model's vocabulary is 0..{config.vocab_size - 1}.")
     lengths = np.array([len(p) for p in prompts], np.int32)
-    width = _bucket(int(lengths.max()), config.context_length)
+    width = bucket(int(lengths.max()), config.context_length)
     # The last context position can still predict: a prompt of the full context gets one new token.
     limits = np.minimum(max_new_tokens, config.context_length - lengths + 1).astype(np.int32)
     rows = -(-len(prompts) // _batch_ways()) * _batch_ways()  # rows beyond the prompts are done from the start
@@ -120,14 +128,14 @@ def generate(params, config: GPTConfig, prompts: Sequence[Sequence[int]], *, max
         row[width - len(prompt) :] = prompt
     spare = rows - len(prompts)
     keys = jax.vmap(lambda i: jax.random.fold_in(jax.random.key(seed), i))(np.arange(rows))
-    out, counts = decode(
+    out, counts, _ = decode(
         params, config, tokens, np.pad(lengths, (0, spare), constant_values=1), np.pad(limits, (0, spare)), keys,
-        new_tokens=_bucket(int(limits.max()), config.context_length), sampling=sampling, eot_id=eot_id,
+        new_tokens=bucket(int(limits.max()), config.context_length), sampling=sampling, eot_id=eot_id,
         vocab=vocab, dtype=dtype, mesh=mesh,
     )  # fmt: skip
     out, counts = out[: len(prompts)], counts[: len(prompts)]
     texts = []
     for row, count in zip(np.asarray(out), np.asarray(counts), strict=True):
         text = row[:count].tolist()
-        texts.append(text[:-1] if text and text[-1] == eot_id else text)
+        texts.append(text[:-1] if not keep_eot and text and text[-1] == eot_id else text)
     return texts

@@ -131,3 +131,17 @@ GPT3 = {  # Brown et al. 2020, Table 2.1, mended as the docstring says
     "13b": _gpt3(40, 5120, 40),
     "175b": _gpt3(96, 12288, 96),
 }
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelOptions:
+    """What a later stage may change about the model it starts from; None = as that run had it."""
+
+    dropout: float | None = None
+    attention: str | None = None
+    remat: str | None = None
+    unroll: int | None = None
+
+    def apply(self, config: GPTConfig, **others) -> GPTConfig:
+        changed = {k: v for k, v in dataclasses.asdict(self).items() if v is not None}
+        return dataclasses.replace(config, **changed, **others)

@@ -24,6 +24,88 @@ def log_probs(x, w, targets):
     return chosen - jax.nn.logsumexp(logits, axis=-1)
 
 
+def _chunks(time: int, chunk: int) -> tuple[int, int]:
+    """(number of chunks, time steps of each): even chunks, so that there is less padding."""
+    n = -(-time // chunk)
+    return n, -(-time // n)
+
+
+def _split(a, n, size):
+    """[batch, time, ...] -> [n, batch, size, ...], padded with zeros."""
+    a = jnp.pad(a, ((0, 0), (0, n * size - a.shape[1]), *((0, 0),) * (a.ndim - 2)))
+    return jnp.moveaxis(a.reshape(a.shape[0], n, size, *a.shape[2:]), 1, 0)
+
+
+def _join(a, time):
+    """[n, batch, size, ...] -> [batch, time, ...]."""
+    a = jnp.moveaxis(a, 0, 1)
+    return a.reshape(a.shape[0], -1, *a.shape[3:])[:, :time]
+
+
+def _scaled_logits(x, w, temperature):
+    return jnp.einsum("btd,vd->btv", x, w.astype(x.dtype), preferred_element_type=jnp.float32) / temperature
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
+def token_log_probs(x, w, targets, temperature: float, chunk: int):
+    """log softmax(x w^T / temperature)[target] of each token, `chunk` time steps' logits at a time.
+
+    Args:
+        x: [batch, time, d_model]; w: [vocab, d_model]; targets: int [batch, time]. temperature, chunk: static.
+    Returns:
+        float32 [batch, time]. Differentiable in x and w; the backward pass works the logits out again.
+    """
+    return token_log_probs_and_entropy(x, w, targets, temperature, chunk)[0]
+
+
+def token_log_probs_and_entropy(x, w, targets, temperature: float, chunk: int):
+    """token_log_probs, and the entropy of the distributions in nats: both float32 [batch, time]."""
+
+    def one(x, targets):
+        logits = _scaled_logits(x, w, temperature)
+        top = logits.max(-1, keepdims=True)
+        e = jnp.exp(logits - top)
+        z = e.sum(-1)
+        normaliser = jnp.log(z) + top[..., 0]
+        chosen = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
+        return chosen - normaliser, normaliser - (e * logits).sum(-1) / z
+
+    n, size = _chunks(x.shape[1], chunk)
+    if n == 1:
+        return one(x, targets)
+    parts = lax.map(lambda part: one(*part), (_split(x, n, size), _split(targets, n, size)))
+    return jax.tree.map(lambda a: _join(a, x.shape[1]), parts)
+
+
+def _token_log_probs_backward(temperature, chunk, residuals, d_out):
+    x, w, targets = residuals
+    n, size = _chunks(x.shape[1], chunk)
+
+    def one(d_w, part):
+        x, targets, d_out = part
+        logits = _scaled_logits(x, w, temperature)
+        probs = jax.nn.softmax(logits, axis=-1)
+        one_hot = targets[..., None] == jnp.arange(w.shape[0])
+        d_logits = ((one_hot - probs) * (d_out / temperature)[..., None]).astype(x.dtype)
+        d_x = jnp.einsum("btv,vd->btd", d_logits, w.astype(x.dtype), preferred_element_type=jnp.float32)
+        d_w = d_w + jnp.einsum("btv,btd->vd", d_logits, x, preferred_element_type=jnp.float32)
+        return d_w, d_x.astype(x.dtype)
+
+    d_w = jnp.zeros(w.shape, jnp.float32)
+    if n == 1:
+        d_w, d_x = one(d_w, (x, targets, d_out))
+    else:
+        d_w, d_x = lax.scan(one, d_w, tuple(_split(a, n, size) for a in (x, targets, d_out)))
+        d_x = _join(d_x, x.shape[1])
+    return d_x, d_w.astype(w.dtype), None
+
+
+token_log_probs.defvjp(
+    lambda x, w, targets, temperature, chunk: (token_log_probs(x, w, targets, temperature, chunk), (x, w, targets)),
+    _token_log_probs_backward,
+)
+
+
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
 def cross_entropy_sum(x, w, targets, weights, chunk: int):
     """Sum over the batch of weight * -log softmax(x w^T)[target], `chunk` time steps at a time.
@@ -41,12 +123,8 @@ def cross_entropy_sum(x, w, targets, weights, chunk: int):
 
 
 def _over_chunks(x, w, targets, weights, chunk, with_gradients):
-    B, T, D = x.shape
-    n = -(-T // chunk)
-    chunk = -(-T // n)  # even chunks: less padding
-    pad = ((0, 0), (0, n * chunk - T))
-    split = lambda a: jnp.moveaxis(a.reshape(B, n, chunk, *a.shape[2:]), 1, 0)
-    xs = split(jnp.pad(x, (*pad, (0, 0)))), split(jnp.pad(targets, pad)), split(jnp.pad(weights, pad))
+    n, size = _chunks(x.shape[1], chunk)
+    xs = tuple(_split(a, n, size) for a in (x, targets, weights))
     w_compute = w.astype(x.dtype)
 
     def one(carry, chunk_of):
@@ -76,7 +154,7 @@ def _over_chunks(x, w, targets, weights, chunk, with_gradients):
     else:
         (total, d_w), d_x = lax.scan(one, start, xs)
     if with_gradients:
-        d_x = jnp.moveaxis(d_x, 0, 1).reshape(B, n * chunk, D)[:, :T]
+        d_x = _join(d_x, x.shape[1])
     return total, d_x, d_w
 
 

@@ -5,7 +5,7 @@ digest per leaf, worked out on the device and independent of how the leaf is sha
 verifies it. A checkpoint that is damaged or half-written is passed over, aloud, for the next older one.
 
     checkpoints/<step>/params      what a later stage or the sampler needs
-    checkpoints/<step>/training    optimiser state and loss scale
+    checkpoints/<step>/training    everything else the run needs to go on: optimiser state, loss scale, ...
     checkpoints/<step>/meta        step, digests, and what the stage adds
     checkpoints/best.json          the step with the lowest validation loss, never deleted
 """
@@ -25,7 +25,6 @@ from orbax.checkpoint.checkpoint_managers import preservation_policy
 
 from gptjax.config import write_json
 from gptjax.errors import InputError
-from gptjax.training.state import TrainState
 
 
 @dataclasses.dataclass(frozen=True)
@@ -91,7 +90,8 @@ class _Keep(preservation_policy.PreservationPolicy):
 
 
 class Checkpointer:
-    """Saves and restores a TrainState under workdir/checkpoints.
+    """Saves and restores a state under workdir/checkpoints: a TrainState, or another dataclass with a `step` that
+    says by `split` and `join` what of it is `params` and what `training`.
 
     config: None for one who only reads: what a running training is writing there is not his to clean up.
     """
@@ -108,6 +108,11 @@ class Checkpointer:
         self._failed: str | None = None
 
     @property
+    def best(self) -> int | None:
+        """Step of the best evaluated checkpoint."""
+        return self._keep.best
+
+    @property
     def manager(self) -> ocp.CheckpointManager:
         if self._manager is None:
             options = ocp.CheckpointManagerOptions(
@@ -118,15 +123,15 @@ class Checkpointer:
             self._manager = ocp.CheckpointManager(self.directory, options=options)
         return self._manager
 
-    def save(self, step: int, state: TrainState, meta: dict | None = None) -> bool:
+    def save(self, step: int, state, meta: dict | None = None) -> bool:
         """Starts writing; returns at once. A full disk is reported, never raised: training goes on and the
         older checkpoints stay."""
         if step in self.manager.all_steps():
             return True
-        training = {"opt_state": state.opt_state, "loss_scale": state.loss_scale}
-        record = {"step": step, "digests": digests({"params": state.params, **training}), **(meta or {})}
+        params, training = state.split()
+        record = {"step": step, "digests": digests({"params": params, **training}), **(meta or {})}
         items = ocp.args.Composite(
-            params=ocp.args.PyTreeSave(state.params),
+            params=ocp.args.PyTreeSave(params),
             training=ocp.args.PyTreeSave(training),
             meta=ocp.args.JsonSave(record),
         )
@@ -193,20 +198,15 @@ class Checkpointer:
         """Steps with a checkpoint, oldest first."""
         return sorted(self.manager.all_steps(read=True)) if self.directory.exists() else []
 
-    def restore(self, abstract: TrainState, shardings: TrainState) -> tuple[TrainState, dict] | None:
-        """The newest good checkpoint, laid out as `shardings` say (any mesh), and its meta; None if none was
-        ever written. Raises InputError if there are some and none is good."""
+    def restore(self, abstract, shardings) -> tuple | None:
+        """The newest good checkpoint as a state, laid out as `shardings` say (any mesh), and its meta; None if none
+        was ever written. Raises InputError if there are some and none is good."""
 
         def load(step):
-            items = {"params": abstract.params, "training": _training(abstract)}
-            places = {"params": shardings.params, "training": _training(shardings)}
+            items, places = (dict(zip(("params", "training"), s.split(), strict=True)) for s in (abstract, shardings))
             restored, meta = self._restore_items(step, items, places)
-            state = TrainState(
-                step=jax.device_put(jnp.int32(step), shardings.step),
-                params=restored["params"],
-                **restored["training"],
-            )
-            return state, meta
+            step = jax.device_put(jnp.int32(step), shardings.step)
+            return abstract.join(step, restored["params"], restored["training"]), meta
 
         return self._newest_good(load)
 
@@ -270,7 +270,3 @@ class Checkpointer:
 
 class _Damaged(Exception):
     pass
-
-
-def _training(state: TrainState) -> dict:
-    return {"opt_state": state.opt_state, "loss_scale": state.loss_scale}

@@ -112,7 +112,9 @@ def train(
     workdir,
     start_step: int = 0,
     steps_per_dispatch: int = 1,
-    train_flops_per_token: float = 0.0,
+    train_flops_per_token: float | None = None,
+    figures: Callable[[dict], dict] | None = None,
+    unit: str = "tokens",
     stops_on_overflow: bool = True,
     seconds_before: float = 0.0,
     meta: dict | None = None,
@@ -121,7 +123,11 @@ def train(
 
     Args:
         feed: turns (first step, steps) chunks into (first, steps, device batch, [{'target_bytes': int}, ...]).
-        evaluate: params -> {'loss', 'bits_per_byte', ...}; its record goes to evaluations.jsonl.
+            Without target_bytes there is no bits_per_byte.
+        evaluate: params -> {'loss', ...}; its record goes to evaluations.jsonl. Where it has a 'selection', that is
+            what the best checkpoint has lowest, else the loss.
+        figures: the step's further sums (step.py) -> {name: figure} for metrics.jsonl.
+        unit: what the loss counts: batch_<unit>, <unit>_per_second.
         stops_on_overflow: a step that is not finite ends the run (float16 skips it instead).
         seconds_before: training time of earlier starts. meta: kept in each checkpoint besides.
     Returns:
@@ -153,25 +159,24 @@ def train(
             line = {
                 "step": step,
                 "tokens_seen": schedule.tokens_before(step),
-                "loss": nats / count_i,
-                "bits_per_byte": float(bits_per_byte(nats, infos[i]["target_bytes"])),
+                "loss": nats / max(count_i, 1),
+                **_bits(nats, infos[i].get("target_bytes")),
+                **(figures({k: float(v[i]) for k, v in metrics["sums"].items()}) if figures else {}),
                 "grad_norm": float(metrics["grad_norm"][i]),
                 "learning_rate": schedule.learning_rate(step - 1),
-                "batch_tokens": int(count_i),
-                "tokens_per_second": count_i / seconds,
-                "mfu": mfu(train_flops_per_token * count_i / seconds, devices[0].device_kind, len(devices)),
+                f"batch_{unit}": int(count_i),
+                f"{unit}_per_second": count_i / seconds,
+                "mfu": train_flops_per_token
+                and mfu(train_flops_per_token * count_i / seconds, devices[0].device_kind, len(devices)),
                 "seconds": clock.total(),
             }
             if not stops_on_overflow:
                 line |= {"loss_scale": float(metrics["loss_scale"][i]), "skipped": int(not metrics["finite"][i])}
             writer.train(line)
         bar.update(count)
-        if step == first + count and step % log.every == 0:
-            bar.set_postfix_str(
-                f"loss {line['loss']:.3f}, {line['bits_per_byte']:.3f} bits/byte, "
-                f"{line['tokens_per_second']:,.0f} tokens/s",
-                refresh=False,
-            )
+        if step % log.every == 0:
+            shown = [f"{k.replace('_', ' ')} {line[k]:.3f}" for k in ("loss", "bits_per_byte", "accuracy") if k in line]
+            bar.set_postfix_str(f"{', '.join(shown)}, {line[f'{unit}_per_second']:,.0f} {unit}/s", refresh=False)
 
     def assess(step):
         if evaluate is None:
@@ -179,9 +184,10 @@ def train(
         with clock.paused():
             result = evaluate(state.params)
             writer.evaluation({"step": step, "tokens_seen": schedule.tokens_before(step), **result})
-            checkpointer.report(step, result["loss"])
+            checkpointer.report(step, result.get("selection", result["loss"]))
             bar.clear()
-            print(f"step {step}: validation loss {result['loss']:.4f}, {result['bits_per_byte']:.4f} bits/byte")
+            shown = [f"{k.replace('_', ' ')} {v:.4f}" for k, v in result.items() if isinstance(v, float)]
+            print(f"step {step}: validation {', '.join(shown)}")
 
     def save(step):
         with clock.paused():
@@ -195,9 +201,7 @@ def train(
     profiler = _Profiler(workdir, start_step + log.profile_start, log.profile_steps)
     pending, step, saved = None, start_step, start_step if start_step else -1
     with stop_on_sigterm() as asked_to_stop, profiler:
-        plan = chunks(
-            start_step, schedule.steps, steps_per_dispatch, checkpoint_every, eval_every, at=profiler.ends
-        )
+        plan = chunks(start_step, schedule.steps, steps_per_dispatch, checkpoint_every, eval_every, at=profiler.ends)
         clock.lap()
         for first, count, batch, infos in feed(plan):
             profiler.before(first)
@@ -231,6 +235,24 @@ def train(
             f"give the same command again, which goes on from step {max(checkpointer.steps(), default=0)}."
         )
     return state, finished
+
+
+def _bits(nats, n_bytes) -> dict:
+    return {} if n_bytes is None else {"bits_per_byte": float(bits_per_byte(nats, max(n_bytes, 1)))}
+
+
+def evaluation_sums(eval_step, params, batches, sharding) -> tuple[float, float, dict]:
+    """(loss sum, count, {name: further sum}) over batches[0 .. len - 1]; numbers among a batch's entries (such as
+    target_bytes) are summed with the further ones."""
+    results, extra = [], {}
+    for i in tqdm(range(len(batches)), desc="evaluating", unit="batch", disable=len(batches) < 20, leave=False):
+        batch = batches[i]
+        arrays = {k: global_array(v, sharding) for k, v in batch.items() if isinstance(v, np.ndarray)}
+        results.append(eval_step(params, arrays))
+        for k in batch.keys() - arrays.keys():
+            extra[k] = extra.get(k, 0) + batch[k]
+    total, count, *further = (jax.tree.map(lambda *xs: sum(map(float, xs)), *results)) if results else (0.0, 0.0)
+    return total, count, extra | (further[0] if further else {})
 
 
 def _diverged(step, loss, grad_norm, checkpointer):

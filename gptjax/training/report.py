@@ -31,10 +31,12 @@ def write(workdir) -> epath.Path:
     train = JsonLines.read(workdir / "metrics.jsonl")
     evaluations = JsonLines.read(workdir / "evaluations.jsonl")
     samples = JsonLines.read(workdir / "samples.jsonl")
+    reward = workdir / "reward.json"
     parts = [
         f"<h1>{html.escape(workdir.name)}</h1>",
         _table(_summary(config, train, evaluations)),
         "<h2>Curves</h2>" + _figure(train, evaluations) if train else "",
+        _reward_model(json.loads(reward.read_text())) if reward.exists() else "",
         _samples(samples),
         "<h2>Config</h2><pre>" + html.escape(json.dumps(config, indent=2)) + "</pre>",
     ]
@@ -49,29 +51,31 @@ def write(workdir) -> epath.Path:
 
 def _summary(config, train, evaluations) -> list[tuple[str, str]]:
     device = jax.devices()[0]
-    rows = [("stage", config["stage"])]
     m = config["model"]
-    rows.append(("model", f"{m['n_layer']} layers, {m['d_model']} wide, {m['n_head']} heads, context "
-                 f"{m['context_length']}, vocabulary {m['vocab_size']:,}"))  # fmt: skip
-    finite = [line for line in train if None not in (line["loss"], line["bits_per_byte"])]  # fp16 skips some
+    rows = [
+        ("stage", config["stage"]),
+        ("model", f"{m['n_layer']} layers, {m['d_model']} wide, {m['n_head']} heads, context {m['context_length']}, "
+                  f"vocabulary {m['vocab_size']:,}"),
+    ]  # fmt: skip
+    finite = [line for line in train if line.get("loss", 0.0) is not None]  # fp16 skips some
     if finite:
         last = finite[-1]
-        speeds = sorted(line["tokens_per_second"] for line in train)
-        rows += [
-            ("steps", f"{train[-1]['step']:,}"),
-            ("tokens seen", f"{last['tokens_seen']:,}"),
-            ("last training loss", f"{last['loss']:.4f} nats/token, {last['bits_per_byte']:.4f} bits/byte"),
-            ("speed", f"{speeds[len(speeds) // 2]:,.0f} tokens/s (median)"),
-            ("training time", f"{last['seconds'] / 60:.1f} min, compiling, evaluating and saving not counted"),
-        ]
+        rows.append(("steps", f"{train[-1]['step']:,}"))
+        rows += [(k.replace("_", " "), f"{last[k]:,}") for k in ("tokens_seen", "episodes") if k in last]
+        if "loss" in last:
+            rows.append(("last training step", _figures(last)))
+        for unit in ("tokens", "prompts"):
+            speeds = sorted(line[f"{unit}_per_second"] for line in train if f"{unit}_per_second" in line)
+            if speeds:
+                rows.append(("speed", f"{speeds[len(speeds) // 2]:,.0f} {unit}/s (median)"))
+        rows.append(("training time", f"{last['seconds'] / 60:.1f} min, compiling, evaluating and saving not counted"))
         if last.get("mfu") is not None:
             rows.append(("MFU", f"{100 * last['mfu']:.1f} % (PaLM-style)"))
     if evaluations:
-        first, last = evaluations[0], evaluations[-1]
-        best = min(evaluations, key=lambda e: e["loss"])
-        for name, e in (("first", first), ("last", last), ("best", best)):
-            figures = f"{e['loss']:.4f} nats/token, {e['bits_per_byte']:.4f} bits/byte, step {e['step']:,}"
-            rows.append((f"{name} validation", figures))
+        named = [("first", evaluations[0]), ("last", evaluations[-1])]
+        if "loss" in evaluations[0]:
+            named.append(("best", min(evaluations, key=lambda e: e["loss"])))
+        rows += [(f"{name} validation", f"{_figures(e)}, step {e['step']:,}") for name, e in named]
     rows += [
         ("hardware", f"{jax.device_count()} x {device.device_kind} ({platform.machine()} {platform.system()})"),
         ("software", f"jax {jax.__version__}, Python {platform.python_version()}"),
@@ -79,9 +83,40 @@ def _summary(config, train, evaluations) -> list[tuple[str, str]]:
     return rows
 
 
+_UNITS = {"loss": "{:.4f} nats/token", "bits_per_byte": "{:.4f} bits/byte", "accuracy": "accuracy {:.4f}",
+          "margin": "margin {:.3f}", "reward": "reward {:.3f}", "score": "score {:.3f}", "gold": "gold score {:.3f}",
+          "kl": "KL {:.2f} nats", "lm_loss": "pre-training loss {:.4f} nats/token"}  # fmt: skip
+
+
+def _figures(line: dict) -> str:
+    """What of a line people look for first."""
+    units = _UNITS if "bits_per_byte" in line else _UNITS | {"loss": "loss {:.4f}"}
+    return ", ".join(text.format(line[k]) for k, text in units.items() if line.get(k) is not None)
+
+
 def _table(rows):
     cells = "".join(f"<tr><th>{html.escape(k)}</th><td>{html.escape(v)}</td></tr>" for k, v in rows)
     return f"<table>{cells}</table>"
+
+
+# (key of metrics.jsonl, title, keys of evaluations.jsonl): those a run has are drawn
+_PANELS = (
+    ("loss", "loss", ("loss",)),
+    ("bits_per_byte", "bits/byte", ("bits_per_byte",)),
+    ("accuracy", "pair accuracy", ("accuracy",)),
+    ("objective/score", "score", ("score", "gold")),
+    ("objective/kl", "KL from the reference, nats per response", ("kl",)),
+    ("lm_loss", "loss on pre-training text, nats/token", ("lm_loss",)),
+    ("response/length", "response length, tokens", ("length",)),
+    ("policy/clipfrac", "policy clip fraction", ()),
+    ("policy/approxkl", "approximate KL of an iteration's updates", ()),
+    ("value/explained_var", "explained variance of the value", ()),
+    ("grad_norm/ppo", "gradient norm, PPO", ()),
+    ("grad_norm/ptx", "gradient norm, pre-training", ()),
+    ("kl_coef", "KL coefficient", ()),
+    ("grad_norm", "gradient norm", ()),
+    ("learning_rate", "learning rate", ()),
+)
 
 
 def _figure(train, evaluations) -> str:
@@ -90,25 +125,55 @@ def _figure(train, evaluations) -> str:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    figure, axes = plt.subplots(2, 2, figsize=(10, 6.4), constrained_layout=True)
-    steps = [line["step"] for line in train]
-    panels = (("loss", "loss, nats/token"), ("bits_per_byte", "bits/byte"),
-              ("grad_norm", "gradient norm"), ("learning_rate", "learning rate"))  # fmt: skip
-    for axis, (key, title) in zip(axes.flat, panels, strict=True):
-        values = [math.nan if line[key] is None else line[key] for line in train]
-        axis.plot(steps, values, lw=0.8, label="training", color="#3b6fb6")
-        if key in ("loss", "bits_per_byte") and evaluations:
-            points = [(e["step"], e[key]) for e in evaluations]
-            axis.plot(*zip(*points, strict=True), "o-", ms=3, lw=1.2, label="validation", color="#d1495b")
-            axis.legend(frameon=False)
+    panels = [panel for panel in _PANELS if panel[0] in train[-1] or any(k in e for k in panel[2] for e in evaluations)]
+    figure, axes = plt.subplots(-(-len(panels) // 2), 2, figsize=(10, 3.2 * -(-len(panels) // 2)), squeeze=False,
+                                constrained_layout=True)  # fmt: skip
+    for axis in axes.flat[len(panels) :]:
+        axis.axis("off")
+    for axis, (key, title, of_evaluation) in zip(axes.flat, panels, strict=False):
+        if key in train[-1]:
+            points = [(line["step"], math.nan if line.get(key) is None else line[key]) for line in train]
+            axis.plot(*zip(*points, strict=True), lw=0.8, label="training", color="#3b6fb6")
+        for name, colour in zip(of_evaluation, ("#d1495b", "#2e8b57"), strict=False):
+            points = [(e["step"], e[name]) for e in evaluations if e.get(name) is not None]
+            if points:
+                label = "validation" if len(of_evaluation) == 1 else f"validation: {name}"
+                axis.plot(*zip(*points, strict=True), "o-", ms=3, lw=1.2, label=label, color=colour)
+                axis.legend(frameon=False)
         axis.set_title(title, loc="left", fontsize=10)
         axis.set_xlabel("step")
         axis.spines[["top", "right"]].set_visible(False)
         axis.grid(alpha=0.25)
+    return _image(figure, "training curves")
+
+
+def _image(figure, alt: str) -> str:
+    import matplotlib.pyplot as plt
+
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=110)
     plt.close(figure)
-    return f"<img alt='training curves' src='data:image/png;base64,{base64.b64encode(buffer.getvalue()).decode()}'>"
+    return f"<img alt='{alt}' src='data:image/png;base64,{base64.b64encode(buffer.getvalue()).decode()}'>"
+
+
+def _reward_model(fitted: dict) -> str:
+    """Accuracy, beside what length alone would get, and the calibration curve."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    names = ("pairs", "accuracy", "accuracy_by_prompt", "longer_wins", "accuracy_same_length",
+             "accuracy_better_is_longer", "accuracy_better_is_shorter", "length_correlation", "mean_before", "mean_after")  # fmt: skip
+    rows = [(k.replace("_", " "), f"{fitted[k]:,.4g}") for k in names if fitted.get(k) is not None]
+    figure, axis = plt.subplots(figsize=(4.2, 4), constrained_layout=True)
+    axis.plot([0.5, 1], [0.5, 1], color="#999", lw=0.8, label="calibrated")
+    points = [(b["predicted"], b["observed"]) for b in fitted["calibration"]]
+    if points:
+        axis.plot(*zip(*points, strict=True), "o-", ms=4, color="#3b6fb6", label="this model")
+    axis.set(xlabel="predicted agreement", ylabel="observed agreement")
+    axis.legend(frameon=False)
+    return "<h2>Agreement with held-out rankings</h2>" + _table(rows) + _image(figure, "calibration")
 
 
 def _samples(samples) -> str:
@@ -119,5 +184,8 @@ def _samples(samples) -> str:
         shown.append(f"<h3>step {step:,}</h3>")
         for s in samples:
             if s["step"] == step:
-                shown.append(f"<pre><b>{html.escape(s['prompt'])}</b>{html.escape(s['text'])}</pre>")
+                figures = [f"{k} {s[k]:.2f}" for k in ("score", "gold") if k in s]
+                note = f"<small>{', '.join(figures)}</small>\n" if figures else ""
+                gap = "\n" if "demonstration" in s or figures else ""
+                shown.append(f"<pre>{note}<b>{html.escape(s['prompt'])}</b>{gap}{html.escape(s['text'])}</pre>")
     return "<h2>Samples</h2>" + "".join(shown)

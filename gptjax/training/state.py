@@ -24,6 +24,14 @@ class TrainState:
     opt_state: Any
     loss_scale: LossScale
 
+    # What a checkpoint calls 'params' and 'training' (checkpoint.py).
+    def split(self) -> tuple[Any, dict]:
+        return self.params, {"opt_state": self.opt_state, "loss_scale": self.loss_scale}
+
+    @classmethod
+    def join(cls, step, params, training: dict) -> "TrainState":
+        return cls(step, params, **training)
+
 
 def new_state(params, tx: optax.GradientTransformation, precision: PrecisionConfig) -> TrainState:
     return TrainState(jnp.int32(0), params, tx.init(params), initial_loss_scale(precision))

@@ -1,11 +1,12 @@
 """The train and evaluation steps, for any loss that is a sum over tokens.
 
-A loss function takes (params, microbatch, dropout_key) and returns (sum, count). Gradients of the sums are
-accumulated over micro-batches in float32 and divided once by the count of the whole global batch, so that
-one big batch and many small ones give the same step however their tokens are spread.
+A loss function takes (params, microbatch, dropout_key) and returns (sum, count), or (sum, count, {name: further
+sum}). Gradients of the sums are accumulated over micro-batches in float32 and divided once by the count of the
+whole global batch, so that one big batch and many small ones give the same step however their tokens are spread.
 """
 
 import functools
+import math
 
 import jax
 import jax.numpy as jnp
@@ -37,37 +38,40 @@ def causal_lm_loss(config: GPTConfig, dtype, chunk: int, mesh=None):
     return loss
 
 
-def train_step(loss_fn, tx, clip_norm: float, precision: PrecisionConfig, seed: int, dropout: bool):
+def train_step(loss_fn, tx, clip_norm: float, precision: PrecisionConfig, seed: int, dropout: bool, weigh=None):
     """Returns step(state, (batch, learning_rate)) -> (state, metrics), to be jitted or scanned over.
 
-    Every array of the batch is [micro-batches, rows, ...]. metrics: loss_sum, count, grad_norm, finite,
-    loss_scale. A step whose loss or gradient is not finite changes nothing but the counters.
+    Every array of the batch is [micro-batches, rows, ...]; `weights` is one of them. metrics: loss_sum, count,
+    grad_norm, finite, loss_scale, sums (what the loss returns besides). A step whose loss or gradient is not finite
+    changes nothing but the counters. weigh: batch -> batch, for weights that depend on the whole global batch.
     """
 
     def step(state: TrainState, batch_and_rate):
         batch, learning_rate = batch_and_rate
-        n_micro, rows, time = batch["weights"].shape
+        batch = weigh(batch) if weigh else batch
+        n_micro, *one = batch["weights"].shape
         key = jax.random.fold_in(jax.random.key(seed), state.step)
         # A static denominator keeps the scaled loss near a mean: float16 would overflow on a sum.
-        scale = state.loss_scale.scale / (rows * time)
+        scale = state.loss_scale.scale / math.prod(one)
 
         def scaled_loss(params, micro, index):
-            total, count = loss_fn(params, micro, jax.random.fold_in(key, index) if dropout else None)
-            return total * scale, (total, count)
+            sums = loss_fn(params, micro, jax.random.fold_in(key, index) if dropout else None)
+            return sums[0] * scale, sums
 
         gradient = jax.grad(scaled_loss, has_aux=True)
 
         def accumulate(carry, indexed):
             grads, sums = carry
-            g, (total, count) = gradient(state.params, *indexed)
-            return (jax.tree.map(jnp.add, grads, g), (sums[0] + total, sums[1] + count)), None
+            return jax.tree.map(jnp.add, (grads, sums), gradient(state.params, *indexed)), None
 
+        first = jax.tree.map(lambda a: a[0], batch)
         if n_micro == 1:
-            grads, (total, count) = gradient(state.params, jax.tree.map(lambda a: a[0], batch), 0)
+            grads, sums = gradient(state.params, first, 0)
         else:
-            zeros = jax.tree.map(jnp.zeros_like, state.params)
-            start = (zeros, (jnp.float32(0), jnp.float32(0)))
-            (grads, (total, count)), _ = lax.scan(accumulate, start, (batch, jnp.arange(n_micro)))
+            zeros = lambda tree: jax.tree.map(lambda a: jnp.zeros(a.shape, jnp.float32), tree)
+            start = zeros(jax.eval_shape(gradient, state.params, first, 0))
+            (grads, sums), _ = lax.scan(accumulate, start, (batch, jnp.arange(n_micro)))
+        total, count, *further = sums
         inverse = 1 / (scale * jnp.maximum(count, 1))
         grads = jax.tree.map(lambda g: g * inverse, grads)
 
@@ -91,6 +95,7 @@ def train_step(loss_fn, tx, clip_norm: float, precision: PrecisionConfig, seed: 
             "grad_norm": grad_norm,
             "finite": finite,
             "loss_scale": state.loss_scale.scale,
+            "sums": further[0] if further else {},
         }
         return new, metrics
 
@@ -114,9 +119,9 @@ def jit_train_step(step, shardings: TrainState):
 
 
 def jit_eval_step(loss_fn, mesh):
-    """eval_step(params, batch) -> (loss sum, count), the batch without a micro-batch axis."""
+    """eval_step(params, batch) -> what the loss returns, the batch without a micro-batch axis."""
     whole = NamedSharding(mesh, PartitionSpec())
-    return jax.jit(lambda params, batch: loss_fn(params, batch, None), out_shardings=(whole, whole))
+    return jax.jit(lambda params, batch: loss_fn(params, batch, None), out_shardings=whole)
 
 
 def batch_sharding(mesh, leading: int) -> NamedSharding:

@@ -1,0 +1,213 @@
+"""Comparisons for the reward model: a prompt and K completions in an order of preference, with ties.
+
+The batch of step t is a pure function of (seed, t), as in data/lm.py.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import sys
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from gptjax.data import lm
+from gptjax.data.chat import Template
+from gptjax.data.rows import (
+    InOrder,
+    Record,
+    check_config,
+    check_length,
+    fingerprint,
+    host_part,
+    limit,
+    load_split,
+    prompt_text,
+)
+from gptjax.errors import InputError
+
+_FIELDS = ("prompt", "completions", "ranks", "chosen", "rejected")
+_MOST = 9  # completions of a prompt, as in InstructGPT §3.5
+
+
+@dataclasses.dataclass(frozen=True)
+class ComparisonConfig:
+    """source: rows with `prompt`, `completions` and `ranks`, or `prompt`, `chosen` and `rejected`.
+    fields: our name → the rows' name. validation: the share of prompts held out, or another source.
+    max_length: tokens of a prompt and completion, None = the model's context.
+    drop_long: leave longer rows out, rather than stop."""
+
+    source: str | None = None
+    fields: Mapping[str, str] = dataclasses.field(default_factory=lambda: {name: name for name in _FIELDS})
+    validation: str = "0.1"
+    max_length: int | None = None
+    drop_long: bool = False
+
+    def __post_init__(self):
+        check_config(self, _FIELDS)
+
+
+class Comparison(NamedTuple):
+    """prompt: its ids; completions: ids of each, with end-of-text; ranks: of each, lower is better, equal ties."""
+
+    prompt: list[int]
+    completions: list[list[int]]
+    ranks: list[float]
+
+
+class Comparisons(NamedTuple):
+    """train, validation; k: most completions of a prompt in either; dropped: rows left out, too long or with
+    nothing but ties; fingerprint: of the training ids and ranks."""
+
+    train: list[Comparison]
+    validation: list[Comparison]
+    k: int
+    dropped: int
+    fingerprint: str
+
+
+def load_comparisons(c: ComparisonConfig, template: Template, length: int, seed: int) -> Comparisons:
+    """Every row of the source as tokens. length: the model's context, the most tokens of prompt and completion.
+
+    InputError: with the row, a missing field, no text, not 2 to 9 completions, ranks that aren't a finite
+    number for each, or more than max_length tokens.
+    """
+    most = limit(c.max_length, length)
+
+    def make(record: Record) -> tuple[str, Comparison] | None:
+        said, texts, ranks = record["prompt"], *_ranked(record)
+        prompt, completions = template.prompt(said), []
+        for number, text in enumerate(texts, 1):
+            try:
+                completions.append(template.response(text))
+            except InputError as error:
+                raise InputError(f"completion {number}: {error}") from None
+        longest = max(range(len(completions)), key=lambda i: len(completions[i]))
+        check_length(len(prompt), len(completions[longest]), most, f"completion {longest + 1}")
+        if len(set(ranks)) == 1:
+            return None  # all tied: it says nothing of any pair
+        return prompt_text(said), Comparison(prompt, completions, ranks)
+
+    train, validation, dropped = load_split(c, make, seed)
+    content = (
+        array
+        for e in train
+        for array in (np.array(e.prompt), *map(np.array, e.completions), np.array(e.ranks, np.float32))
+    )
+    k = max(len(e.completions) for e in train + validation)
+    return Comparisons(train, validation, k, dropped, fingerprint(content))
+
+
+class ComparisonBatches:
+    """One host's part of the batch of each step, by random access: batches[step] is a dict.
+
+    tokens: int32 [rows / host_count, k, length], prompt and completion, right-padded with pad_id
+    lengths: int32 [rows / host_count, k], the tokens before the padding, 1 where there is no completion
+    ranks: float32 [rows / host_count, k], lower is better
+    valid: float32 [rows / host_count, k], 1 where there is a completion
+    weights: float32 [rows / host_count], 1
+
+    The comparisons come in a new order each epoch. rows: comparisons of a step, over all hosts. InputError:
+    rows that don't divide over the hosts, a comparison that doesn't fit k or length.
+    """
+
+    def __init__(
+        self,
+        comparisons: Sequence[Comparison],
+        rows: int,
+        k: int,
+        length: int,
+        seed: int,
+        *,
+        pad_id: int,
+        host_index: int = 0,
+        host_count: int = 1,
+    ):
+        self._padded = _Padded(comparisons, k, length, pad_id)
+        self._count, self._rows, self._seed = len(comparisons), rows, seed
+        self._part = host_part(rows, host_index, host_count)
+
+    def __len__(self) -> int:
+        return sys.maxsize  # endless; lm.iterate wants a number
+
+    def __getitem__(self, step: int) -> dict[str, np.ndarray]:
+        if step < 0:
+            raise IndexError(f"step {step}")
+        place = step * self._rows + np.arange(self._rows)[self._part]
+        return self._padded.arrays(lm.shuffled(place, self._count, self._seed))
+
+    def steps(self, epochs: float) -> int:
+        """The fewest steps in which the comparisons are used `epochs` times; at least 1."""
+        return max(1, math.ceil(epochs * self._count / self._rows))
+
+
+def validation_batches(
+    comparisons: Sequence[Comparison],
+    rows: int,
+    k: int,
+    length: int,
+    *,
+    pad_id: int,
+    host_index: int = 0,
+    host_count: int = 1,
+) -> InOrder:
+    """The comparisons in their order, as ComparisonBatches gives them; the last batch is padded with rows of
+    weight 0 without a completion. InputError: as there.
+    """
+    padded = _Padded(comparisons, k, length, pad_id)
+    return InOrder(len(comparisons), rows, host_part(rows, host_index, host_count), padded.arrays)
+
+
+class _Padded:
+    def __init__(self, comparisons: Sequence[Comparison], k: int, length: int, pad_id: int):
+        self._comparisons, self._shape, self._pad_id = comparisons, (k, length), pad_id
+        for e in comparisons:
+            tokens = len(e.prompt) + max(map(len, e.completions))
+            if len(e.completions) > k or tokens > length:
+                raise InputError(
+                    f"a comparison of {len(e.completions)} completions and up to {tokens} tokens doesn't fit "
+                    f"{k} of {length}; load the comparisons with that length, and take their k"
+                )
+
+    def arrays(self, index: np.ndarray) -> dict[str, np.ndarray]:
+        """The comparisons of index, int64 [n], as in ComparisonBatches; -1 is a row of padding."""
+        k, length = self._shape
+        batch = {
+            "tokens": np.full((len(index), k, length), self._pad_id, np.int32),
+            "lengths": np.ones((len(index), k), np.int32),
+            "ranks": np.zeros((len(index), k), np.float32),
+            "valid": np.zeros((len(index), k), np.float32),
+            "weights": (index >= 0).astype(np.float32),
+        }
+        for row, number in enumerate(index):
+            if number < 0:
+                continue
+            e = self._comparisons[number]
+            for i, completion in enumerate(e.completions):
+                ids = e.prompt + completion
+                batch["tokens"][row, i, : len(ids)] = ids
+                batch["lengths"][row, i] = len(ids)
+            batch["ranks"][row, : len(e.ranks)] = e.ranks
+            batch["valid"][row, : len(e.ranks)] = 1
+        return batch
+
+
+def _ranked(record: Record) -> tuple[list[Any], list[float]]:
+    """(completions, ranks) of a row of either form; that completions are text is yet to be seen."""
+    if "completions" not in record and "chosen" in record:
+        return [record["chosen"], record["rejected"]], [0.0, 1.0]
+    texts, ranks = record["completions"], record["ranks"]
+    for name, value in (("completions", texts), ("ranks", ranks)):
+        if not isinstance(value, list):
+            raise InputError(f"the {name} are {type(value).__name__}, not a list; mend the row")
+    if not 2 <= len(texts) <= _MOST:
+        raise InputError(f"the row has {len(texts)} completions; give 2 to {_MOST}")
+    if len(ranks) != len(texts):
+        raise InputError(f"the row has {len(ranks)} ranks for {len(texts)} completions; give one for each")
+    for rank in ranks:
+        # A bool is an int to Python; the bound is float32's, and not true of NaN either.
+        if isinstance(rank, bool) or not isinstance(rank, int | float) or not abs(rank) < 2.0**127:
+            raise InputError(f"the rank {rank!r} isn't a finite number; give each completion one, lower is better")
+    return texts, [float(np.float32(rank)) for rank in ranks]

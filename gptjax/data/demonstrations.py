@@ -1,0 +1,294 @@
+"""Demonstrations for supervised fine-tuning: read, held out, packed into rows, and drawn by step.
+
+The batch of step t is a pure function of (seed, t), as in data/lm.py; with a mix, a share of its rows are
+pre-training examples.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import sys
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from gptjax.data import lm
+from gptjax.data.chat import KINDS, Template
+from gptjax.data.rows import (
+    InOrder,
+    Record,
+    check_config,
+    check_length,
+    fingerprint,
+    host_part,
+    limit,
+    load_split,
+    prompt_text,
+)
+from gptjax.errors import InputError
+
+_FIELDS = ("prompt", "response", "messages")
+_LOSS_ON = ("response", "all")
+
+
+@dataclasses.dataclass(frozen=True)
+class DemonstrationConfig:
+    """source: rows with `prompt` and `response`, or with `messages`; see sources.rows.
+    fields: our name → the rows' name. validation: the share of prompts held out, or another source.
+    template: 'chat' or 'plain' (the texts alone). max_length: tokens of an example, None = the model's context.
+    loss_on: 'response' or 'all' tokens. packing: several examples a row, none seeing another.
+    drop_long: leave longer examples out, rather than stop."""
+
+    source: str | None = None
+    fields: Mapping[str, str] = dataclasses.field(default_factory=lambda: {name: name for name in _FIELDS})
+    validation: str = "0.05"
+    template: str = "chat"
+    max_length: int | None = None
+    loss_on: str = "response"
+    packing: bool = True
+    drop_long: bool = False
+
+    def __post_init__(self):
+        check_config(self, _FIELDS)
+        if self.template not in KINDS:
+            raise InputError(f"data.template={self.template!r} is unknown; there are {' and '.join(KINDS)}")
+        _check_loss_on(self.loss_on)
+
+
+class Demonstration(NamedTuple):
+    """ids: int32 [n]; response: bool [n], the tokens to learn; prompt: tokens before the first of them."""
+
+    ids: np.ndarray
+    response: np.ndarray
+    prompt: int
+
+
+class Demonstrations(NamedTuple):
+    """train, validation; dropped: rows left out; fingerprint: of the training ids and masks."""
+
+    train: list[Demonstration]
+    validation: list[Demonstration]
+    dropped: int
+    fingerprint: str
+
+
+def load_demonstrations(c: DemonstrationConfig, template: Template, length: int, seed: int) -> Demonstrations:
+    """Every row of the source as tokens. length: the model's context, the most tokens of an example.
+
+    InputError: with the row, a missing field, no text, or more than max_length tokens.
+    """
+    most = limit(c.max_length, length)
+
+    def make(record: Record) -> tuple[str, Demonstration]:
+        if "messages" in record and not ("prompt" in record and "response" in record):
+            said, rest = record["messages"], "turns after it"
+            ids, response = template.conversation(said)
+        else:
+            said, rest = record["prompt"], "response"
+            before, after = template.prompt(said), template.response(record["response"])
+            ids, response = before + after, [False] * len(before) + [True] * len(after)
+        prompt = response.index(True)
+        check_length(prompt, len(ids) - prompt, most, rest)
+        return prompt_text(said), Demonstration(np.array(ids, np.int32), np.array(response), prompt)
+
+    train, validation, dropped = load_split(c, make, seed)
+    content = (array for example in train for array in (example.ids, example.response))
+    return Demonstrations(train, validation, dropped, fingerprint(content))
+
+
+class PackedRows:
+    """Examples laid into rows of length + 1 tokens; len() is the number of rows.
+
+    packing: each example goes into the first row with room, the longest first; else one example a row.
+    InputError: an example longer than length + 1.
+    """
+
+    def __init__(self, examples: Sequence[Demonstration], length: int, packing: bool, pad_id: int):
+        self.length, self._pad_id, self._examples = length, pad_id, examples
+        sizes = [len(example.ids) for example in examples]
+        longest = max(sizes, default=0)
+        if longest > length + 1:
+            raise InputError(
+                f"an example of {longest} tokens doesn't fit a row of {length + 1}; load with a max_length of {length}"
+            )
+        self._rows = _first_fit(sizes, length + 1) if packing else [[i] for i in range(len(sizes))]
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def arrays(self, index: np.ndarray) -> dict[str, np.ndarray]:
+        """The rows of index, int64 [n]; -1 is a row of padding.
+
+        tokens: int32 [n, length + 1]; inputs are [:, :-1], targets [:, 1:]
+        response, real: float32 [n, length], 1 where the target is of a response, or of any example; never
+            where the input is of another example than the target
+        segment_ids: int32 [n, length], of the inputs, from 1 in each row, 0 for padding
+        positions: int32 [n, length], from 0 in each example
+        """
+        shape = (len(index), self.length + 1)
+        tokens = np.full(shape, self._pad_id, np.int32)
+        response, real = np.zeros(shape, np.float32), np.zeros(shape, np.float32)
+        segment_ids, positions = np.zeros(shape, np.int32), np.zeros(shape, np.int32)
+        for row, number in enumerate(index):
+            start = 0
+            for segment, i in enumerate(self._rows[number] if number >= 0 else (), 1):
+                example = self._examples[i]
+                here = np.s_[row, start : start + len(example.ids)]
+                targets = np.s_[row, start + 1 : start + len(example.ids)]  # nothing in it foretells its first token
+                tokens[here], segment_ids[here], positions[here] = example.ids, segment, np.arange(len(example.ids))
+                response[targets], real[targets] = example.response[1:], 1
+                start += len(example.ids)
+        return {
+            "tokens": tokens,
+            "response": response[:, 1:],
+            "real": real[:, 1:],
+            "segment_ids": segment_ids[:, :-1],
+            "positions": positions[:, :-1],
+        }
+
+
+class DemonstrationBatches:
+    """One host's part of the batch of each step, by random access: batches[step] is a dict.
+
+    tokens, segment_ids, positions: of PackedRows.arrays, rows / host_count of them
+    weights: float32 [rows / host_count, length], the targets to learn, by loss_on
+    lm_weights: float32 of that shape, 1 for every real target
+    target_bytes: int, UTF-8 bytes of this host's targets of weight 1
+
+    The packed rows come in a new order each epoch. mix: examples of which each step has its share, after
+    its demonstrations, ⌊tRf⌋ in the first t steps of R rows; they count everywhere. rows: of a step, over
+    all hosts. InputError: rows that don't divide over the hosts, a mix of another context, a share of it
+    outside [0, 1).
+    """
+
+    def __init__(
+        self,
+        packed: PackedRows,
+        rows: int,
+        seed: int,
+        *,
+        byte_lengths: np.ndarray,
+        loss_on: str,
+        mix: lm.Examples | None = None,
+        mix_fraction: float = 0.0,
+        host_index: int = 0,
+        host_count: int = 1,
+    ):
+        if not 0 <= mix_fraction < 1:
+            raise InputError(f"a mix of {mix_fraction} of the rows can't be; give a share from 0 to under 1")
+        if mix_fraction and mix is None:
+            raise InputError(f"a mix of {mix_fraction} of the rows has no text to come from; name its source")
+        if mix is not None and mix.context_length != packed.length:
+            raise InputError(
+                f"the mix has examples of {mix.context_length} tokens, the demonstrations of {packed.length}; make "
+                "them equal"
+            )
+        _check_loss_on(loss_on)
+        self._packed, self._rows, self._seed = packed, rows, seed
+        self._byte_lengths, self._loss_on = byte_lengths, loss_on
+        self._mix, self._mix_fraction = mix, mix_fraction
+        self._part = host_part(rows, host_index, host_count)
+
+    def __len__(self) -> int:
+        return sys.maxsize  # endless; lm.iterate wants a number
+
+    def __getitem__(self, step: int) -> dict[str, Any]:
+        if step < 0:
+            raise IndexError(f"step {step}")
+        row = np.arange(self._rows)[self._part]
+        own = self._first(step + 1) - self._first(step)
+        place = self._first(step) + row[row < own]
+        batch = self._packed.arrays(lm.shuffled(place, len(self._packed), self._seed))
+        if own < self._rows:
+            mixed = self._mixed_arrays(self._mixed(step) + row[row >= own] - own)
+            batch = {name: np.concatenate([batch[name], mixed[name]]) for name in batch}
+        return _weighed(batch, self._loss_on, self._byte_lengths)
+
+    def steps(self, epochs: float) -> int:
+        """The fewest steps in which the packed rows are used `epochs` times; at least 1."""
+        wanted = epochs * len(self._packed)
+        step = max(1, int((wanted - 1) / (self._rows * (1 - self._mix_fraction))) - 1)  # never too many
+        while self._first(step) < wanted:
+            step += 1
+        return step
+
+    def _mixed(self, step: int) -> int:
+        """Rows of the mix in the steps before this one."""
+        return math.floor(step * self._rows * self._mix_fraction)
+
+    def _first(self, step: int) -> int:
+        """Rows of demonstrations in the steps before this one."""
+        return step * self._rows - self._mixed(step)
+
+    def _mixed_arrays(self, index: np.ndarray) -> dict[str, np.ndarray]:
+        """Rows of the mix as PackedRows.arrays gives its own: each one example, all of it to be learned."""
+        shape = (len(index), self._packed.length)
+        return {
+            "tokens": np.asarray(self._mix.read(index), np.int32),
+            "response": np.ones(shape, np.float32),
+            "real": np.ones(shape, np.float32),
+            "segment_ids": np.ones(shape, np.int32),
+            "positions": np.broadcast_to(np.arange(shape[1], dtype=np.int32), shape),
+        }
+
+
+def validation_batches(
+    packed: PackedRows,
+    rows: int,
+    *,
+    byte_lengths: np.ndarray,
+    loss_on: str,
+    host_index: int = 0,
+    host_count: int = 1,
+) -> InOrder:
+    """The packed rows in their order, as DemonstrationBatches gives them; the last batch is padded with rows
+    of weight 0. InputError: rows that don't divide over the hosts.
+    """
+    _check_loss_on(loss_on)
+    return InOrder(
+        len(packed),
+        rows,
+        host_part(rows, host_index, host_count),
+        lambda index: _weighed(packed.arrays(index), loss_on, byte_lengths),
+    )
+
+
+def _weighed(arrays: dict[str, np.ndarray], loss_on: str, byte_lengths: np.ndarray) -> dict[str, Any]:
+    weights = arrays["response" if loss_on == "response" else "real"]
+    return {
+        "tokens": arrays["tokens"],
+        "weights": weights,
+        "lm_weights": arrays["real"],
+        "segment_ids": arrays["segment_ids"],
+        "positions": arrays["positions"],
+        "target_bytes": int((byte_lengths.take(arrays["tokens"][:, 1:]) * (weights > 0)).sum(dtype=np.int64)),
+    }
+
+
+def _check_loss_on(loss_on: str) -> None:
+    if loss_on not in _LOSS_ON:
+        raise InputError(f"data.loss_on={loss_on!r} is unknown; there are {' and '.join(_LOSS_ON)}")
+
+
+def _first_fit(sizes: Sequence[int], room: int) -> list[list[int]]:
+    """First-fit decreasing (Johnson 1973): the numbers of the sizes in each row, none of them over `room`.
+
+    A tree of the most room under each node finds the first row in log time.
+    """
+    leaves = 1 << max(len(sizes) - 1, 0).bit_length()
+    most = [room] * (2 * leaves)
+    filled: list[list[int]] = []
+    for i in sorted(range(len(sizes)), key=lambda i: -sizes[i]):
+        node = 1
+        while node < leaves:
+            node = 2 * node + (most[2 * node] < sizes[i])
+        if node - leaves == len(filled):
+            filled.append([])
+        filled[node - leaves].append(i)
+        most[node] -= sizes[i]
+        while node > 1:
+            node //= 2
+            most[node] = max(most[2 * node], most[2 * node + 1])
+    return filled

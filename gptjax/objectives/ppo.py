@@ -1,0 +1,195 @@
+"""PPO for language models: the per-token reward, advantages and clipped losses, on arrays alone.
+
+Everything is action-aligned [batch, response]: slot t is the t-th response token y_t and the state before it.
+
+    mask     1 on the actions up to and including the end-of-sequence token, 0 after it
+    log_prob log pi(y_t | prompt, y_<t)
+    value    V of the state before y_t; the value after the last action is 0
+    reward   -beta (log pi - log ref) on every action, and the score on the last one
+
+Whatever stands where the mask is 0 may be anything, NaN included. Losses are (sum, count) pairs.
+Sources: Schulman et al. 2017 (PPO), Schulman et al. 2016 (GAE), Ziegler et al. 2019 and its code, Stiennon et al.
+2020, Ouyang et al. 2022 §3.5 and appendix C.4.
+"""
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+# --- masked statistics, over the whole (global) array --------------------------------------------------------
+
+
+def keep(x, mask):
+    """x where the mask is 1, else 0: what is masked out may be NaN."""
+    return jnp.where(mask > 0, x, 0.0)
+
+
+def masked_mean(x, mask):
+    """Mean over the slots of mask 1; 0 if there are none."""
+    return keep(x, mask).sum() / jnp.maximum(mask.sum(), 1)
+
+
+def masked_variance(x, mask):
+    """Biased variance over the slots of mask 1."""
+    return masked_mean((x - masked_mean(x, mask)) ** 2, mask)
+
+
+def whiten(x, mask, shift_mean: bool = True):
+    """(x - mean) / sqrt(variance + 1e-8) over the slots of mask 1; 0 elsewhere.
+
+    shift_mean False: the mean is added back, as Ziegler et al. whiten rewards. Variance is biased, as theirs.
+    """
+    mean = masked_mean(x, mask)
+    white = (x - mean) * lax.rsqrt(masked_variance(x, mask) + 1e-8)
+    return keep(white if shift_mean else white + mean, mask)
+
+
+# --- KL --------------------------------------------------------------------------------------------------
+
+
+def k1(log_prob, ref_log_prob):
+    """log pi - log ref, y ~ pi: unbiased for KL(pi || ref). The one whose expectation as a (detached) reward has
+    the gradient of the KL; as a loss its gradient is 0 in expectation."""
+    return log_prob - ref_log_prob
+
+
+def k2(log_prob, ref_log_prob):
+    """(log pi - log ref)^2 / 2: biased; differentiated as an on-policy loss it has the gradient of KL(pi || ref)."""
+    return 0.5 * (log_prob - ref_log_prob) ** 2
+
+
+def k3(log_prob, ref_log_prob):
+    """exp(-d) - 1 + d with d = log pi - log ref: unbiased, never negative. For reports only: as a reward it has
+    the gradient of KL(pi || ref) - KL(ref || pi), no restoring force near ref; as a loss that of KL(ref || pi)."""
+    d = log_prob - ref_log_prob
+    return jnp.expm1(-d) + d
+
+
+def adaptive_kl_coefficient(coefficient, kl, episodes: int, target: float, horizon: float):
+    """beta (1 + clip(KL / target - 1, -.2, .2) episodes / horizon), once an iteration (Ziegler et al. 2019 §2.2).
+
+    kl: nats per sequence, the mean of the iteration.
+    """
+    error = jnp.clip(kl / target - 1.0, -0.2, 0.2)
+    return coefficient * (1.0 + error * episodes / horizon)
+
+
+# --- reward and credit -------------------------------------------------------------------------------------
+
+
+def last_action(mask):
+    """1 on each row's last action [B, R]."""
+    after = jnp.pad(mask[:, 1:], ((0, 0), (0, 1)))
+    return mask * (1 - after)
+
+
+def token_rewards(score, log_prob, ref_log_prob, mask, kl_coefficient):
+    """R_t = -beta k1_t, plus the score on the last action (Ouyang et al. 2022 eq. 2, first term).
+
+    Args:
+        score: float32 [B]. Integer scores would be a fault waiting to happen, so they are converted.
+        log_prob, ref_log_prob, mask: [B, R].
+    Returns:
+        float32 [B, R]; a row sums to score - beta KL of its sequence.
+    """
+    penalty = -kl_coefficient * keep(k1(log_prob, ref_log_prob), mask)
+    return penalty.astype(jnp.float32) + score.astype(jnp.float32)[:, None] * last_action(mask)
+
+
+def gae(rewards, values, mask, gamma: float, lam: float):
+    """Generalised advantage estimation (Schulman et al. 2016 eq. 16), backwards over the actions.
+
+        delta_t = R_t + gamma V_{t+1} - V_t,  A_t = delta_t + gamma lambda A_{t+1},  V and A after the last action: 0
+
+    Args: all [B, R] but gamma and lam.
+    Returns:
+        (advantages, returns = advantages + values), float32 [B, R], 0 where the mask is 0.
+    """
+    rewards, values = keep(rewards, mask), keep(values, mask)
+    next_values = jnp.pad(values[:, 1:], ((0, 0), (0, 1)))
+    deltas = rewards + gamma * next_values - values
+
+    def backward(after, now):
+        delta, m = now
+        advantage = m * (delta + gamma * lam * after)
+        return advantage, advantage
+
+    start = jnp.zeros(rewards.shape[0], jnp.float32)
+    _, advantages = lax.scan(backward, start, (deltas.T, mask.T), reverse=True)
+    return advantages.T, keep(advantages.T + values, mask)
+
+
+def group_advantages(score, group_size: int):
+    """GRPO (Shao et al. 2024 §4.1.2): a score against the others of its prompt, (r - mean) / (std + 1e-4).
+
+    score: [prompts x group_size], the samples of a prompt next to each other. Returns the same shape; every token
+    of a response gets its response's advantage.
+    """
+    groups = score.reshape(-1, group_size)
+    centred = groups - groups.mean(1, keepdims=True)
+    return (centred / (groups.std(1, keepdims=True) + 1e-4)).reshape(-1)
+
+
+# --- losses ------------------------------------------------------------------------------------------------
+
+
+def policy_loss(log_prob, old_log_prob, advantages, mask, clip: float):
+    """-min(A ratio, A clip(ratio, 1 - eps, 1 + eps)) (Schulman et al. 2017 eq. 7), summed over the actions.
+
+    Returns:
+        (sum, count, statistics as sums over the actions: clipped, approx_kl (k2 of new against old), ratio).
+    """
+    log_ratio = keep(log_prob - old_log_prob, mask)
+    ratio = jnp.exp(log_ratio)
+    advantages = keep(advantages, mask)
+    losses = jnp.maximum(-advantages * ratio, -advantages * jnp.clip(ratio, 1 - clip, 1 + clip))
+    statistics = {
+        "clipped": keep(jnp.abs(ratio - 1) > clip, mask).sum(),
+        "approx_kl": 0.5 * keep(log_ratio**2, mask).sum(),
+        "ratio": keep(ratio, mask).sum(),
+    }
+    return keep(losses, mask).sum(), mask.sum(), statistics
+
+
+def value_loss(values, old_values, returns, mask, clip: float):
+    """1/2 max((V - R)^2, (V_clipped - R)^2), V_clipped within `clip` of the old value; summed over the actions.
+
+    Returns (sum, count, {'clipped': how often the clipped error is the larger, 'error': sum of (V - R)^2}).
+    """
+    values, old_values, returns = (keep(x, mask) for x in (values, old_values, returns))
+    clipped = old_values + jnp.clip(values - old_values, -clip, clip)
+    error, clipped_error = (values - returns) ** 2, (clipped - returns) ** 2
+    statistics = {"clipped": keep(clipped_error > error, mask).sum(), "error": keep(error, mask).sum()}
+    return 0.5 * keep(jnp.maximum(error, clipped_error), mask).sum(), mask.sum(), statistics
+
+
+def grpo_loss(log_prob, old_log_prob, ref_log_prob, advantages, mask, clip: float, kl_coefficient: float):
+    """GRPO (Shao et al. 2024 eq. 3): the clipped loss plus beta k3 against the reference, as a loss term.
+
+    Every response weighs the same: its token losses are averaged over its own length first. Returns (sum over
+    responses, number of responses). Mind k3's gradient in a loss (see k3); k2 would be the KL's own.
+    """
+    log_ratio = keep(log_prob - old_log_prob, mask)
+    ratio = jnp.exp(log_ratio)
+    advantages = keep(advantages, mask)
+    clipped = jnp.maximum(-advantages * ratio, -advantages * jnp.clip(ratio, 1 - clip, 1 + clip))
+    losses = keep(clipped + kl_coefficient * k3(keep(log_prob, mask), keep(ref_log_prob, mask)), mask)
+    lengths = mask.sum(1)
+    return (losses.sum(1) / jnp.maximum(lengths, 1)).sum(), (lengths > 0).sum().astype(jnp.float32)
+
+
+def explained_variance(values, returns, mask):
+    """1 - mean((R - V)^2) / variance(R): 1 is perfect, 0 no better than a constant."""
+    error = masked_mean((returns - values) ** 2, mask)
+    return 1.0 - error / jnp.maximum(masked_variance(returns, mask), 1e-8)
+
+
+def best_of_n_kl(n):
+    """log n - (n - 1)/n: KL of best-of-n from what it samples (exact without ties, else an upper bound)."""
+    n = jnp.asarray(n, jnp.float32)
+    return jnp.log(n) - (n - 1) / n
+
+
+def exponential_moving_average(average, new, decay: float):
+    """decay x average + (1 - decay) x new, leaf by leaf (Ouyang et al. 2022 C.4: decay .992 per iteration)."""
+    return jax.tree.map(lambda a, b: decay * a + (1 - decay) * b, average, new)

@@ -1,0 +1,450 @@
+"""PPO and PPO-ptx on a reward model, on rules, or on both (InstructGPT stage 3).
+
+    python -m gptjax.ppo --config=configs/instructgpt/ppo.py --workdir=runs/ppo --config.policy=runs/sft \
+        --config.reward=runs/reward --config.data.source=prompts.jsonl
+
+Rows are {"prompt"}. An iteration samples a response to each of a batch of prompts, scores them, and takes
+epochs x minibatches optimiser steps on them. The same command takes a run killed anywhere up again, bit for bit.
+"""
+
+import dataclasses
+import math
+import sys
+import time
+from collections.abc import Callable
+
+import jax
+import numpy as np
+from absl import flags
+from etils import epath
+from ml_collections import config_dict as mlc
+from tqdm import tqdm
+
+from gptjax import config as configs
+from gptjax.data.chat import Template
+from gptjax.data.corpus import text_windows
+from gptjax.data.lm import validation_batches
+from gptjax.data.prompts import PromptBatches, PromptConfig, load_prompts
+from gptjax.errors import InputError
+from gptjax.model import gpt, heads
+from gptjax.model.spec import ModelOptions
+from gptjax.objectives.ppo import adaptive_kl_coefficient
+from gptjax.parallel.mesh import MeshConfig, batch_ways, check_fits, make_mesh
+from gptjax.rlhf import networks, rewards, rollout
+from gptjax.rlhf.alarms import check_iteration
+from gptjax.rlhf.config import EvaluationConfig, KLConfig, PtxConfig, RateConfig, RolloutConfig
+from gptjax.rlhf.memory import memory_plan, offloaded, on_device
+from gptjax.rlhf.networks import Networks
+from gptjax.rlhf.reward_model import load_reward_model
+from gptjax.rlhf.state import new_state, phase_keys, state_shardings
+from gptjax.rlhf.update import UpdateConfig, make_update
+from gptjax.training import loop, report
+from gptjax.training.checkpoint import CheckpointConfig, Checkpointer
+from gptjax.training.metrics import JsonLines, LogConfig, MetricWriter
+from gptjax.training.optimizer import OptimizerConfig, make_optimizer
+from gptjax.training.precision import PrecisionConfig
+from gptjax.training.step import batch_sharding, causal_lm_loss, jit_eval_step
+from gptjax.workdir import load_model
+
+
+@dataclasses.dataclass(frozen=True)
+class PPOConfig:
+    """policy: workdir of the SFT run, also the reference. reward: workdir of the reward model. reward_fn:
+    'package.module:function', alone or added to the reward model's score; reward_on: what it gets, 'text' or 'tokens'.
+    How long: steps (iterations), or episodes. batch_size: episodes of an iteration. value_optimizer: of the separate
+    value network, which starts as the reward model; shared_trunk: a head on the policy's own trunk instead.
+    offload: keep the two frozen models in host memory and bring them to the device to score."""
+
+    policy: str | None = None
+    reward: str | None = None
+    reward_fn: str | None = None
+    reward_on: str = "text"
+    model: ModelOptions = ModelOptions()
+    data: PromptConfig = PromptConfig()
+    rollout: RolloutConfig = RolloutConfig()
+    ppo: UpdateConfig = UpdateConfig()
+    kl: KLConfig = KLConfig()
+    ptx: PtxConfig = PtxConfig()
+    rate: RateConfig = RateConfig()
+    optimizer: OptimizerConfig = OptimizerConfig(learning_rate=5e-6, weight_decay=0.0)
+    value_optimizer: OptimizerConfig = OptimizerConfig(learning_rate=9e-6, weight_decay=0.0)
+    shared_trunk: bool = False
+    offload: bool = False
+    precision: PrecisionConfig = PrecisionConfig()
+    mesh: MeshConfig = MeshConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig(every=10)
+    eval: EvaluationConfig = EvaluationConfig()
+    log: LogConfig = LogConfig()
+    seed: int = 0
+    steps: int | None = None
+    episodes: int | None = None
+    batch_size: int = 512
+    loss_chunk: int = 128
+
+    def __post_init__(self):
+        rows = self.batch_size // self.ppo.minibatches
+        if self.batch_size < 1 or self.batch_size % self.ppo.minibatches:
+            raise InputError(
+                f"batch_size={self.batch_size} is not a multiple of ppo.minibatches={self.ppo.minibatches}."
+            )
+        for name, size in (("ppo.microbatch_size", self.ppo.microbatch_size),):
+            if size is not None and rows % size:
+                raise InputError(f"A minibatch of {rows} episodes is not a multiple of {name}={size}.")
+        if self.rollout.forward_rows is not None and self.batch_size % self.rollout.forward_rows:
+            raise InputError(f"batch_size={self.batch_size} is not a multiple of rollout.forward_rows.")
+        if self.precision.scaled:
+            raise InputError("PPO computes in float32 or bfloat16: set --config.precision.compute to one of them.")
+        if self.reward_on not in ("text", "tokens"):
+            raise InputError(f"reward_on={self.reward_on!r}: choose text or tokens.")
+
+
+def main(_):
+    ppo(FLAGS.config, FLAGS.workdir)
+
+
+def ppo(config: mlc.ConfigDict, workdir: str, reward_fn: Callable | None = None) -> bool:
+    """The whole stage. Returns whether the run is finished (False after a SIGTERM).
+
+    reward_fn: a callable in place of the config's `reward_fn` (rlhf/rewards.py).
+    """
+    began = time.perf_counter()
+    workdir = epath.Path(workdir)
+
+    # --- config ---
+    c = configs.build(PPOConfig, config)
+    if c.policy is None:
+        raise InputError("No policy: give --config.policy=WORKDIR of an SFT run.")
+    reward_fn = reward_fn or (c.reward_fn and rewards.load_callable(c.reward_fn))
+    if c.reward is None and reward_fn is None:
+        raise InputError("No reward: give --config.reward=WORKDIR of a reward model, --config.reward_fn, or both.")
+    if c.data.source is None:
+        raise InputError("No prompts: give --config.data.source=PATH (JSONL, Parquet or hf:NAME).")
+    if c.steps is None and c.episodes is None:
+        raise InputError("Say how long to train: --config.episodes or --config.steps (iterations).")
+    iterations = c.steps if c.steps is not None else math.ceil(c.episodes / c.batch_size)
+    mesh = make_mesh(c.mesh)
+
+    # --- the models: policy and reference, reward model, value network ---
+    base = load_model(c.policy, mesh=mesh)
+    origin = configs.read_config(c.policy)
+    if base.tokenizer.pad_id is None or base.tokenizer.eot_id is None:
+        raise InputError(f"{c.policy} has no padding token of its own: give the workdir of an SFT run as policy.")
+    template = Template(base.tokenizer, (origin.get("data") or {}).get("template") or origin.get("template") or "chat")
+    judge_model = c.reward and load_reward_model(c.reward, mesh=mesh, tokenizer=base.tokenizer)
+    if judge_model and judge_model.template != template.kind:
+        raise InputError(
+            f"The reward model saw {judge_model.template!r} prompts and the policy {template.kind!r} ones."
+        )
+    options = dataclasses.replace(c.model, dropout=0.0)  # or the ratio of the first minibatch would not be 1
+    policy_config = options.apply(base.config)
+    value_config = None if c.shared_trunk else options.apply(judge_model.config if judge_model else base.config)
+    rows = c.batch_size // c.ppo.minibatches
+    check_fits(mesh.shape, n_head=policy_config.n_head, batch_size=rows, microbatch_size=c.ppo.microbatch_size or rows)
+
+    # --- prompts, and the pre-training text of PPO-ptx ---
+    shortest = min([policy_config.context_length] + [m.context_length for m in (value_config,) if m])
+    room = shortest - c.rollout.max_new_tokens
+    if room < 1:
+        raise InputError(
+            f"rollout.max_new_tokens={c.rollout.max_new_tokens} leaves no room for a prompt in a context of {shortest}."
+        )
+    prompts = load_prompts(c.data, template, room)
+    slots = min(room, -(-max(map(len, prompts.ids)) // 8) * 8)
+    batches = PromptBatches(prompts, c.batch_size, slots, c.seed, template.pad_id)
+    held_out = load_prompts(dataclasses.replace(c.data, source=c.eval.source or c.data.source), template, room)
+    n = Networks(
+        policy=policy_config, value=value_config, reward=judge_model.config if judge_model else None,
+        response=c.rollout.max_new_tokens, eos_id=template.eos_id, pad_id=template.pad_id,
+        vocab=base.tokenizer.vocab_size, temperature=c.rollout.temperature, loss_chunk=c.loss_chunk,
+        dtype=c.precision.dtype, mesh=mesh,
+    )  # fmt: skip
+    known = (workdir / "config.json").exists()
+    configs.claim_workdir(workdir, "ppo", c, model=policy_config, template=template.kind)
+    base.tokenizer.save(workdir / "tokenizer")
+    text = pretraining_text(c, workdir, policy_config, needed=c.ppo.ptx_coefficient > 0)
+
+    # --- abstract state, shardings, the jitted phases ---
+    policy_tx, value_tx = make_optimizer(c.optimizer), make_optimizer(c.value_optimizer)
+    boxed_policy = gpt.abstract_params(policy_config)
+    boxed_value = (
+        heads.abstract_scalar_model(value_config) if value_config else {"head": heads.abstract_head(policy_config)}
+    )
+    abstract, shardings = state_shardings(boxed_policy, boxed_value, policy_tx, value_tx, mesh)
+    update = jax.jit(
+        make_update(c.ppo, n, policy_tx, value_tx, c.optimizer.clip_norm, c.value_optimizer.clip_norm),
+        donate_argnums=0, out_shardings=(shardings, None),
+    )  # fmt: skip
+    by_row = batch_sharding(mesh, 0)
+
+    with jax.set_mesh(mesh):
+        # --- where the state comes from: the newest good checkpoint of this run, else the SFT and reward models ---
+        checkpointer = Checkpointer(workdir, c.checkpoint)
+        restored = checkpointer.restore(abstract, shardings) if known else None
+        if restored:
+            state, meta = restored
+            checkpointer.drop_after(int(state.step))
+            if meta["data"] != prompts.fingerprint:
+                raise InputError(
+                    f"{c.data.source} has changed since the run began: put it back or take another --workdir."
+                )
+            print(f"going on from iteration {int(state.step)} of {iterations}")
+        else:
+
+            def make(policy, reward):
+                trunk = reward or heads.scalar_model(policy, policy_config, None)
+                value = trunk if value_config else {"head": heads.new_head(policy_config.d_model, None)}
+                return new_state(policy, value, policy_tx, value_tx, c.kl.coefficient, c.seed)
+
+            state = jax.jit(make, out_shardings=shardings)(base.params, judge_model and judge_model.params)
+        start = int(state.step)
+        freeze = jax.jit(lambda p: networks.frozen(p, n.dtype))
+        reference, reward = freeze(base.params), judge_model and freeze(judge_model.params)
+        base = judge_model = None
+        if c.offload:
+            reference, reward = offloaded(reference), offloaded(reward)
+        writer = MetricWriter(workdir, c.log, start, configs.to_json(c))
+        if jax.process_index() == 0:
+            print(memory_plan(state, reference, reward, n, c.batch_size, slots, c.offload))
+            print(
+                f"{len(prompts.ids):,} prompts of up to {slots} tokens, responses of up to {n.response}; {iterations} "
+                f"iterations of {c.batch_size} episodes, {c.ppo.epochs} x {c.ppo.minibatches} steps each"
+            )
+
+        # --- one phase each ---
+        def sample(policy, prompts, lengths, key):
+            return rollout.sample(policy, prompts, lengths, key, n)
+
+        def judge(state, tokens, lengths, mask):
+            """The four models' view of the samples, and the whole score of each."""
+            models = on_device((reference, reward), c.offload)
+            judged = rollout.judge(
+                state.policy, state.value, *models, tokens, lengths, mask, n, rows=c.rollout.forward_rows
+            )
+            return judged, judged.get("score")
+
+        def rule_score(tokens, lengths, mask, texts, score):
+            if reward_fn is None:
+                return score
+            ids, responses = rewards.split_rows(*(np.asarray(a) for a in (tokens, lengths, mask)))
+            ruled = rewards.call(reward_fn, c.reward_on, template, ids, texts, responses)
+            return ruled if score is None else np.asarray(score) + ruled
+
+        def finish(judged, score, coefficient):
+            r = c.rollout
+            return rollout.finish(
+                judged, score, coefficient, eos_id=n.eos_id, missing_eos=r.missing_eos, gamma=r.gamma, lam=r.lam,
+                whiten_rewards=r.whiten_rewards, whiten_advantages=r.whiten_advantages,
+            )  # fmt: skip
+
+        def pretraining_batch(state):
+            if not c.ppo.ptx_coefficient:
+                return None
+            per_step, micro = ptx_rows(c, mesh)
+            index = int(state.ptx_position) + np.arange(c.ppo.minibatches * per_step)
+            tokens = text.examples.read(index).reshape(c.ppo.minibatches, per_step // micro, micro, -1)
+            return loop.global_array(tokens, batch_sharding(mesh, 2))
+
+        evaluate = evaluator(c, n, held_out, slots, template, text, (sample, judge, rule_score, finish), mesh)
+
+        # --- the loop ---
+        def assess(step):
+            if step in {line["step"] for line in writer.evaluations()}:
+                return
+            record, table = evaluate(state)
+            writer.evaluation({"step": step, **record})
+            write_samples(workdir, step, table)
+            bar.clear()
+            shown = [f"{k} {v:.3f}" for k, v in record.items() if isinstance(v, float)]
+            print(f"iteration {step}: {', '.join(shown)}")
+
+        bar = tqdm(total=iterations, initial=start, unit="it", dynamic_ncols=True, file=sys.stderr,
+                   disable=jax.process_index() != 0)  # fmt: skip
+        seconds = 0.0 if not restored else meta.get("seconds", 0.0)
+        saved = start if start else -1
+        with loop.stop_on_sigterm() as asked_to_stop:
+            if start == 0:
+                assess(0)
+            for iteration in range(start, iterations):
+                clock = Clock()
+                batch = batches.at(int(state.prompt_position))
+                tokens, lengths = (jax.device_put(batch[k], by_row) for k in ("tokens", "lengths"))
+                tokens, mask, sampled = sample(state.policy, tokens, lengths, phase_keys(state)[1])
+                clock.lap("rollout", mask)
+                judged, score = judge(state, tokens, lengths, mask)
+                texts = [prompts.texts[i] for i in batch["index"]]
+                score = rule_score(tokens, lengths, mask, texts, score)
+                experience, metrics = finish(judged, score, state.kl_coefficient)
+                metrics["policy/rollout_logp_diff"] = rollout.sampler_difference(sampled, judged["log_prob"], mask)
+                clock.lap("score", experience)
+                fraction = c.rate.fraction(iteration, iterations)
+                rates = (np.float32(fraction * c.optimizer.learning_rate),
+                         np.float32(fraction * c.value_optimizer.learning_rate))  # fmt: skip
+                state, more = update(state, experience, pretraining_batch(state), rates)
+                if c.kl.target is not None:
+                    state = steer_kl(state, metrics["objective/kl"], c)
+                clock.lap("update", state.policy)
+
+                # --- figures, alarms, evaluation, checkpoint ---
+                line = {k: float(v) for k, v in jax.device_get(metrics | more).items()}
+                seconds += clock.total
+                line |= clock.figures(mask, tokens) | {"learning_rate": float(rates[0]), "seconds": seconds}
+                step = iteration + 1
+                writer.train({"step": step, "episodes": step * c.batch_size, **line})
+                check_iteration(line, iteration, n.dtype, checkpointer)
+                bar.update()
+                bar.set_postfix_str(
+                    f"score {line['objective/score']:.3f}, kl {line['objective/kl']:.2f}, "
+                    f"length {line['response/length']:.0f}, {clock.total:.1f} s", refresh=False
+                )  # fmt: skip
+                at_end = step == iterations or bool(asked_to_stop)
+                if at_end or step % c.checkpoint.every == 0:
+                    writer.flush()
+                    if checkpointer.save(step, state, {"seconds": seconds, "data": prompts.fingerprint}):
+                        saved = step
+                if step % c.eval.every == 0 or step == iterations:
+                    assess(step)
+                if asked_to_stop:
+                    break
+        bar.close()
+        done = int(state.step)
+        on_disk = checkpointer.wait() and saved == done
+        writer.close()
+        checkpointer.close()
+    if not on_disk:
+        raise InputError(
+            "The last checkpoint could not be written: free some disk space and give the same command again."
+        )
+    if done < iterations:
+        print(f"asked to stop: saved iteration {saved}; the same command goes on from there")
+    if jax.process_index() == 0:
+        print(f"{time.perf_counter() - began:.0f} s in all; report: {report.write(workdir)}")
+    return done >= iterations
+
+
+def ptx_rows(c: PPOConfig, mesh) -> tuple[int, int]:
+    """(pre-training sequences of a minibatch, of a micro-batch): per_episode x its episodes, in whole micro-batches."""
+    episodes = c.batch_size // c.ppo.minibatches
+    ways = batch_ways(mesh.shape)
+    micro = c.ppo.microbatch_size or episodes
+    wanted = max(1, round(c.ptx.per_episode * episodes))
+    micro = min(micro, -(-wanted // ways) * ways)
+    return -(-wanted // micro) * micro, micro
+
+
+def pretraining_text(c: PPOConfig, workdir, model, needed: bool) -> "Text | None":
+    """What PPO-ptx trains on and the language-model loss is measured on; None where there is none nor a need."""
+    length = c.ptx.context_length or model.context_length
+    try:
+        examples, validation = text_windows(
+            c.ptx.source, c.policy, workdir / "tokenizer", workdir / "data", length, c.seed
+        )
+    except InputError as error:
+        if needed:
+            raise InputError(
+                f"ppo.ptx_coefficient > 0 needs pre-training text: {error} (--config.ptx.source)."
+            ) from error
+        return None
+    return Text(examples, validation, length)
+
+
+@dataclasses.dataclass(frozen=True)
+class Text:
+    examples: object  # lm.Windows or lm.Mixture
+    validation: object  # tokens.TokenShards
+    context_length: int
+
+
+def steer_kl(state, kl, c: PPOConfig):
+    """The adaptive coefficient, once an iteration."""
+    coefficient = adaptive_kl_coefficient(state.kl_coefficient, kl, c.batch_size, c.kl.target, c.kl.horizon)
+    return dataclasses.replace(state, kl_coefficient=jax.device_put(coefficient, state.kl_coefficient.sharding))
+
+
+class Clock:
+    """Seconds of each phase of an iteration. Each lap waits for its arrays: an iteration is seconds long."""
+
+    def __init__(self):
+        self._began = self._last = time.perf_counter()
+        self.seconds: dict[str, float] = {}
+
+    def lap(self, phase: str, arrays):
+        jax.block_until_ready(arrays)
+        now = time.perf_counter()
+        self.seconds[phase], self._last = now - self._last, now
+
+    @property
+    def total(self) -> float:
+        return self._last - self._began
+
+    def figures(self, mask, tokens) -> dict:
+        """time/* in seconds; tokens_per_second/rollout counts sampled tokens, the others' prompts and responses."""
+        sampled, whole = float(mask.sum()), tokens.size
+        result = {f"time/{k}": v for k, v in self.seconds.items()} | {"time/iteration": self.total}
+        for phase, v in self.seconds.items():
+            result[f"tokens_per_second/{phase}"] = (sampled if phase == "rollout" else whole) / v
+        return result
+
+
+def evaluator(c: PPOConfig, n: Networks, prompts, slots: int, template: Template, text, phases, mesh):
+    """state -> (record, table of samples) of the policy's moving average on held-out prompts, always with the same
+    noise: score (RM and rules, as trained on), gold, kl, length, eos_rate, and lm_loss on pre-training text."""
+    sample, judge, rule_score, finish = phases
+    ways = batch_ways(mesh.shape)
+    rows = -(-min(c.eval.prompts, len(prompts.ids)) // ways) * ways
+    slots = max(slots, -(-max(map(len, prompts.ids)) // 8) * 8)
+    batch = PromptBatches(prompts, rows, min(slots, n.policy.context_length - n.response), 0, template.pad_id).at(0)
+    texts = [prompts.texts[i] for i in batch["index"]]
+    gold = c.eval.gold_fn and rewards.load_callable(c.eval.gold_fn)
+    lm_step = jit_eval_step(causal_lm_loss(n.policy, n.dtype, n.loss_chunk, mesh), mesh)
+    lm_batches = []
+    if text is not None and c.eval.lm_batches:
+        lm_batches = validation_batches(
+            text.validation, text.context_length, 8 * ways, c.eval.lm_batches,
+            byte_lengths=np.ones(n.policy.vocab_size, np.int32),
+        )  # fmt: skip
+
+    def evaluate(state):
+        averaged = dataclasses.replace(state, policy=state.average)
+        tokens, lengths = (jax.device_put(batch[k], batch_sharding(mesh, 0)) for k in ("tokens", "lengths"))
+        tokens, mask, _ = sample(averaged.policy, tokens, lengths, jax.random.key(c.seed))
+        judged, score = judge(averaged, tokens, lengths, mask)
+        score = rule_score(tokens, lengths, mask, texts, score)
+        _, metrics = finish(judged, score, state.kl_coefficient)
+        ids, responses = rewards.split_rows(*(np.asarray(a) for a in (tokens, lengths, mask)))
+        record = {
+            "score": float(metrics["objective/score"]),
+            "kl": float(metrics["objective/kl"]),
+            "entropy": float(metrics["objective/entropy"]),
+            "length": float(metrics["response/length"]),
+            "eos_rate": float(metrics["response/eos_rate"]),
+        }
+        if gold:
+            of_gold = rewards.call(gold, "text", template, ids, texts, responses)
+            record["gold"] = float(of_gold.mean())
+        if len(lm_batches):
+            total, count, _ = loop.evaluation_sums(lm_step, averaged.policy, lm_batches, batch_sharding(mesh, 0))
+            record["lm_loss"] = total / count
+        score = np.asarray(score)
+        table = [
+            {"prompt": texts[i], "text": template.decode(responses[i]), "score": float(score[i])}
+            | ({"gold": float(of_gold[i])} if gold else {})
+            for i in range(min(c.eval.samples, len(texts)))
+        ]
+        return record, table
+
+    return evaluate
+
+
+def write_samples(workdir, step: int, table: list[dict]):
+    if jax.process_index() or not table:
+        return
+    lines = JsonLines(epath.Path(workdir) / "samples.jsonl", max(step - 1, 0) if step else -1)
+    for row in table:
+        lines.write({"step": step, **row})
+    lines.close()
+
+
+if __name__ == "__main__":
+    FLAGS = flags.FLAGS
+    configs.define_flags()
+    configs.run(main)

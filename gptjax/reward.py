@@ -1,0 +1,333 @@
+"""Reward model from ranked completions (InstructGPT stage 2).
+
+    python -m gptjax.reward --config=configs/instructgpt/reward.py --workdir=runs/reward --config.init_from=runs/sft \
+        --config.data.source=comparisons.jsonl
+
+Rows are {"prompt", "completions", "ranks"} with 2 to 9 completions (lower rank is better, equal is a tie), or
+{"prompt", "chosen", "rejected"}. All pairs of a prompt are one element of the batch and each completion is forwarded
+once. After training a bias makes demonstrations score 0 on average.
+"""
+
+import dataclasses
+import time
+
+import jax
+import numpy as np
+from absl import flags
+from etils import epath
+from ml_collections import config_dict as mlc
+
+from gptjax import config as configs
+from gptjax.data import lm
+from gptjax.data.chat import Template, chat_tokenizer
+from gptjax.data.comparisons import ComparisonBatches, ComparisonConfig, load_comparisons, validation_batches
+from gptjax.data.demonstrations import DemonstrationConfig, load_demonstrations
+from gptjax.errors import InputError
+from gptjax.model import heads
+from gptjax.model.spec import GPTConfig, ModelOptions
+from gptjax.objectives.preference import best_of_k_loss, ranking_loss, ranking_statistics
+from gptjax.parallel.mesh import MeshConfig, check_fits, make_mesh
+from gptjax.rlhf.agreement import agreement, calibration, length_explains, pairs
+from gptjax.rlhf.reward_model import RewardModel, normalised, score_at_end
+from gptjax.training import loop, report
+from gptjax.training.checkpoint import CheckpointConfig, Checkpointer
+from gptjax.training.metrics import LogConfig, MetricWriter
+from gptjax.training.optimizer import OptimizerConfig, make_optimizer
+from gptjax.training.precision import PrecisionConfig
+from gptjax.training.schedule import Schedule, ScheduleConfig
+from gptjax.training.state import new_state, state_shardings
+from gptjax.training.step import batch_sharding, jit_train_step, train_step
+from gptjax.workdir import load_model
+
+
+@dataclasses.dataclass(frozen=True)
+class RewardConfig:
+    """How long: the first given of steps and epochs (InstructGPT: one epoch; more overfits). batch_size: prompts of a
+    step. objective: 'pairs' (Ouyang et al. eq. 1) or 'best' (Ziegler et al. eq. 1: which of K is best).
+    normalise: after training, 'mean' = a bias so that demonstrations score 0 (InstructGPT C.2), 'mean_std' = a gain
+    too, so that their standard deviation is 1 (Ziegler et al. 2019), 'none'. demonstrations: rows with prompt and
+    response; None = those of the SFT run. template: None = the SFT run's, else 'chat'."""
+
+    init_from: str | None = None
+    model: ModelOptions = ModelOptions()
+    data: ComparisonConfig = ComparisonConfig()
+    optimizer: OptimizerConfig = OptimizerConfig(learning_rate=9e-6, weight_decay=0.0)
+    schedule: ScheduleConfig = ScheduleConfig()
+    precision: PrecisionConfig = PrecisionConfig()
+    mesh: MeshConfig = MeshConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    eval: loop.EvalConfig = loop.EvalConfig()
+    log: LogConfig = LogConfig()
+    objective: str = "pairs"
+    normalise: str = "mean"
+    demonstrations: str | None = None
+    template: str | None = None
+    selection: str = "last"
+    seed: int = 0
+    steps: int | None = None
+    epochs: float | None = None
+    batch_size: int = 64
+    microbatch_size: int | None = None
+    steps_per_dispatch: int = 1
+
+    def __post_init__(self):
+        for name, known in (
+            ("objective", ("pairs", "best")),
+            ("normalise", ("mean", "mean_std", "none")),
+            ("selection", ("last", "loss")),
+        ):
+            if getattr(self, name) not in known:
+                raise InputError(f"{name}={getattr(self, name)!r}: choose one of {', '.join(known)}.")
+        if self.batch_size < 1 or self.steps_per_dispatch < 1 or self.batch_size % self.microbatch_rows:
+            raise InputError(
+                f"batch_size={self.batch_size} must be a positive multiple of microbatch_size={self.microbatch_size}."
+            )
+
+    @property
+    def microbatch_rows(self) -> int:
+        return self.microbatch_size or self.batch_size
+
+
+def main(_):
+    reward(FLAGS.config, FLAGS.workdir)
+
+
+def reward(config: mlc.ConfigDict, workdir: str) -> bool:
+    """The whole stage. Returns whether the run is finished (False after a SIGTERM)."""
+    began = time.perf_counter()
+    workdir = epath.Path(workdir)
+
+    # --- config ---
+    c = configs.build(RewardConfig, config)
+    if c.init_from is None:
+        raise InputError("No model to start from: give --config.init_from=WORKDIR of an SFT run.")
+    if c.data.source is None:
+        raise InputError("No comparisons: give --config.data.source=PATH (JSONL, Parquet or hf:NAME).")
+    mesh = make_mesh(c.mesh)
+    origin = configs.read_config(c.init_from)
+    of_sft = origin["data"] if origin.get("stage") == "sft" else {}
+    kind = c.template or of_sft.get("template", "chat")
+    if of_sft and kind != of_sft["template"]:
+        raise InputError(f"template={kind!r}, but {c.init_from} was tuned with {of_sft['template']!r}: leave it out.")
+
+    # --- the trunk it starts from ---
+    base = load_model(c.init_from, mesh=mesh)
+    tokenizer = chat_tokenizer(base.tokenizer)
+    options = c.model if c.model.dropout is not None else dataclasses.replace(c.model, dropout=0.0)
+    model = options.apply(base.config, vocab_size=max(base.config.vocab_size, tokenizer.vocab_size))
+    check_fits(mesh.shape, n_head=model.n_head, batch_size=c.batch_size, microbatch_size=c.microbatch_rows)
+
+    # --- data ---
+    template = Template(tokenizer, kind)
+    length = c.data.max_length or model.context_length
+    comparisons = load_comparisons(c.data, template, model.context_length, c.seed)
+    examples = None if c.normalise == "none" else reference_texts(c, of_sft, template, model.context_length)
+    host = {"host_index": jax.process_index(), "host_count": jax.process_count()}
+    longest = max(len(x.prompt) + max(map(len, x.completions)) for x in comparisons.train + comparisons.validation)
+    length = min(length, -(-longest // 8) * 8)
+    batches = ComparisonBatches(
+        comparisons.train, c.batch_size, comparisons.k, length, c.seed, pad_id=template.pad_id, **host
+    )
+    if c.steps is None and c.epochs is None:
+        raise InputError("Say how long to train: --config.epochs=1 (more overfits) or --config.steps.")
+    schedule = Schedule(
+        c.schedule, batch_size=c.batch_size, context_length=length * comparisons.k,
+        learning_rate=c.optimizer.learning_rate, steps=c.steps if c.steps is not None else batches.steps(c.epochs),
+    )  # fmt: skip
+    known = (workdir / "config.json").exists()
+    configs.claim_workdir(workdir, "reward", dataclasses.replace(c, template=kind), model=model)
+    tokenizer.save(workdir / "tokenizer")
+
+    # --- abstract state, shardings, step ---
+    tx = make_optimizer(c.optimizer)
+    abstract, shardings = state_shardings(heads.abstract_scalar_model(model), tx, c.precision, mesh)
+    loss = reward_loss(model, c.precision.dtype, c.objective, mesh)
+    step = train_step(loss, tx, c.optimizer.clip_norm, c.precision, c.seed, dropout=model.dropout > 0)
+    held_out = validation_batches(
+        comparisons.validation, c.microbatch_rows, comparisons.k, length, pad_id=template.pad_id, **host
+    )
+    judge = judge_of(model, c.precision.dtype, mesh)
+    evaluate = evaluator(c, judge, held_out, mesh)
+
+    with jax.set_mesh(mesh):
+        # --- where the state comes from: the newest good checkpoint of this run, else init_from's trunk ---
+        checkpointer = Checkpointer(workdir, c.checkpoint)
+        restored = checkpointer.restore(abstract, shardings) if known else None
+        meta = {}
+        if restored:
+            state, meta = restored
+            checkpointer.drop_after(int(state.step))
+            if meta["data"] != comparisons.fingerprint:
+                raise InputError(
+                    f"{c.data.source} has changed since the run began: put it back or take another --workdir."
+                )
+            print(f"going on from step {int(state.step)} of {schedule.steps}")
+        else:
+
+            def make(params, key):
+                params = heads.scalar_model(heads.grow_vocabulary(params, model.vocab_size), model, key)
+                return new_state(params, tx, c.precision)
+
+            state = jax.jit(make, out_shardings=shardings)(base.params, jax.random.key(c.seed))
+        del base
+        start = int(state.step)
+        if start > schedule.steps:
+            raise InputError(f"{workdir} has done {start} steps, more than the {schedule.steps} asked for.")
+        writer = MetricWriter(workdir, c.log, start, configs.to_json(c))
+
+        # --- loop ---
+        describe_run(c, comparisons, length, schedule)
+        state, finished = loop.train(
+            state,
+            feed=loop.device_feed(
+                lambda a, b: lm.iterate(batches, a, b), c.microbatch_rows // jax.process_count(),
+                batch_sharding(mesh, 2), start, schedule.steps,
+            ),
+            dispatch=loop.Dispatch(jit_train_step(step, shardings)),
+            schedule=schedule,
+            checkpointer=checkpointer,
+            writer=writer,
+            evaluate=evaluate,
+            checkpoint_every=c.checkpoint.every,
+            eval_every=c.eval.every,
+            log=c.log,
+            workdir=workdir,
+            start_step=start,
+            steps_per_dispatch=c.steps_per_dispatch,
+            figures=figures,
+            unit="prompts",
+            stops_on_overflow=not c.precision.scaled,
+            seconds_before=meta.get("seconds", 0.0),
+            meta={"data": comparisons.fingerprint},
+        )  # fmt: skip
+        writer.close()
+        checkpointer.close()
+
+        # --- the zero of its scale, and how far it can be trusted ---
+        if finished:
+            result = agreement_with(judge, state.params, held_out, mesh)
+            fitted = {"gain": 1.0, "bias": 0.0}
+            if examples is not None:
+                fitted = fit_scale(c, model, state.params, examples, tokenizer, mesh)
+            if jax.process_index() == 0:
+                configs.write_json(workdir / "reward.json", {**fitted, **result})
+                say(result, fitted, c)
+    if jax.process_index() == 0:
+        print(f"{time.perf_counter() - began:.0f} s in all; report: {report.write(workdir)}")
+    return finished
+
+
+def reward_loss(model: GPTConfig, dtype, objective: str, mesh=None):
+    """Sum over prompts of their ranking loss. Microbatch: tokens [rows, K, time], lengths, ranks, valid [rows, K]."""
+    criterion = ranking_loss if objective == "pairs" else best_of_k_loss
+
+    def loss(params, batch, dropout_key):
+        rows, k, time = batch["tokens"].shape
+        flat = batch["tokens"].reshape(rows * k, time), batch["lengths"].reshape(rows * k)
+        scores = score_at_end(params, *flat, model, dtype, mesh, dropout_key).reshape(rows, k)
+        total, count = criterion(scores, batch["ranks"], batch["valid"])
+        return total, count, ranking_statistics(scores, batch["ranks"], batch["valid"])
+
+    return loss
+
+
+def figures(sums: dict) -> dict:
+    """A step's further sums as what metrics.jsonl has."""
+    n = max(sums["pairs"], 1)
+    return {"accuracy": sums["correct"] / n, "margin": sums["margin"] / n, "pairs": int(sums["pairs"])}
+
+
+def judge_of(model: GPTConfig, dtype, mesh):
+    """judge(params, batches) -> scores, ranks, valid, lengths of all completions, each [prompts, K]."""
+    score = jax.jit(lambda params, tokens, lengths: score_at_end(params, tokens, lengths, model, dtype, mesh))
+
+    def judge(params, batches):
+        sharding, parts = batch_sharding(mesh, 0), []
+        for i in range(len(batches)):
+            b = batches[i]
+            rows, k, time = b["tokens"].shape
+            flat = b["tokens"].reshape(rows * k, time), b["lengths"].reshape(rows * k)
+            scores = score(params, *(loop.global_array(a, sharding) for a in flat))
+            parts.append((np.asarray(scores).reshape(rows, k), b["ranks"], b["valid"], b["lengths"]))
+        return tuple(np.concatenate(p) for p in zip(*parts, strict=True))
+
+    return judge
+
+
+def evaluator(c: RewardConfig, judge, batches, mesh):
+    """params -> {'loss', 'accuracy', 'margin', 'pairs'} over the validation comparisons."""
+    most = c.eval.batches or len(batches)
+    some = [batches[i * len(batches) // most] for i in range(min(most, len(batches)))]
+    criterion = ranking_loss if c.objective == "pairs" else best_of_k_loss
+
+    def evaluate(params) -> dict:
+        scores, ranks, valid, _ = judge(params, some)
+        total, count = criterion(scores, ranks, valid)
+        found = figures({k: float(v) for k, v in ranking_statistics(scores, ranks, valid).items()})
+        return {"loss": float(total) / max(float(count), 1), **found}
+
+    return evaluate
+
+
+def agreement_with(judge, params, batches, mesh) -> dict:
+    p = pairs(*judge(params, batches))
+    return {**agreement(p), "calibration": calibration(p)}
+
+
+def reference_texts(c: RewardConfig, of_sft: dict, template: Template, context_length: int):
+    """(prompts, responses) as ids: what is to score 0 on average, at most 1,000 of them, spread over the source."""
+    if not of_sft and c.demonstrations is None:
+        raise InputError(
+            f"{c.init_from} is no SFT run, so there are no demonstrations to set the zero of the reward by: give "
+            "--config.demonstrations=PATH, or --config.normalise=none."
+        )
+    data = {**of_sft, "max_length": None, "drop_long": True}
+    if c.demonstrations is not None:
+        data = {"source": c.demonstrations, "template": template.kind, "drop_long": True}
+    source = configs.build(DemonstrationConfig, data, "demonstrations")
+    chosen = load_demonstrations(source, template, context_length, c.seed).train
+    chosen = [chosen[i * len(chosen) // min(len(chosen), 1000)] for i in range(min(len(chosen), 1000))]
+    return [d.ids[: d.prompt] for d in chosen], [d.ids[d.prompt :] for d in chosen]
+
+
+def fit_scale(c: RewardConfig, model, params, examples, tokenizer, mesh) -> dict:
+    """gain and bias under which the examples have mean 0 (and standard deviation 1)."""
+    raw = RewardModel(dataclasses.replace(model, dropout=0.0), params, tokenizer, c.template, c.precision.dtype, mesh)
+    scores = raw.score(*examples)
+    gain = 1.0 / max(float(scores.std()), 1e-8) if c.normalise == "mean_std" else 1.0
+    bias = -gain * float(scores.mean())
+    after = dataclasses.replace(raw, params={**params, "head": normalised(params["head"], gain, bias)}).score(*examples)
+    return {
+        "gain": gain, "bias": bias, "demonstrations": len(scores),
+        "mean_before": float(scores.mean()), "std_before": float(scores.std()), "mean_after": float(after.mean()),
+    }  # fmt: skip
+
+
+def say(result: dict, fitted: dict, c: RewardConfig):
+    print(
+        f"validation: accuracy {result['accuracy']:.4f} on {result['pairs']:,} pairs; longer wins "
+        f"{result['longer_wins']:.4f}; zeroed on {fitted.get('demonstrations', 0):,} demonstrations "
+        f"(mean was {fitted.get('mean_before', 0.0):.3f})"
+    )
+    if length_explains(result):
+        print(
+            f"warning: length alone agrees with {max(result['longer_wins'], 1 - result['longer_wins']):.3f} "
+            "of the pairs: this reward model may have learned length. See accuracy_same_length in reward.json."
+        )
+
+
+def describe_run(c: RewardConfig, comparisons, length: int, schedule: Schedule):
+    if jax.process_index():
+        return
+    n_pairs = sum(len(x.ranks) * (len(x.ranks) - 1) // 2 for x in comparisons.train)
+    left_out = f", {comparisons.dropped:,} rows left out" if comparisons.dropped else ""
+    print(
+        f"{len(comparisons.train):,} prompts with up to {comparisons.k} completions, {n_pairs:,} pairs or less{left_out}; "
+        f"{len(comparisons.validation):,} held out; {schedule.steps} steps of {c.batch_size} prompts of {length} tokens"
+    )
+
+
+if __name__ == "__main__":
+    FLAGS = flags.FLAGS
+    configs.define_flags()
+    configs.run(main)

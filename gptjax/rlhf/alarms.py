@@ -1,0 +1,58 @@
+"""What must hold while PPO runs, and what it means when it does not.
+
+Necessary, not sufficient: a policy trained on shifted logits passes both. The tests have what these cannot see.
+"""
+
+import math
+import sys
+
+import jax.numpy as jnp
+
+from gptjax.training.loop import TrainingDiverged
+
+# |ratio - 1| of the first minibatch and |KL| of the first iteration that rounding may leave. Rows are batched in
+# another way in the update than in scoring, which changes the order of sums.
+_RATIO = {"float32": 1e-3, "bfloat16": 5e-2}
+_KL = {"float32": 1e-4, "bfloat16": 1e-4}  # policy and reference are the same program on the same bits
+_SAMPLER = {"float32": 1e-2, "bfloat16": 0.5}
+
+
+def alarms(line: dict, iteration: int, dtype) -> list[str]:
+    """Sentences, each with likely causes; empty when all is well. line: the iteration's metrics."""
+    name = jnp.dtype(dtype).name
+    found = []
+    ratio = line["policy/first_ratio_deviation"]
+    if not ratio <= _RATIO[name]:
+        found.append(
+            f"the first minibatch's ratio is off 1 by {ratio:.3g}: old and new log-probabilities come from different "
+            "computations (dropout, temperature, dtype, other weights)"
+        )
+    if iteration == 0 and not abs(line["objective/kl"]) <= _KL[name]:
+        found.append(
+            f"KL(policy, reference) is {line['objective/kl']:.3g} before the first update: the reference is not the "
+            "policy training began with, or is computed differently"
+        )
+    if line["objective/kl"] < -3 * line["objective/kl_se"] - _KL[name]:
+        found.append(
+            f"KL is {line['objective/kl']:.3g}, more than three standard errors below 0: samples are not drawn from "
+            "the distribution whose log-probabilities are used"
+        )
+    if not line["policy/rollout_logp_diff"] <= _SAMPLER[name]:
+        found.append(
+            f"the sampler's log-probabilities differ from the scorer's by up to {line['policy/rollout_logp_diff']:.3g}"
+        )
+    return found
+
+
+def check_iteration(line: dict, iteration: int, dtype, checkpointer):
+    """Prints the alarms. Raises TrainingDiverged where the gradient or the reward stopped being finite."""
+    for text in alarms(line, iteration, dtype):
+        print(f"warning: iteration {iteration + 1}: {text}", file=sys.stderr)
+    if line["finite"] < 1 or not math.isfinite(line["objective/rlhf_reward"]):
+        checkpointer.wait()
+        good = checkpointer.steps()
+        raise TrainingDiverged(
+            f"Loss or gradient was not finite in iteration {iteration + 1}; training stopped and "
+            f"{f'the last good checkpoint is iteration {good[-1]}' if good else 'no checkpoint had been written yet'}. "
+            "Lower optimizer.learning_rate, raise kl.coefficient, or look at the scores in metrics.jsonl."
+        )

@@ -1,0 +1,58 @@
+"""Four models and their optimisers on one mesh: what they take, and keeping the frozen ones in host memory."""
+
+import math
+
+import jax
+
+from gptjax.rlhf.networks import Networks
+from gptjax.rlhf.state import PPOState
+
+
+def bytes_per_device(tree) -> int:
+    """Bytes of a tree of arrays on one device, by their shardings."""
+    return sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(tree))
+
+
+def memory_plan(state: PPOState, reference, reward, n: Networks, batch: int, prompt_slots: int, offload: bool) -> str:
+    """A table of what PPO keeps on each device between and during iterations; activations come on top."""
+    ways = max(1, _batch_ways(n.mesh))
+    rows = batch / ways
+    p = n.policy
+    cache = 2 * p.n_layer * rows * (prompt_slots + n.response) * p.d_model * jax.numpy.dtype(n.dtype).itemsize
+    logits = rows * min(n.loss_chunk, n.response) * n.vocab * 4
+    where = "host" if offload else "device"
+    parts = [
+        ("policy", bytes_per_device(state.policy), "device"),
+        ("policy's optimiser", bytes_per_device(state.policy_opt), "device"),
+        ("policy's average", bytes_per_device(state.average), "device"),
+        ("value network", bytes_per_device(state.value), "device"),
+        ("value's optimiser", bytes_per_device(state.value_opt), "device"),
+        ("gradients", bytes_per_device(state.policy) + bytes_per_device(state.value), "device"),
+        ("reference", bytes_per_device(reference), where),
+        ("reward model", bytes_per_device(reward) if reward is not None else 0, where),
+        ("KV cache", int(cache), "device"),
+        ("logits of a chunk", int(logits), "device"),
+    ]
+    total = sum(size for _, size, place in parts if place == "device")
+    lines = [f"  {name:<20}{size / 2**20:>10,.1f} MiB  {place}" for name, size, place in parts if size]
+    return "\n".join(
+        ["memory per device:", *lines, f"  {'in all':<20}{total / 2**20:>10,.1f} MiB  device, without activations"]
+    )
+
+
+def _batch_ways(mesh) -> int:
+    return 1 if mesh is None else mesh.shape["data"] * mesh.shape["fsdp"]
+
+
+def offloaded(params):
+    """The parameters in the host's memory, laid out as they were."""
+    if params is None:
+        return None
+    return jax.tree.map(lambda x: jax.device_put(x, x.sharding.with_memory_kind("pinned_host")), params)
+
+
+def on_device(params, offload: bool):
+    """What `offloaded` put away, back in the device's memory for as long as the result is held."""
+    if not offload:
+        return params
+    return jax.tree.map(lambda x: jax.device_put(x, x.sharding.with_memory_kind("device")), params)

@@ -1,0 +1,105 @@
+"""The forward passes of PPO's four models over prompt + response: one code path for sampling's check, the old and the
+new log-probabilities and the reference's, so that the ratio of the first minibatch is 1 and the first KL 0.
+
+Prompts are padded on the left to Q slots, responses on the right to R; `real` [B, Q + R] is 1 on real tokens. Pads are
+a segment of their own, which nothing else sees, and positions count from each row's first real token. The state before
+response token t is position Q + t - 1.
+"""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from gptjax.model import gpt, heads
+from gptjax.model.spec import GPTConfig
+from gptjax.objectives.language import token_log_probs, token_log_probs_and_entropy
+from gptjax.objectives.ppo import last_action
+
+
+@dataclasses.dataclass(frozen=True)
+class Networks:
+    """What is static about the models and their texts.
+
+    policy: also the reference's shape. value: None = a head on the policy's own trunk. reward: None = no reward model.
+    response: R, slots of a response. temperature: divides the logits in every log-probability, and in sampling.
+    vocab: ids that are sampled and normalised over are those below it. loss_chunk: time steps whose logits are held
+    at once. dtype: of activations and matmuls.
+    """
+
+    policy: GPTConfig
+    value: GPTConfig | None
+    reward: GPTConfig | None
+    response: int
+    eos_id: int | None
+    pad_id: int
+    vocab: int
+    temperature: float = 1.0
+    loss_chunk: int = 128
+    dtype: Any = jnp.float32
+    mesh: Any = None
+
+
+def real_tokens(lengths, mask, prompt_slots: int):
+    """[B, Q + R]: 1 on the prompt's tokens (left-padded, `lengths` [B] of them) and on the response's (mask [B, R])."""
+    prompt = jnp.arange(prompt_slots)[None] >= (prompt_slots - lengths)[:, None]
+    return jnp.concatenate([prompt.astype(mask.dtype), mask], axis=1)
+
+
+def _hidden(params, config, tokens, real, n: Networks):
+    real = real.astype(jnp.int32)
+    positions = jnp.maximum(jnp.cumsum(real, axis=1) - 1, 0)
+    tokens = jnp.where(real > 0, tokens, 0)  # a pad's id may lie outside this model's vocabulary
+    return gpt.hidden(params, config, tokens, positions=positions, segment_ids=real, dtype=n.dtype, mesh=n.mesh)
+
+
+def _states(x, mask, n: Networks):
+    """Hidden states before each response token [B, R, D]; 0 where there is no action."""
+    before = x[:, -n.response - 1 : -1]
+    return jnp.where(mask[..., None] > 0, before, 0)
+
+
+def policy_states(policy, tokens, real, mask, n: Networks):
+    return _states(_hidden(policy, n.policy, tokens, real, n), mask, n)
+
+
+def log_probs(policy, states, tokens, n: Networks):
+    """log pi(y_t | prompt, y_<t): float32 [B, R], differentiable."""
+    return token_log_probs(states, *_head_and_targets(policy, tokens, n), n.temperature, n.loss_chunk)
+
+
+def log_probs_and_entropy(policy, states, tokens, n: Networks):
+    return token_log_probs_and_entropy(states, *_head_and_targets(policy, tokens, n), n.temperature, n.loss_chunk)
+
+
+def _head_and_targets(policy, tokens, n: Networks):
+    targets = jnp.minimum(tokens[:, -n.response :], n.vocab - 1)  # a pad's id may lie outside
+    return gpt.unembedding(policy, n.policy)[: n.vocab], targets
+
+
+def values(value, states, tokens, real, mask, n: Networks):
+    """V of the state before each response token: float32 [B, R].
+
+    value: {'trunk', 'head'}, or {'head'} alone on the policy's `states`.
+    """
+    if n.value is not None:
+        states = _states(_hidden(value["trunk"], n.value, tokens, real, n), mask, n)
+    return heads.scalar(value["head"], states)
+
+
+def scores(reward, tokens, real, mask, n: Networks):
+    """The reward model's score at the last action, the end-of-sequence token where there is one: float32 [B]."""
+    x = _hidden(reward["trunk"], n.reward, tokens, real, n)[:, -n.response :]
+    last = jnp.argmax(last_action(mask), axis=1)
+    return heads.scalar(reward["head"], jnp.take_along_axis(x, last[:, None, None], axis=1)[:, 0])
+
+
+def frozen(params, dtype):
+    """Parameters as a model that is never trained holds them: matrices in the compute dtype, the rest as it is.
+
+    A matmul casts its matrix to the compute dtype anyway, so the forward pass is the same bit for bit, and at 16
+    bits the model takes half the memory. Embeddings are looked up in float32 before they are cast: they stay.
+    """
+    cast = lambda path, p: p.astype(dtype) if path[-1].key == "kernel" and p.ndim > 1 else p
+    return jax.tree_util.tree_map_with_path(cast, params)

@@ -1,0 +1,111 @@
+"""A trained reward model as a thing to score texts with: what best-of-n, PPO and SFT's selection open.
+
+The workdir's reward.json holds the gain and bias that reward.py fitted after training (InstructGPT: demonstrations
+score 0 on average): the comparisons alone leave the zero of the scale undetermined. They are folded into the head.
+"""
+
+import dataclasses
+import functools
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from etils import epath
+from tqdm import tqdm
+
+from gptjax import config as configs
+from gptjax.data.tokenizer import Tokenizer
+from gptjax.errors import InputError
+from gptjax.generation.decode import bucket
+from gptjax.model import gpt, heads
+from gptjax.model.attention import resolve
+from gptjax.model.spec import GPTConfig
+from gptjax.parallel.mesh import batch_ways
+from gptjax.parallel.rules import parameter_shardings
+from gptjax.training.precision import DTYPES
+from gptjax.workdir import load_params
+
+
+@dataclasses.dataclass(frozen=True)
+class RewardModel:
+    """params: {'trunk', 'head'}, normalised. template: the kind its texts were made with."""
+
+    config: GPTConfig
+    params: dict
+    tokenizer: Tokenizer
+    template: str
+    dtype: type
+    mesh: jax.sharding.Mesh
+
+    def score(self, prompts, responses, rows: int = 64) -> np.ndarray:
+        """float32 [n]: the score of each response (ids, end-of-text the last) to its prompt (ids).
+
+        Rows of about one length are scored together, so that few shapes are compiled and little is padding. Raises
+        InputError for a text longer than the context.
+        """
+        texts = [np.concatenate([np.asarray(p, np.int32), np.asarray(r, np.int32)])
+                 for p, r in zip(prompts, responses, strict=True)]  # fmt: skip
+        longest = max(map(len, texts), default=0)
+        if longest > self.config.context_length:
+            raise InputError(f"A text of {longest} tokens is longer than the reward model's context of "
+                             f"{self.config.context_length}.")  # fmt: skip
+        order = sorted(range(len(texts)), key=lambda i: len(texts[i]))
+        rows = -(-rows // batch_ways(self.mesh.shape)) * batch_ways(self.mesh.shape)
+        out = np.zeros(len(texts), np.float32)
+        with jax.set_mesh(self.mesh):
+            for first in tqdm(range(0, len(order), rows), desc="scoring", unit="batch", leave=False,
+                              disable=len(order) < 20 * rows):  # fmt: skip
+                chosen = order[first : first + rows]
+                length = bucket(len(texts[chosen[-1]]), self.config.context_length)
+                tokens, lengths = np.zeros((rows, length), np.int32), np.ones(rows, np.int32)
+                for row, i in enumerate(chosen):
+                    tokens[row, : len(texts[i])], lengths[row] = texts[i], len(texts[i])
+                scores = score_rows(self.params, tokens, lengths, self.config, self.dtype, self.mesh)
+                out[chosen] = np.asarray(scores)[: len(chosen)]
+        return out
+
+
+def score_at_end(params, tokens, lengths, config: GPTConfig, dtype, mesh=None, dropout_key=None):
+    """The scalar at each row's last real token: float32 [rows]. tokens: int [rows, time], padded on the right; what
+    stands after the last token changes nothing, for attention is causal."""
+    x = gpt.hidden(params["trunk"], config, tokens, dtype=dtype, mesh=mesh, dropout_key=dropout_key)
+    last = jnp.take_along_axis(x, (lengths - 1)[:, None, None], axis=1)[:, 0]
+    return heads.scalar(params["head"], last)
+
+
+score_rows = functools.partial(jax.jit, static_argnames=("config", "dtype", "mesh"))(score_at_end)
+
+
+def load_reward_model(workdir, *, mesh, tokenizer: Tokenizer | None = None) -> RewardModel:
+    """Opens the workdir of gptjax.reward.
+
+    tokenizer: of the model whose texts are to be scored. Raises InputError if it is another one, if the workdir is no
+    reward model's, or if its training has not finished.
+    """
+    workdir = epath.Path(workdir)
+    run = configs.read_config(workdir)
+    if run.get("stage") != "reward":
+        raise InputError(f"{workdir} is a {run.get('stage')} run, not a reward model: train one with gptjax.reward.")
+    own = Tokenizer.load(workdir / "tokenizer")
+    if tokenizer is not None and own.fingerprint != tokenizer.fingerprint:
+        raise InputError(
+            f"The reward model in {workdir} has another tokenizer than the policy: train it from the same SFT run."
+        )
+    path = workdir / "reward.json"
+    if not path.exists():
+        raise InputError(f"{workdir} has no reward.json: let its training finish, it is normalised at the end.")
+    fitted = json.loads(path.read_text())
+    config = configs.build(GPTConfig, run["model"], "model")
+    config = dataclasses.replace(
+        config, attention=resolve(config.attention, mesh.devices.flat[0].platform), remat="none", dropout=0.0
+    )
+    boxed = heads.abstract_scalar_model(config)
+    params, _ = load_params(workdir, run, boxed, parameter_shardings(boxed, mesh))
+    params = {**params, "head": normalised(params["head"], fitted["gain"], fitted["bias"])}
+    return RewardModel(config, params, own, run["template"], DTYPES[run["precision"]["compute"]], mesh)
+
+
+def normalised(head, gain: float, bias: float):
+    """The head whose scores are gain x (what it gave) + bias."""
+    return {"kernel": head["kernel"] * gain, "bias": head["bias"] * gain + bias}

@@ -1,0 +1,65 @@
+"""Rewards from Python: any callable on texts or tokens, alone or added to the reward model's score.
+
+    def reward(prompts: list[str], responses: list[str]) -> Sequence[float]      on='text'
+    def reward(prompts: list[list[int]], responses: list[list[int]]) -> ...      on='tokens'
+
+One float for each response. A response's tokens end with end-of-text where the policy said it; its text does not.
+"""
+
+import importlib
+from collections.abc import Callable, Sequence
+
+import numpy as np
+
+from gptjax.data.chat import Template
+from gptjax.errors import InputError
+
+
+def load_callable(name: str) -> Callable:
+    """The function that 'package.module:function' names. Raises InputError if there is none."""
+    module, _, function = name.partition(":")
+    if not module or not function:
+        raise InputError(f"reward_fn={name!r}: write package.module:function.")
+    try:
+        found = getattr(importlib.import_module(module), function)
+    except (ImportError, AttributeError) as error:
+        raise InputError(f"reward_fn={name!r} cannot be imported: {error}.") from error
+    if not callable(found):
+        raise InputError(f"reward_fn={name!r} is a {type(found).__name__}, not a function.")
+    return found
+
+
+def call(function: Callable, on: str, template: Template, prompts: Sequence, prompt_texts: Sequence[str],
+         responses: Sequence) -> np.ndarray:  # fmt: skip
+    """float32 [n] of the callable, checked. Raises InputError for another shape or values that are not finite."""
+    if on == "text":
+        values = function(list(prompt_texts), [template.decode(ids) for ids in responses])
+    else:
+        values = function([list(map(int, ids)) for ids in prompts], [list(map(int, ids)) for ids in responses])
+    try:
+        values = np.asarray(values, np.float32)
+    except (TypeError, ValueError) as error:
+        raise InputError(
+            f"The reward function gave no numbers ({error}): it must return one float a response."
+        ) from error
+    if values.shape != (len(responses),):
+        raise InputError(
+            f"The reward function returned the shape {values.shape} for {len(responses)} responses: it must return "
+            f"({len(responses)},), one float for each."
+        )
+    if not np.isfinite(values).all():
+        row = int(np.flatnonzero(~np.isfinite(values))[0])
+        raise InputError(
+            f"The reward function gave {values[row]} for response {row} ({template.decode(responses[row])[:60]!r}): "
+            "rewards must be finite."
+        )
+    return values
+
+
+def split_rows(tokens: np.ndarray, lengths: np.ndarray, mask: np.ndarray) -> tuple[list, list]:
+    """(prompts, responses) as id lists, of arrays [B, Q + R], [B] and [B, R]."""
+    slots = tokens.shape[1] - mask.shape[1]
+    counts = mask.sum(1).astype(int)
+    prompts = [row[slots - n : slots].tolist() for row, n in zip(tokens, lengths, strict=True)]
+    responses = [row[slots : slots + n].tolist() for row, n in zip(tokens, counts, strict=True)]
+    return prompts, responses

@@ -1,0 +1,89 @@
+"""PPOState: one pytree with everything an iteration changes, so that a run killed anywhere goes on bit for bit."""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax.linen import meta
+from jax.sharding import NamedSharding, PartitionSpec
+
+from gptjax.parallel.rules import parameter_shardings
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class PPOState:
+    """step: iterations done. average: the policy's moving average, which evaluation and later stages use.
+    key: uint32 [2], the data of a PRNG key. prompt_position, ptx_position: prompts and pre-training examples used.
+    The frozen reference and reward model are no part of it: they are arguments."""
+
+    step: jax.Array
+    policy: Any
+    policy_opt: Any
+    value: Any
+    value_opt: Any
+    average: Any
+    kl_coefficient: jax.Array
+    key: jax.Array
+    prompt_position: jax.Array
+    ptx_position: jax.Array
+
+    # What a checkpoint calls 'params' and 'training' (training/checkpoint.py).
+    def split(self) -> tuple[Any, dict]:
+        rest = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        del rest["step"]
+        return rest.pop("average"), rest
+
+    @classmethod
+    def join(cls, step, params, training: dict) -> "PPOState":
+        return cls(step=step, average=params, **training)
+
+
+def phase_keys(state: PPOState) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Typed keys of this iteration: the next state's, sampling's, the minibatches'."""
+    next_key, sampling, minibatches = jax.random.split(jax.random.wrap_key_data(state.key), 3)
+    return next_key, sampling, minibatches
+
+
+def new_state(policy, value, policy_tx, value_tx, kl_coefficient: float, seed: int) -> PPOState:
+    """Of copies: the update donates its state, and the reference model must outlive it."""
+    policy, value = jax.tree.map(jnp.copy, (policy, value))
+    return PPOState(
+        step=jnp.int32(0),
+        policy=policy,
+        policy_opt=policy_tx.init(policy),
+        value=value,
+        value_opt=value_tx.init(value),
+        average=jax.tree.map(jnp.copy, policy),
+        kl_coefficient=jnp.float32(kl_coefficient),
+        key=jax.random.key_data(jax.random.key(seed)),
+        prompt_position=jnp.int32(0),
+        ptx_position=jnp.int32(0),
+    )
+
+
+def state_shardings(boxed_policy, boxed_value, policy_tx, value_tx, mesh) -> tuple[PPOState, PPOState]:
+    """(abstract state, its shardings): optimiser moments lie like their parameters, scalars everywhere."""
+    shapes = lambda boxed: jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), meta.unbox(boxed))
+    policy, value = shapes(boxed_policy), shapes(boxed_value)
+    abstract = jax.eval_shape(lambda p, v: new_state(p, v, policy_tx, value_tx, 0.0, 0), policy, value)
+    whole = NamedSharding(mesh, PartitionSpec())
+    policy_places, value_places = parameter_shardings(boxed_policy, mesh), parameter_shardings(boxed_value, mesh)
+
+    def moments(tx, opt, places):
+        return optax.tree.map_params(tx, lambda _, s: s, opt, places, transform_non_params=lambda _: whole)
+
+    return abstract, PPOState(
+        step=whole,
+        policy=policy_places,
+        policy_opt=moments(policy_tx, abstract.policy_opt, policy_places),
+        value=value_places,
+        value_opt=moments(value_tx, abstract.value_opt, value_places),
+        average=policy_places,
+        kl_coefficient=whole,
+        key=whole,
+        prompt_position=whole,
+        ptx_position=whole,
+    )

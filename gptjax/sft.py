@@ -1,0 +1,325 @@
+"""Supervised fine-tuning on demonstrations (InstructGPT stage 1).
+
+    python -m gptjax.sft --config=configs/instructgpt/sft.py --workdir=runs/sft --config.init_from=runs/pretrain \
+        --config.data.source=demonstrations.jsonl
+
+Rows are {"prompt", "response"} or {"messages": [{"role", "content"}, ...]}. The same command takes a stopped run up
+again where it was, bit for bit.
+"""
+
+import dataclasses
+import time
+
+import jax
+from absl import flags
+from etils import epath
+from ml_collections import config_dict as mlc
+
+from gptjax import config as configs
+from gptjax.data import lm
+from gptjax.data.chat import Template, chat_tokenizer
+from gptjax.data.corpus import text_windows
+from gptjax.data.demonstrations import (
+    DemonstrationBatches,
+    DemonstrationConfig,
+    PackedRows,
+    load_demonstrations,
+    validation_batches,
+)
+from gptjax.errors import InputError
+from gptjax.model import gpt, heads
+from gptjax.model.flops import flops_per_token
+from gptjax.model.spec import GPTConfig, ModelOptions, parameter_count
+from gptjax.objectives.finetune import auxiliary_weights
+from gptjax.objectives.language import bits_per_byte
+from gptjax.parallel.mesh import MeshConfig, check_fits, make_mesh
+from gptjax.rlhf.best_of_n import respond
+from gptjax.rlhf.reward_model import load_reward_model
+from gptjax.training import loop, report
+from gptjax.training.checkpoint import CheckpointConfig, Checkpointer
+from gptjax.training.metrics import JsonLines, LogConfig, MetricWriter
+from gptjax.training.optimizer import OptimizerConfig, make_optimizer
+from gptjax.training.precision import PrecisionConfig
+from gptjax.training.schedule import Schedule, ScheduleConfig
+from gptjax.training.state import new_state, state_shardings
+from gptjax.training.step import batch_sharding, causal_lm_loss, jit_eval_step, jit_train_step, train_step
+from gptjax.workdir import load_model
+
+
+@dataclasses.dataclass(frozen=True)
+class MixConfig:
+    """Pre-training text mixed into the demonstrations (InstructGPT C.3: 10 % for the model RL starts from).
+
+    fraction: share of the rows of a batch, 0 = none. source: None = what the run's weights were pre-trained on."""
+
+    fraction: float = 0.0
+    source: str | None = None
+
+    def __post_init__(self):
+        if not 0 <= self.fraction < 1:
+            raise InputError(f"mix.fraction={self.fraction} must be a share from 0 to under 1.")
+
+
+@dataclasses.dataclass(frozen=True)
+class SamplesConfig:
+    """responses to validation prompts, written to samples.jsonl before the first step and after the last; they are
+    also what selection='reward' scores."""
+
+    count: int = 8
+    max_new_tokens: int = 64
+    temperature: float = 0.7
+
+
+@dataclasses.dataclass(frozen=True)
+class SFTConfig:
+    """How long: the first given of steps and epochs. batch_size: rows of a step, each of which holds several
+    demonstrations when they are packed. lm_weight: lambda of GPT-1's auxiliary language-model term, 0 = none.
+    selection: the checkpoint that later stages use: 'last', 'loss' (lowest on validation) or 'reward' (highest score
+    of the reward model in the workdir `reward`, as InstructGPT C.1). init_from: the workdir to start from."""
+
+    init_from: str | None = None
+    model: ModelOptions = ModelOptions()
+    data: DemonstrationConfig = DemonstrationConfig()
+    mix: MixConfig = MixConfig()
+    optimizer: OptimizerConfig = OptimizerConfig(learning_rate=1e-5, weight_decay=0.0)
+    schedule: ScheduleConfig = ScheduleConfig()
+    precision: PrecisionConfig = PrecisionConfig()
+    mesh: MeshConfig = MeshConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    eval: loop.EvalConfig = loop.EvalConfig()
+    log: LogConfig = LogConfig()
+    samples: SamplesConfig = SamplesConfig()
+    selection: str = "last"
+    reward: str | None = None
+    lm_weight: float = 0.0
+    seed: int = 0
+    steps: int | None = None
+    epochs: float | None = None
+    batch_size: int = 32
+    microbatch_size: int | None = None
+    steps_per_dispatch: int = 1
+    loss_chunk: int = 128
+
+    def __post_init__(self):
+        if self.selection not in ("last", "loss", "reward"):
+            raise InputError(f"selection={self.selection!r}: choose last, loss or reward.")
+        if (self.selection == "reward") != (self.reward is not None):
+            raise InputError(
+                "selection='reward' needs the workdir of a reward model, --config.reward=..., and no other."
+            )
+        if self.lm_weight < 0 or self.batch_size < 1 or self.steps_per_dispatch < 1 or self.loss_chunk < 1:
+            raise InputError("batch_size, steps_per_dispatch and loss_chunk are at least 1, lm_weight at least 0.")
+        if self.batch_size % self.microbatch_rows:
+            raise InputError(
+                f"batch_size={self.batch_size} is not a multiple of microbatch_size={self.microbatch_size}: change one."
+            )
+
+    @property
+    def microbatch_rows(self) -> int:
+        return self.microbatch_size or self.batch_size
+
+
+def main(_):
+    sft(FLAGS.config, FLAGS.workdir)
+
+
+def sft(config: mlc.ConfigDict, workdir: str) -> bool:
+    """The whole stage. Returns whether the run is finished (False after a SIGTERM)."""
+    began = time.perf_counter()
+    workdir = epath.Path(workdir)
+
+    # --- config ---
+    c = configs.build(SFTConfig, config)
+    if c.init_from is None:
+        raise InputError("No model to start from: give --config.init_from=WORKDIR of a pre-training run.")
+    if c.data.source is None:
+        raise InputError("No demonstrations: give --config.data.source=PATH (JSONL, Parquet or hf:NAME).")
+    mesh = make_mesh(c.mesh)
+
+    # --- the model it starts from; new tokens for the chat template ---
+    base = load_model(c.init_from, mesh=mesh)
+    tokenizer = chat_tokenizer(base.tokenizer)
+    model = c.model.apply(base.config, vocab_size=max(base.config.vocab_size, tokenizer.vocab_size))
+    check_fits(mesh.shape, n_head=model.n_head, batch_size=c.batch_size, microbatch_size=c.microbatch_rows)
+    judge = c.reward and load_reward_model(c.reward, mesh=mesh, tokenizer=tokenizer)
+
+    # --- data ---
+    template = Template(tokenizer, c.data.template)
+    length = c.data.max_length or model.context_length
+    demonstrations = load_demonstrations(c.data, template, model.context_length, c.seed)
+    packed = PackedRows(demonstrations.train, length, c.data.packing, template.pad_id)
+    known = (workdir / "config.json").exists()
+    mix = None
+    configs.claim_workdir(workdir, "sft", c, model=model)
+    tokenizer.save(workdir / "tokenizer")
+    if c.mix.fraction:
+        mix, _ = text_windows(c.mix.source, c.init_from, workdir / "tokenizer", workdir / "data", length, c.seed)
+    host = {"host_index": jax.process_index(), "host_count": jax.process_count()}
+    kind = {"byte_lengths": tokenizer.byte_lengths, "loss_on": c.data.loss_on, **host}
+    batches = DemonstrationBatches(packed, c.batch_size, c.seed, mix=mix, mix_fraction=c.mix.fraction, **kind)
+    schedule = Schedule(
+        c.schedule, batch_size=c.batch_size, context_length=length, learning_rate=c.optimizer.learning_rate,
+        steps=_steps(c, batches),
+    )  # fmt: skip
+
+    # --- abstract state, shardings, step ---
+    tx = make_optimizer(c.optimizer)
+    abstract, shardings = state_shardings(gpt.abstract_params(model), tx, c.precision, mesh)
+    loss = sft_loss(model, c.precision.dtype, c.loss_chunk, mesh)
+    step = train_step(
+        loss, tx, c.optimizer.clip_norm, c.precision, c.seed, dropout=model.dropout > 0, weigh=weigher(c.lm_weight)
+    )
+    evaluate = evaluator(c, model, packed_validation(c, demonstrations, length, template, kind), judge, demonstrations,
+                         template, mesh)  # fmt: skip
+
+    with jax.set_mesh(mesh):
+        # --- where the state comes from: the newest good checkpoint of this run, else init_from's weights ---
+        checkpointer = Checkpointer(workdir, c.checkpoint)
+        restored = checkpointer.restore(abstract, shardings) if known else None
+        meta = {}
+        if restored:
+            state, meta = restored
+            checkpointer.drop_after(int(state.step))
+            if meta["data"] != demonstrations.fingerprint:
+                raise InputError(
+                    f"{c.data.source} has changed since the run began: put it back or take another --workdir."
+                )
+            print(f"going on from step {int(state.step)} of {schedule.steps}")
+        else:
+            make = lambda params: new_state(heads.grow_vocabulary(params, model.vocab_size), tx, c.precision)
+            state = jax.jit(make, out_shardings=shardings)(base.params)
+        del base
+        start = int(state.step)
+        if start > schedule.steps:
+            raise InputError(f"{workdir} has done {start} steps, more than the {schedule.steps} asked for.")
+        writer = MetricWriter(workdir, c.log, start, configs.to_json(c))
+
+        # --- loop ---
+        describe_run(c, model, demonstrations, packed, schedule)
+        if start == 0:
+            write_samples(workdir, 0, state.params, model, demonstrations, template, c, mesh)
+        state, finished = loop.train(
+            state,
+            feed=loop.device_feed(
+                lambda a, b: lm.iterate(batches, a, b), c.microbatch_rows // jax.process_count(),
+                batch_sharding(mesh, 2), start, schedule.steps,
+            ),
+            dispatch=loop.Dispatch(jit_train_step(step, shardings)),
+            schedule=schedule,
+            checkpointer=checkpointer,
+            writer=writer,
+            evaluate=evaluate,
+            checkpoint_every=c.checkpoint.every,
+            eval_every=c.eval.every,
+            log=c.log,
+            workdir=workdir,
+            start_step=start,
+            steps_per_dispatch=c.steps_per_dispatch,
+            train_flops_per_token=None if mix is None and c.data.loss_on == "response" else flops_per_token(model).palm,
+            stops_on_overflow=not c.precision.scaled,
+            seconds_before=meta.get("seconds", 0.0),
+            meta={"data": demonstrations.fingerprint},
+        )  # fmt: skip
+        if finished:
+            write_samples(workdir, schedule.steps, state.params, model, demonstrations, template, c, mesh)
+        writer.close()
+        checkpointer.close()
+    if jax.process_index() == 0:
+        print(f"{time.perf_counter() - began:.0f} s in all; report: {report.write(workdir)}")
+    return finished
+
+
+def _steps(c: SFTConfig, batches: DemonstrationBatches) -> int:
+    if c.steps is None and c.epochs is None:
+        raise InputError("Say how long to train: --config.steps or --config.epochs.")
+    return c.steps if c.steps is not None else batches.steps(c.epochs)
+
+
+def sft_loss(model: GPTConfig, dtype, chunk: int, mesh=None):
+    """The language-model loss under the batch's token weights; counted are the task's tokens (`task`), which are the
+    weights themselves without an auxiliary term."""
+    language_model = causal_lm_loss(model, dtype, chunk, mesh)
+
+    def loss(params, batch, dropout_key):
+        total, _ = language_model(params, batch, dropout_key)
+        return total, batch.get("task", batch["weights"]).sum()
+
+    return loss
+
+
+def weigher(lm_weight: float):
+    """What train_step does to a whole batch first: GPT-1's auxiliary term as token weights (eq. 5)."""
+    if not lm_weight:
+        return None
+
+    def weigh(batch):
+        task = batch["weights"]
+        return batch | {"task": task, "weights": auxiliary_weights(task, batch["lm_weights"], lm_weight)}
+
+    return weigh
+
+
+def packed_validation(c: SFTConfig, demonstrations, length: int, template: Template, kind: dict):
+    packed = PackedRows(demonstrations.validation, length, c.data.packing, template.pad_id)
+    batches = validation_batches(packed, c.microbatch_rows, **kind)
+    most = c.eval.batches or len(batches)
+    return batches if len(batches) <= most else [batches[i * len(batches) // most] for i in range(most)]
+
+
+def evaluator(c: SFTConfig, model, batches, judge, demonstrations, template, mesh):
+    """params -> {'loss' in nats per response token, 'bits_per_byte', 'tokens'}, with a reward model also 'reward', the
+    mean score of sampled responses to validation prompts."""
+    step = jit_eval_step(sft_loss(model, c.precision.dtype, c.loss_chunk, mesh), mesh)
+    sharding = batch_sharding(mesh, 0)
+
+    def evaluate(params) -> dict:
+        total, count, more = loop.evaluation_sums(step, params, batches, sharding)
+        bits = float(bits_per_byte(total, max(more["target_bytes"], 1)))
+        result = {"loss": total / max(count, 1), "bits_per_byte": bits, "tokens": int(count)}
+        if judge:
+            prompts = [d.ids[: d.prompt] for d in demonstrations.validation[: 4 * c.samples.count]]
+            responses = sampled(params, model, prompts, template, c, mesh)
+            result["reward"] = float(judge.score(prompts, responses).mean())
+            result["selection"] = -result["reward"]
+        return result
+
+    return evaluate
+
+
+def sampled(params, model: GPTConfig, prompts, template: Template, c: SFTConfig, mesh) -> list[list[int]]:
+    """One sampled response to each prompt, as ids with end-of-text where there was one."""
+    return respond(
+        params, model, prompts, template, max_new_tokens=c.samples.max_new_tokens, temperature=c.samples.temperature,
+        seed=c.seed, dtype=c.precision.dtype, mesh=mesh,
+    )  # fmt: skip
+
+
+def write_samples(workdir, step, params, model, demonstrations, template: Template, c: SFTConfig, mesh):
+    """Responses to the first validation prompts, beside the demonstration: to samples.jsonl and the screen."""
+    if not c.samples.count or jax.process_count() > 1:
+        return
+    shown = demonstrations.validation[: c.samples.count]
+    responses = sampled(params, model, [d.ids[: d.prompt] for d in shown], template, c, mesh)
+    lines = JsonLines(epath.Path(workdir) / "samples.jsonl", max(step - 1, 0) if step else -1)
+    for d, response in zip(shown, responses, strict=True):
+        prompt, text = template.decode(d.ids[: d.prompt]), template.decode(response)
+        lines.write({"step": step, "prompt": prompt, "text": text, "demonstration": template.decode(d.ids[d.prompt :])})
+        print(f"--- sample at step {step} ---\n{prompt}\n=> {text}")
+    lines.close()
+
+
+def describe_run(c: SFTConfig, model: GPTConfig, demonstrations, packed: PackedRows, schedule: Schedule):
+    if jax.process_index():
+        return
+    left_out = f", {demonstrations.dropped:,} too long and left out" if demonstrations.dropped else ""
+    print(
+        f"{parameter_count(model):,} parameters from {c.init_from}, vocabulary {model.vocab_size:,}\n"
+        f"{len(demonstrations.train):,} demonstrations in {len(packed):,} rows of {packed.length} tokens"
+        f"{left_out}; {len(demonstrations.validation):,} held out; {schedule.steps:,} steps of {c.batch_size} rows"
+    )
+
+
+if __name__ == "__main__":
+    FLAGS = flags.FLAGS
+    configs.define_flags()
+    configs.run(main)

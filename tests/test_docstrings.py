@@ -1,0 +1,215 @@
+"""The docstring task: its examples and splits, the labeller's rules, and the noise of its ranks."""
+
+import ast
+import json
+
+import numpy as np
+import pytest
+
+from configs import demo
+from experiments.docstrings import labeller, task
+from experiments.docstrings.labeller import gold_score, pair_accuracy_ceiling, plackett_luce_ranks
+from gptjax.data import tokens
+from gptjax.errors import InputError
+
+SIGNATURE = "class TarFile: def extract_member(self, path, mode='r') -> bytes:"
+GOOD = "Extract a member of the archive to a path."
+SEED = 3
+
+
+@pytest.fixture(scope="module")
+def examples():
+    return task.examples()
+
+
+@pytest.fixture(scope="module")
+def parts(examples):
+    return task.split(examples, SEED)
+
+
+@pytest.mark.parametrize(
+    "rule, worse",
+    [
+        ("imperative", "Extracts a member of the archive to a path."),
+        ("imperative", "Extracting a member of the archive to a path."),
+        ("imperative", "Extracted a member of the archive to a path."),
+        ("imperative", "Member of the archive at a path."),
+        ("capital", "extract a member of the archive to a path."),
+        ("full_stop", "Extract a member of the archive to a path"),
+        ("full_stop", "Extract a member of the archive to a path.."),
+        ("one_line", "Extract a member\nof the archive to a path."),
+        ("length", "Extract it."),
+        (
+            "length",
+            "Extract one member from the whole of an archive, compressed or plain, into the folder some path names.",
+        ),
+        ("no_repetition", "Extract member archive member archive to a path."),
+        ("about_signature", "Return what there is in the archive."),
+        ("prose", "Extract a member of the archive {( to a path."),
+        ("prose", "Extract a member of the archive \u2192 to a path."),
+        ("prose", "Extract a member ~~ of the %$ archive to a path."),
+    ],
+)
+def test_breaking_a_rule_costs_and_breaks_no_other(rule, worse):
+    good, bad = labeller.explain(SIGNATURE, GOOD), labeller.explain(SIGNATURE, worse)
+    assert set(good.values()) == {1.0}
+    assert {name for name in good if bad[name] < 1} == {rule}
+    assert gold_score(SIGNATURE, worse) < gold_score(SIGNATURE, GOOD)
+
+
+def test_scores_lie_in_their_range(examples):
+    assert gold_score(SIGNATURE, GOOD) == 2
+    assert gold_score(SIGNATURE, "") == gold_score(SIGNATURE, " \n") == -2
+    assert gold_score(SIGNATURE, f"  {GOOD}\n") == 2
+    texts = ["x", "....", "returns returns returns", "\u2192\n\u2192", "Return " * 50, "(" * 200]
+    scores = [gold_score(e.prompt, text) for e in examples[::500] for text in texts]
+    assert -2 <= min(scores) and max(scores) < 1.5
+
+
+@pytest.mark.parametrize(
+    "signature, summary, rule, value",
+    [
+        ("class Reader(Base):", "A reader of lines.", "imperative", 1),
+        ("class Reader(Base):", "Process lines.", "imperative", 1),
+        ("class Reader(Base):", "Reads lines.", "imperative", 0),
+        ("class Reader(Base):", "This class reads lines.", "imperative", 0),
+        ("def process(x):", "Process the lines.", "imperative", 1),
+        ("def process(x):", "Recursively remove the lines.", "imperative", 1),
+        ("def process(x):", "Recursive removal of the lines.", "imperative", 0),
+        ("async def copy_file_tree_now(*args):", "Make a copy.", "about_signature", 0.5),
+        ("async def copy_file_tree_now(*args):", "Make copies of the files.", "about_signature", 1),
+        ("def HTTPServer():", "Return a server.", "about_signature", 1),
+        ("class Queue: def __init__(self, maxsize=0):", "Create a queue.", "about_signature", 1),
+        ("class Queue: def __init__(self, maxsize=0):", "Initialize it.", "about_signature", 1),
+        ("class Queue: def put(self, a, item):", "Insert an item.", "about_signature", 1),
+        ("class Queue: def put(self, a, item):", "Insert a thing.", "about_signature", 0),
+    ],
+)
+def test_rules_know_classes_adverbs_and_names(signature, summary, rule, value):
+    assert labeller.explain(signature, summary)[rule] == value
+
+
+def test_the_labeller_prefers_real_summaries_to_corrupted_ones(examples):
+    rng = np.random.default_rng(0)
+    some = examples[::5]
+    others = [some[i].summary for i in rng.permutation(len(some))]
+    corrupted = {
+        0.75: others,
+        0.9: [" ".join(rng.permutation(e.summary.split())) for e in some],
+        0.95: ["".join(rng.permutation(list(e.summary))) for e in some],
+    }
+    for share, summaries in corrupted.items():
+        gaps = [gold_score(e.prompt, e.summary) - gold_score(e.prompt, s) for e, s in zip(some, summaries, strict=True)]
+        assert (np.sign(gaps).mean() + 1) / 2 > share
+
+
+def test_refusals():
+    with pytest.raises(InputError, match="not a signature"):
+        gold_score("x = 1", GOOD)
+    with pytest.raises(InputError, match="noise of the ranks is 0"):
+        plackett_luce_ranks([1.0, 2.0], np.random.default_rng(0), 0)
+
+
+def test_ranks_have_the_marginals_of_plackett_luce():
+    scores, noise, draws = [1.5, 0.9, 1.2, -0.3], 0.5, 4000
+    rng = np.random.default_rng(0)
+    ranks = np.array([plackett_luce_ranks(scores, rng, noise) for _ in range(draws)])
+    assert (np.sort(ranks) == np.arange(4)).all()
+    for i in range(4):
+        for j in range(i):
+            p = 1 / (1 + np.exp((scores[j] - scores[i]) / noise))
+            assert abs((ranks[:, i] < ranks[:, j]).mean() - p) < 4 * np.sqrt(p * (1 - p) / draws)
+    first = np.exp(np.array(scores) / noise)
+    expected = first / first.sum()  # how often each comes first
+    assert np.all(np.abs((ranks == 0).mean(0) - expected) < 4 * np.sqrt(expected * (1 - expected) / draws))
+
+
+def test_the_ceiling_is_how_often_noisy_ranks_agree_with_the_score():
+    lists, noise, draws = [[1.0, 0.0, 0.4], [2.0, 1.9]], 0.4, 4000
+    rng = np.random.default_rng(1)
+    agree = []
+    for scores in lists:
+        ranks = np.array([plackett_luce_ranks(scores, rng, noise) for _ in range(draws)])
+        agree += [
+            ((ranks[:, i] < ranks[:, j]) == (scores[i] > scores[j])).mean()
+            for i in range(len(scores))
+            for j in range(i)
+        ]
+    ceiling = pair_accuracy_ceiling(lists, noise)
+    assert abs(np.mean(agree) - ceiling) < 4 * np.sqrt(0.25 / (4 * draws))
+    assert pair_accuracy_ceiling([[1.0, 1.0]], noise) == 0.5
+    assert pair_accuracy_ceiling(lists, 1e-3) == pytest.approx(1)
+
+
+def test_there_are_thousands_of_examples_and_all_are_one_line(examples):
+    assert len(examples) >= 5000
+    assert len({(e.prompt, e.summary) for e in examples}) == len(examples)
+    for e in examples:
+        assert e.prompt.endswith(":") and e.prompt.startswith(("def ", "async def ", "class ")) and len(e.prompt) <= 160
+        assert 10 <= len(e.summary) <= 120 and "\n" not in e.prompt + e.summary and e.name.startswith(e.file + ":")
+        gold_score(e.prompt, e.summary)  # every signature can be judged
+    some = {e.name: e for e in examples}
+    assert some["textwrap.py:dedent"].prompt == "def dedent(text):"
+    assert some["textwrap.py:wrap"].summary == "Wrap a single paragraph of text, returning a list of wrapped lines."
+    assert some["queue.py:Queue.put"].prompt == "class Queue: def put(self, item, block=True, timeout=None):"
+    assert some["queue.py:PriorityQueue"].prompt == "class PriorityQueue(Queue):"
+    assert some["asyncio/tasks.py:wait_for"].prompt == "async def wait_for(fut, timeout):"
+
+
+def test_signatures_and_summaries():
+    (node,) = ast.parse("@cache\nasync def f(a, /, b: int=1, *c, d='x', **e) -> str:\n    'Do it.'").body
+    assert task.signature(node) == "async def f(a, /, b: int=1, *c, d='x', **e) -> str:"
+    assert task.signature(node, "C") == "class C: async def f(a, /, b: int=1, *c, d='x', **e) -> str:"
+    assert task.signature(ast.parse(f"def f({'a' * 160}): pass").body[0]) == ""
+    for docstring, summary in {
+        "Return the\n   first  line.\n\nMore.": "Return the first line.",
+        "Return the e.g. first line.  Then more of\nit.": "Return the e.g. first line.",
+        "Return os.path of a file": "Return os.path of a file",
+        "f(x) -> the square": "",
+        ">>> f(1) + 1": "",
+        "atom = comment / text": "",
+        "Too short": "",
+        "": "",
+        "long " * 30: "",
+    }.items():
+        assert task.summary_line(docstring) == summary
+
+
+def test_no_file_is_in_two_parts_and_evaluation_is_what_pretraining_holds_out(examples, parts):
+    files = {name: {e.file for e in part} for name, part in parts.items()}
+    assert list(files) == ["demonstrations", "comparisons", "prompts", "evaluation"]
+    assert sum(map(len, files.values())) == len(set().union(*files.values()))
+    data = demo.get_config().data
+    pretraining = tokens._splitter(data.source, float(data.validation), data.text_field, SEED)
+    unseen = {text for split, text in pretraining() if split == "validation"}
+    held_out = tokens.held_out("stdlib", task.VALIDATION, seed=SEED)
+    assert {d.text for d in tokens.sources.documents("stdlib") if d.name in held_out} == unseen
+    assert files["evaluation"] <= held_out and not held_out & set().union(*(files[n] for n in task.SHARES))
+
+    prompts = {e.prompt for name in task.SHARES for e in parts[name]}
+    assert not prompts & {e.prompt for e in parts["evaluation"]}
+    left_out = sum(e.file in held_out for e in examples) - len(parts["evaluation"])
+    assert 0 <= left_out < 50
+    total = sum(len(parts[name]) for name in task.SHARES)
+    assert total + len(parts["evaluation"]) + left_out == len(examples)
+    for name, share in task.SHARES.items():
+        assert abs(len(parts[name]) / total - share / 95) < 0.08  # a file has up to a tenth of the examples
+    assert len(parts["evaluation"]) > 100
+    assert task.split(examples, SEED) == parts != task.split(examples, SEED + 1)
+
+
+def test_written_files_hold_the_parts(examples, parts, tmp_path, monkeypatch):
+    monkeypatch.setattr(task, "examples", lambda: examples)
+    task.write(tmp_path / "new" / "folder", SEED)
+    rows = {
+        path.stem: [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+        for path in (tmp_path / "new" / "folder").iterdir()
+    }
+    pairs = {name: [{"prompt": e.prompt, "response": e.summary} for e in part] for name, part in parts.items()}
+    prompts = list(dict.fromkeys(e.prompt for e in parts["prompts"]))
+    assert rows == {
+        "demonstrations": pairs["demonstrations"],
+        "comparison_prompts": pairs["comparisons"],
+        "prompts": [{"prompt": prompt} for prompt in prompts],
+        "evaluation": pairs["evaluation"],
+    }

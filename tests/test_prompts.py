@@ -1,0 +1,109 @@
+"""Prompts: loading, left padding, the endless stream, and every refusal."""
+
+import functools
+import json
+
+import numpy as np
+import pytest
+
+from gptjax.data.chat import Template, chat_tokenizer
+from gptjax.data.prompts import PromptBatches, PromptConfig, load_prompts
+from gptjax.data.tokenizer import character_tokenizer
+from gptjax.errors import InputError
+
+LENGTH, PAD = 10, 99
+
+
+@functools.cache
+def template(kind="chat"):
+    return Template(chat_tokenizer(character_tokenizer(["abcdefghijklmnopqrstuvwxyz 0123456789"])), kind)
+
+
+def write(path, rows):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
+
+
+def load(source, length=LENGTH, kind="chat", **options):
+    return load_prompts(PromptConfig(source=source, **options), template(kind), length)
+
+
+def test_loading(tmp_path):
+    talk = [{"role": r, "content": c} for r, c in (("user", "a"), ("assistant", "b"), ("user", "cd"))]
+    source = write(tmp_path / "x.jsonl", [{"prompt": p} for p in ("ab", talk, "ab")])
+    loaded = load(source)
+    assert loaded.ids == [template().prompt(p) for p in ("ab", talk, "ab")]  # the same prompt twice is two prompts
+    assert loaded.texts == ["ab", "cd", "ab"]
+    assert loaded.dropped == 0
+    mapped = load(write(tmp_path / "y.jsonl", [{"q": "ab"}, {"q": "c"}]), fields={"prompt": "q"}, kind="plain")
+    assert mapped.ids == [template("plain").prompt(p) for p in ("ab", "c")]
+    assert loaded.fingerprint == load(source).fingerprint != mapped.fingerprint
+
+
+@pytest.mark.parametrize(
+    "row, kind, error",
+    [
+        ({"text": "a"}, "chat", "no field 'prompt'; the row has 'text': .*--config.data.fields.prompt=NAME"),
+        ({"prompt": ""}, "chat", "the prompt is empty"),
+        ({"prompt": ""}, "plain", "the prompt is empty"),
+        ({"prompt": 7}, "chat", "the prompt is int, not text"),
+        ({"prompt": [{"role": "user", "content": "a"}]}, "plain", "template 'plain' takes no messages"),
+        ({"prompt": [{"role": "bot", "content": "a"}]}, "chat", "turn 1 has the unknown role 'bot'"),
+        ({"prompt": "a" * 9}, "chat", "the prompt has 11 tokens, more than 10: .*drop_long=True"),
+        ({"prompt": "a" * 11}, "plain", "the prompt has 11 tokens, more than 10"),
+    ],
+)
+def test_a_bad_row_is_named(tmp_path, row, kind, error):
+    source = write(tmp_path / "x.jsonl", [{"prompt": "a"}, row])
+    with pytest.raises(InputError, match=f"x.jsonl:2: {error}"):
+        load(source, kind=kind)
+
+
+def test_long_prompts(tmp_path):
+    source = write(tmp_path / "x.jsonl", [{"prompt": "a" * n} for n in (8, 9, 1)])
+    loaded = load(source, drop_long=True)
+    assert loaded.texts == ["a" * 8, "a"] and loaded.dropped == 1
+    assert load(source, drop_long=True, max_length=3).texts == ["a"]
+    with pytest.raises(InputError, match="max_length=11 is more than the 10"):
+        load(source, max_length=11)
+    with pytest.raises(InputError, match="--config.data.source=PATH"):
+        load(None)
+    with pytest.raises(InputError, match="unknown name 'messages': there are prompt"):
+        PromptConfig(fields={"messages": "m"})
+
+
+@pytest.fixture
+def prompts(tmp_path):
+    return load(write(tmp_path / "x.jsonl", [{"prompt": "abcdefgh"[: 1 + i % 8]} for i in range(11)]))
+
+
+def test_left_padding(prompts):
+    batch = PromptBatches(prompts, 6, LENGTH, 3, PAD).at(8)
+    assert {name: (a.shape, a.dtype) for name, a in batch.items()} == {
+        "tokens": ((6, LENGTH), np.int32),
+        "lengths": ((6,), np.int32),
+        "index": ((6,), np.int64),
+    }
+    for tokens, length, index in zip(batch["tokens"], batch["lengths"], batch["index"], strict=True):
+        ids = prompts.ids[index]
+        assert length == len(ids)
+        assert tokens.tolist() == [PAD] * (LENGTH - len(ids)) + ids
+
+
+def test_the_stream(prompts):
+    def stream(batch, seed, places=66):
+        batches = PromptBatches(prompts, batch, LENGTH, seed, PAD)
+        return np.concatenate([batches.at(p)["index"] for p in range(0, places, batch)])
+
+    epochs = stream(1, 3).reshape(6, 11).tolist()
+    assert all(sorted(epoch) == list(range(11)) for epoch in epochs)
+    assert len(set(map(tuple, epochs))) == 6
+    for batch in (2, 6, 33):  # a batch may be longer than an epoch, and lie across two
+        np.testing.assert_array_equal(stream(batch, 3), stream(1, 3))
+    np.testing.assert_array_equal(PromptBatches(prompts, 5, LENGTH, 3, PAD).at(9)["index"], stream(1, 3)[9:14])
+    assert (stream(1, 4) != stream(1, 3)).any()
+
+
+def test_prompts_that_do_not_fit(prompts):
+    with pytest.raises(InputError, match="a prompt of 10 tokens doesn't fit 9"):
+        PromptBatches(prompts, 2, 9, 0, PAD)
