@@ -322,7 +322,7 @@ def describe_run(c: RewardConfig, comparisons, length: int, schedule: Schedule):
     n_pairs = sum(len(x.ranks) * (len(x.ranks) - 1) // 2 for x in comparisons.train)
     left_out = f", {comparisons.dropped:,} rows left out" if comparisons.dropped else ""
     print(
-        f"{len(comparisons.train):,} prompts with up to {comparisons.k} completions, {n_pairs:,} pairs or less{left_out}; "
+        f"{len(comparisons.train):,} prompts of up to {comparisons.k} completions, {n_pairs:,} pairs{left_out}; "
         f"{len(comparisons.validation):,} held out; {schedule.steps} steps of {c.batch_size} prompts of {length} tokens"
     )
 

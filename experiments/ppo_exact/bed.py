@@ -147,4 +147,4 @@ def _enumerated(policy, tokens, lengths, mask, n):
 
 def _sharpened(params):
     """Random initial weights are nearly uniform over tokens; a reference worth departing from is not."""
-    return {**params, "wte": params["wte"] * 2.5}
+    return {**params, "wte": params["wte"] * 1.5}

@@ -138,7 +138,7 @@ class Attention(nn.Module):
 
     def over_itself(self, q, k, v, local, shared):
         c = self.config
-        drop = c.dropout if self.mode.train else 0.0
+        drop = c.dropout if self.mode.train and c.dropout_sites == "all" else 0.0
         key = self.make_rng("dropout") if drop else None
 
         def attend(window):
@@ -242,7 +242,7 @@ class GPT(nn.Module):
         whole = lambda table, axis: constrain(table, axis, "features")
         x = (whole(wte, "vocab")[tokens] + whole(wpe, "position")[positions]).astype(self.dtype)
         self.sow("intermediates", "embedding", x)
-        if self.mode.train and c.dropout:
+        if self.mode.train and c.dropout and c.dropout_sites == "all":
             x = _dropout(x, c.dropout, self.make_rng("dropout"))
         x = constrain(x, "batch", "time", "features")
 

@@ -28,6 +28,8 @@ class GPTConfig:
     local_window: None = dense attention in every layer. An integer = GPT-3's alternating pattern: even
         layers dense, odd layers see the last `local_window` positions only, themselves included. The
         paper gives neither the width nor the parity: both are ours (after openai/sparse_attention).
+    dropout_sites: 'all' = embeddings, attention weights and sub-layer outputs (GPT-1 §4.1); 'residual' = sub-layer
+        outputs alone (InstructGPT C.1).
     attention: which implementation; 'auto' picks by platform (see attention.py).
     remat: what the backward pass recomputes: 'none', 'dots' (all but the weight matmuls) or 'full'.
     unroll: layers laid out per iteration of the scan over layers. n_layer = no loop at all, which the
@@ -43,6 +45,7 @@ class GPTConfig:
     local_window: int | None = None
     tied_head: bool = True
     dropout: float = 0.0
+    dropout_sites: str = "all"
     attention: str = "auto"
     remat: str = "none"
     unroll: int = 1
@@ -61,6 +64,8 @@ class GPTConfig:
             raise InputError(f"model.norm must be 'pre' or 'post', not {self.norm!r}.")
         if not 0.0 <= self.dropout < 1.0:
             raise InputError(f"model.dropout must be in [0, 1), not {self.dropout}.")
+        if self.dropout_sites not in ("all", "residual"):
+            raise InputError(f"model.dropout_sites={self.dropout_sites!r}: choose all or residual.")
         if self.local_window is not None and self.local_window < 1:
             raise InputError(f"model.local_window must be at least 1 or None, not {self.local_window}.")
         if self.attention not in ATTENTION_PATHS:
@@ -138,6 +143,7 @@ class ModelOptions:
     """What a later stage may change about the model it starts from; None = as that run had it."""
 
     dropout: float | None = None
+    dropout_sites: str | None = None
     attention: str | None = None
     remat: str | None = None
     unroll: int | None = None
