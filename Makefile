@@ -2,16 +2,17 @@
 PYTHON ?= python3
 VENV := .venv
 PEERS := .venv-peers
+TRL := .venv-trl
 # What JAX needs besides, on a machine with an NVIDIA GPU or a TPU.
 ACCELERATOR ?= $(shell if nvidia-smi -L >/dev/null 2>&1; then echo 'jax[cuda12]'; \
 	elif ls /dev/accel0 /dev/vfio/0 >/dev/null 2>&1; then echo 'jax[tpu]'; fi)
 export JAX_COMPILATION_CACHE_DIR ?= $(CURDIR)/.jax_cache
 export JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS ?= 0.5
 
-.PHONY: demo test test-slow test-peers lint bench clean
+.PHONY: demo test test-slow test-peers lint bench bench-ppo clean
 
 demo: $(VENV)/.installed
-	$(VENV)/bin/python -m gptjax.pretrain --config=configs/demo.py --workdir=runs/demo $(DEMO_FLAGS)
+	$(VENV)/bin/python -m experiments.docstrings --config=configs/demo.py --workdir=runs/demo $(DEMO_FLAGS)
 
 test: $(VENV)/.installed-test
 	$(VENV)/bin/python -m pytest -q -m "not slow" $(PYTEST_FLAGS)
@@ -29,8 +30,12 @@ lint: $(VENV)/.installed-test
 bench: $(PEERS)/.installed
 	$(PEERS)/bin/python -m experiments.benchmarks.pretrain_cpu
 
+# One PPO iteration beside TRL's, which needs an environment of its own.
+bench-ppo: $(VENV)/.installed $(TRL)/.installed
+	$(VENV)/bin/python -m experiments.benchmarks.ppo_cpu --trl_python=$(TRL)/bin/python
+
 clean:
-	rm -rf $(VENV) $(PEERS) .jax_cache
+	rm -rf $(VENV) $(PEERS) $(TRL) .jax_cache
 
 $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)
@@ -48,4 +53,10 @@ $(PEERS)/.installed: requirements.txt requirements-peers.txt
 	$(PYTHON) -m venv $(PEERS)
 	$(PEERS)/bin/python -m pip install -q --upgrade pip
 	$(PEERS)/bin/python -m pip install -q -r requirements-peers.txt
+	touch $@
+
+$(TRL)/.installed: requirements-trl.txt
+	$(PYTHON) -m venv $(TRL)
+	$(TRL)/bin/python -m pip install -q --upgrade pip
+	$(TRL)/bin/python -m pip install -q -r requirements-trl.txt
 	touch $@

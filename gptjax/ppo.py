@@ -126,10 +126,9 @@ def ppo(config: mlc.ConfigDict, workdir: str, reward_fn: Callable | None = None)
 
     # --- the models: policy and reference, reward model, value network ---
     base = load_model(c.policy, mesh=mesh)
-    origin = configs.read_config(c.policy)
     if base.tokenizer.pad_id is None or base.tokenizer.eot_id is None:
         raise InputError(f"{c.policy} has no padding token of its own: give the workdir of an SFT run as policy.")
-    template = Template(base.tokenizer, (origin.get("data") or {}).get("template") or origin.get("template") or "chat")
+    template = Template(base.tokenizer, base.template or "chat")
     judge_model = c.reward and load_reward_model(c.reward, mesh=mesh, tokenizer=base.tokenizer)
     if judge_model and judge_model.template != template.kind:
         raise InputError(

@@ -3,13 +3,15 @@
     python -m gptjax.sample --workdir=runs/x --prompt="Once upon" --max_new_tokens=64 --temperature=0.8 \
         --top_p=0.95 --seed=0
 
---temperature=0 is greedy. --prompt may be given several times: the prompts are decoded as one batch.
+--temperature=0 is greedy. --prompt may be given several times: the prompts are decoded as one batch. A model from SFT
+or PPO answers the prompt, in the template it was tuned with; --raw has it continue the text instead.
 """
 
 import jax
 from absl import flags
 
 from gptjax import config as configs
+from gptjax.data.chat import Template
 from gptjax.errors import InputError
 from gptjax.generation.decode import generate
 from gptjax.generation.sampling import Sampling
@@ -17,13 +19,17 @@ from gptjax.workdir import Model, load_model
 
 
 def continue_texts(
-    model: Model, prompts: list[str], *, max_new_tokens: int, sampling: Sampling, seed: int
+    model: Model, prompts: list[str], *, max_new_tokens: int, sampling: Sampling, seed: int, raw: bool = False
 ) -> list[str]:
-    """New text for each prompt. An empty prompt starts from end-of-text, as GPT-2 is sampled unconditionally."""
+    """New text for each prompt. An empty prompt starts from end-of-text, as GPT-2 is sampled unconditionally.
+
+    A model with a template answers in it unless raw.
+    """
     eot = model.tokenizer.eot_id
+    template = Template(model.tokenizer, model.template) if model.template and not raw else None
     ids = []
     for prompt in prompts:
-        tokens = model.tokenizer.encode(prompt)
+        tokens = template.prompt(prompt) if template else model.tokenizer.encode(prompt)
         if not tokens and eot is None:
             raise InputError("This tokenizer has no end-of-text to start from: give a --prompt that is not empty.")
         if not tokens:
@@ -37,18 +43,20 @@ def continue_texts(
             model.params, model.config, ids, max_new_tokens=max_new_tokens, sampling=sampling, seed=seed,
             eot_id=eot, vocab=model.tokenizer.vocab_size, dtype=model.dtype, mesh=model.mesh,
         )  # fmt: skip
-    return [model.tokenizer.decode(tokens) for tokens in out]
+    return [(template or model.tokenizer).decode(tokens) for tokens in out]
 
 
 def main(_):
     model = load_model(FLAGS.workdir, step=FLAGS.step)
     sampling = Sampling(FLAGS.temperature, FLAGS.top_k, FLAGS.top_p)
     prompts = [p for p in FLAGS.prompt for _ in range(FLAGS.n)]
-    texts = continue_texts(model, prompts, max_new_tokens=FLAGS.max_new_tokens, sampling=sampling, seed=FLAGS.seed)
+    texts = continue_texts(
+        model, prompts, max_new_tokens=FLAGS.max_new_tokens, sampling=sampling, seed=FLAGS.seed, raw=FLAGS.raw
+    )
     for i, (prompt, text) in enumerate(zip(prompts, texts, strict=True)):
         if len(prompts) > 1:
             print(f"--- {i} ---")
-        print(prompt + text)
+        print(text if model.template and not FLAGS.raw else prompt + text)
 
 
 if __name__ == "__main__":
@@ -61,6 +69,7 @@ if __name__ == "__main__":
     flags.DEFINE_integer("top_k", 0, "Keep the k likeliest tokens; 0 keeps all.")
     flags.DEFINE_float("top_p", 1.0, "Keep the likeliest tokens of this mass.")
     flags.DEFINE_integer("seed", 0, "The same seed gives the same text.", lower_bound=0)
+    flags.DEFINE_bool("raw", False, "Continue the prompt as text, without the template of an SFT or PPO model.")
     flags.DEFINE_integer("step", None, "A checkpoint's step; the newest good one if not given.")
     flags.mark_flag_as_required("workdir")
     configs.run(main)

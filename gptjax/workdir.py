@@ -20,7 +20,8 @@ from gptjax.training.precision import DTYPES
 
 @dataclasses.dataclass(frozen=True)
 class Model:
-    """config has its attention path resolved for the devices here; params are laid out over `mesh`."""
+    """config has its attention path resolved for the devices here; params are laid out over `mesh`. template: the
+    kind that SFT put around prompts (data/chat.py); None for a model that only continues text."""
 
     config: GPTConfig
     params: dict
@@ -28,6 +29,7 @@ class Model:
     dtype: type
     step: int
     mesh: jax.sharding.Mesh
+    template: str | None = None
 
 
 def load_model(workdir, *, step: int | None = None, mesh: jax.sharding.Mesh | None = None) -> Model:
@@ -51,7 +53,12 @@ def load_model(workdir, *, step: int | None = None, mesh: jax.sharding.Mesh | No
     grid, shardings = _layout(boxed, mesh)
     params, meta = load_params(workdir, run, boxed, shardings, step)
     dtype = DTYPES[run.get("precision", {}).get("compute", "float32")]
-    return Model(config, params, tokenizer, dtype, meta["step"], grid)
+    return Model(config, params, tokenizer, dtype, meta["step"], grid, template_kind(run))
+
+
+def template_kind(run: dict) -> str | None:
+    """The template of a run's config.json: SFT has it among its data, the later stages beside them."""
+    return run.get("template") or (run.get("data") or {}).get("template")
 
 
 def _layout(boxed, mesh):

@@ -32,11 +32,11 @@ class BedConfig:
     beta: float = 0.3
     iterations: int = 200
     batch: int = 512
-    learning_rate: float = 2e-3
+    learning_rate: float = 1e-3
     temperature: float = 1.0
     gamma: float = 1.0
     lam: float = 0.95
-    update: UpdateConfig = UpdateConfig(epochs=4, minibatches=4)
+    ppo: UpdateConfig = UpdateConfig(epochs=4, minibatches=4)
 
 
 def responses() -> tuple[np.ndarray, np.ndarray]:
@@ -94,7 +94,7 @@ class Bed:
     def log_probs(self, policy):
         """log pi(y|x) of every response: float32 [3, 341]."""
         lengths = np.full(len(self.tokens), PROMPTS.shape[1])
-        return _enumerated(policy, self.tokens, lengths, self.mask, self.n).reshape(len(PROMPTS), -1)
+        return enumerated(policy, self.tokens, lengths, self.mask, self.n).reshape(len(PROMPTS), -1)
 
     def objective(self, log_pi):
         """J = E[r] - beta KL(pi || ref), the mean over prompts."""
@@ -122,7 +122,7 @@ class Bed:
         tx = make_optimizer(OptimizerConfig(weight_decay=0.0, clip_norm=1.0, b2=0.95))
         value = heads.scalar_model(self.reference, MODEL, None)
         state = new_state(self.reference, value, tx, tx, c.beta, self.seed)
-        update = jax.jit(make_update(c.update, n, tx, tx, 1.0, 1.0), donate_argnums=0)
+        update = jax.jit(make_update(c.ppo, n, tx, tx, 1.0, 1.0), donate_argnums=0)
         lengths = np.full(c.batch, PROMPTS.shape[1], np.int32)
         for i in range(c.iterations):
             prompt = (int(state.prompt_position) + np.arange(c.batch)) % len(PROMPTS)
@@ -139,7 +139,7 @@ class Bed:
 
 
 @functools.partial(jax.jit, static_argnames="n")
-def _enumerated(policy, tokens, lengths, mask, n):
+def enumerated(policy, tokens, lengths, mask, n):
     real = networks.real_tokens(lengths, mask, tokens.shape[1] - n.response)
     states = networks.policy_states(policy, tokens, real, mask, n)
     return (networks.log_probs(policy, states, tokens, n) * mask).sum(1)

@@ -77,6 +77,10 @@ class Template:
         """
         return self._turns(messages, last="assistant")
 
+    def encodes(self, text: str) -> bool:
+        """Whether a text has any tokens."""
+        return bool(self._tokenizer.encode(text))
+
     def decode(self, ids: Iterable[int]) -> str:
         """Text up to the first end-of-text, without special tokens. InputError: an id outside the vocabulary."""
         text = []

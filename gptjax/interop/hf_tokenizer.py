@@ -26,11 +26,14 @@ def write_tokenizer(directory, context_length: int, tokenizer):
 
 def _tokenizer_class(tokenizer, spec) -> tuple[str, dict]:
     """The class in transformers that turns text to the same ids, and its special tokens."""
-    if tokenizer.kind == "gpt1":
-        return "OpenAIGPTTokenizer", {"unk_token": "<unk>"}
     tokens = {token["id"]: token["content"] for token in spec["added_tokens"]}
+    if tokenizer.kind == "gpt1":
+        named = {"eos_token": tokens.get(tokenizer.eot_id), "pad_token": tokens.get(tokenizer.pad_id)}
+        return "OpenAIGPTTokenizer", {"unk_token": "<unk>", **{k: v for k, v in named.items() if v is not None}}
     end = tokens.get(tokenizer.eot_id)
     special = {} if end is None else {"bos_token": end, "eos_token": end, "unk_token": end}
+    if tokenizer.pad_id is not None:
+        special["pad_token"] = tokens[tokenizer.pad_id]
     before = spec["pre_tokenizer"] or {}
     plain = before.get("type") == "ByteLevel" and before.get("use_regex", True)
     plain = plain and not before["add_prefix_space"] and spec["normalizer"] is None

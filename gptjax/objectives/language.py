@@ -42,10 +42,6 @@ def _join(a, time):
     return a.reshape(a.shape[0], -1, *a.shape[3:])[:, :time]
 
 
-def _scaled_logits(x, w, temperature):
-    return jnp.einsum("btd,vd->btv", x, w.astype(x.dtype), preferred_element_type=jnp.float32) / temperature
-
-
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
 def token_log_probs(x, w, targets, temperature: float, chunk: int):
     """log softmax(x w^T / temperature)[target] of each token, `chunk` time steps' logits at a time.
@@ -53,7 +49,8 @@ def token_log_probs(x, w, targets, temperature: float, chunk: int):
     Args:
         x: [batch, time, d_model]; w: [vocab, d_model]; targets: int [batch, time]. temperature, chunk: static.
     Returns:
-        float32 [batch, time]. Differentiable in x and w; the backward pass works the logits out again.
+        float32 [batch, time]. Differentiable in x and w; where there are several chunks, the backward pass works the
+        logits out again.
     """
     return token_log_probs_and_entropy(x, w, targets, temperature, chunk)[0]
 
@@ -62,13 +59,8 @@ def token_log_probs_and_entropy(x, w, targets, temperature: float, chunk: int):
     """token_log_probs, and the entropy of the distributions in nats: both float32 [batch, time]."""
 
     def one(x, targets):
-        logits = _scaled_logits(x, w, temperature)
-        top = logits.max(-1, keepdims=True)
-        e = jnp.exp(logits - top)
-        z = e.sum(-1)
-        normaliser = jnp.log(z) + top[..., 0]
-        chosen = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
-        return chosen - normaliser, normaliser - (e * logits).sum(-1) / z
+        logits, e, z, log_prob = _log_probs(x, w, targets, temperature)
+        return log_prob, jnp.log(z[..., 0]) + (logits.max(-1) - (e * logits).sum(-1) / z[..., 0])
 
     n, size = _chunks(x.shape[1], chunk)
     if n == 1:
@@ -77,33 +69,46 @@ def token_log_probs_and_entropy(x, w, targets, temperature: float, chunk: int):
     return jax.tree.map(lambda a: _join(a, x.shape[1]), parts)
 
 
+def _log_probs(x, w, targets, temperature):
+    """(logits, exp(logits - max), its sum [..., 1], log p(target)) of one chunk."""
+    logits = jnp.einsum("btd,vd->btv", x, w.astype(x.dtype), preferred_element_type=jnp.float32) / temperature
+    top = logits.max(-1, keepdims=True)
+    e = jnp.exp(logits - top)
+    z = e.sum(-1, keepdims=True)
+    chosen = jnp.take_along_axis(logits, targets[..., None], axis=-1)
+    return logits, e, z, (chosen - top - jnp.log(z))[..., 0]
+
+
+def _token_log_probs_forward(x, w, targets, temperature, chunk):
+    if _chunks(x.shape[1], chunk)[0] > 1:
+        return token_log_probs(x, w, targets, temperature, chunk), (x, w, targets, None)
+    _, e, z, log_prob = _log_probs(x, w, targets, temperature)
+    return log_prob, (x, w, targets, (e, z))
+
+
 def _token_log_probs_backward(temperature, chunk, residuals, d_out):
-    x, w, targets = residuals
+    x, w, targets, kept = residuals
     n, size = _chunks(x.shape[1], chunk)
 
-    def one(d_w, part):
+    def one(d_w, part, kept=None):
         x, targets, d_out = part
-        logits = _scaled_logits(x, w, temperature)
-        probs = jax.nn.softmax(logits, axis=-1)
+        e, z = kept or _log_probs(x, w, targets, temperature)[1:3]
         one_hot = targets[..., None] == jnp.arange(w.shape[0])
-        d_logits = ((one_hot - probs) * (d_out / temperature)[..., None]).astype(x.dtype)
+        d_logits = ((one_hot - e / z) * (d_out / temperature)[..., None]).astype(x.dtype)
         d_x = jnp.einsum("btv,vd->btd", d_logits, w.astype(x.dtype), preferred_element_type=jnp.float32)
         d_w = d_w + jnp.einsum("btv,btd->vd", d_logits, x, preferred_element_type=jnp.float32)
         return d_w, d_x.astype(x.dtype)
 
     d_w = jnp.zeros(w.shape, jnp.float32)
     if n == 1:
-        d_w, d_x = one(d_w, (x, targets, d_out))
+        d_w, d_x = one(d_w, (x, targets, d_out), kept)
     else:
         d_w, d_x = lax.scan(one, d_w, tuple(_split(a, n, size) for a in (x, targets, d_out)))
         d_x = _join(d_x, x.shape[1])
     return d_x, d_w.astype(w.dtype), None
 
 
-token_log_probs.defvjp(
-    lambda x, w, targets, temperature, chunk: (token_log_probs(x, w, targets, temperature, chunk), (x, w, targets)),
-    _token_log_probs_backward,
-)
+token_log_probs.defvjp(_token_log_probs_forward, _token_log_probs_backward)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4,))

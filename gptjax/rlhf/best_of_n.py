@@ -11,6 +11,7 @@ import json
 import jax
 import numpy as np
 from absl import flags
+from tqdm import tqdm
 
 from gptjax import config as configs
 from gptjax.data.chat import Template
@@ -21,10 +22,14 @@ from gptjax.generation.sampling import Sampling
 from gptjax.objectives.ppo import best_of_n_kl
 
 
-def respond(params, model, prompts, template: Template, *, max_new_tokens, temperature, seed, dtype, mesh, rows=256):
-    """One response to each prompt (ids), as ids with end-of-text the last where the model said it."""
+def respond(params, model, prompts, template: Template, *, max_new_tokens, temperature, seed, dtype, mesh, rows=256,
+            progress: str | None = None) -> list[list[int]]:  # fmt: skip
+    """One response to each prompt (ids), as ids with end-of-text the last where the model said it.
+
+    rows: prompts decoded together. progress: what a progress bar says; None = no bar.
+    """
     out = []
-    for first in range(0, len(prompts), rows):
+    for first in tqdm(range(0, len(prompts), rows), desc=progress, unit="batch", leave=False, disable=progress is None):
         some = prompts[first : first + rows]
         texts = generate(
             params, model, [list(map(int, p)) for p in some], max_new_tokens=max_new_tokens,
@@ -67,7 +72,8 @@ def main(_):
     model = load_model(FLAGS.policy)
     reward = load_reward_model(FLAGS.reward, mesh=model.mesh, tokenizer=model.tokenizer)
     template = Template(model.tokenizer, reward.template)
-    prompts = load_prompts(PromptConfig(FLAGS.prompts), template, model.config.context_length - FLAGS.max_new_tokens)
+    source = PromptConfig(FLAGS.prompts, drop_long=FLAGS.drop_long)
+    prompts = load_prompts(source, template, model.config.context_length - FLAGS.max_new_tokens)
     repeated = [ids for ids in prompts.ids[: FLAGS.limit] for _ in range(FLAGS.n)]
     with jax.set_mesh(model.mesh):
         responses = respond(
@@ -92,6 +98,7 @@ if __name__ == "__main__":
     flags.DEFINE_integer("n", 16, "Samples of each prompt.", lower_bound=1)
     flags.DEFINE_integer("limit", 64, "Prompts to use.", lower_bound=1)
     flags.DEFINE_integer("max_new_tokens", 64, "At most so many new tokens.", lower_bound=1)
+    flags.DEFINE_bool("drop_long", False, "Leave out prompts that do not fit the context.")
     flags.DEFINE_integer("seed", 0, "The same seed gives the same text.", lower_bound=0)
     flags.mark_flags_as_required(["policy", "reward", "prompts"])
     configs.run(main)

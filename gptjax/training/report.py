@@ -144,10 +144,10 @@ def _figure(train, evaluations) -> str:
         axis.set_xlabel("step")
         axis.spines[["top", "right"]].set_visible(False)
         axis.grid(alpha=0.25)
-    return _image(figure, "training curves")
+    return image(figure, "training curves")
 
 
-def _image(figure, alt: str) -> str:
+def image(figure, alt: str) -> str:
     import matplotlib.pyplot as plt
 
     buffer = io.BytesIO()
@@ -174,7 +174,7 @@ def _reward_model(fitted: dict) -> str:
         axis.plot(*zip(*points, strict=True), "o-", ms=4, color="#3b6fb6", label="this model")
     axis.set(xlabel="predicted agreement", ylabel="observed agreement")
     axis.legend(frameon=False)
-    return "<h2>Agreement with held-out rankings</h2>" + _table(rows) + _image(figure, "calibration")
+    return "<h2>Agreement with held-out rankings</h2>" + _table(rows) + image(figure, "calibration")
 
 
 def _samples(samples) -> str:

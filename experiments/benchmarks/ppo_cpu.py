@@ -1,0 +1,129 @@
+"""One PPO iteration beside TRL's PPOTrainer, interleaved in one run: samples a second, as a ratio with its spread.
+
+    make bench-ppo      # or, with both environments there:
+    python -m experiments.benchmarks.ppo_cpu --trl_python=.venv-trl/bin/python
+
+GPT-2 of 4 layers, 128 wide, 4 heads, vocabulary 4,096; a separate value network and reward model of the same size;
+prompts of 16 tokens, responses of 24; batch 64, 4 epochs x 1 minibatch; float32. TRL 0.12.2 is the last line of releases
+with this trainer. Of TRL's iteration its two calls of gc.collect() are reported apart.
+"""
+
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from absl import flags
+
+from experiments.benchmarks._peer import Peer
+from gptjax import config as configs
+from gptjax.model import gpt, heads
+from gptjax.model.spec import GPTConfig
+from gptjax.rlhf import rollout
+from gptjax.rlhf.networks import Networks
+from gptjax.rlhf.state import new_state, phase_keys
+from gptjax.rlhf.update import UpdateConfig, make_update
+from gptjax.training.optimizer import OptimizerConfig, make_optimizer
+
+VOCAB, PROMPT, RESPONSE, BATCH = 4096, 16, 24, 64
+HERE = Path(__file__).resolve().parent
+
+
+def flops(m: GPTConfig, epochs: int) -> float:
+    """Matrix multiplications of one iteration, attention's own left out (it is 2 % here)."""
+    d, length = m.d_model, PROMPT + RESPONSE
+    trunk, head = 2 * 12 * m.n_layer * d * d * BATCH * length, 2 * VOCAB * d * BATCH * RESPONSE
+    rollout_ = trunk + head
+    score = 2 * (trunk + head) + 2 * trunk  # policy, reference; value, reward
+    update = epochs * 3 * (2 * trunk + head)
+    return rollout_ + score + update
+
+
+class Ours:
+    """The phases of gptjax/ppo.py on random weights."""
+
+    def __init__(self, epochs: int = 4):
+        self.model = GPTConfig(VOCAB + 1, 4, 4, 128, context_length=64, attention="cpu")  # the last id is PAD
+        self.n = Networks(
+            policy=self.model, value=self.model, reward=self.model, response=RESPONSE, eos_id=None, pad_id=VOCAB,
+            vocab=VOCAB,
+        )  # fmt: skip
+        policy = jax.jit(lambda k: gpt.init(self.model, k))(jax.random.key(0))
+        self.reference = jax.tree.map(jnp.copy, policy)
+        self.reward = heads.scalar_model(policy, self.model, jax.random.key(1))
+        tx = make_optimizer(OptimizerConfig(weight_decay=0.0))
+        self.state = new_state(policy, self.reward, tx, tx, 0.05, 0)
+        self.update = jax.jit(
+            make_update(UpdateConfig(epochs=epochs, minibatches=1), self.n, tx, tx, 0.0, 0.0), donate_argnums=0
+        )
+        self.rng = np.random.default_rng(0)
+
+    def iterate(self) -> dict:
+        began = time.perf_counter()
+        laps, s = [began], self.state
+        prompts = self.rng.integers(0, VOCAB, (BATCH, PROMPT)).astype(np.int32)
+        lengths = np.full(BATCH, PROMPT, np.int32)
+        tokens, mask, _ = rollout.sample(s.policy, prompts, lengths, phase_keys(s)[1], self.n)
+        laps.append(_done(mask))
+        judged = rollout.judge(s.policy, s.value, self.reference, self.reward, tokens, lengths, mask, self.n)
+        experience, _ = rollout.finish(
+            judged, judged["score"], s.kl_coefficient, eos_id=None, missing_eos=None, gamma=1.0, lam=0.95
+        )
+        laps.append(_done(experience))
+        rate = np.float32(1e-5)
+        self.state, metrics = self.update(s, experience, None, (rate, rate))
+        laps.append(_done((self.state, metrics)))
+        parts = dict(zip(("rollout", "score", "update"), np.diff(laps).tolist(), strict=True))
+        return {"seconds": laps[-1] - began, **parts}
+
+
+def _done(arrays) -> float:
+    jax.block_until_ready(arrays)
+    return time.perf_counter()
+
+
+def quartiles(values) -> list[float]:
+    return np.quantile(values, [0.25, 0.5, 0.75]).tolist()
+
+
+def main(_):
+    ours = Ours()
+    for _ in range(2):
+        ours.iterate()
+    peer = None
+    if FLAGS.trl_python:
+        peer = Peer(FLAGS.trl_python, HERE / "ppo_trl_peer.py", stderr=subprocess.DEVNULL)
+        for _ in range(2):
+            peer.iterate()
+    rounds = []
+    for i in range(FLAGS.rounds):
+        rounds.append({"gptjax": ours.iterate(), **({"trl": peer.iterate()} if peer else {})})
+        print(json.dumps({"round": i, **{k: round(v["seconds"], 3) for k, v in rounds[-1].items()}}), file=sys.stderr)
+    work = flops(ours.model, 4)
+    result = {
+        "shape": f"4 layers, 128 wide, vocabulary {VOCAB}, prompts {PROMPT}, responses {RESPONSE}, batch {BATCH}, 4 x 1",
+        "cores": os.cpu_count(), "jax": jax.__version__, "gflop": work / 1e9,
+    }  # fmt: skip
+    for name in rounds[0]:
+        of = {k: quartiles([r[name][k] for r in rounds]) for k in ("seconds", "rollout", "score", "update")}
+        result[name] = {**of, "samples_per_second": BATCH / of["seconds"][1]}
+    result["gptjax"]["gflop_per_second"] = work / 1e9 / result["gptjax"]["seconds"][1]
+    if peer:
+        peer.close()
+        result["ratio"] = quartiles([r["trl"]["seconds"] / r["gptjax"]["seconds"] for r in rounds])
+    print(json.dumps(result, indent=1))
+    if FLAGS.output:
+        Path(FLAGS.output).write_text(json.dumps(result, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    FLAGS = flags.FLAGS
+    flags.DEFINE_string("trl_python", None, "Python of an environment with requirements-trl.txt; none = ours alone.")
+    flags.DEFINE_integer("rounds", 10, "Timed iterations of each side, in turns.", lower_bound=1)
+    flags.DEFINE_string("output", None, "Where the JSON goes too.")
+    configs.run(main)

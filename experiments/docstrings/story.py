@@ -1,0 +1,169 @@
+"""What the demo shows at its end: every figure from the run itself, measured on signatures no stage has seen."""
+
+import html
+import json
+from pathlib import Path
+
+import jax
+import numpy as np
+
+from experiments.docstrings import labeller
+from gptjax.data.chat import Template
+from gptjax.objectives.ppo import best_of_n_kl
+from gptjax.rlhf.best_of_n import expected_best, respond
+from gptjax.rlhf.reward_model import load_reward_model
+from gptjax.training import report
+from gptjax.training.metrics import JsonLines
+from gptjax.workdir import load_model
+
+RUNS = {"ppo": "PPO", "ppo_ptx": "PPO-ptx"}
+
+
+def measure(workdir: Path, data: Path, *, prompt: int, response: int, best_of: int, limit: int) -> dict:
+    """Gold and proxy scores of the real summaries, SFT, best-of-n and both PPO runs, and a table of samples."""
+    rows = [json.loads(line) for line in (data / "evaluation.jsonl").read_text().splitlines()]
+    model = load_model(workdir / "sft")
+    template = Template(model.tokenizer, "chat")
+    rows = [r for r in rows if len(template.prompt(r["prompt"])) <= prompt][:limit]
+    ids = [template.prompt(r["prompt"]) for r in rows]
+    proxy = load_reward_model(workdir / "reward", mesh=model.mesh, tokenizer=model.tokenizer)
+
+    def gold(prompts, texts):
+        return np.array(labeller.gold_scores(prompts, texts))
+
+    def sampled(model, n, what):
+        """(texts, gold [prompts, n], proxy [prompts, n])."""
+        repeated = [p for p in ids for _ in range(n)]
+        with jax.set_mesh(model.mesh):
+            responses = respond(
+                model.params, model.config, repeated, template, max_new_tokens=response, temperature=1.0, seed=7,
+                dtype=model.dtype, mesh=model.mesh, progress=what,
+            )  # fmt: skip
+        texts = [template.decode(r) for r in responses]
+        of_gold = gold([r["prompt"] for r in rows for _ in range(n)], texts)
+        return texts, of_gold.reshape(-1, n), proxy.score(repeated, responses).reshape(-1, n)
+
+    texts, of_gold, of_proxy = sampled(model, best_of, "best-of-n")
+    best = of_proxy.argmax(1)
+    column = {"SFT": texts[::best_of], f"best of {best_of}": [texts[i * best_of + j] for i, j in enumerate(best)]}
+    curve, n = [], 1
+    while n <= best_of:
+        score, true = expected_best(of_proxy, of_gold, n)
+        curve.append({"n": n, "kl": float(best_of_n_kl(n)), "proxy": score, "gold": true})
+        n *= 2
+    real = [r["response"] for r in rows]
+    of_real = proxy.score(ids, [template.response(text) for text in real])
+    table = [
+        {"name": "the real summaries", "gold": gold([r["prompt"] for r in rows], real).mean(), "proxy": of_real.mean()},
+        {"name": "SFT", **{k: curve[0][k] for k in ("gold", "proxy", "kl")}},
+        {"name": f"best of {best_of}", **{k: curve[-1][k] for k in ("gold", "proxy", "kl")}},
+    ]
+    for name, title in RUNS.items():
+        last = JsonLines.read(workdir / name / "evaluations.jsonl")[-1]
+        policy = load_model(workdir / name)
+        texts, of_gold, of_proxy = sampled(policy, 4, title)
+        column[title] = texts[::4]
+        table.append({"name": title, "gold": of_gold.mean(), "proxy": of_proxy.mean(), "kl": last["kl"],
+                      "lm_loss": last.get("lm_loss")})  # fmt: skip
+    table[1]["lm_loss"] = JsonLines.read(workdir / "ppo" / "evaluations.jsonl")[0].get("lm_loss")
+    samples = [
+        {"prompt": r["prompt"], "the real one": r["response"], **{k: v[i] for k, v in column.items()}}
+        for i, r in enumerate(rows[:12])
+    ]
+    table = [{k: v if isinstance(v, str) or v is None else float(v) for k, v in row.items()} for row in table]
+    fitted = json.loads((workdir / "reward" / "reward.json").read_text())
+    return {
+        "signatures": len(rows), "table": table, "best_of_n": curve, "samples": samples,
+        "reward_accuracy": fitted["accuracy"], "longer_wins": fitted["longer_wins"],
+    }  # fmt: skip
+
+
+def say(result: dict):
+    print(f"{'':<22}{'gold':>8}{'proxy':>8}{'KL':>8}{'LM loss':>9}")
+    for row in result["table"]:
+        cells = [f"{row[k]:.3f}" if row.get(k) is not None else "" for k in ("gold", "proxy", "kl", "lm_loss")]
+        print(f"{row['name']:<22}{cells[0]:>8}{cells[1]:>8}{cells[2]:>8}{cells[3]:>9}")
+
+
+def write_report(workdir: Path, result: dict) -> Path:
+    """workdir/report.html: the story first, then pre-training's own curves and config."""
+    own = report.write(workdir)
+    page = Path(own).read_text()
+    start = page.index("<h1>")
+    body = (
+        f"<h1>From text to an aligned model</h1>{_introduction(result)}"
+        f"<h2>Where each stage stands</h2>{_table(result)}{_curves(workdir, result)}"
+        f"<h2>Samples on signatures no stage has seen</h2>{_samples(result)}"
+        f"<h2>Time</h2>{_times(result)}<h2>The stages' own reports</h2><p>"
+        + ", ".join(f"<a href='{n}/report.html'>{n}</a>" for n in ("sft", "reward", *RUNS))
+        + "; below: pre-training.</p>"
+    )
+    Path(own).write_text(page[:start] + body + page[start:])
+    return own
+
+
+def _introduction(result: dict) -> str:
+    return (
+        "<p>The task: from a function's signature, write its docstring's summary line. <b>Gold</b> is a rule-based "
+        "labeller (PEP 257, PEP 8; -2 to 2), the truth that no stage is trained on; <b>proxy</b> is the reward model, "
+        "trained on its noisy rankings and 0 on average over the demonstrations. The reward model agrees with "
+        f"{result['reward_accuracy']:.3f} of the held-out pairs; the labeller's own noise allows "
+        f"{result['pair_accuracy_ceiling']:.3f}, choosing the longer one {result['longer_wins']:.3f}. Gold judges "
+        "form and topic, not truth: a fixed phrase about the name can score high, so read the samples too.</p>"
+    )
+
+
+def _table(result: dict) -> str:
+    head = "".join(f"<th>{h}</th>" for h in ("", "gold", "proxy", "KL from SFT, nats", "loss on pre-training text"))
+    rows = ""
+    for row in result["table"]:
+        cells = "".join(
+            f"<td class=n>{'' if row.get(k) is None else f'{row[k]:.3f}'}</td>"
+            for k in ("gold", "proxy", "kl", "lm_loss")
+        )
+        rows += f"<tr><th>{html.escape(row['name'])}</th>{cells}</tr>"
+    return f"<table><tr>{head}</tr>{rows}</table>"
+
+
+def _curves(workdir: Path, result: dict) -> str:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(1, 3, figsize=(12, 3.6), constrained_layout=True)
+    best = result["best_of_n"]
+    for axis, key in zip(axes, ("gold", "proxy"), strict=False):
+        axis.plot(
+            [b["kl"] ** 0.5 for b in best], [b[key] for b in best], "s--", ms=4, color="#2e8b57", label="best of n"
+        )
+    for (name, title), colour in zip(RUNS.items(), ("#d1495b", "#3b6fb6"), strict=True):
+        lines = JsonLines.read(workdir / name / "evaluations.jsonl")
+        root = [max(line["kl"], 0.0) ** 0.5 for line in lines]
+        axes[0].plot(root, [line["gold"] for line in lines], "o-", ms=3, color=colour, label=title)
+        axes[1].plot(root, [line["score"] for line in lines], "o-", ms=3, color=colour, label=title)
+        steps, losses = [line["step"] for line in lines], [line.get("lm_loss") for line in lines]
+        axes[2].plot(steps, losses, "o-", ms=3, color=colour, label=title)
+    titles = ("gold score", "proxy: the reward model's score", "loss on pre-training text, nats/token")
+    for axis, title in zip(axes, titles, strict=True):
+        axis.set_title(title, loc="left", fontsize=10)
+        axis.set_xlabel("PPO iteration" if axis is axes[2] else "√KL from the SFT model")
+        axis.spines[["top", "right"]].set_visible(False)
+        axis.grid(alpha=0.25)
+        axis.legend(frameon=False, fontsize=8)
+    return report.image(figure, "gold and proxy score against KL, and the loss on pre-training text")
+
+
+def _samples(result: dict) -> str:
+    names = [k for k in result["samples"][0] if k != "prompt"] if result["samples"] else []
+    head = "<tr><th>signature</th>" + "".join(f"<th>{html.escape(n)}</th>" for n in names) + "</tr>"
+    rows = ""
+    for s in result["samples"]:
+        cells = "".join(f"<td>{html.escape(s[n])}</td>" for n in names)
+        rows += f"<tr><td><code>{html.escape(s['prompt'])}</code></td>{cells}</tr>"
+    return f"<table>{head}{rows}</table>"
+
+
+def _times(result: dict) -> str:
+    rows = "".join(f"<tr><th>{k}</th><td class=n>{v:.0f} s</td></tr>" for k, v in result["seconds"].items())
+    return f"<table>{rows}<tr><th>in all</th><td class=n>{sum(result['seconds'].values()):.0f} s</td></tr></table>"

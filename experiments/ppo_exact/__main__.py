@@ -1,0 +1,57 @@
+"""Does PPO reach the optimum it is said to have? On a bed where the optimum is known.
+
+    python -m experiments.ppo_exact --seeds=0,1,2,3,4 [--json] [--mutation=NAME] [--list_mutations]
+
+Per seed: gap, the share of J* - J_ref that PPO closed (1 is the optimum), and kl_to_optimum, KL(pi || pi*) in nats. The
+bar is gap >= .98 and kl_to_optimum <= .05. --mutation plants one of the faults of mutations.py first.
+"""
+
+import json
+import time
+
+from absl import flags
+from tqdm import tqdm
+
+from experiments.ppo_exact import mutations
+from gptjax import config as configs
+from gptjax.errors import InputError
+
+
+def main(_):
+    if FLAGS.list_mutations:
+        for name, function in mutations.MUTATIONS.items():
+            print(f"{name:<36}{function.__doc__.splitlines()[0]}")
+        return
+    try:
+        seeds = [int(s) for s in FLAGS.seeds.split(",")]
+    except ValueError as error:
+        raise InputError(f"--seeds={FLAGS.seeds}: give whole numbers with commas between.") from error
+    if FLAGS.mutation:
+        mutations.plant(FLAGS.mutation)
+    from experiments.ppo_exact.bed import Bed, BedConfig  # after the fault is planted
+
+    for seed in seeds:
+        began = time.perf_counter()
+        bed = Bed(seed, BedConfig(iterations=FLAGS.iterations))
+        with tqdm(total=FLAGS.iterations, desc=f"seed {seed}", unit="it", leave=False) as bar:
+            state = bed.train(record=lambda *_, bar=bar: bar.update())
+        result = {"seed": seed, **bed.figures(state.policy), "seconds": time.perf_counter() - began}
+        if FLAGS.mutation:
+            result["mutation"] = FLAGS.mutation
+        if FLAGS.json:
+            print(json.dumps(result), flush=True)
+        else:
+            good = result["gap"] >= 0.98 and result["kl_to_optimum"] <= 0.05
+            verdict = "ok" if good else "OUTSIDE THE BAR"
+            print(f"seed {seed}: gap {result['gap']:.4f}, KL to the optimum {result['kl_to_optimum']:.4f} nats, "
+                  f"KL to the reference {result['kl_to_reference']:.2f}; {result['seconds']:.0f} s; {verdict}")  # fmt: skip
+
+
+if __name__ == "__main__":
+    FLAGS = flags.FLAGS
+    flags.DEFINE_string("seeds", "0,1,2,3,4", "Seeds, with commas between.")
+    flags.DEFINE_integer("iterations", 200, "PPO iterations.", lower_bound=1)
+    flags.DEFINE_string("mutation", None, "A fault to plant; see --list_mutations.")
+    flags.DEFINE_bool("list_mutations", False, "The faults that can be planted.")
+    flags.DEFINE_bool("json", False, "One JSON object per seed.")
+    configs.run(main)
