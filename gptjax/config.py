@@ -144,7 +144,10 @@ def _fail(error):
 # --- the workdir ------------------------------------------------------------------------------------------
 
 # What may differ between two starts of one run: where and how fast it runs, not what it computes.
-_MAY_CHANGE = ("mesh", "checkpoint", "eval", "log", "steps", "tokens", "epochs", "steps_per_dispatch", "samples")
+_MAY_CHANGE = (
+    "mesh", "checkpoint", "eval", "log", "steps", "tokens", "epochs", "episodes", "steps_per_dispatch", "samples",
+    "offload",
+)  # fmt: skip
 
 
 def to_json(config) -> dict:

@@ -158,9 +158,11 @@ def ppo(config: mlc.ConfigDict, workdir: str, reward_fn: Callable | None = None)
         dtype=c.precision.dtype, mesh=mesh,
     )  # fmt: skip
     known = (workdir / "config.json").exists()
-    configs.claim_workdir(workdir, "ppo", c, model=policy_config, template=template.kind)
+    if known:
+        configs.claim_workdir(workdir, "ppo", c, model=policy_config, template=template.kind)
     base.tokenizer.save(workdir / "tokenizer")
     text = pretraining_text(c, workdir, policy_config, needed=c.ppo.ptx_coefficient > 0)
+    configs.claim_workdir(workdir, "ppo", c, model=policy_config, template=template.kind)
 
     # --- abstract state, shardings, the jitted phases ---
     policy_tx, value_tx = make_optimizer(c.optimizer), make_optimizer(c.value_optimizer)
@@ -196,6 +198,8 @@ def ppo(config: mlc.ConfigDict, workdir: str, reward_fn: Callable | None = None)
 
             state = jax.jit(make, out_shardings=shardings)(base.params, judge_model and judge_model.params)
         start = int(state.step)
+        if start > iterations:
+            raise InputError(f"{workdir} has done {start} iterations, more than the {iterations} asked for.")
         freeze = jax.jit(lambda p: networks.frozen(p, n.dtype))
         reference, reward = freeze(base.params), judge_model and freeze(judge_model.params)
         base = judge_model = None
@@ -261,8 +265,8 @@ def ppo(config: mlc.ConfigDict, workdir: str, reward_fn: Callable | None = None)
         seconds = 0.0 if not restored else meta.get("seconds", 0.0)
         saved = start if start else -1
         with loop.stop_on_sigterm() as asked_to_stop:
-            if start == 0:
-                assess(0)
+            if start % c.eval.every == 0 or start == iterations:
+                assess(start)  # at the beginning, or where a kill came between saving and evaluating
             for iteration in range(start, iterations):
                 clock = Clock()
                 batch = batches.at(int(state.prompt_position))
@@ -289,7 +293,7 @@ def ppo(config: mlc.ConfigDict, workdir: str, reward_fn: Callable | None = None)
                 line |= clock.figures(mask, tokens) | {"learning_rate": float(rates[0]), "seconds": seconds}
                 step = iteration + 1
                 writer.train({"step": step, "episodes": step * c.batch_size, **line})
-                check_iteration(line, iteration, n.dtype, checkpointer)
+                check_iteration(line, iteration, n.dtype, checkpointer, writer)
                 bar.update()
                 bar.set_postfix_str(
                     f"score {line['objective/score']:.3f}, kl {line['objective/kl']:.2f}, "

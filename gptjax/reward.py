@@ -256,8 +256,8 @@ def judge_of(model: GPTConfig, dtype, mesh):
 
 def evaluator(c: RewardConfig, judge, batches, mesh):
     """params -> {'loss', 'accuracy', 'margin', 'pairs'} over the validation comparisons."""
-    most = c.eval.batches or len(batches)
-    some = [batches[i * len(batches) // most] for i in range(min(most, len(batches)))]
+    most = min(c.eval.batches or len(batches), len(batches))
+    some = [batches[i * len(batches) // most] for i in range(most)]
     criterion = ranking_loss if c.objective == "pairs" else best_of_k_loss
 
     def evaluate(params) -> dict:

@@ -134,6 +134,8 @@ def sft(config: mlc.ConfigDict, workdir: str) -> bool:
         raise InputError("No model to start from: give --config.init_from=WORKDIR of a pre-training run.")
     if c.data.source is None:
         raise InputError("No demonstrations: give --config.data.source=PATH (JSONL, Parquet or hf:NAME).")
+    if c.steps is None and c.epochs is None:
+        raise InputError("Say how long to train: --config.steps or --config.epochs.")
     mesh = make_mesh(c.mesh)
 
     # --- the model it starts from; new tokens for the chat template ---
@@ -148,18 +150,22 @@ def sft(config: mlc.ConfigDict, workdir: str) -> bool:
     length = c.data.max_length or model.context_length
     demonstrations = load_demonstrations(c.data, template, model.context_length, c.seed)
     packed = PackedRows(demonstrations.train, length, c.data.packing, template.pad_id)
+    if judge and judge.template != template.kind:
+        raise InputError(f"The reward model in {c.reward} saw {judge.template!r} prompts, not {template.kind!r} ones.")
     known = (workdir / "config.json").exists()
-    mix = None
-    configs.claim_workdir(workdir, "sft", c, model=model)
+    if known:
+        configs.claim_workdir(workdir, "sft", c, model=model)
     tokenizer.save(workdir / "tokenizer")
+    mix = None
     if c.mix.fraction:
         mix, _ = text_windows(c.mix.source, c.init_from, workdir / "tokenizer", workdir / "data", length, c.seed)
+    configs.claim_workdir(workdir, "sft", c, model=model)
     host = {"host_index": jax.process_index(), "host_count": jax.process_count()}
     kind = {"byte_lengths": tokenizer.byte_lengths, "loss_on": c.data.loss_on, **host}
     batches = DemonstrationBatches(packed, c.batch_size, c.seed, mix=mix, mix_fraction=c.mix.fraction, **kind)
     schedule = Schedule(
         c.schedule, batch_size=c.batch_size, context_length=length, learning_rate=c.optimizer.learning_rate,
-        steps=_steps(c, batches),
+        steps=c.steps if c.steps is not None else batches.steps(c.epochs),
     )  # fmt: skip
 
     # --- abstract state, shardings, step ---
@@ -229,12 +235,6 @@ def sft(config: mlc.ConfigDict, workdir: str) -> bool:
     return finished
 
 
-def _steps(c: SFTConfig, batches: DemonstrationBatches) -> int:
-    if c.steps is None and c.epochs is None:
-        raise InputError("Say how long to train: --config.steps or --config.epochs.")
-    return c.steps if c.steps is not None else batches.steps(c.epochs)
-
-
 def sft_loss(model: GPTConfig, dtype, chunk: int, mesh=None):
     """The language-model loss under the batch's token weights; counted are the task's tokens (`task`), which are the
     weights themselves without an auxiliary term."""
@@ -277,7 +277,7 @@ def evaluator(c: SFTConfig, model, batches, judge, demonstrations, template, mes
         bits = float(bits_per_byte(total, max(more["target_bytes"], 1)))
         result = {"loss": total / max(count, 1), "bits_per_byte": bits, "tokens": int(count)}
         if judge:
-            prompts = [d.ids[: d.prompt] for d in demonstrations.validation[: 4 * c.samples.count]]
+            prompts = [d.ids[: d.prompt] for d in demonstrations.validation if d.prompt][: 4 * c.samples.count]
             responses = sampled(params, model, prompts, template, c, mesh)
             result["reward"] = float(judge.score(prompts, responses).mean())
             result["selection"] = -result["reward"]
@@ -298,7 +298,7 @@ def write_samples(workdir, step, params, model, demonstrations, template: Templa
     """Responses to the first validation prompts, beside the demonstration: to samples.jsonl and the screen."""
     if not c.samples.count or jax.process_count() > 1:
         return
-    shown = demonstrations.validation[: c.samples.count]
+    shown = [d for d in demonstrations.validation if d.prompt][: c.samples.count]
     responses = sampled(params, model, [d.ids[: d.prompt] for d in shown], template, c, mesh)
     lines = JsonLines(epath.Path(workdir) / "samples.jsonl", max(step - 1, 0) if step else -1)
     for d, response in zip(shown, responses, strict=True):

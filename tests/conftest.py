@@ -18,6 +18,11 @@ jax.config.update("jax_default_matmul_precision", "highest")
 
 import pytest  # noqa: E402
 
+if mutation := os.environ.get("GPTJAX_MUTATION"):  # the tests are tested: tests/test_mutations.py
+    from experiments.ppo_exact.mutations import plant
+
+    plant(mutation)
+
 ROOT = Path(__file__).resolve().parent.parent
 SHARED_DATA = ROOT.parent / "shared" / "data"  # real data beside the checkout; tests that want it skip without
 
@@ -27,3 +32,35 @@ def shared_data() -> Path:
     if not SHARED_DATA.exists():
         pytest.skip("needs ../shared/data, real data that is not part of this repository")
     return SHARED_DATA
+
+
+# --- one small run of each stage of alignment, made once (alignment_runs.py) --------------------------------
+
+
+@pytest.fixture(scope="session")
+def alignment(tmp_path_factory):
+    """Files of text, demonstrations, comparisons and prompts: {kind: path}."""
+    import alignment_runs
+
+    return alignment_runs.files(tmp_path_factory.mktemp("alignment"))
+
+
+@pytest.fixture(scope="session")
+def pretrained(alignment):
+    import alignment_runs
+
+    return alignment_runs.make_pretrained(alignment["text"].parent, alignment["text"])
+
+
+@pytest.fixture(scope="session")
+def tuned(alignment, pretrained):
+    import alignment_runs
+
+    return alignment_runs.make_tuned(pretrained.parent, pretrained, alignment["demonstrations"])
+
+
+@pytest.fixture(scope="session")
+def judge(alignment, tuned):
+    import alignment_runs
+
+    return alignment_runs.make_judge(tuned.parent, tuned, alignment["comparisons"])

@@ -4,8 +4,8 @@
     python -m experiments.benchmarks.ppo_cpu --trl_python=.venv-trl/bin/python
 
 GPT-2 of 4 layers, 128 wide, 4 heads, vocabulary 4,096; a separate value network and reward model of the same size;
-prompts of 16 tokens, responses of 24; batch 64, 4 epochs x 1 minibatch; float32. TRL 0.12.2 is the last line of releases
-with this trainer. Of TRL's iteration its two calls of gc.collect() are reported apart.
+prompts of 16 tokens, responses of 24; batch 64, 4 epochs x 1 minibatch; float32. TRL 0.12 is the last line of releases
+with this trainer; its iteration is timed as it ships, its two calls of gc.collect() included.
 """
 
 import json
@@ -106,7 +106,7 @@ def main(_):
         print(json.dumps({"round": i, **{k: round(v["seconds"], 3) for k, v in rounds[-1].items()}}), file=sys.stderr)
     work = flops(ours.model, 4)
     result = {
-        "shape": f"4 layers, 128 wide, vocabulary {VOCAB}, prompts {PROMPT}, responses {RESPONSE}, batch {BATCH}, 4 x 1",
+        "shape": f"4 layers, 128 wide, vocabulary {VOCAB}, {PROMPT} + {RESPONSE} tokens, batch {BATCH}, 4 x 1",
         "cores": os.cpu_count(), "jax": jax.__version__, "gflop": work / 1e9,
     }  # fmt: skip
     for name in rounds[0]:

@@ -8,6 +8,8 @@ judge the topics it was not trained on, beside two baselines. A stopped run goes
 takes about 15 minutes.
 """
 
+import dataclasses
+import functools
 import sys
 import time
 from pathlib import Path
@@ -26,6 +28,8 @@ from gptjax.reward import RewardConfig, reward
 from gptjax.rlhf.reward_model import load_reward_model
 
 CONTEXT = 256
+K = 4  # arguments of a ranked list
+LONGEST = 160  # tokens of an argument that the reward model sees
 WITHIN = 0.1  # length-matched: the longer one has at most a tenth more tokens
 RESAMPLES = 2000
 
@@ -37,17 +41,19 @@ def main(_):
     folds = debates.folds(pairs, FLAGS.folds, FLAGS.seed)
     say_data(pairs, folds)
     finished(pretrain(base_config(FLAGS.text, FLAGS.seed), str(workdir / "base")))
-    lengths = token_lengths(pairs, workdir / "base")
+    tokenizer = Tokenizer.load(workdir / "base" / "tokenizer")
+    lengths = {text: len(tokenizer.encode(text)) for text in debates.arguments(pairs)}
+    shown = functools.partial(shortened, tokenizer=tokenizer)
 
     right, matched, topics = [], [], []
     for i, held_out_topics in enumerate(folds):
         print(f"\n=== fold {i + 1} of {len(folds)}: held out {', '.join(held_out_topics)} ===", flush=True)
         train, held_out = parted(pairs, held_out_topics)
-        debates.write_rows(workdir / "rows" / f"train{i}.jsonl", train)
-        debates.write_rows(workdir / "rows" / f"held_out{i}.jsonl", held_out)
+        for name, part in (("train", train), ("held_out", held_out)):
+            debates.write_rows(workdir / "rows" / f"{name}{i}.jsonl", debates.ranked_lists(shown(part), K, FLAGS.seed))
         finished(reward(reward_config(workdir, i, FLAGS.seed), str(workdir / f"fold{i}")))
         right.append({
-            "reward_model": reward_model_right(workdir / f"fold{i}", held_out),
+            "reward_model": reward_model_right(workdir / f"fold{i}", shown(held_out)),
             **baselines.tfidf_right(train, held_out, lengths),
             "longer_wins": baselines.longer_right(held_out, lengths),
         })  # fmt: skip
@@ -55,19 +61,9 @@ def main(_):
         topics.append(np.array([p.topic for p in held_out]))
         print({name: round(float(r.mean()), 4) for name, r in right[-1].items()})
 
-    result = {
-        "command": " ".join(["python -m experiments.ukp_convarg", *sys.argv[1:]]),
-        "folds": [{"held_out": list(f), "pairs": len(m), "matched": int(m.sum())}
-                  | {name: float(r.mean()) for name, r in rs.items()}
-                  for f, m, rs in zip(folds, matched, right, strict=True)],
-        "all": summary(right, topics, [np.ones(len(m), bool) for m in matched]),
-        "length_matched": summary(right, topics, matched),
-        "by_topic": by_topic(right, topics),
-        "seconds": round(time.perf_counter() - began),
-    }  # fmt: skip
-    configs.write_json(workdir / "results.json", result)
-    if FLAGS.results:
-        configs.write_json(FLAGS.results, result)
+        result = figures(folds, right, matched, topics) | {"seconds": round(time.perf_counter() - began)}
+        for path in filter(None, (workdir / "results.json", FLAGS.results)):  # after each fold: it is a while
+            configs.write_json(path, result)
     say(result)
 
 
@@ -84,11 +80,11 @@ def base_config(text: str, seed: int):
     c = config_dict(PretrainConfig)
     c.data.update(source=text, tokenizer="bpe:4096", validation="0.07")
     c.model.update(n_layer=4, n_head=4, d_model=128, context_length=CONTEXT)
-    c.steps, c.batch_size, c.seed = 600, 8, seed
+    c.steps, c.batch_size, c.seed = 300, 8, seed
     c.optimizer.update(learning_rate=2e-3, b2=0.95)
     c.schedule.update(kind="cosine", final_fraction=0.1, warmup_tokens=30.0 * 8 * CONTEXT)
     c.eval.update(every=300, batches=20)
-    c.checkpoint.every = 300
+    c.checkpoint.every = 100
     return c
 
 
@@ -98,11 +94,11 @@ def reward_config(workdir: Path, fold: int, seed: int):
     c.init_from, c.template, c.normalise = str(workdir / "base"), "chat", "none"
     c.data.source = str(workdir / "rows" / f"train{fold}.jsonl")
     c.data.validation = str(workdir / "rows" / f"held_out{fold}.jsonl")
-    c.epochs, c.batch_size, c.seed = 1.0, 32, seed
+    c.epochs, c.batch_size, c.seed = 1.0, 8, seed
     c.optimizer.update(learning_rate=3e-4, b2=0.95)
     c.schedule.update(kind="cosine", final_fraction=0.1)
     c.eval.every = c.checkpoint.every = 100
-    c.eval.batches = 10
+    c.eval.batches = 4
     return c
 
 
@@ -116,9 +112,10 @@ def parted(pairs, held_out_topics):
     return pick(False), pick(True)
 
 
-def token_lengths(pairs, base) -> dict[str, int]:
-    tokenizer = Tokenizer.load(base / "tokenizer")
-    return {text: len(tokenizer.encode(text)) for text in {t for p in pairs for t in (p.better, p.worse)}}
+def shortened(pairs, tokenizer: Tokenizer) -> list[debates.Pair]:
+    """The pairs as the reward model sees them: the first LONGEST tokens of each argument (all of 94 in 100)."""
+    short = {text: tokenizer.decode(tokenizer.encode(text)[:LONGEST]) for text in debates.arguments(pairs)}
+    return [dataclasses.replace(p, better=short[p.better], worse=short[p.worse]) for p in pairs]
 
 
 def alike(a: int, b: int) -> bool:
@@ -136,6 +133,20 @@ def reward_model_right(workdir, pairs) -> np.ndarray:
 
 
 # --- figures ------------------------------------------------------------------------------------------------
+
+
+def figures(folds, right, matched, topics) -> dict:
+    """results.json, of the folds that are done."""
+    everything = [np.ones(len(m), bool) for m in matched]
+    return {
+        "command": " ".join(["python -m experiments.ukp_convarg", *sys.argv[1:]]),
+        "folds": [{"held_out": list(f), "pairs": len(m), "length_matched": int(m.sum())}
+                  | {name: float(r.mean()) for name, r in rs.items()}
+                  for f, m, rs in zip(folds, matched, right, strict=False)],
+        "all": summary(right, topics, everything),
+        "length_matched": summary(right, topics, matched),
+        "by_topic": by_topic(right, topics),
+    }  # fmt: skip
 
 
 def summary(right, topics, chosen) -> dict:
@@ -166,9 +177,8 @@ def by_topic(right, topics) -> dict:
 
 
 def say_data(pairs, folds):
-    arguments = {text for p in pairs for text in (p.better, p.worse)}
-    topics = {p.topic for p in pairs}
-    print(f"{len(pairs):,} judgements of {len(arguments):,} arguments in {len(topics)} topics; {len(folds)} folds")
+    texts, topics = debates.arguments(pairs), {p.topic for p in pairs}
+    print(f"{len(pairs):,} judgements of {len(texts):,} arguments in {len(topics)} topics; {len(folds)} folds")
 
 
 def say(result: dict):

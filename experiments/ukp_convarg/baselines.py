@@ -7,8 +7,9 @@ import re
 from collections import Counter
 
 import numpy as np
+import scipy.optimize
 
-from experiments.ukp_convarg.debates import Pair
+from experiments.ukp_convarg.debates import Pair, arguments
 
 _WORD = re.compile(r"[a-z']+|[0-9]+|[^\sa-z0-9]", re.IGNORECASE)
 
@@ -24,11 +25,11 @@ class TfIdf:
     def __init__(self, texts: list[str], least: int = 2):
         counts = Counter(term for text in texts for term in set(_terms(text)))
         self._place = {term: i for i, term in enumerate(sorted(t for t, n in counts.items() if n >= least))}
-        self._idf = np.array([np.log((1 + len(texts)) / (1 + counts[t])) + 1 for t in self._place], np.float32)
+        self._idf = np.array([np.log((1 + len(texts)) / (1 + counts[t])) + 1 for t in self._place])
 
     def __call__(self, texts: list[str]) -> np.ndarray:
-        """float32 [texts, terms]."""
-        features = np.zeros((len(texts), len(self._place)), np.float32)
+        """float64 [texts, terms]."""
+        features = np.zeros((len(texts), len(self._place)))
         for row, text in zip(features, texts, strict=True):
             for term, n in Counter(_terms(text)).items():
                 if term in self._place:
@@ -42,53 +43,42 @@ def _terms(text: str) -> list[str]:
     return words + [f"{a} {b}" for a, b in zip(words, words[1:], strict=False)]
 
 
-def logistic(differences: np.ndarray, penalty: float = 1.0, iterations: int = 300) -> np.ndarray:
-    """w that minimises sum log(1 + exp(-d . w)) + penalty/2 |w|^2: Bradley-Terry with scores w . x.
+def logistic(x: np.ndarray, better: np.ndarray, worse: np.ndarray, penalty: float = 1.0) -> np.ndarray:
+    """w that minimises sum log(1 + exp(-(x[better] - x[worse]) . w)) + penalty/2 |w|^2, over pairs of rows of x.
 
-    penalty 1 is scikit-learn's default (C = 1). Nesterov's method, with restarts and the step 1/L.
+    Logistic regression on differences of features, without an intercept; penalty 1 is scikit-learn's default (C = 1).
     """
-    w = momentum = np.zeros(differences.shape[1], np.float32)
-    step, t = 1 / (_largest_eigenvalue(differences) / 4 + penalty), 1.0
-    for _ in range(iterations):
-        pull = differences.T @ (1 / (1 + np.exp(differences @ momentum)))
-        gradient = penalty * momentum - pull
-        new, next_t = momentum - step * gradient, (1 + np.sqrt(1 + 4 * t * t)) / 2
-        if gradient @ (new - w) > 0:
-            next_t = 1.0
-        momentum = new + (t - 1) / next_t * (new - w)
-        w, t = new, next_t
-    return w
 
+    def loss(w):
+        score = x @ w
+        margin = score[better] - score[worse]
+        pull = 1 / (1 + np.exp(margin))
+        by_row = np.bincount(worse, pull, len(x)) - np.bincount(better, pull, len(x))
+        return np.logaddexp(0, -margin).sum() + penalty / 2 * w @ w, x.T @ by_row + penalty * w
 
-def _largest_eigenvalue(a: np.ndarray, iterations: int = 30) -> float:
-    """Of a^T a, by power iteration, a twentieth above what it finds."""
-    v = np.ones(a.shape[1], np.float32)
-    for _ in range(iterations):
-        v = a.T @ (a @ v)
-        norm = float(np.linalg.norm(v))
-        v /= norm
-    return 1.05 * norm
+    return scipy.optimize.minimize(loss, np.zeros(x.shape[1]), jac=True, method="L-BFGS-B").x
 
 
 def tfidf_right(train: list[Pair], held_out: list[Pair], lengths: dict[str, int]) -> dict[str, np.ndarray]:
     """Per held-out pair, whether logistic regression orders it right: 'tfidf' on unit-length vectors, which say little
     of length, 'tfidf_and_length' with the logarithm of the number of tokens besides."""
-    seen = sorted({text for p in train for text in (p.better, p.worse)})
-    new = sorted({text for p in held_out for text in (p.better, p.worse)})
+    seen, new = arguments(train), arguments(held_out)
     vectorise = TfIdf(seen)
-    log_length = lambda texts: np.log([[lengths[text]] for text in texts]).astype(np.float32)
+    log_length = lambda texts: np.log([[lengths[text]] for text in texts])
     bags = {"tfidf": vectorise, "tfidf_and_length": lambda texts: np.hstack([vectorise(texts), log_length(texts)])}
     right = {}
     for name, features in bags.items():
-        w = logistic(_difference(seen, features(seen), train))
-        right[name] = accuracy_of(_difference(new, features(new) @ w, held_out), 0.0)
+        w = logistic(features(seen), *_rows(seen, train))
+        better, worse = _rows(new, held_out)
+        score = features(new) @ w
+        right[name] = accuracy_of(score[better], score[worse])
     return right
 
 
-def _difference(texts, features, pairs: list[Pair]):
-    """What the better text of each pair has less what the worse one has: [pairs, ...]."""
-    row = {text: i for i, text in enumerate(texts)}
-    return features[[row[p.better] for p in pairs]] - features[[row[p.worse] for p in pairs]]
+def _rows(texts: list[str], pairs: list[Pair]) -> tuple[np.ndarray, np.ndarray]:
+    """Where in the texts the better and the worse ones of the pairs are."""
+    place = {text: i for i, text in enumerate(texts)}
+    return np.array([place[p.better] for p in pairs]), np.array([place[p.worse] for p in pairs])
 
 
 def longer_right(pairs: list[Pair], lengths: dict[str, int]) -> np.ndarray:

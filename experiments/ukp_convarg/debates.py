@@ -5,7 +5,9 @@ more), a1, a2. The two sides of a debate are one topic, and a topic is held out 
 """
 
 import dataclasses
+import itertools
 import json
+from collections import defaultdict
 from pathlib import Path
 
 import numpy as np
@@ -50,6 +52,11 @@ def _words(name: str) -> str:
     return " ".join(name.replace("-", " ").split())
 
 
+def arguments(pairs: list[Pair]) -> list[str]:
+    """Each text once."""
+    return sorted({text for p in pairs for text in (p.better, p.worse)})
+
+
 def folds(pairs: list[Pair], count: int, seed: int) -> list[tuple[str, ...]]:
     """The topics each fold holds out, every topic in one fold: dealt out in an order drawn from the seed."""
     topics = sorted({p.topic for p in pairs})
@@ -59,8 +66,52 @@ def folds(pairs: list[Pair], count: int, seed: int) -> list[tuple[str, ...]]:
     return [tuple(sorted(map(str, order[i::count]))) for i in range(count)]
 
 
-def write_rows(path: Path, pairs: list[Pair]):
-    """The pairs as rows of gptjax.reward."""
-    rows = ({"prompt": p.title, "chosen": p.better, "rejected": p.worse} for p in pairs)
+def ranked_lists(pairs: list[Pair], k: int, seed: int) -> list[dict]:
+    """Rows of gptjax.reward: up to k arguments of which every two were judged, in the order of the judgements.
+
+    The lists hold every judgement at least once and no other, so that an argument is forwarded once for up to k - 1 of
+    its judgements. Left out are pairs of texts that were judged both ways.
+    """
+    by_title = defaultdict(set)
+    for p in pairs:
+        by_title[p.title].add((p.better, p.worse))
+    rng = np.random.default_rng(seed)
+    rows = []
+    for title, beats in sorted(by_title.items()):
+        beats = {(a, b) for a, b in beats if (b, a) not in beats}
+        rows += [{"prompt": title, "completions": texts, "ranks": list(range(len(texts)))}
+                 for texts in _lists(beats, k, rng)]  # fmt: skip
+    return rows
+
+
+def _lists(beats: set, k: int, rng):
+    """Greedily: a pair that is in no list yet, and by and by the argument that brings most such pairs."""
+    judged = defaultdict(set)
+    for a, b in beats:
+        judged[a].add(b)
+        judged[b].add(a)
+    order, left = sorted(beats), {frozenset(pair) for pair in beats}
+    for number in rng.permutation(len(beats)):
+        texts = list(order[number])
+        if frozenset(texts) not in left:
+            continue
+        while len(texts) < k:
+            fitting = [t for t in sorted(set.intersection(*(judged[x] for x in texts))) if in_order([*texts, t], beats)]
+            gains = [sum(frozenset((t, x)) in left for x in texts) for t in fitting]
+            if max(gains, default=0) == 0:
+                break
+            texts.append(fitting[int(np.argmax(gains))])
+        left -= {frozenset(pair) for pair in itertools.combinations(texts, 2)}
+        yield in_order(texts, beats)
+
+
+def in_order(texts, beats) -> list[str] | None:
+    """From best to worst, or None where the judgements go round in a circle."""
+    wins = {t: sum((t, other) in beats for other in texts) for t in texts}
+    ordered = sorted(texts, key=wins.get, reverse=True)
+    return ordered if sorted(wins.values()) == list(range(len(texts))) else None
+
+
+def write_rows(path: Path, rows: list[dict]):
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))

@@ -31,6 +31,7 @@ def masked_mean(x, mask):
 
 def masked_variance(x, mask):
     """Biased variance over the slots of mask 1."""
+    x = keep(x, mask)  # before it is squared: the gradient of a masked NaN would be NaN
     return masked_mean((x - masked_mean(x, mask)) ** 2, mask)
 
 
@@ -39,6 +40,7 @@ def whiten(x, mask, shift_mean: bool = True):
 
     shift_mean False: the mean is added back, as Ziegler et al. whiten rewards. Variance is biased, as theirs.
     """
+    x = keep(x, mask)
     mean = masked_mean(x, mask)
     white = (x - mean) * lax.rsqrt(masked_variance(x, mask) + 1e-8)
     return keep(white if shift_mean else white + mean, mask)
@@ -180,6 +182,7 @@ def grpo_loss(log_prob, old_log_prob, ref_log_prob, advantages, mask, clip: floa
 
 def explained_variance(values, returns, mask):
     """1 - mean((R - V)^2) / variance(R): 1 is perfect, 0 no better than a constant."""
+    values, returns = keep(values, mask), keep(returns, mask)
     error = masked_mean((returns - values) ** 2, mask)
     return 1.0 - error / jnp.maximum(masked_variance(returns, mask), 1e-8)
 

@@ -44,12 +44,13 @@ def alarms(line: dict, iteration: int, dtype) -> list[str]:
     return found
 
 
-def check_iteration(line: dict, iteration: int, dtype, checkpointer):
+def check_iteration(line: dict, iteration: int, dtype, checkpointer, writer):
     """Prints the alarms. Raises TrainingDiverged where the gradient or the reward stopped being finite."""
     for text in alarms(line, iteration, dtype):
         print(f"warning: iteration {iteration + 1}: {text}", file=sys.stderr)
     if line["finite"] < 1 or not math.isfinite(line["objective/rlhf_reward"]):
         checkpointer.wait()
+        writer.flush()
         good = checkpointer.steps()
         raise TrainingDiverged(
             f"Loss or gradient was not finite in iteration {iteration + 1}; training stopped and "

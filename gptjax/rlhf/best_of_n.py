@@ -26,7 +26,8 @@ def respond(params, model, prompts, template: Template, *, max_new_tokens, tempe
             progress: str | None = None) -> list[list[int]]:  # fmt: skip
     """One response to each prompt (ids), as ids with end-of-text the last where the model said it.
 
-    rows: prompts decoded together. progress: what a progress bar says; None = no bar.
+    One that reaches the end of the context is cut to it, so that it can be scored. rows: prompts decoded together.
+    progress: what a progress bar says; None = no bar.
     """
     out = []
     for first in tqdm(range(0, len(prompts), rows), desc=progress, unit="batch", leave=False, disable=progress is None):
@@ -36,7 +37,7 @@ def respond(params, model, prompts, template: Template, *, max_new_tokens, tempe
             sampling=Sampling(temperature), seed=seed + first, eot_id=template.eos_id, keep_eot=True,
             vocab=template.vocab_size, dtype=dtype, mesh=mesh,
         )  # fmt: skip
-        out += texts
+        out += [t[: model.context_length - len(p)] for p, t in zip(some, texts, strict=True)]
     return out
 
 

@@ -59,10 +59,11 @@ def sample(policy, prompts, lengths, key, n: Networks):
 
 
 def by_rows(function, rows: int | None, *arrays):
-    """function over `rows` rows of the arrays at a time: what one forward pass holds is bounded. None = all at once."""
+    """function over at most `rows` rows of the arrays at a time: what one forward pass holds is bounded. None = all."""
     batch = arrays[0].shape[0]
     if rows is None or rows >= batch:
         return function(*arrays)
+    rows = next(n for n in range(rows, 0, -1) if batch % n == 0)
     split = tuple(a.reshape(batch // rows, rows, *a.shape[1:]) for a in arrays)
     out = jax.lax.map(lambda parts: function(*parts), split)
     return jax.tree.map(lambda a: a.reshape(batch, *a.shape[2:]), out)

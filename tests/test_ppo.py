@@ -1,0 +1,697 @@
+"""PPO and PPO-ptx end to end: rewards of every kind, what is frozen, resuming, meshes, refusals; and best-of-n."""
+
+import itertools
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import jax
+import numpy as np
+import pytest
+from alignment_runs import (
+    RESPONSE,
+    arrays,
+    lines,
+    on_one_device,
+    ppo_config,
+    pretrain_config,
+    sft_config,
+    template,
+    without_times,
+    write,
+)
+from conftest import ROOT
+
+from gptjax import ppo as stage
+from gptjax.data.prompts import PromptBatches, PromptConfig, load_prompts
+from gptjax.errors import InputError
+from gptjax.generation.sampling import Sampling
+from gptjax.parallel.mesh import MeshConfig, make_mesh
+from gptjax.ppo import ppo
+from gptjax.pretrain import pretrain
+from gptjax.rlhf import rollout
+from gptjax.rlhf.best_of_n import best_of_n, expected_best
+from gptjax.rlhf.reward_model import load_reward_model
+from gptjax.rlhf.rewards import load_callable
+from gptjax.sample import continue_texts
+from gptjax.sft import sft
+from gptjax.training.checkpoint import Checkpointer
+from gptjax.workdir import load_model
+
+METRICS = {
+    "objective/kl", "objective/score", "objective/rlhf_reward", "objective/non_score_reward", "objective/entropy",
+    "policy/approxkl", "policy/clipfrac", "policy/ratio_mean", "policy/ratio_max", "policy/ratio_min",
+    "value/explained_var", "value/clipfrac", "loss/policy", "loss/value", "loss/ptx", "grad_norm/ppo", "grad_norm/ptx",
+    "grad_norm/cosine", "grad_norm/value", "kl_coef", "response/length", "response/eos_rate", "time/rollout",
+    "time/score", "time/update", "tokens_per_second/rollout",
+}  # fmt: skip
+WHOLE = {  # everything an iteration can depend on is at work
+    "steps": 4, "ppo__ptx_coefficient": 0.5, "ptx__per_episode": 1.0, "kl__target": 0.05, "kl__horizon": 100.0,
+    "kl__coefficient": 0.1, "optimizer__learning_rate": 1e-3,
+}  # fmt: skip
+LIKED = ("ba", "la")
+
+
+@pytest.fixture(autouse=True)
+def one_device():
+    with on_one_device():
+        yield
+
+
+def share(prompts, responses):
+    """The planted rule: what part of the words is of LIKED."""
+    return [sum(w in LIKED for w in r.split()) / max(len(r.split()), 1) for r in responses]
+
+
+@pytest.fixture(scope="module")
+def config(tuned, judge, alignment):
+    return lambda **overrides: ppo_config(tuned, judge, alignment["prompts"], **overrides)
+
+
+@pytest.fixture(scope="module")
+def ruled(tuned, alignment):
+    """A config without a reward model."""
+    return lambda **overrides: ppo_config(tuned, None, alignment["prompts"], **overrides)
+
+
+@pytest.fixture(scope="module")
+def straight(config, tmp_path_factory):
+    """(workdir, the frozen models as they went into each judging) of the whole of WHOLE, uninterrupted."""
+    workdir, frozen, real = tmp_path_factory.mktemp("ppo") / "run", [], rollout.judge
+
+    def judging(policy, value, reference, reward, *args, **kwargs):
+        frozen.append(jax.tree.map(np.array, (reference, reward)))
+        return real(policy, value, reference, reward, *args, **kwargs)
+
+    with on_one_device(), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(stage.rollout, "judge", judging)
+        assert ppo(config(**WHOLE), str(workdir)) is True
+    return workdir, frozen
+
+
+def same_bits(a, b):
+    a, b = (jax.tree_util.tree_leaves_with_path(t) for t in (a, b))
+    assert [p for p, _ in a] == [p for p, _ in b]
+    return [jax.tree_util.keystr(p) for (p, x), (_, y) in zip(a, b, strict=True)
+            if np.asarray(x).tobytes() != np.asarray(y).tobytes()]  # fmt: skip
+
+
+# --- one run, looked at from all sides --------------------------------------------------------------------
+
+
+def test_every_figure_is_there(straight):
+    metrics = lines(straight[0])
+    assert [m["step"] for m in metrics] == [1, 2, 3, 4] and [m["episodes"] for m in metrics] == [16, 32, 48, 64]
+    for m in metrics:
+        assert METRICS - m.keys() == set()
+        assert all(np.isfinite(m[k]) for k in METRICS)
+        assert m["time/rollout"] > 0 and m["tokens_per_second/rollout"] > 0
+        assert 0 < m["response/length"] <= RESPONSE and 0 <= m["response/eos_rate"] <= 1
+        assert m["policy/ratio_min"] <= m["policy/ratio_mean"] <= m["policy/ratio_max"]
+        assert m["objective/rlhf_reward"] == pytest.approx(
+            m["objective/score"] + m["objective/non_score_reward"], abs=1e-5
+        )
+        assert m["objective/non_score_reward"] == pytest.approx(-m["kl_coef"] * m["objective/kl"], abs=1e-5)
+        assert -1 <= m["grad_norm/cosine"] <= 1
+
+
+def test_the_first_kl_is_0_and_every_first_ratio_1(straight):
+    metrics = lines(straight[0])
+    assert metrics[0]["objective/kl"] == 0.0 and metrics[0]["objective/non_score_reward"] == 0.0
+    assert all(m["objective/kl"] != 0 for m in metrics[1:])
+    assert all(m["policy/first_ratio_deviation"] < 1e-4 for m in metrics)
+    assert all(m["policy/rollout_logp_diff"] < 1e-4 for m in metrics)
+    assert all(m["policy/ratio_max"] > 1.001 for m in metrics)  # there was something to get wrong
+
+
+def test_the_frozen_models_are_what_they_were(straight, tuned, judge):
+    _, frozen = straight
+    assert len(frozen) == 4 + 3  # iterations and evaluations
+    for later in frozen[1:]:
+        assert same_bits(frozen[0], later) == []
+    mesh = make_mesh(MeshConfig(), jax.devices()[:1])
+    reference, reward = frozen[0]
+    assert same_bits(reference, load_model(tuned, mesh=mesh).params) == []
+    assert same_bits(reward, load_reward_model(judge, mesh=mesh).params) == []
+
+
+def test_the_kl_coefficient_is_steered_once_an_iteration(straight):
+    """Ziegler et al. 2019 §2.2 by hand; it falls where KL is under the target and rises where it is above."""
+    metrics = lines(straight[0])
+    expected = 0.1
+    for m in metrics:
+        assert m["kl_coef"] == pytest.approx(expected, rel=1e-5)
+        expected *= 1 + np.clip(m["objective/kl"] / 0.05 - 1, -0.2, 0.2) * 16 / 100
+    for m, after in itertools.pairwise(metrics):
+        assert (after["kl_coef"] > m["kl_coef"]) is (m["objective/kl"] > 0.05)
+    assert max(m["objective/kl"] for m in metrics[:-1]) > 0.05 > metrics[0]["objective/kl"]  # both ways
+
+
+def test_what_the_checkpoint_holds(straight):
+    there = arrays(straight[0], 4)
+    roots = {k.split("]")[0] for k in there}
+    names = {"policy", "policy_opt", "value", "value_opt", "kl_coefficient", "key", "prompt_position", "ptx_position"}
+    assert {f"training['{n}'" for n in names} <= roots and any(r.startswith("params") for r in roots)
+    assert there["training['prompt_position']"] == 4 * 16
+    assert there["training['ptx_position']"] == 4 * 2 * 8  # iterations, minibatches, one sequence an episode
+    counts = {k: int(v) for k, v in there.items() if k.endswith("['count']")}
+    assert len(counts) == 2 and set(counts.values()) == {4 * 2 * 2}  # iterations, epochs, minibatches
+
+
+def test_the_average_is_what_is_sampled(straight):
+    workdir, _ = straight
+    there = arrays(workdir, 4)
+    model = load_model(workdir)
+    wte = np.asarray(model.params["wte"])
+    assert wte.tobytes() == there["params['wte']"].tobytes() and model.step == 4
+    assert not np.array_equal(wte, there["training['policy']['wte']"])
+    assert continue_texts(model, ["ba"], max_new_tokens=3, sampling=Sampling(1.0), seed=0)
+
+
+def test_the_average_by_hand(straight, tuned):
+    """average <- decay average + (1 - decay) policy, once an iteration, from the policy it began with."""
+    workdir, _ = straight
+    kept = Checkpointer(workdir).steps()
+    assert kept == [3, 4]
+    before, after = arrays(workdir, 3), arrays(workdir, 4)
+    expected = 0.992 * before["params['wte']"] + 0.008 * after["training['policy']['wte']"]
+    np.testing.assert_allclose(after["params['wte']"], expected, atol=1e-7)
+    assert np.abs(after["params['wte']"] - before["params['wte']"]).max() > 1e-6
+
+
+def test_evaluations_and_samples(straight):
+    workdir, _ = straight
+    evaluations, samples = lines(workdir, "evaluations"), lines(workdir, "samples")
+    assert [e["step"] for e in evaluations] == [0, 2, 4]
+    assert all({"score", "kl", "entropy", "length", "eos_rate", "lm_loss"} <= e.keys() for e in evaluations)
+    assert evaluations[0]["kl"] == 0.0 and evaluations[-1]["kl"] != 0.0
+    assert [s["step"] for s in samples] == [0, 0, 2, 2, 4, 4]
+    assert all("<|" not in s["text"] and {"prompt", "text", "score"} <= s.keys() for s in samples)
+    page = (workdir / "report.html").read_text()
+    assert page.startswith("<!doctype html>") and "training curves" in page and "ppo" in page
+
+
+def test_the_value_network_begins_as_the_reward_model(config, judge, tmp_path, monkeypatch):
+    seen = {}
+
+    class Stop(Exception):
+        pass
+
+    def stop(state, *_):
+        seen["state"] = jax.device_get((state.value, state.policy, state.average))
+        raise Stop
+
+    monkeypatch.setattr(stage, "memory_plan", stop)
+    with pytest.raises(Stop):
+        ppo(config(), str(tmp_path / "run"))
+    mesh = make_mesh(MeshConfig(), jax.devices()[:1])
+    value, policy, average = seen["state"]
+    assert same_bits(value, load_reward_model(judge, mesh=mesh).params) == []
+    assert same_bits(policy, average) == []
+
+
+# --- stopped and gone on with -----------------------------------------------------------------------------
+
+
+def assert_same_ppo(workdir, other, steps):
+    """The whole PPOState, metrics, evaluations and samples, bit for bit."""
+    a, b = arrays(workdir, steps), arrays(other, steps)
+    assert a.keys() == b.keys() and len(a) > 100
+    assert [k for k in a if a[k].tobytes() != b[k].tobytes()] == []
+    assert [m["step"] for m in lines(workdir)] == list(range(1, steps + 1))
+    for name in ("metrics", "evaluations", "samples"):
+        assert without_times(lines(workdir, name)) == without_times(lines(other, name)), name
+
+
+def test_two_iterations_and_two_are_four(config, straight, tmp_path):
+    for steps in (2, 4):
+        assert ppo(config(**WHOLE | {"steps": steps}), str(tmp_path / "parts")) is True
+    assert_same_ppo(tmp_path / "parts", straight[0], 4)
+
+
+def test_sigterm_saves_and_the_run_goes_on(config, straight, tmp_path, monkeypatch):
+    real = stage.check_iteration
+
+    def check(line, iteration, *args):
+        real(line, iteration, *args)
+        if iteration == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(stage, "check_iteration", check)
+        c = config(**WHOLE)
+        c.checkpoint.every = 10
+        assert ppo(c, str(tmp_path / "parts")) is False
+    assert Checkpointer(tmp_path / "parts").steps() == [3]
+    assert ppo(config(**WHOLE), str(tmp_path / "parts")) is True
+    assert_same_ppo(tmp_path / "parts", straight[0], 4)
+
+
+def test_a_run_cut_off_between_a_checkpoint_and_the_next(config, straight, tmp_path, monkeypatch):
+    """Lines of iterations that no checkpoint has are written anew, not twice."""
+    real = stage.check_iteration
+
+    class Killed(BaseException):
+        pass
+
+    def check(line, iteration, *args):
+        if iteration == 3:
+            raise Killed
+        return real(line, iteration, *args)
+
+    c = config(**WHOLE)
+    c.checkpoint.every = 2
+    with monkeypatch.context() as patch:
+        patch.setattr(stage, "check_iteration", check)
+        with pytest.raises(Killed):
+            ppo(c, str(tmp_path / "parts"))
+    assert ppo(c, str(tmp_path / "parts")) is True
+    assert_same_ppo(tmp_path / "parts", straight[0], 4)
+
+
+def test_a_run_cut_off_between_a_checkpoint_and_its_evaluation(config, straight, tmp_path, monkeypatch):
+    """The evaluation is made up for, as training/loop.py does it: else evaluations.jsonl has a hole for good."""
+    real = stage.JsonLines.write
+
+    class Killed(BaseException):
+        pass
+
+    def write(self, record):
+        if self.path.name == "evaluations.jsonl" and record["step"] == 2:
+            raise Killed
+        return real(self, record)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(stage.JsonLines, "write", write)
+        with pytest.raises(Killed):
+            ppo(config(**WHOLE), str(tmp_path / "parts"))
+    assert ppo(config(**WHOLE), str(tmp_path / "parts")) is True
+    assert [e["step"] for e in lines(tmp_path / "parts", "evaluations")] == [0, 2, 4]
+    assert_same_ppo(tmp_path / "parts", straight[0], 4)
+
+
+def test_other_prompts_are_not_gone_on_with(ruled, tmp_path, alignment):
+    source = tmp_path / "rows.jsonl"
+    shutil.copy(alignment["prompts"], source)
+    options = {"data__source": str(source), "eval__lm_batches": 0}
+    ppo(ruled(steps=1, **options), str(tmp_path / "run"), share)
+    source.write_text("".join(source.read_text().splitlines(keepends=True)[1:]))
+    with pytest.raises(InputError, match="has changed since the run began"):
+        ppo(ruled(steps=2, **options), str(tmp_path / "run"), share)
+
+
+def test_a_run_can_be_made_longer_in_episodes_as_in_steps(ruled, tmp_path):
+    for episodes in (16, 32):
+        c = ruled(episodes=episodes, eval__lm_batches=0)
+        c.steps = None
+        ppo(c, str(tmp_path / "run"), share)
+    assert len(lines(tmp_path / "run")) == 2
+
+
+KILLED = """
+from alignment_runs import ppo_config
+
+def get_config():
+    return ppo_config({policy!r}, {reward!r}, {prompts!r}, **{options!r})
+"""
+
+
+@pytest.mark.slow
+def test_kill_9_and_gone_on_with(straight, tuned, judge, alignment, tmp_path):
+    options = WHOLE | {"steps": 12}
+    text = KILLED.format(policy=str(tuned), reward=str(judge), prompts=str(alignment["prompts"]), options=options)
+    (tmp_path / "config.py").write_text(text)
+    flags = os.environ.get("XLA_FLAGS", "").replace("--xla_force_host_platform_device_count=8", "")
+    environment = {**os.environ, "XLA_FLAGS": flags, "PYTHONPATH": f"{ROOT / 'tests'}:{ROOT}"}
+
+    def start(workdir):
+        return subprocess.Popen(
+            [sys.executable, "-m", "gptjax.ppo", f"--config={tmp_path}/config.py", f"--workdir={workdir}"],
+            cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        )  # fmt: skip
+
+    whole = start(tmp_path / "straight")
+    output = whole.communicate(timeout=200)[0]
+    assert whole.returncode == 0, output
+    process, there = start(tmp_path / "parts"), tmp_path / "parts" / "checkpoints"
+    deadline = time.monotonic() + 150
+    while process.poll() is None and time.monotonic() < deadline:
+        if there.exists() and any(n.isdecimal() and int(n) >= 4 for n in os.listdir(there)):
+            break
+        time.sleep(0.001)
+    assert process.poll() is None
+    process.kill()
+    process.communicate()
+    again = start(tmp_path / "parts")
+    output = again.communicate(timeout=200)[0]
+    assert again.returncode == 0 and "going on from iteration" in output, output
+    assert_same_ppo(tmp_path / "parts", tmp_path / "straight", 12)
+
+
+# --- rewards ----------------------------------------------------------------------------------------------
+
+
+LEARNS = {"steps": 15, "eval__every": 15, "eval__lm_batches": 0, "checkpoint__every": 15}
+
+
+@pytest.mark.parametrize("shared", [False, True])
+def test_a_planted_rule_is_learnt(ruled, tmp_path, shared):
+    """By the rule alone: the share of two of ten words goes from a fifth to most. With a value network, and with a
+    value head on the policy's own trunk."""
+    assert ppo(ruled(shared_trunk=shared, **LEARNS), str(tmp_path / "run"), share) is True
+    score = [m["objective/score"] for m in lines(tmp_path / "run")]
+    assert np.mean(score[:2]) < 0.3 and np.mean(score[-3:]) > 0.6
+    assert [m["policy/first_ratio_deviation"] < 1e-4 for m in lines(tmp_path / "run")] == [True] * 15
+    values = {k.split("']")[1] for k in arrays(tmp_path / "run", 15) if k.startswith("training['value']")}
+    assert (values == {"['head"}) is shared
+    assert not {"loss/ptx", "grad_norm/ptx", "grad_norm/cosine"} & lines(tmp_path / "run")[0].keys()
+    assert arrays(tmp_path / "run", 15)["training['ptx_position']"] == 0
+
+
+def first_scores(c, workdir, **kwargs):
+    """(score of each of the first iteration's responses, prompts, responses): what finish was given."""
+    seen, real = [], rollout.finish
+
+    def finish(judged, score, *args, **options):
+        seen.append((np.asarray(score), jax.device_get(judged)))
+        return real(judged, score, *args, **options)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(stage.rollout, "finish", finish)
+        ppo(c, str(workdir), **kwargs)
+    return seen
+
+
+def test_a_reward_model_and_a_rule_are_summed(config, ruled, tmp_path):
+    options = {"steps": 1, "eval__lm_batches": 0, "rollout__missing_eos": None}
+    of_both = first_scores(config(**options), tmp_path / "both", reward_fn=share)[1]
+    of_model = first_scores(config(**options), tmp_path / "model")[1]
+    of_rule = first_scores(ruled(**options), tmp_path / "rule", reward_fn=share)[1]
+    for other in (of_model, of_rule):
+        assert other[1]["tokens"].tobytes() == of_both[1]["tokens"].tobytes()  # the same noise, the same responses
+    np.testing.assert_allclose(of_both[0], of_model[0] + of_rule[0], atol=1e-6)
+    assert of_model[0].std() > 0.1 and of_rule[0].std() > 0.01
+    line = lines(tmp_path / "both")[0]
+    assert line["objective/score"] == pytest.approx(float(of_both[0].mean()), abs=1e-5)
+
+
+def test_scores_are_the_normalised_reward_models(config, judge, tmp_path):
+    """What PPO sees is what load_reward_model gives of the same texts, left padding or not."""
+    seen = first_scores(config(steps=1, eval__lm_batches=0), tmp_path / "run")[1]
+    model = load_reward_model(judge, mesh=make_mesh(MeshConfig(), jax.devices()[:1]))
+    tokens, real = seen[1]["tokens"], seen[1]["real"]
+    slots = tokens.shape[1] - RESPONSE
+    prompts = [r[:slots][m[:slots] > 0] for r, m in zip(tokens, real, strict=True)]
+    responses = [r[slots:][m[slots:] > 0] for r, m in zip(tokens, real, strict=True)]
+    assert len({len(p) for p in prompts}) > 1 and len({len(r) for r in responses}) > 1
+    np.testing.assert_allclose(seen[0], model.score(prompts, responses), atol=1e-4)
+
+
+def test_what_a_callable_gets(ruled, alignment, tuned, tmp_path):
+    """Texts, or ids: of one sampling the same, the prompt as it stands in the file, the response with its end."""
+    options, seen = {"steps": 1, "eval__lm_batches": 0}, {"text": [], "tokens": []}
+    for on in ("text", "tokens"):
+
+        def rule(prompts, responses, on=on):
+            seen[on].append((prompts, responses))
+            return np.zeros(len(responses))
+
+        ppo(ruled(reward_on=on, **options), str(tmp_path / on), rule)
+    t = template(tuned)
+    known = {json.loads(line)["prompt"] for line in alignment["prompts"].read_text().splitlines()}
+    texts, ids = seen["text"][1], seen["tokens"][1]  # of the iteration, between two evaluations
+    assert set(texts[0]) <= known and len(texts[0]) == 16
+    assert ids[0] == [t.prompt(p) for p in texts[0]]
+    assert all(type(i) is int for row in ids[1] for i in row) and texts[1] == [t.decode(r) for r in ids[1]]
+    assert all(0 < len(r) <= RESPONSE and t.eos_id not in r[:-1] and t.pad_id not in r for r in ids[1])
+    assert all(r[-1] == t.eos_id or len(r) == RESPONSE for r in ids[1]) and any(r[-1] == t.eos_id for r in ids[1])
+
+
+def test_prompts_come_in_the_order_of_the_stream(ruled, alignment, tuned, tmp_path):
+    """Iteration i takes places 16 i to 16 i + 15: no prompt is skipped or doubled, over epochs too."""
+    seen = []
+
+    def rule(prompts, responses):
+        seen.append(prompts)
+        return np.zeros(len(responses))
+
+    ppo(ruled(steps=3, eval__lm_batches=0, eval__every=3), str(tmp_path / "run"), rule)
+    loaded = load_prompts(PromptConfig(str(alignment["prompts"])), template(tuned), 40)
+    batches = PromptBatches(loaded, 16, 40, 0, 0)
+    expected = [[loaded.texts[i] for i in batches.at(16 * n)["index"]] for n in range(3)]
+    assert seen[1:4] == expected
+    assert sorted(itertools.chain(*expected)) == sorted(2 * loaded.texts)
+
+
+def test_each_iteration_has_noise_of_its_own(ruled, tmp_path):
+    """One prompt, a rate of next to 0: the responses of 3 iterations of 16 differ, as samples do."""
+    seen, source = [], write(tmp_path / "rows.jsonl", 24 * [{"prompt": "ba ko mi"}])
+
+    def rule(prompts, responses):
+        seen.append(responses)
+        return np.zeros(len(responses))
+
+    options = {"optimizer__learning_rate": 1e-12, "value_optimizer__learning_rate": 1e-12}
+    ppo(
+        ruled(steps=3, data__source=str(source), eval__lm_batches=0, eval__every=3, **options),
+        str(tmp_path / "run"),
+        rule,
+    )
+    assert len({tuple(r) for r in seen[1:4]}) == 3
+    assert all(len(set(r)) > 4 for r in seen[1:4])
+    assert all(m["objective/kl"] == pytest.approx(0, abs=1e-5) for m in lines(tmp_path / "run"))
+
+
+def test_a_response_without_an_end_gets_the_score_of_one(ruled, tmp_path):
+    """Scores of -7 that no rule gave, as many as responses did not end."""
+    ppo(
+        ruled(steps=1, rollout__missing_eos=-7.0, eval__lm_batches=0),
+        str(tmp_path / "run"),
+        lambda p, r: [1.0] * len(r),
+    )
+    line = lines(tmp_path / "run")[0]
+    assert 0 < line["response/eos_rate"] < 1
+    assert line["objective/score"] == pytest.approx(
+        line["response/eos_rate"] - 7 * (1 - line["response/eos_rate"]), abs=1e-5
+    )
+
+
+def gold(prompts, responses):
+    return [float(len(r)) for r in responses]
+
+
+def test_a_named_callable_and_a_gold_score(ruled, tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "tests"))
+    c = ruled(steps=1, reward_fn="test_ppo:share", eval__gold_fn="test_ppo:gold", eval__lm_batches=0)
+    assert ppo(c, str(tmp_path / "run")) is True
+    last, samples = lines(tmp_path / "run", "evaluations")[-1], lines(tmp_path / "run", "samples")
+    assert last["gold"] > 0 and all(s["gold"] == len(s["text"]) for s in samples)
+    for name in ("nowhere:f", "test_ppo:nothing", "test_ppo", "test_ppo:METRICS"):
+        with pytest.raises(InputError, match="reward_fn="):
+            load_callable(name)
+
+
+# --- variants of one computation --------------------------------------------------------------------------
+
+VARIANT = WHOLE | {"steps": 2}
+
+
+@pytest.fixture(scope="module")
+def first_two(straight):
+    return without_times(lines(straight[0]))[:2]
+
+
+def test_offloaded_frozen_models_give_the_same_bits(config, first_two, tmp_path):
+    ppo(config(**VARIANT, offload=True), str(tmp_path / "run"))
+    assert without_times(lines(tmp_path / "run")) == first_two
+
+
+def nearly(found, expected, rel=1e-4):
+    for a, b in zip(found, expected, strict=True):
+        assert a.keys() == b.keys()
+        for k in a:
+            assert a[k] == pytest.approx(b[k], rel=rel, abs=rel), k
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("options", [{"ppo__microbatch_size": 2}, {"rollout__forward_rows": 4}])
+def test_pieces_of_a_batch_give_the_same_figures(config, first_two, tmp_path, options):
+    ppo(config(**VARIANT, **options), str(tmp_path / "run"))
+    nearly(without_times(lines(tmp_path / "run")), first_two)
+
+
+def test_fewer_rows_a_forward_pass_and_another_number_of_evaluation_prompts(config, tmp_path):
+    ppo(config(steps=1, rollout__forward_rows=16, eval__prompts=24, eval__lm_batches=0), str(tmp_path / "run"))
+
+
+MESHES = {"data 8": {"mesh__data": 8}, "fsdp 8": {"mesh__data": 1, "mesh__fsdp": 8},
+          "data 2 fsdp 2 tensor 2": {"mesh__data": 2, "mesh__fsdp": 2, "mesh__tensor": 2}}  # fmt: skip
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", MESHES)
+def test_a_mesh_of_8_gives_the_figures_of_one_device(config, first_two, tmp_path, monkeypatch, name):
+    for module in (stage, sys.modules["gptjax.workdir"]):
+        monkeypatch.setattr(module, "make_mesh", make_mesh)
+    ppo(config(**VARIANT, **MESHES[name]), str(tmp_path / "run"))
+    nearly(without_times(lines(tmp_path / "run")), first_two)
+    assert lines(tmp_path / "run")[0]["objective/kl"] == 0.0
+
+
+@pytest.mark.slow
+def test_adaptive_kl_moves_towards_the_target(ruled, tmp_path):
+    """The rule pulls the policy away; a low target with a short horizon holds it nearer than a coefficient fixed
+    at the same beginning."""
+    kl = {}
+    for target in (None, 0.3):
+        options = LEARNS | {"kl__coefficient": 0.05, "kl__horizon": 10.0, "steps": 25, "eval__every": 25}
+        if target:
+            options["kl__target"] = target
+        ppo(ruled(**options), str(tmp_path / str(target)), share)
+        kl[target] = np.mean([m["objective/kl"] for m in lines(tmp_path / str(target))[-8:]])
+    coefficients = [m["kl_coef"] for m in lines(tmp_path / "0.3")]
+    assert abs(kl[0.3] - 0.3) < abs(kl[None] - 0.3) / 2 and max(coefficients) > 0.1
+
+
+# --- bad input --------------------------------------------------------------------------------------------
+
+GOOD = {"prompt": "ba"}
+BAD = {
+    "no policy": ({"policy": None}, GOOD, "--config.policy"),
+    "no reward": ({"reward": None}, GOOD, "--config.reward"),
+    "no source": ({"data.source": None}, GOOD, "--config.data.source"),
+    "no length": ({"steps": None}, GOOD, "--config.episodes or --config.steps"),
+    "no field": ({}, {"question": "ba"}, "rows.jsonl:3.*no field 'prompt'"),
+    "empty": ({}, {"prompt": ""}, "rows.jsonl:3.*empty"),
+    "too long": ({}, {"prompt": "ba ko " * 20}, "rows.jsonl:3.*more than 40"),
+    "no room": ({"rollout.max_new_tokens": 48}, GOOD, "leaves no room for a prompt"),
+    "top-p": ({"rollout.top_p": 0.9}, GOOD, "top_p=0.9.*whole distribution"),
+    "top-k": ({"rollout.top_k": 5}, GOOD, "top_k=5.*whole distribution"),
+    "minibatches": ({"ppo.minibatches": 3}, GOOD, "batch_size=16 is not a multiple of ppo.minibatches=3"),
+    "micro-batch": ({"ppo.microbatch_size": 3}, GOOD, "8 episodes is not a multiple of ppo.microbatch_size=3"),
+    "forward_rows": ({"rollout.forward_rows": 5}, GOOD, "rollout.forward_rows"),
+    "callable": ({"reward_fn": "gptjax.nowhere:f"}, GOOD, "cannot be imported"),
+    "float16": ({"precision.compute": "float16"}, GOOD, "float32 or bfloat16"),
+    "reward_on": ({"reward_on": "words"}, GOOD, "text or tokens"),
+}  # fmt: skip
+
+
+def refused(c, workdir, says, claimed=False, **kwargs):
+    with pytest.raises(InputError, match=f"(?s){says}") as caught:
+        ppo(c, str(workdir), **kwargs)
+    assert "\n" not in str(caught.value)
+    assert not (workdir / "metrics.jsonl").exists() or not lines(workdir)
+    assert (workdir / "config.json").exists() is claimed
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_bad_input_is_one_clear_error(config, tmp_path, name):
+    options, row, says = BAD[name]
+    c = config(data__source=str(write(tmp_path / "rows.jsonl", [GOOD, GOOD, row])))
+    for key, value in options.items():
+        section, _, last = key.rpartition(".")
+        place = c
+        for part in section.split(".") if section else ():
+            place = place[part]
+        place[last] = value
+    refused(c, tmp_path / "run", says)
+
+
+def test_models_that_can_not_be(config, ruled, pretrained, tuned, judge, tmp_path):
+    c = ruled()
+    c.policy = str(pretrained)
+    refused(c, tmp_path / "run", "no padding token of its own", reward_fn=share)
+    c.policy = str(judge)
+    refused(c, tmp_path / "run", "is a reward model", reward_fn=share)
+    c = config()
+    c.reward = str(tuned)
+    refused(c, tmp_path / "run", "not a reward model")
+
+
+def test_a_batch_that_does_not_divide_over_the_mesh(config, tmp_path, monkeypatch):
+    for module in (stage, sys.modules["gptjax.workdir"]):
+        monkeypatch.setattr(module, "make_mesh", make_mesh)
+    refused(
+        config(batch_size=12, ppo__minibatches=1), tmp_path / "run", "12 is not divisible over.*8 devices: use 8 or 16"
+    )
+
+
+@pytest.mark.parametrize(
+    "rule, says",
+    [
+        (lambda p, r: [1.0] * (len(r) + 1), r"shape \(17,\) for 16 responses"),
+        (lambda p, r: [[1.0]] * len(r), r"shape \(16, 1\)"),
+        (lambda p, r: 1.0, r"shape \(\)"),
+        (lambda p, r: ["good"] * len(r), "gave no numbers"),
+        (lambda p, r: [1.0, float("nan")] + [0.0] * (len(r) - 2), "gave nan for response 1"),
+        (lambda p, r: [float("inf")] * len(r), "gave inf for response 0"),
+    ],
+)
+def test_callables_that_can_not_be(ruled, tmp_path, rule, says):
+    """The workdir is claimed by then: only a first sampling could tell."""
+    refused(ruled(eval__lm_batches=0), tmp_path / "run", says, claimed=True, reward_fn=rule)
+    mended = ruled(eval__lm_batches=0, steps=1)
+    if "17" in says:
+        assert ppo(mended, str(tmp_path / "run"), share) is True
+
+
+def test_ptx_without_a_text_leaves_no_workdir(config, tmp_path):
+    c = config(ppo__ptx_coefficient=1.0, ptx__source=str(tmp_path / "nothing.txt"))
+    refused(c, tmp_path / "run", "ppo.ptx_coefficient > 0 needs pre-training text.*nothing.txt")
+
+
+@pytest.mark.slow
+def test_a_reward_model_of_another_tokenizer(judge, alignment, tmp_path):
+    (tmp_path / "text.txt").write_text("quick brown foxes jump over lazy dogs 0123 " * 200)
+    pretrain(pretrain_config(tmp_path / "text.txt", steps=1), str(tmp_path / "pretrained"))
+    c = sft_config(tmp_path / "pretrained", alignment["demonstrations"], steps=1, samples__count=0)
+    sft(c, str(tmp_path / "sft"))
+    c = ppo_config(tmp_path / "sft", judge, alignment["prompts"])
+    refused(c, tmp_path / "run", "another tokenizer")
+
+
+# --- best of n --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("n", [1, 2, 3, 5])
+def test_expected_best_is_the_mean_over_all_subsets(n):
+    rng = np.random.default_rng(n)
+    scores, gold = rng.normal(size=(4, 5)), rng.normal(size=(4, 5))
+    best, other = [], []
+    for row, of_gold in zip(scores, gold, strict=True):
+        subsets = [list(s) for s in itertools.combinations(range(5), n)]
+        chosen = [s[int(np.argmax(row[s]))] for s in subsets]
+        best.append(np.mean(row[chosen]))
+        other.append(np.mean(of_gold[chosen]))
+    assert expected_best(scores, gold, n) == (pytest.approx(np.mean(best)), pytest.approx(np.mean(other)))
+
+
+def test_best_of_n_keeps_the_best_of_the_first_n():
+    scores = np.array([[0.0, 2.0, 9.0], [3.0, 1.0, 9.0]])
+    kept, kl = best_of_n(scores, 2)
+    assert kept.tolist() == [1, 0] and kl == pytest.approx(np.log(2) - 0.5)
+    assert best_of_n(scores, 3)[0].tolist() == [2, 2] and best_of_n(scores, 1)[1] == 0.0
+    for n in (0, 4):
+        with pytest.raises(InputError, match=f"best-of-{n} needs {n} samples of each prompt and there are 3"):
+            best_of_n(scores, n)
+        with pytest.raises(InputError, match="there are 3"):
+            expected_best(scores, scores, n)
+
+
+def test_best_of_n_on_the_command_line(tuned, judge, alignment):
+    flags = os.environ.get("XLA_FLAGS", "").replace("--xla_force_host_platform_device_count=8", "")
+    done = subprocess.run(
+        [sys.executable, "-m", "gptjax.rlhf.best_of_n", f"--policy={tuned}", f"--reward={judge}",
+         f"--prompts={alignment['prompts']}", "--n=4", "--limit=3", "--max_new_tokens=8"],
+        cwd=ROOT, env={**os.environ, "XLA_FLAGS": flags}, capture_output=True, text=True, timeout=200,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    *rows, last = map(json.loads, done.stdout.splitlines())
+    assert len(rows) == 3 and all(r.keys() == {"prompt", "response", "score"} for r in rows)
+    assert last["n"] == 4 and last["kl"] == pytest.approx(np.log(4) - 3 / 4)
+    assert last["score"] == pytest.approx(np.mean([r["score"] for r in rows]), abs=1e-5)
+    assert last["score"] > last["score_of_one"]

@@ -1,0 +1,89 @@
+"""PPO on a bed whose optimum is known in closed form (experiments/ppo_exact)."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from experiments.ppo_exact import bed as beds
+from experiments.ppo_exact.bed import EOS, LENGTH, Bed, BedConfig, responses
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture(scope="module")
+def bed():
+    return Bed(0)
+
+
+def test_there_are_341_responses_each_once():
+    tokens, mask = responses()
+    assert tokens.shape == mask.shape == (341, LENGTH) and len({tuple(t) for t in tokens}) == 341
+    ended = (tokens == EOS).any(1)
+    assert (~ended).sum() == 4**4 and [(mask.sum(1)[ended] == n).sum() for n in (1, 2, 3, 4)] == [1, 4, 16, 64]
+
+
+def test_probabilities_sum_to_1(bed):
+    np.testing.assert_allclose(jnp.exp(bed.log_ref).sum(1), 1.0, atol=1e-5)
+    np.testing.assert_allclose(jnp.exp(bed.log_optimum).sum(1), 1.0, atol=1e-5)
+
+
+def test_the_reference_has_closed_nothing_and_the_optimum_all(bed):
+    figures = bed.figures(bed.reference)
+    assert figures["gap"] == 0.0 and figures["kl_to_reference"] == 0.0 and figures["kl_to_optimum"] > 1.0
+    assert float(bed.objective(bed.log_optimum)) == pytest.approx(bed.j_optimum, abs=1e-5)
+
+
+def test_no_policy_beats_the_optimum(bed):
+    """Moved a little in any direction, the optimum is worse."""
+    for i in range(5):
+        moved = bed.log_optimum + 0.1 * jax.random.normal(jax.random.key(i), bed.log_optimum.shape)
+        moved = moved - jax.nn.logsumexp(moved, axis=1, keepdims=True)
+        assert float(bed.objective(moved)) < bed.j_optimum
+
+
+def test_sampled_responses_get_their_own_reward(bed):
+    tokens, _ = responses()
+    whole = np.concatenate([np.zeros((341, 3), np.int32), tokens], axis=1)
+    for prompt in range(3):
+        np.testing.assert_array_equal(bed.score(whole, np.full(341, prompt)), bed.rewards[prompt])
+
+
+def run(*arguments) -> list[dict]:
+    environment = {**os.environ, "NPROC": "2"}
+    result = subprocess.run(
+        [sys.executable, "-m", "experiments.ppo_exact", "--json", *arguments],
+        cwd=ROOT, env=environment, capture_output=True, text=True, timeout=900,
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr[-2000:]
+    return [json.loads(line) for line in result.stdout.splitlines()]
+
+
+@pytest.mark.slow
+def test_ppo_reaches_the_optimum():
+    for result in run("--seeds=0,1"):
+        assert result["gap"] >= 0.98 and result["kl_to_optimum"] <= 0.05, result
+
+
+@pytest.mark.slow
+def test_one_epoch_of_eight_minibatches_reaches_it_too():
+    """InstructGPT's schedule of an iteration."""
+    c = BedConfig(learning_rate=2e-3, iterations=250, ppo=beds.UpdateConfig(epochs=1, minibatches=8))
+    one = Bed(0, c)
+    figures = one.figures(one.train().policy)
+    assert figures["gap"] >= 0.98 and figures["kl_to_optimum"] <= 0.05, figures
+
+
+@pytest.mark.slow
+def test_pretraining_gradients_cure_the_alignment_tax():
+    from experiments.ppo_exact.ptx import run as ptx
+
+    plain, little, much = (ptx(gamma, iterations=120, progress=False) for gamma in (0.0, 0.1, 1.0))
+    assert plain["tax"] > 0.5 > 10 * little["tax"] > 10 * much["tax"]
+    assert min(plain["gap"], little["gap"], much["gap"]) > 0.95

@@ -1,0 +1,339 @@
+"""The reward model end to end: what it learns, the zero of its scale, what it refuses."""
+
+import json
+import shutil
+
+import jax
+import numpy as np
+import pytest
+from alignment_runs import (
+    LIKED,
+    assert_same_run,
+    comparisons,
+    demonstrations,
+    lines,
+    on_one_device,
+    pretrain_config,
+    reward_config,
+    sft_config,
+    template,
+    until_sigterm,
+    write,
+)
+
+from gptjax import reward as stage
+from gptjax.data.tokenizer import Tokenizer
+from gptjax.errors import InputError
+from gptjax.parallel.mesh import MeshConfig, make_mesh
+from gptjax.pretrain import pretrain
+from gptjax.reward import reward
+from gptjax.rlhf import reward_model
+from gptjax.rlhf.reward_model import load_reward_model
+from gptjax.sft import sft
+from gptjax.training.checkpoint import Checkpointer
+from gptjax.workdir import load_model
+
+
+@pytest.fixture(autouse=True)
+def one_device():
+    with on_one_device():
+        yield
+
+
+@pytest.fixture(scope="module")
+def mesh():
+    return make_mesh(MeshConfig(), jax.devices()[:1])
+
+
+@pytest.fixture(scope="module")
+def model(judge, mesh):
+    return load_reward_model(judge, mesh=mesh)
+
+
+def scores(model, rows, name):
+    """Scores of the rows' `name`, one text each, and of completions the whole list."""
+    t = template_of(model)
+    return model.score([t.prompt(r["prompt"]) for r in rows], [t.response(r[name]) for r in rows])
+
+
+def template_of(model):
+    from gptjax.data.chat import Template
+
+    return Template(model.tokenizer, model.template)
+
+
+def result(workdir):
+    return json.loads((workdir / "reward.json").read_text())
+
+
+# --- what it learns ---------------------------------------------------------------------------------------
+
+
+def test_a_planted_preference_is_learnt(judge, model):
+    """Prompts it never saw: in every pair of 60 rows the completion with the word is to score higher."""
+    assert result(judge)["accuracy"] > 0.95 and result(judge)["pairs"] > 40
+    t, right = template_of(model), []
+    for row in comparisons(60, seed=77):
+        prompt = t.prompt(row["prompt"])
+        found = model.score([prompt] * len(row["ranks"]), [t.response(c) for c in row["completions"]])
+        for a, rank in zip(found, row["ranks"], strict=True):
+            right += [a > b for b, other in zip(found, row["ranks"], strict=True) if rank < other]
+    assert len(right) > 60 and np.mean(right) > 0.95
+
+
+def test_what_a_run_leaves(judge):
+    run, metrics = json.loads((judge / "config.json").read_text()), lines(judge)
+    assert run["stage"] == "reward" and run["template"] == "chat"
+    assert [m["step"] for m in metrics] == list(range(1, 121))
+    names = {"loss", "accuracy", "margin", "pairs", "grad_norm", "batch_prompts", "prompts_per_second"}
+    assert names <= metrics[0].keys()
+    assert metrics[-1]["accuracy"] > 0.9 > metrics[0]["accuracy"] and metrics[0]["batch_prompts"] == 16
+    evaluations = lines(judge, "evaluations")
+    assert [e["step"] for e in evaluations] == [0, 120] and evaluations[-1]["accuracy"] == result(judge)["accuracy"]
+    rows = result(judge)["calibration"]
+    assert sum(r["pairs"] for r in rows) == result(judge)["pairs"] and len(rows) == 10
+    assert "calibration" in (judge / "report.html").read_text().lower()
+
+
+def test_validation_loss_by_hand(judge, model, alignment):
+    """-1/#pairs sum of log sigmoid over a prompt's pairs, prompts equal: of held-out rows, ragged and all."""
+    from gptjax.data.comparisons import ComparisonConfig, load_comparisons
+
+    c = ComparisonConfig(source=str(alignment["comparisons"]), validation="0.25")
+    held_out = load_comparisons(c, template(judge), 48, 0).validation
+    assert len({len(x.ranks) for x in held_out}) == 3
+    losses = []
+    for x in held_out:
+        r = model.score([x.prompt] * len(x.ranks), x.completions).astype(np.float64)
+        pairs = [r[i] - r[j] for i, a in enumerate(x.ranks) for j, b in enumerate(x.ranks) if a < b]
+        losses.append(np.mean(np.log1p(np.exp(-np.array(pairs)))))
+    assert lines(judge, "evaluations")[-1]["loss"] == pytest.approx(np.mean(losses), rel=1e-4)
+
+
+def test_each_completion_is_forwarded_once(tuned, alignment, tmp_path, monkeypatch):
+    """Not K - 1 times, as pairs would: rows x K texts in the step's one forward pass."""
+    shapes, real = [], stage.score_at_end
+
+    def counting(params, tokens, *args, **kwargs):
+        shapes.append(tokens.shape)
+        return real(params, tokens, *args, **kwargs)
+
+    monkeypatch.setattr(stage, "score_at_end", counting)
+    reward(reward_config(tuned, alignment["comparisons"], steps=1, eval__batches=1), str(tmp_path / "run"))
+    assert shapes and {s[0] for s in shapes} == {16 * 4}
+
+
+def test_the_best_of_k_objective(tuned, alignment, tmp_path):
+    """Its loss before the first step, of a batch, by hand; and it learns."""
+    c = reward_config(tuned, alignment["comparisons"], objective="best", steps=80)
+    assert reward(c, str(tmp_path / "run")) is True
+    assert result(tmp_path / "run")["accuracy"] > 0.9
+    first, last = lines(tmp_path / "run", "evaluations")
+    assert last["loss"] < first["loss"] and last["loss"] > 0
+
+
+def test_more_evaluation_batches_than_there_are_mean_all_of_them(judge, alignment, mesh):
+    """eval.batches is a limit: of fewer batches of held-out rows than 10 are all."""
+    from gptjax.data.comparisons import ComparisonConfig, load_comparisons, validation_batches
+
+    c = ComparisonConfig(source=str(alignment["comparisons"]), validation="0.25")
+    loaded, model = load_comparisons(c, template(judge), 48, 0), load_reward_model(judge, mesh=mesh)
+    batches = validation_batches(loaded.validation, 8, loaded.k, 48, pad_id=template(judge).pad_id)
+    assert len(batches) >= 3
+    found = {}
+    for most in (0, len(batches), 10):
+        config = stage.configs.build(stage.RewardConfig, reward_config(judge, "x", eval__batches=most))
+        read = stage.judge_of(model.config, model.dtype, mesh)
+        with jax.set_mesh(mesh):
+            found[most] = stage.evaluator(config, read, batches, mesh)(model.params)
+    assert found[0] == found[len(batches)]
+    assert found[10] == found[0]
+
+
+# --- the zero of the scale --------------------------------------------------------------------------------
+
+
+def raw(judge, mesh, tmp_path):
+    """The reward model as training left it: gain 1, bias 0."""
+    copy = shutil.copytree(judge, tmp_path / "raw")
+    (copy / "reward.json").write_text(json.dumps({"gain": 1.0, "bias": 0.0}))
+    return load_reward_model(copy, mesh=mesh)
+
+
+def test_demonstrations_score_0_on_average(judge, model, mesh, alignment, tmp_path):
+    rows = [json.loads(line) for line in alignment["demonstrations"].read_text().splitlines()]
+    from gptjax.data.demonstrations import DemonstrationConfig, load_demonstrations
+
+    c = DemonstrationConfig(source=str(alignment["demonstrations"]), validation="0.15")
+    demos = load_demonstrations(c, template(judge), 48, 0).train
+    prompts, responses = [d.ids[: d.prompt] for d in demos], [d.ids[d.prompt :] for d in demos]
+    after, before = model.score(prompts, responses), raw(judge, mesh, tmp_path).score(prompts, responses)
+    assert abs(after.mean()) < 1e-4 < abs(before.mean())
+    assert result(judge)["demonstrations"] == len(demos) and abs(result(judge)["mean_after"]) < 1e-4
+    assert before.mean() == pytest.approx(result(judge)["mean_before"], abs=1e-4)
+    np.testing.assert_allclose(after, before - before.mean(), atol=1e-5)  # a bias alone: no margin is changed
+    assert result(judge)["gain"] == 1.0 and len(rows) > len(demos)
+
+
+@pytest.mark.parametrize("kind", ["mean_std", "none"])
+def test_other_normalisations(tuned, alignment, mesh, tmp_path, kind):
+    c = reward_config(tuned, alignment["comparisons"], normalise=kind, steps=2, eval__batches=1)
+    reward(c, str(tmp_path / "run"))
+    found = result(tmp_path / "run")
+    model = load_reward_model(tmp_path / "run", mesh=mesh)
+    unscaled = raw(tmp_path / "run", mesh, tmp_path)
+    rows = [{**r, "response": r["completions"][0]} for r in comparisons(10, seed=5)]
+    np.testing.assert_allclose(
+        scores(model, rows, "response"), found["gain"] * scores(unscaled, rows, "response") + found["bias"], atol=1e-4
+    )
+    if kind == "none":
+        assert (found["gain"], found["bias"]) == (1.0, 0.0)
+        return
+    from gptjax.data.demonstrations import DemonstrationConfig, load_demonstrations
+
+    source = DemonstrationConfig(source=str(alignment["demonstrations"]), validation="0.15")
+    demos = load_demonstrations(source, template(tuned), 48, 0).train
+    of_demos = model.score([d.ids[: d.prompt] for d in demos], [d.ids[d.prompt :] for d in demos])
+    assert abs(of_demos.mean()) < 1e-4 and of_demos.std() == pytest.approx(1, abs=1e-3)
+
+
+def test_the_score_is_read_at_end_of_text_and_nothing_after_it_counts(model):
+    t = template_of(model)
+    prompt, response = t.prompt("ba ko"), t.response(f"mi {LIKED} ru")
+    alone = model.score([prompt], [response])
+    with_others = model.score([prompt, prompt], [response, t.response("mi ko ru te fo la ni ba ko mi ru te")])
+    assert alone[0] == pytest.approx(with_others[0], abs=1e-5)
+    assert abs(alone[0] - model.score([prompt], [t.response("mi ko ru")])[0]) > 0.5
+    tokens = np.zeros((1, 32), np.int32)
+    n = len(prompt) + len(response)
+    tokens[0, :n] = prompt + response
+    junk = tokens.copy()
+    junk[0, n:] = 270
+    args = (np.array([n], np.int32), model.config, model.dtype)
+    assert reward_model.score_rows(model.params, tokens, *args) == reward_model.score_rows(model.params, junk, *args)
+
+
+def test_scoring_more_than_one_batch_keeps_the_order(model):
+    t, rows = template_of(model), [{**r, "response": r["completions"][0]} for r in comparisons(13, seed=6)]
+    together = scores(model, rows, "response")
+    parts = model.score([t.prompt(r["prompt"]) for r in rows], [t.response(r["response"]) for r in rows], rows=4)
+    np.testing.assert_allclose(together, parts, atol=1e-5)
+    with pytest.raises(InputError, match="longer than the reward model's context of 48"):
+        model.score([[1] * 40], [[1] * 9])
+
+
+# --- length -----------------------------------------------------------------------------------------------
+
+
+def longer_wins(n, seed=4):
+    return comparisons(n, seed, rank=lambda text: -len(text.split()))
+
+
+def test_a_warning_where_length_alone_explains_it(tuned, tmp_path, capsys):
+    source = write(tmp_path / "rows.jsonl", longer_wins(60))
+    reward(reward_config(tuned, source, steps=60), str(tmp_path / "run"))
+    assert result(tmp_path / "run")["longer_wins"] > 0.9
+    assert "length alone agrees with" in capsys.readouterr().out
+
+
+def test_no_such_warning_elsewhere(judge, mesh):
+    from gptjax.rlhf.agreement import length_explains
+
+    assert not length_explains(result(judge)) and result(judge)["longer_wins"] < 0.9
+
+
+# --- stopped and gone on with -----------------------------------------------------------------------------
+
+
+def test_a_stopped_run_ends_where_an_uninterrupted_one_does(tuned, alignment, tmp_path):
+    c = reward_config(
+        tuned,
+        alignment["comparisons"],
+        steps=8,
+        model__dropout=0.1,
+        eval__every=4,
+        checkpoint__every=4,
+        eval__batches=1,
+    )
+    assert reward(c, str(tmp_path / "straight")) is True
+    assert until_sigterm(reward, c, tmp_path / "parts", stop=3) is False
+    assert Checkpointer(tmp_path / "parts").steps() == [3]
+    with pytest.raises(InputError, match="no reward.json: let its training finish"):
+        load_reward_model(tmp_path / "parts", mesh=make_mesh(MeshConfig(), jax.devices()[:1]))
+    assert reward(c, str(tmp_path / "parts")) is True
+    assert_same_run(tmp_path / "parts", tmp_path / "straight", 8)
+    assert result(tmp_path / "parts") == result(tmp_path / "straight")
+
+
+# --- what is refused --------------------------------------------------------------------------------------
+
+
+def test_workdirs_that_are_no_reward_model(tuned, pretrained, judge, mesh, tmp_path):
+    for workdir, says in ((tuned, "is a sft run"), (pretrained, "is a pretrain run"), (tmp_path, "not a workdir")):
+        with pytest.raises(InputError, match=says):
+            load_reward_model(workdir, mesh=mesh)
+    with pytest.raises(InputError, match="is a reward model, which scores texts and writes none"):
+        load_model(judge)
+    with pytest.raises(InputError, match="another tokenizer"):
+        load_reward_model(judge, mesh=mesh, tokenizer=Tokenizer.load(pretrained / "tokenizer"))
+    load_reward_model(judge, mesh=mesh, tokenizer=Tokenizer.load(tuned / "tokenizer"))
+
+
+def test_a_trunk_without_demonstrations(pretrained, alignment, tmp_path):
+    """Straight from pre-training there are none to set the zero by, unless they are named."""
+    with pytest.raises(InputError, match="--config.demonstrations=PATH, or --config.normalise=none"):
+        reward(reward_config(pretrained, alignment["comparisons"]), str(tmp_path / "run"))
+    assert not (tmp_path / "run").exists()
+    c = reward_config(
+        pretrained, alignment["comparisons"], steps=1, demonstrations=str(alignment["demonstrations"]), eval__batches=1
+    )
+    assert reward(c, str(tmp_path / "run")) is True
+    assert abs(result(tmp_path / "run")["mean_after"]) < 1e-4
+
+
+ROW = {"prompt": "ba", "completions": ["ko", "mi"], "ranks": [0, 1]}
+BAD = {
+    "no field": ({"prompt": "ba", "completions": ["ko", "mi"]}, {}, "rows.jsonl:4.*no field 'ranks'"),
+    "one completion": (ROW | {"completions": ["ko"], "ranks": [0]}, {}, "rows.jsonl:4.*1 completions; give 2 to 9"),
+    "ranks": (ROW | {"ranks": [0, 1, 2]}, {}, "rows.jsonl:4.*3 ranks for 2 completions"),
+    "not a number": (ROW | {"ranks": [0, "good"]}, {}, "rows.jsonl:4.*'good' isn't a finite number"),
+    "empty": (ROW | {"completions": ["ko", ""]}, {}, "rows.jsonl:4.*completion 2.*is empty"),
+    "too long": (ROW | {"completions": ["ko", "ba " * 60]}, {}, "rows.jsonl:4.*more than 48"),
+    "no length": (ROW, {"steps": None}, "--config.epochs=1"),
+    "no model": (ROW, {"init_from": None}, "--config.init_from"),
+    "no source": (ROW, {"data.source": None}, "--config.data.source"),
+    "objective": (ROW, {"objective": "dpo"}, "pairs, best"),
+    "template": (ROW, {"template": "plain"}, "tuned with 'chat'"),
+    "micro-batch": (ROW, {"microbatch_size": 3}, "multiple of microbatch_size=3"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_bad_input_is_one_clear_error(tuned, tmp_path, name):
+    row, options, says = BAD[name]
+    rows = [ROW, ROW | {"prompt": "te"}, ROW | {"prompt": "mi"}, row]
+    c = reward_config(tuned, write(tmp_path / "rows.jsonl", rows))
+    for key, value in options.items():
+        section, _, last = key.rpartition(".")
+        (c[section] if section else c)[last] = value
+    with pytest.raises(InputError, match=f"(?s){says}") as caught:
+        reward(c, str(tmp_path / "run"))
+    assert "\n" not in str(caught.value)
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.slow
+def test_a_reward_model_of_another_tokenizer(judge, tmp_path):
+    """A second line of runs, whose BPE was trained on another text, and its SFT judged by the first's."""
+    (tmp_path / "text.txt").write_text("quick brown foxes jump over lazy dogs 0123 " * 200)
+    pretrain(pretrain_config(tmp_path / "text.txt", steps=1), str(tmp_path / "pretrained"))
+    c = sft_config(tmp_path / "pretrained", write(tmp_path / "d.jsonl", demonstrations(8)), steps=1, samples__count=0)
+    sft(c, str(tmp_path / "sft"))
+    with pytest.raises(InputError, match="another tokenizer"):
+        load_reward_model(
+            judge, mesh=make_mesh(MeshConfig(), jax.devices()[:1]), tokenizer=load_model(tmp_path / "sft").tokenizer
+        )
+    c.selection, c.reward = "reward", str(judge)
+    with pytest.raises(InputError, match="another tokenizer"):
+        sft(c, str(tmp_path / "sft2"))
+    assert not (tmp_path / "sft2").exists()

@@ -1,0 +1,471 @@
+"""Supervised fine-tuning end to end: what is learned from and what not, packing, mixing, selection, resuming."""
+
+import dataclasses
+import functools
+import json
+import os
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from alignment_runs import (
+    CONTEXT,
+    assert_same_run,
+    demonstrations,
+    lines,
+    on_one_device,
+    sft_config,
+    template,
+    until_sigterm,
+    write,
+)
+from conftest import ROOT
+
+from gptjax import sft as stage
+from gptjax.data.chat import Template, chat_tokenizer
+from gptjax.data.corpus import pretraining_split
+from gptjax.data.demonstrations import DemonstrationConfig, PackedRows, load_demonstrations
+from gptjax.data.tokenizer import Tokenizer
+from gptjax.errors import InputError
+from gptjax.generation.decode import generate
+from gptjax.generation.sampling import Sampling
+from gptjax.model import gpt, heads
+from gptjax.sft import sft, sft_loss, weigher
+from gptjax.training.checkpoint import Checkpointer
+from gptjax.workdir import load_model
+
+
+@pytest.fixture(autouse=True)
+def one_device():
+    with on_one_device():
+        yield
+
+
+@pytest.fixture(scope="module")
+def start(pretrained):
+    """(params, config, tokenizer, template) an SFT run on `pretrained` begins with."""
+    with on_one_device():
+        base = load_model(pretrained)
+    tokenizer = chat_tokenizer(base.tokenizer)
+    config = dataclasses.replace(base.config, vocab_size=tokenizer.vocab_size)
+    return heads.grow_vocabulary(base.params, config.vocab_size), config, tokenizer, Template(tokenizer, "chat")
+
+
+@pytest.fixture(scope="module")
+def some(alignment, start):
+    """The training demonstrations of every run here that does not say otherwise."""
+    c = DemonstrationConfig(source=str(alignment["demonstrations"]), validation="0.15")
+    return load_demonstrations(c, start[3], CONTEXT, 0).train
+
+
+class Stop(Exception):
+    pass
+
+
+def state_and_batches(config, workdir, monkeypatch, steps=0):
+    """(state before the first step, the first batches) of a run that is not run: what the loop was given."""
+    seen = {}
+
+    def train(state, *, feed, **_):
+        seen["params"] = jax.device_get(state.params)
+        seen["batches"] = [b for _, (_, _, b, _) in zip(range(steps), feed((i, 1) for i in range(steps)), strict=True)]
+        raise Stop
+
+    with monkeypatch.context() as patch:
+        patch.setattr(stage.loop, "train", train)
+        with pytest.raises(Stop):
+            sft(config, str(workdir))
+    return seen["params"], [jax.device_get(jax.tree.map(lambda a: a[0], b)) for b in seen["batches"]]
+
+
+def by_hand(params, config, demos, lm_weight=0.0, loss_on="response"):
+    """Loss (a mean over all tokens of the batch together) and gradient of demonstrations by the plainest route: one
+    text a row, no segments, the mean of -log p of the tokens to learn + lm_weight x that of all."""
+    tokens = np.zeros((24, CONTEXT + 1), np.int32)  # what stands behind a text changes nothing before it
+    task, whole = np.zeros((2, 24, CONTEXT), np.float32)
+    for row, d in enumerate(demos):
+        n = len(d.ids)
+        tokens[row, :n], task[row, : n - 1], whole[row, : n - 1] = d.ids, d.response[1:], 1
+    return _by_hand(params, config, tokens, task if loss_on == "response" else whole, whole, lm_weight)
+
+
+@functools.partial(jax.jit, static_argnames="config")
+def _by_hand(params, config, tokens, task, whole, lm_weight):
+    def loss(params):
+        x = gpt.hidden(params, config, tokens[:, :-1], dtype=jnp.float32)
+        log_probs = jax.nn.log_softmax(gpt.logits(params, config, x))
+        nats = -jnp.take_along_axis(log_probs, tokens[:, 1:, None], 2)[..., 0]
+        return (nats * task).sum() / task.sum() + lm_weight * (nats * whole).sum() / whole.sum()
+
+    return jax.value_and_grad(loss)(params)
+
+
+def packed_batch(demos, packing, pad_id):
+    rows = PackedRows(demos, CONTEXT, packing, pad_id)
+    arrays = rows.arrays(np.arange(len(rows)))
+    return {**{k: arrays[k] for k in ("tokens", "segment_ids", "positions")}, "weights": arrays["response"]}
+
+
+def close(a, b, rel=1e-5):
+    for (path, x), y in zip(jax.tree_util.tree_leaves_with_path(a), jax.tree.leaves(b), strict=True):
+        limit = rel * max(np.abs(y).max(), 1e-3)
+        np.testing.assert_allclose(x, y, rtol=0, atol=limit, err_msg=jax.tree_util.keystr(path))
+
+
+# --- what is learned from ---------------------------------------------------------------------------------
+
+
+def mean_loss(config):
+    loss = sft_loss(config, jnp.float32, 16)
+
+    def mean(params, batch):
+        total, count = loss(params, batch, None)
+        return total / count
+
+    return jax.jit(jax.value_and_grad(mean))
+
+
+def test_packed_is_unpacked(start, some):
+    params, config, _, t = start
+    demos = some[:12]
+    results = [mean_loss(config)(params, packed_batch(demos, packing, t.pad_id)) for packing in (True, False)]
+    assert len(PackedRows(demos, CONTEXT, True, t.pad_id)) < len(demos) / 2
+    assert results[0][0] == pytest.approx(float(results[1][0]), rel=1e-5)
+    close(results[0][1], results[1][1])
+
+
+def test_loss_and_gradient_are_those_of_the_responses_alone(start, some):
+    """So the prompt's tokens give exactly nothing, and the state before a token is what foretells it."""
+    params, config, _, t = start
+    demos = some[:6]
+    value, gradient = mean_loss(config)(params, packed_batch(demos, True, t.pad_id))
+    expected, expected_gradient = by_hand(params, config, demos)
+    assert value == pytest.approx(float(expected), rel=1e-5)
+    close(gradient, expected_gradient)
+    whole, _ = by_hand(params, config, demos, loss_on="all")
+    assert abs(whole - expected) > 1e-2  # there was something to get wrong
+
+
+def test_one_example_has_no_gradient_on_another(start, some):
+    """Untied, a row of wte gets gradient only where its token was read: with the loss on the first example alone, one
+    that only the others have gets exactly none; with the loss on all, some."""
+    params, config, tokenizer, t = start
+    config = dataclasses.replace(config, tied_head=False)
+    params = {**params, "lm_head": params["wte"]}
+    batch = packed_batch(some[:6], True, t.pad_id)
+    row = np.flatnonzero(batch["segment_ids"].max(1) > 1)[0]
+    batch = {k: v[row : row + 1] for k, v in batch.items()}
+    ids, segments = batch["tokens"][0, :-1], batch["segment_ids"][0]
+    for mine in range(1, segments.max() + 1):
+        others = sorted(set(ids[(segments > 0) & (segments != mine)]) - set(ids[segments == mine]))
+        assert others
+        alone = batch | {"weights": batch["weights"] * (segments == mine)}
+        gradient = mean_loss(config)(params, alone)[1]["wte"]
+        assert np.abs(gradient[np.array(others)]).max() == 0.0
+        assert np.abs(gradient[ids[segments == mine]]).max() > 0
+    assert np.abs(mean_loss(config)(params, batch)[1]["wte"][np.array(others)]).max() > 0
+
+
+@pytest.mark.parametrize("options", [
+    {}, {"data__loss_on": "all"}, {"lm_weight": 0.5}, {"data__packing": False, "microbatch_size": 1},
+])  # fmt: skip
+def test_the_first_step_by_hand(pretrained, alignment, start, some, tmp_path, monkeypatch, options):
+    """metrics.jsonl's loss, count and gradient norm of a whole run's first step; 4 rows of ragged demonstrations."""
+    params, config, _, t = start
+    monkeypatch.setattr(stage, "evaluator", lambda *_: None)
+    settings = {"batch_size": 4, "steps": 1, "samples__count": 0, **options}
+    assert sft(sft_config(pretrained, alignment["demonstrations"], **settings), str(tmp_path / "run")) is True
+    rows = PackedRows(some, CONTEXT, options.get("data__packing", True), t.pad_id)
+    index = stage.lm.shuffled(np.arange(4), len(rows), 0)
+    demos = [some[i] for row in index for i in rows._rows[row]]
+    assert len({int(d.response.sum()) for d in demos}) > 1
+    kind = options.get("data__loss_on", "response")
+    value, gradient = by_hand(params, config, demos, options.get("lm_weight", 0.0), kind)
+    line = lines(tmp_path / "run")[0]
+    assert line["batch_tokens"] == sum(int(d.response.sum()) if kind == "response" else len(d.ids) - 1 for d in demos)
+    assert line["loss"] == pytest.approx(float(value), rel=1e-5)
+    norm = float(jnp.sqrt(sum((g**2).sum() for g in jax.tree.leaves(gradient))))
+    assert line["grad_norm"] == pytest.approx(norm, rel=1e-4)
+
+
+@pytest.mark.slow
+def test_one_row_at_a_time_and_four_are_one_step(pretrained, alignment, tmp_path):
+    for size in (1, 4):
+        settings = {"batch_size": 4, "steps": 3, "samples__count": 0, "data__packing": False, "microbatch_size": size,
+                    "optimizer__eps": 1e-4, "optimizer__learning_rate": 1e-3}  # fmt: skip
+        sft(sft_config(pretrained, alignment["demonstrations"], **settings), str(tmp_path / str(size)))
+    a, b = lines(tmp_path / "1"), lines(tmp_path / "4")
+    for x, y in zip(a, b, strict=True):
+        assert x["batch_tokens"] == y["batch_tokens"]
+        assert (x["loss"], x["grad_norm"]) == (
+            pytest.approx(y["loss"], rel=1e-5),
+            pytest.approx(y["grad_norm"], rel=1e-4),
+        )
+    assert len({x["batch_tokens"] for x in a}) > 1
+    close(load_model(tmp_path / "1").params, jax.device_get(load_model(tmp_path / "4").params), rel=1e-4)
+
+
+def test_weights_of_the_auxiliary_term_are_of_the_whole_batch():
+    """lambda times the mean over all tokens of the batch, not of a micro-batch: ragged micro-batches by hand."""
+    task = np.zeros((2, 1, 6), np.float32)
+    task[0, 0, :1], task[1, 0, :4] = 1, 1
+    whole = np.zeros_like(task)
+    whole[0, 0, :6], whole[1, 0, :5] = 1, 1
+    loss = np.random.default_rng(0).random(task.shape)
+    batch = weigher(0.5)({"weights": jnp.asarray(task), "lm_weights": jnp.asarray(whole)})
+    got = float((batch["weights"] * loss).sum() / batch["task"].sum())
+    assert got == pytest.approx((loss * task).sum() / 5 + 0.5 * (loss * whole).sum() / 11, rel=1e-6)
+    assert weigher(0.0) is None
+
+
+# --- the vocabulary ---------------------------------------------------------------------------------------
+
+
+def test_new_tokens_leave_the_old_ones_as_they_were(pretrained, alignment, tmp_path, monkeypatch):
+    params, _ = state_and_batches(sft_config(pretrained, alignment["demonstrations"]), tmp_path / "run", monkeypatch)
+    base = load_model(pretrained)
+    tokenizer = Tokenizer.load(tmp_path / "run" / "tokenizer")
+    old, new = base.config.vocab_size, tokenizer.vocab_size
+    assert new == old + 4 and params["wte"].shape == (new, 32)  # PAD and three roles: end-of-text was there
+    assert json.loads((tmp_path / "run" / "config.json").read_text())["model"]["vocab_size"] == new
+    before = jax.device_get(base.params)
+    assert params["wte"][:old].tobytes() == before["wte"].tobytes()
+    np.testing.assert_allclose(params["wte"][old:], np.tile(before["wte"].mean(0), (4, 1)), atol=1e-6)
+    assert len({tokenizer.pad_id, tokenizer.eot_id, *map(tokenizer.special_id, ("<|user|>", "<|assistant|>"))}) == 4
+    for path, leaf in jax.tree_util.tree_leaves_with_path({k: v for k, v in params.items() if k != "wte"}):
+        there = before
+        for key in path:
+            there = there[key.key]
+        assert leaf.tobytes() == there.tobytes(), path
+    for text in ("ba ko zu", "unheard-of"):
+        assert tokenizer.encode(text) == base.tokenizer.encode(text)
+
+
+# --- the mix ----------------------------------------------------------------------------------------------
+
+
+def test_mixed_rows_are_of_the_pre_training_text(pretrained, alignment, tmp_path, monkeypatch):
+    c = sft_config(pretrained, alignment["demonstrations"], mix__fraction=0.3, batch_size=8, steps=5)
+    _, batches = state_and_batches(c, tmp_path / "run", monkeypatch, steps=5)
+    shards = pretraining_split(pretrained, "train")[0][0]
+    whole = shards.read(np.array([0]), len(shards))[0].astype(np.int32)
+    starts = {}
+    for i in range(len(whole) - CONTEXT):
+        starts[whole[i : i + CONTEXT + 1].tobytes()] = i
+    found, counts = [], []
+    for batch in batches:
+        rows = batch["tokens"].reshape(-1, CONTEXT + 1)
+        of_text = [starts[r.tobytes()] for r in rows.astype(np.int32) if r.astype(np.int32).tobytes() in starts]
+        counts.append(len(of_text))
+        found += of_text
+        weights = batch["weights"].reshape(len(rows), -1)[-len(of_text) :]
+        assert len(of_text) == 0 or (weights == 1).all()
+    assert np.cumsum(counts).tolist() == [int((t + 1) * 8 * 0.3) for t in range(5)]  # 2, 4, 7, 9, 12
+    assert len(set(found)) == len(found)
+
+
+def test_a_mix_of_another_text(pretrained, alignment, tmp_path, monkeypatch):
+    other = tmp_path / "other.txt"
+    other.write_text("xyz yzx qqq " * 400)
+    c = sft_config(pretrained, alignment["demonstrations"], mix__fraction=0.5, mix__source=str(other), steps=1)
+    _, [batch] = state_and_batches(c, tmp_path / "run", monkeypatch, steps=1)
+    decoded = [template(tmp_path / "run").decode(r) for r in batch["tokens"].reshape(8, -1)]
+    assert sum("qqq" in d for d in decoded) == 4
+
+
+# --- stopped and gone on with -----------------------------------------------------------------------------
+
+RESUMED = {"model__dropout": 0.2, "mix__fraction": 0.3, "eval__every": 5, "checkpoint__every": 5, "lm_weight": 0.5,
+           "samples__count": 2}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def straight(pretrained, alignment, tmp_path_factory):
+    workdir = tmp_path_factory.mktemp("straight") / "run"
+    with on_one_device():
+        sft(sft_config(pretrained, alignment["demonstrations"], steps=10, **RESUMED), str(workdir))
+    return workdir
+
+
+def test_a_stopped_run_ends_where_an_uninterrupted_one_does(pretrained, alignment, straight, tmp_path):
+    config = sft_config(pretrained, alignment["demonstrations"], steps=10, **RESUMED)
+    assert until_sigterm(sft, config, tmp_path / "parts", stop=6) is False
+    assert Checkpointer(tmp_path / "parts").steps()[-1] == 6
+    assert sft(config, str(tmp_path / "parts")) is True
+    assert_same_run(tmp_path / "parts", straight, 10)
+    shown = lines(tmp_path / "parts", "samples")
+    assert shown == lines(straight, "samples") and {s["step"] for s in shown} == {0, 10}
+
+
+def test_a_finished_run_can_be_made_longer(pretrained, alignment, tmp_path):
+    constant = {"schedule__kind": "constant", "samples__count": 0, "checkpoint__every": 2, "eval__every": 2}
+    for name, steps in (("parts", 2), ("parts", 4), ("straight", 4)):
+        sft(sft_config(pretrained, alignment["demonstrations"], steps=steps, **constant), str(tmp_path / name))
+    assert_same_run(tmp_path / "parts", tmp_path / "straight", 4)
+
+
+def test_other_demonstrations_are_not_gone_on_with(pretrained, alignment, tmp_path):
+    source = write(tmp_path / "rows.jsonl", demonstrations(20))
+    options = {"schedule__kind": "constant", "samples__count": 0}
+    sft(sft_config(pretrained, source, steps=1, **options), str(tmp_path / "run"))
+    write(source, demonstrations(20, seed=9))
+    with pytest.raises(InputError, match="has changed since the run began"):
+        sft(sft_config(pretrained, source, steps=2, **options), str(tmp_path / "run"))
+
+
+# --- which checkpoint later stages use --------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("selection, expected", [("loss", 2), ("last", 6)])
+def test_the_selected_checkpoint_is_the_one_that_is_loaded(
+    pretrained, alignment, tmp_path, monkeypatch, selection, expected
+):
+    """Planted validation losses: the lowest at step 2, whose checkpoint newer ones would long have displaced."""
+
+    def planted(*args):
+        seen = iter([9.0, 1.0, 2.0, 3.0])
+        return lambda params: {"loss": next(seen), "bits_per_byte": 0.0, "tokens": 1}
+
+    monkeypatch.setattr(stage, "evaluator", planted)
+    c = sft_config(
+        pretrained, alignment["demonstrations"], steps=6, selection=selection, eval__every=2, checkpoint__every=2,
+        checkpoint__keep_last=1, samples__count=0,
+    )  # fmt: skip
+    assert sft(c, str(tmp_path / "run")) is True
+    model = load_model(tmp_path / "run")
+    assert model.step == expected
+    if selection == "loss":
+        assert not np.array_equal(model.params["wte"], load_model(tmp_path / "run", step=6).params["wte"])
+
+
+def test_selection_by_the_reward_model(pretrained, alignment, judge, tmp_path, capsys):
+    """The step whose responses to validation prompts score highest is the one later stages open."""
+    c = sft_config(
+        pretrained, alignment["demonstrations"], steps=12, selection="reward", reward=str(judge), eval__every=3,
+        checkpoint__every=3, optimizer__learning_rate=1e-2,
+    )  # fmt: skip
+    assert sft(c, str(tmp_path / "run")) is True
+    rewards = {e["step"]: e["reward"] for e in lines(tmp_path / "run", "evaluations")}
+    assert set(rewards) == {0, 3, 6, 9, 12} and len(set(rewards.values())) == 5
+    del rewards[0]  # there is no checkpoint of step 0
+    assert load_model(tmp_path / "run").step == max(rewards, key=rewards.get)
+
+
+def test_a_reward_model_and_a_long_prompt(pretrained, judge, tmp_path):
+    """A prompt that leaves room for less than samples.max_new_tokens (64 by default): the run is not to stop."""
+    rows = [{"prompt": "ba ko mi ru te fo la ni " * 2 + str(i), "response": "ba"} for i in range(12)]
+    c = sft_config(
+        pretrained, write(tmp_path / "rows.jsonl", rows), steps=1, selection="reward", reward=str(judge),
+        samples__max_new_tokens=64, data__validation="0.5",
+    )  # fmt: skip
+    assert sft(c, str(tmp_path / "run")) is True
+
+
+# --- what it comes to -------------------------------------------------------------------------------------
+
+
+def test_a_handful_of_demonstrations_is_learnt_by_heart(pretrained, tmp_path):
+    rows = demonstrations(8, seed=5, longest=4)
+    c = sft_config(
+        pretrained, write(tmp_path / "rows.jsonl", rows), steps=150, batch_size=2, samples__count=0,
+        data__validation=str(write(tmp_path / "held_out.jsonl", rows[:2])), optimizer__learning_rate=1e-2,
+    )  # fmt: skip
+    assert sft(c, str(tmp_path / "run")) is True
+    model, t = load_model(tmp_path / "run"), template(tmp_path / "run")
+    with jax.set_mesh(model.mesh):
+        out = generate(
+            model.params, model.config, [t.prompt(r["prompt"]) for r in rows], max_new_tokens=12, keep_eot=True,
+            sampling=Sampling(0.0), eot_id=t.eos_id, vocab=t.vocab_size, mesh=model.mesh,
+        )  # fmt: skip
+    assert [o[-1] for o in out] == [t.eos_id] * 8
+    assert [t.decode(o) for o in out] == [r["response"] for r in rows]
+
+
+def test_what_a_run_leaves(tuned, capsys):
+    run = json.loads((tuned / "config.json").read_text())
+    assert run["stage"] == "sft" and run["data"]["template"] == "chat" and run["model"]["context_length"] == CONTEXT
+    metrics, samples = lines(tuned), lines(tuned, "samples")
+    assert [m["step"] for m in metrics] == list(range(1, 61)) and metrics[-1]["loss"] < metrics[0]["loss"] - 0.5
+    assert [s["step"] for s in samples] == [0, 0, 60, 60]
+    assert all({"prompt", "text", "demonstration"} <= s.keys() and "<|" not in s["text"] + s["prompt"] for s in samples)
+    assert [e["step"] for e in lines(tuned, "evaluations")] == [0, 60]
+    page = (tuned / "report.html").read_text()
+    assert page.startswith("<!doctype html>") and "sft" in page and page.count("<pre><b>") == 4
+    assert samples[-1]["prompt"] in page
+
+
+def test_validation_is_of_the_held_out_prompts(tuned, alignment, start):
+    c = DemonstrationConfig(source=str(alignment["demonstrations"]), validation="0.15")
+    held_out = load_demonstrations(c, start[3], CONTEXT, 0).validation
+    model = load_model(tuned)
+    expected, _ = by_hand(jax.device_get(model.params), model.config, held_out)
+    assert lines(tuned, "evaluations")[-1]["loss"] == pytest.approx(float(expected), rel=1e-5)
+
+
+def test_sample_on_the_workdir(tuned):
+    done = subprocess.run(
+        [sys.executable, "-m", "gptjax.sample", f"--workdir={tuned}", "--prompt=ba ko", "--max_new_tokens=6",
+         "--temperature=0"], cwd=ROOT, capture_output=True, text=True, timeout=120, env=os.environ,
+    )  # fmt: skip
+    model, t = load_model(tuned), template(tuned)
+    with jax.set_mesh(model.mesh):
+        [expected] = generate(
+            model.params, model.config, [t.prompt("ba ko")], max_new_tokens=6, sampling=Sampling(0.0), eot_id=t.eos_id,
+            vocab=t.vocab_size, mesh=model.mesh,
+        )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert expected and done.stdout == t.decode(expected) + "\n"  # the response, to a prompt in the template
+
+
+# --- bad input --------------------------------------------------------------------------------------------
+
+GOOD = {"prompt": "ba", "response": "ko"}
+BAD = {
+    "no field": ({"prompt": "ba"}, {}, "rows.jsonl:3.*no field 'response'"),
+    "empty response": ({"prompt": "ba", "response": ""}, {}, "rows.jsonl:3.*response is empty"),
+    "too long": ({"prompt": "ba " * 60, "response": "ko"}, {}, "rows.jsonl:3.*more than 48"),
+    "no source": (GOOD, {"data__source": None}, "--config.data.source"),
+    "no model": (GOOD, {"init_from": None}, "--config.init_from"),
+    "no length": (GOOD, {"steps": None}, "--config.steps or --config.epochs"),
+    "a share": (GOOD, {"mix__fraction": 1.0}, "mix.fraction=1.0"),
+    "micro-batch": (GOOD, {"microbatch_size": 3}, "not a multiple of microbatch_size=3"),
+    "selection": (GOOD, {"selection": "reward"}, "--config.reward"),
+    "max_length": (GOOD, {"data__max_length": 49}, "more than the 48 tokens"),
+}
+CLAIMED = {"no length"}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_bad_input_is_one_clear_error(pretrained, tmp_path, name):
+    row, options, says = BAD[name]
+    source = write(tmp_path / "rows.jsonl", [GOOD, {"prompt": "mi", "response": "ko"}, row])
+    c = sft_config(pretrained, source, data__validation="0.4")
+    for k, v in options.items():
+        c.update_from_flattened_dict({k.replace("__", "."): v}) if v is not None else _unset(c, k)
+    with pytest.raises(InputError, match=f"(?s){says}") as caught:
+        sft(c, str(tmp_path / "run"))
+    assert "\n" not in str(caught.value)
+    if name not in CLAIMED:
+        assert not (tmp_path / "run").exists()
+
+
+def _unset(c, name):
+    *parts, last = name.split("__")
+    for part in parts:
+        c = c[part]
+    c[last] = None
+
+
+def test_a_forgotten_length_leaves_no_workdir(pretrained, tmp_path):
+    source = write(tmp_path / "rows.jsonl", demonstrations(6))
+    with pytest.raises(InputError, match="--config.steps"):
+        sft(sft_config(pretrained, source, steps=None), str(tmp_path / "run"))
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_reward_model_writes_no_text_to_start_from(judge, alignment, tmp_path):
+    with pytest.raises(InputError, match="is a reward model"):
+        sft(sft_config(judge, alignment["demonstrations"]), str(tmp_path / "run"))

@@ -1,0 +1,663 @@
+"""PPO's update: the gradient it takes, what leaves it unchanged, sharding, PPO-ptx, and the checks around it."""
+
+import dataclasses
+import functools
+import re
+import types
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from test_rollout import LENGTHS, MODEL, PAD, VOCAB, N, R, credit, judged, policy, scalar_params, without_padding
+
+from experiments.ppo_exact import bed as exact
+from gptjax.errors import InputError
+from gptjax.model import gpt, heads
+from gptjax.objectives import ppo
+from gptjax.parallel.mesh import MeshConfig, make_mesh
+from gptjax.rlhf import alarms, memory, rewards, rollout
+from gptjax.rlhf import update as updates
+from gptjax.rlhf.state import PPOState, new_state, state_shardings
+from gptjax.rlhf.update import UpdateConfig, make_update, ppo_gradients, ptx_gradient
+from gptjax.training.loop import TrainingDiverged
+from gptjax.training.optimizer import OptimizerConfig, make_optimizer
+from gptjax.training.step import batch_sharding
+
+ROWS = 8
+ADAM = make_optimizer(OptimizerConfig(weight_decay=0.0))
+SGD = optax.sgd(1.0)  # the step is the gradient
+BASE = UpdateConfig(epochs=2, minibatches=2, ema_decay=0.9)
+ONE_STEP = UpdateConfig(epochs=1, value_coefficient=0.3)
+BY_SEQUENCE = dataclasses.replace(ONE_STEP, normalise="sequence")
+RATES = np.float32(1e-3), np.float32(2e-3)
+ZERO = np.float32(0), np.float32(0)
+
+
+@functools.cache
+def experience():
+    """Eight ragged responses, judged 40 at a time: another shape than the update's."""
+    part = {k: v[:ROWS] for k, v in judged().items()}
+    return credit(part, np.linspace(-1.9, 0.7, ROWS, dtype=np.float32))[0]
+
+
+@functools.cache
+def stale():
+    """Experience of some other policy, so that both clips bind somewhere."""
+    e, rng = experience(), np.random.default_rng(0)
+    noise = lambda: 0.3 * rng.standard_normal((ROWS, R)).astype(np.float32) * np.asarray(e.mask)
+    return dataclasses.replace(e, log_prob=e.log_prob + noise(), value=e.value + noise())
+
+
+def micro_batched(batch, rows):
+    return jax.tree.map(lambda a: jnp.reshape(a, (-1, rows, *a.shape[1:])), batch)
+
+
+def fresh(tx=ADAM, seed=0):
+    return new_state(policy(), scalar_params(5), tx, tx, 0.1, seed)
+
+
+@functools.cache
+def jitted(config, tx="adam", limits=(1.0, 1.0)):
+    tx = {"adam": ADAM, "sgd": SGD}[tx]
+    return jax.jit(make_update(config, N, tx, tx, *limits), donate_argnums=0)
+
+
+gradients = jax.jit(ppo_gradients, static_argnums=(0, 1))
+of_text = jax.jit(ptx_gradient, static_argnums=(0, 1))
+
+
+def host(tree):
+    return jax.tree.map(np.array, tree)
+
+
+def same(a, b):
+    jax.tree.map(np.testing.assert_array_equal, a, b)
+
+
+def differ(a, b):
+    return any((np.asarray(x) != np.asarray(y)).any() for x, y in zip(*map(jax.tree.leaves, (a, b)), strict=True))
+
+
+def close(a, b, tolerance=1e-5):
+    """Relative to the largest entry of each array."""
+    for (path, x), y in zip(jax.tree_util.tree_leaves_with_path(a), jax.tree.leaves(b), strict=True):
+        limit = tolerance * np.abs(np.asarray(y)).max() + 1e-7
+        np.testing.assert_allclose(x, y, rtol=0, atol=limit, err_msg=jax.tree_util.keystr(path))
+
+
+# --- the first minibatch ----------------------------------------------------------------------------------
+
+
+@functools.cache
+def base_run():
+    """(metrics, state) of one update of 2 epochs x 2 minibatches."""
+    state, metrics = jitted(BASE)(fresh(), experience(), None, RATES)
+    return host(metrics), host(state)
+
+
+def test_the_first_ratio_is_1_and_later_ones_are_not():
+    metrics, _ = base_run()
+    assert metrics["policy/first_ratio_deviation"] < 1e-5
+    assert metrics["policy/ratio_max"] > 1.001 > 0.999 > metrics["policy/ratio_min"]
+    assert metrics["policy/approxkl"] > 0 and metrics["finite"] == 1
+
+
+def test_the_first_ratio_of_other_experience_is_seen():
+    _, metrics = jitted(BASE)(fresh(), stale(), None, ZERO)
+    assert float(metrics["policy/first_ratio_deviation"]) > 0.2
+
+
+def test_without_a_learning_rate_nothing_moves():
+    """Bit for bit, and the ratio stays 1 in every epoch."""
+    state, metrics = jitted(BASE)(fresh(), experience(), None, ZERO)
+    same((state.policy, state.value), (policy(), scalar_params(5)))
+    assert max(float(metrics["policy/ratio_max"]) - 1, 1 - float(metrics["policy/ratio_min"])) < 1e-5
+    assert float(metrics["policy/approxkl"]) < 1e-10 and float(metrics["policy/clipfrac"]) == 0
+    assert float(metrics["policy/ratio_mean"]) == pytest.approx(1, abs=1e-5)
+
+
+def test_the_first_losses_are_closed_forms():
+    """The policy's is minus the mean of whitened advantages, 0; the value's half the mean squared error."""
+    _, found = gradients(ONE_STEP, N, policy(), scalar_params(5), micro_batched(experience(), ROWS))
+    assert float(found["loss/policy"]) == pytest.approx(0, abs=1e-6)
+    inside = np.asarray(experience().mask) > 0
+    error = (np.asarray(experience().value) - np.asarray(experience().returns))[inside]
+    assert float(found["loss/value"]) == pytest.approx((error**2).mean() / 2, rel=1e-5)
+    assert float(found["policy/approxkl"]) < 1e-10 and float(found["policy/clipfrac"]) == 0
+
+
+def test_each_learning_rate_is_its_own_networks():
+    state, _ = jitted(BASE)(fresh(), experience(), None, (RATES[0], ZERO[0]))
+    same(state.value, scalar_params(5))
+    assert differ(state.policy, policy())
+    state, _ = jitted(BASE)(fresh(), experience(), None, (ZERO[0], RATES[1]))
+    same(state.policy, policy())
+    assert differ(state.value, scalar_params(5))
+
+
+# --- the gradient -----------------------------------------------------------------------------------------
+
+
+@jax.jit
+@functools.partial(jax.grad, argnums=(0, 1))
+def written_out(policy_, value, e):
+    """PPO's loss by its formula, summed, on rows without padding: nothing of rlhf/ nor objectives/ is used."""
+    rows, n = without_padding(stale().tokens, LENGTHS[:ROWS]), LENGTHS[:ROWS]
+    at = n[:, None] + np.arange(R)[None] - 1
+    targets = np.minimum(np.take_along_axis(rows, at + 1, 1), VOCAB - 1)
+    logits = gpt.logits(policy_, MODEL, gpt.hidden(policy_, MODEL, rows))[..., :VOCAB]
+    log_p = jnp.take_along_axis(jax.nn.log_softmax(logits), at[..., None], 1)
+    log_p = jnp.take_along_axis(log_p, targets[..., None], 2)[..., 0]
+    x = gpt.hidden(value["trunk"], MODEL, rows) @ value["head"]["kernel"] + value["head"]["bias"]
+    v = jnp.take_along_axis(x, at, 1)
+    ratio = jnp.exp(log_p - e.log_prob)
+    surrogate = jnp.minimum(e.advantage * ratio, e.advantage * jnp.clip(ratio, 0.8, 1.2))
+    near = e.value + jnp.clip(v - e.value, -0.2, 0.2)
+    squares = jnp.maximum((v - e.returns) ** 2, (near - e.returns) ** 2)
+    return (e.mask * (-surrogate + 0.3 * 0.5 * squares)).sum()
+
+
+@functools.cache
+def whole(c):
+    """(gradients, statistics) of all eight rows at once."""
+    return gradients(c, N, policy(), scalar_params(5), micro_batched(stale(), ROWS))
+
+
+@pytest.mark.parametrize("c", [ONE_STEP, BY_SEQUENCE], ids=["token", "sequence"])
+def test_the_gradient_is_that_of_the_formula(c):
+    """A mean over all actions, or over responses."""
+    found, statistics = whole(c)
+    assert 0 < float(statistics["policy/clipfrac"]) < 1 and 0 < float(statistics["value/clipfrac"]) < 1
+    count = np.asarray(stale().mask).sum() if c is ONE_STEP else ROWS
+    expected = written_out(policy(), scalar_params(5), stale())
+    close(found, jax.tree.map(lambda g: g / count, expected), 2e-5)
+
+
+def test_micro_batches_are_one_minibatch():
+    """Of ragged responses: sums are added up, not means of means."""
+    assert len(set(np.asarray(stale().mask).sum(1).tolist())) > 2
+    expected, figures = whole(ONE_STEP)
+    parts, found = gradients(ONE_STEP, N, policy(), scalar_params(5), micro_batched(stale(), 2))
+    close(parts, expected)
+    for name, value in figures.items():
+        assert float(found[name]) == pytest.approx(float(value), rel=1e-5, abs=1e-7), name
+
+
+@pytest.mark.parametrize("garbage", [np.nan, 1e9])
+def test_what_is_masked_out_changes_no_gradient(garbage):
+    """Bit for bit, whatever stands in any array of the experience after the last action."""
+    e = stale()
+    gone = np.asarray(e.mask) == 0
+    assert gone.any()
+    dirty = {
+        name: np.where(gone, garbage, np.asarray(getattr(e, name))).astype(np.float32)
+        for name in ("log_prob", "ref_log_prob", "value", "reward", "advantage", "returns")
+    }
+    tokens = np.where(np.asarray(e.real) == 0, 3, np.asarray(e.tokens)).astype(np.int32)
+    other = dataclasses.replace(e, tokens=tokens, **dirty)
+    same(gradients(ONE_STEP, N, policy(), scalar_params(5), micro_batched(other, ROWS)), whole(ONE_STEP))
+
+
+def test_dropout_plays_no_part_in_the_update():
+    dropping = dataclasses.replace(MODEL, dropout=0.5)
+    n = dataclasses.replace(N, policy=dropping, value=dropping, reward=None)
+    same(gradients(ONE_STEP, n, policy(), scalar_params(5), micro_batched(stale(), ROWS)), whole(ONE_STEP))
+
+
+def test_the_gradient_is_cut_to_the_norm_of_each_network():
+    """And the step goes down it."""
+    step = jitted(ONE_STEP, "sgd", (0.01, 0.02))
+    state, metrics = step(fresh(SGD), stale(), None, (np.float32(10), np.float32(10)))
+    new, old = (state.policy, state.value), (policy(), scalar_params(5))
+    for a, b, g, limit in zip(new, old, whole(ONE_STEP)[0], (0.01, 0.02), strict=True):
+        norm = float(optax.tree.norm(g))
+        assert norm > limit
+        scale = 10 * limit / norm
+        close(jax.tree.map(jnp.subtract, b, a), jax.tree.map(lambda x, scale=scale: scale * x, g), 1e-3)
+    assert float(metrics["grad_norm/value"]) == pytest.approx(norm, rel=1e-5)
+
+
+# --- the gradient is that of the objective ----------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def problem():
+    """(bed, a policy away from its reference, the gradient of J there by autodiff over all responses)."""
+    bed = exact.Bed(0)
+    rng = np.random.default_rng(0)
+    here = jax.tree.map(lambda p: p + 0.05 * rng.standard_normal(p.shape).astype(np.float32), bed.reference)
+    inside = np.where(bed.mask > 0, bed.tokens[:, -exact.LENGTH :], 0)
+    rows = np.where(bed.tokens < exact.VOCAB, bed.tokens, 0)
+
+    def log_pi(p):  # by its definition: no response is padded on the left, and pads on the right are the future
+        logits = gpt.logits(p, exact.MODEL, gpt.hidden(p, exact.MODEL, rows))[:, 2:-1, : exact.VOCAB]
+        log_p = jnp.take_along_axis(jax.nn.log_softmax(logits), inside[..., None], 2)[..., 0]
+        return (log_p * bed.mask).sum(1).reshape(3, -1)
+
+    expected = jax.jit(jax.grad(lambda p: bed.objective(log_pi(p))))(here)
+    np.testing.assert_allclose(bed.log_probs(here), log_pi(here), atol=1e-4)
+    return bed, here, expected, np.exp(np.asarray(log_pi(here), np.float64)).reshape(-1)
+
+
+def estimate(problem):
+    """The mean over all responses, each weighted by its probability, of PPO's policy gradient."""
+    bed, here, _, pi = problem
+    n = dataclasses.replace(bed.n, value=None)
+    value = {"head": heads.new_head(exact.MODEL.d_model, None)}
+    lengths = np.full(len(bed.tokens), 3, np.int32)
+    j = rollout.judge(here, value, bed.reference, None, bed.tokens, lengths, jnp.asarray(bed.mask), n)
+    e, _ = rollout.finish.__wrapped__(  # not the compiled one: it would not see another k1
+        j, jnp.asarray(bed.rewards).reshape(-1), bed.c.beta, eos_id=exact.EOS, missing_eos=None, gamma=1.0, lam=1.0,
+        whiten_advantages=False,
+    )  # fmt: skip
+    weights = (pi * len(pi) / 3)[:, None].astype(np.float32)
+    e = dataclasses.replace(e, advantage=e.advantage * weights)
+    (d_policy, _), _ = gradients(UpdateConfig(normalise="sequence"), n, here, value, jax.tree.map(lambda a: a[None], e))
+    return jax.tree.map(jnp.negative, d_policy)
+
+
+def error(found, expected):
+    norm = optax.tree.norm
+    return float(norm(jax.tree.map(jnp.subtract, found, expected)) / norm(expected))
+
+
+def test_the_expected_policy_gradient_is_the_gradient_of_the_objective(problem):
+    assert float(optax.tree.norm(problem[2])) > 0.1
+    assert error(estimate(problem), problem[2]) < 1e-4
+
+
+@pytest.mark.parametrize("k", ["k2", "k3"])
+def test_with_another_estimator_in_the_reward_it_is_not(problem, k, monkeypatch):
+    monkeypatch.setattr(ppo, "k1", getattr(ppo, k))
+    assert error(estimate(problem), problem[2]) > 0.02
+
+
+# --- sharding ---------------------------------------------------------------------------------------------
+
+
+@functools.cache
+def text_gradient():
+    """(gradient, loss) of eight sequences."""
+    return of_text(UpdateConfig(), N, policy(), text()[0])
+
+
+def text(seed=0):
+    """int [1 minibatch, 2 micro-batches, 4 rows, 9]."""
+    return np.random.default_rng(seed).integers(0, MODEL.vocab_size, (1, 2, 4, 9), np.int32)
+
+
+def with_text(gamma, lr):
+    """The policy after one step of plain gradient descent on PPO's gradient plus gamma times the text's."""
+    step = lambda p, a, b: p - lr * (a + gamma * b)
+    return jax.tree.map(step, policy(), whole(ONE_STEP)[0][0], text_gradient()[0])
+
+
+def test_eight_devices_are_one_device():
+    """One step with pre-training text over the mesh's data and fsdp axes, set up as gptjax/ppo.py does."""
+    mesh = make_mesh(MeshConfig(data=2, fsdp=4))
+    c, n = dataclasses.replace(ONE_STEP, ptx_coefficient=0.5), dataclasses.replace(N, mesh=mesh)
+    boxed = gpt.abstract_params(MODEL), heads.abstract_scalar_model(MODEL)
+    _, shardings = state_shardings(*boxed, SGD, SGD, mesh)
+    update = jax.jit(make_update(c, n, SGD, SGD, 0.0, 0.0), donate_argnums=0, out_shardings=(shardings, None))
+    with jax.set_mesh(mesh):
+        state = jax.device_put(fresh(SGD), shardings)
+        batch = jax.device_put(stale(), batch_sharding(mesh, 0))
+        ptx = jax.device_put(text().reshape(1, 1, 8, 9), batch_sharding(mesh, 2))
+        state, metrics = host(update(state, batch, ptx, (np.float32(0.1), np.float32(0.1))))
+    moved = lambda new, old: jax.tree.map(lambda a, b: a - b, new, old)
+    expected = with_text(0.5, 0.1)
+    close(state.policy, expected)
+    close(moved(state.policy, policy()), moved(expected, policy()), 1e-4)
+    close(state.value, jax.tree.map(lambda p, g: p - 0.1 * g, scalar_params(5), whole(ONE_STEP)[0][1]))
+    for name, value in whole(ONE_STEP)[1].items():
+        assert float(metrics[name]) == pytest.approx(float(value), rel=1e-4, abs=1e-6), name
+
+
+def test_optimiser_moments_lie_where_their_parameters_do():
+    mesh = make_mesh(MeshConfig(data=1, fsdp=8))
+    boxed = gpt.abstract_params(MODEL), heads.abstract_scalar_model(MODEL)
+    abstract, shardings = state_shardings(*boxed, ADAM, ADAM, mesh)
+    assert shardings.policy["wte"].spec[1] == "fsdp" and shardings.value["trunk"]["wte"].spec[1] == "fsdp"
+    moments = [s for s in jax.tree.leaves(shardings.policy_opt) if "fsdp" in str(s.spec)]
+    parameters = [s for s in jax.tree.leaves(shardings.policy) if "fsdp" in str(s.spec)]
+    assert len(moments) == 2 * len(parameters) > 0
+    assert jax.tree.structure(abstract) == jax.tree.structure(fresh())
+    assert shardings.average["wte"].spec == shardings.policy["wte"].spec
+
+
+# --- PPO-ptx ----------------------------------------------------------------------------------------------
+
+
+@functools.cache
+def text_loss():
+    """(sum over all tokens of -log p, its gradient), written out."""
+
+    def loss(p):
+        x = text().reshape(-1, 9)
+        log_p = jax.nn.log_softmax(gpt.logits(p, MODEL, gpt.hidden(p, MODEL, x[:, :-1])))
+        return -jnp.take_along_axis(log_p, x[:, 1:, None], -1).sum()
+
+    return jax.jit(jax.value_and_grad(loss))(policy())
+
+
+@pytest.mark.parametrize("normalise, shape, count", [("token", (2, 4, 9), 64), ("sequence", (1, 8, 9), 8)])
+def test_the_gradient_of_the_text_is_that_of_its_mean_loss(normalise, shape, count):
+    """Over tokens or sequences, in one micro-batch or two."""
+    gradient, value = of_text(UpdateConfig(ptx_normalise=normalise), N, policy(), text().reshape(shape))
+    expected, d_expected = text_loss()
+    assert float(value) == pytest.approx(float(expected) / count, rel=1e-5)
+    close(gradient, jax.tree.map(lambda g: g / count, d_expected))
+
+
+def two_texts():
+    return np.concatenate([text(), text(seed=1)])
+
+
+def test_at_gamma_0_the_run_is_the_run_without_text():
+    """Bit for bit, over 2 epochs x 2 minibatches of AdamW."""
+    state, metrics = jitted(BASE)(fresh(), experience(), two_texts(), RATES)
+    figures, expected = base_run()
+    same((state.policy, state.value, state.average), (expected.policy, expected.value, expected.average))
+    same(state.policy_opt, expected.policy_opt)
+    assert float(metrics["grad_norm/ptx"]) == 0 and float(metrics["loss/ptx"]) > 0
+    assert float(metrics["grad_norm/policy"]) == figures["grad_norm/policy"]
+
+
+def test_the_step_is_ppos_gradient_plus_gamma_times_the_texts():
+    """In micro-batches of both."""
+    c = dataclasses.replace(ONE_STEP, ptx_coefficient=3.0, microbatch_size=4)
+    state, metrics = jitted(c, "sgd", (0.0, 0.0))(fresh(SGD), stale(), text(), (np.float32(1), np.float32(1)))
+    moved = lambda new: jax.tree.map(lambda a, b: a - b, new, policy())
+    close(moved(state.policy), moved(with_text(3.0, 1.0)), 2e-5)
+    (g_ppo, _), (g_ptx, loss) = whole(ONE_STEP)[0], text_gradient()
+    norm, dot = optax.tree.norm, optax.tree.vdot(g_ppo, g_ptx)
+    assert float(metrics["loss/ptx"]) == pytest.approx(float(loss), rel=1e-5)
+    assert float(metrics["grad_norm/ppo"]) == pytest.approx(float(norm(g_ppo)), rel=1e-4)
+    assert float(metrics["grad_norm/ptx"]) == pytest.approx(3 * float(norm(g_ptx)), rel=1e-4)
+    cosine = float(dot / norm(g_ppo) / norm(g_ptx))
+    assert float(metrics["grad_norm/cosine"]) == pytest.approx(cosine, rel=1e-3, abs=1e-5)
+
+
+def test_each_minibatch_has_text_of_its_own():
+    """At learning rates of 0, the loss of the two texts is their mean."""
+    state, metrics = jitted(BASE)(fresh(), experience(), two_texts(), ZERO)
+    each = [float(of_text(UpdateConfig(), N, policy(), tokens)[1]) for tokens in two_texts()]
+    assert abs(each[0] - each[1]) > 0.01
+    assert float(metrics["loss/ptx"]) == pytest.approx(sum(each) / 2, rel=1e-5)
+    assert int(state.ptx_position) == 2 * 8 and int(state.prompt_position) == ROWS and int(state.step) == 1
+
+
+# --- minibatches, the average, what a NaN leaves alone ----------------------------------------------------
+
+
+def test_epochs_go_through_all_rows_in_orders_of_their_own(monkeypatch):
+    """3 epochs x 2 minibatches x 2 micro-batches of 2, and again in the next iteration."""
+    seen = []
+
+    def spy(c, n, policy, value, batch):
+        jax.debug.callback(lambda rows: seen.append(np.array(rows)), batch.returns[..., 0], ordered=True)
+        one = jnp.float32(1)
+        zeros = jax.tree.map(jnp.zeros_like, (policy, value))
+        return zeros, {"policy/ratio_max": one, "policy/ratio_min": one}
+
+    monkeypatch.setattr(updates, "ppo_gradients", spy)
+    c = UpdateConfig(epochs=3, minibatches=2, microbatch_size=2)
+    numbered = dataclasses.replace(experience(), returns=jnp.broadcast_to(jnp.arange(float(ROWS))[:, None], (ROWS, R)))
+    small = {"head": heads.new_head(16, None)}
+    state = new_state(small, small, SGD, SGD, 0.1, 0)
+    update = jax.jit(make_update(c, N, SGD, SGD, 0.0, 0.0))
+    for _ in range(2):
+        state, _ = update(state, numbered, None, RATES)
+    jax.effects_barrier()
+    orders = np.array(seen)
+    assert orders.shape == (2 * 3 * 2, 2, 2)  # iterations x epochs x minibatches, micro-batches, rows
+    epochs = orders.reshape(6, ROWS)
+    assert all(sorted(order) == list(range(ROWS)) for order in epochs.tolist())
+    assert len({tuple(order) for order in epochs.tolist()}) == 6
+
+
+def test_the_same_seed_gives_the_same_update_and_another_one_another():
+    a, b = (host(jitted(BASE)(fresh(seed=s), experience(), None, RATES)[0]) for s in (0, 1))
+    same(a, base_run()[1])
+    assert differ(a.policy, b.policy)
+
+
+def test_the_average_of_three_updates_is_the_closed_form():
+    state, thetas = fresh(), [host(policy())]
+    for _ in range(3):
+        state, _ = jitted(BASE)(state, experience(), None, RATES)
+        thetas.append(host(state.policy))
+    decay = BASE.ema_decay
+    expected = jax.tree.map(
+        lambda t0, t1, t2, t3: decay**3 * t0 + (1 - decay) * (decay**2 * t1 + decay * t2 + t3), *thetas
+    )
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=1e-6), host(state.average), expected)
+    assert differ(thetas[3], state.average) and differ(thetas[0], state.average)
+
+
+def test_the_models_an_iteration_begins_with_outlive_it():
+    """The update donates its state; the reference and the reward model are not in it."""
+    reference, reward = (jax.tree.map(jnp.asarray, x) for x in (policy(), scalar_params(5)))
+    state = new_state(reference, reward, ADAM, ADAM, 0.1, 0)
+    for _ in range(2):
+        old = state
+        state, _ = jitted(BASE)(state, experience(), None, RATES)
+        assert all(x.is_deleted() for x in jax.tree.leaves(old.policy))
+    same((reference, reward), (policy(), scalar_params(5)))
+
+
+def poisoned(name, rows):
+    array = np.array(getattr(experience(), name))
+    array[rows] = np.nan
+    return dataclasses.replace(experience(), **{name: array})
+
+
+@pytest.mark.parametrize("name", ["advantage", "returns"])
+def test_a_gradient_that_is_not_finite_changes_nothing(name):
+    """Neither network: of the advantages the policy's is NaN, of the returns the value's."""
+    before = fresh()
+    expected = host((before.policy, before.policy_opt, before.value, before.value_opt))
+    state, metrics = jitted(BASE)(before, poisoned(name, slice(None)), None, RATES)
+    same((state.policy, state.policy_opt, state.value, state.value_opt), expected)
+    assert float(metrics["finite"]) == 0 and int(state.step) == 1
+
+
+def test_one_bad_row_costs_its_own_minibatches():
+    state, metrics = jitted(BASE)(fresh(), poisoned("advantage", 0), None, RATES)
+    assert float(metrics["finite"]) == 0
+    assert differ(state.policy, policy())
+    assert all(np.isfinite(x).all() for x in jax.tree.leaves(state))
+    assert int(state.policy_opt[0].count) == 2  # of 4
+
+
+@pytest.mark.parametrize(
+    "settings, message",
+    [
+        ({"epochs": 0}, "epochs"), ({"minibatches": 0}, "minibatches"), ({"clip": 0.0}, "clip"),
+        ({"ptx_coefficient": -1.0}, "ptx_coefficient"), ({"ema_decay": 1.0}, "ema_decay"),
+        ({"normalise": "row"}, "token or sequence"), ({"ptx_normalise": "row"}, "token or sequence"),
+    ],
+)  # fmt: skip
+def test_settings_that_make_no_sense_are_refused(settings, message):
+    with pytest.raises(InputError, match=message):
+        UpdateConfig(**settings)
+
+
+# --- rewards from Python ----------------------------------------------------------------------------------
+
+TEMPLATE = types.SimpleNamespace(decode=lambda ids: " ".join(map(str, ids)))  # of a Template only decode is used
+PROMPTS, RESPONSES = [[1, 2], [3]], [[4, 5], [6]]
+
+
+def rule(result, on="tokens"):
+    return rewards.call(lambda *_: result, on, TEMPLATE, PROMPTS, ["one", "two"], RESPONSES)
+
+
+def test_a_reward_function_gets_texts_or_tokens():
+    seen = []
+    function = lambda *a: seen.append(a) or [0.5, -1]
+    for on in ("text", "tokens"):
+        found = rewards.call(function, on, TEMPLATE, np.array(PROMPTS, object), ("one", "two"), RESPONSES)
+        assert found.dtype == np.float32 and found.tolist() == [0.5, -1]
+    assert seen == [(["one", "two"], ["4 5", "6"]), (PROMPTS, RESPONSES)]
+
+
+@pytest.mark.parametrize(
+    "result, message",
+    [
+        ([1.0], r"shape \(1,\) for 2 responses"), ([[1.0], [2.0]], r"shape \(2, 1\)"), (3.0, r"shape \(\)"),
+        ([1.0, float("nan")], "nan for response 1 .*'6'"), ([float("inf"), 1.0], "inf for response 0"),
+        (["good", "bad"], "no numbers"), (None, "must"), ([[1], [2, 3]], "no numbers"), ([None, 1.0], "must"),
+    ],
+)  # fmt: skip
+def test_what_is_no_reward_is_refused(result, message):
+    with pytest.raises(InputError, match=message):
+        rule(result)
+
+
+def test_rewards_that_are_whole_numbers_become_floats():
+    assert rule([1, 0]).dtype == np.float32 and rule([True, False]).tolist() == [1.0, 0.0]
+
+
+def test_load_callable():
+    assert rewards.load_callable("math:hypot")(3, 4) == 5
+    for name, message in (
+        ("math", "module:function"), (":sqrt", "module:function"), ("math:", "module:function"),
+        ("no_such_module_here:f", "cannot be imported"), ("math:no_such", "cannot be imported"),
+        ("math:pi", "float, not a function"),
+    ):  # fmt: skip
+        with pytest.raises(InputError, match=message):
+            rewards.load_callable(name)
+
+
+def test_split_rows():
+    tokens = np.array([[PAD, 1, 2, 4, 5], [PAD, PAD, 3, 6, PAD]])
+    prompts, responses = rewards.split_rows(tokens, np.array([2, 1]), np.array([[1.0, 1], [1, 0]]))
+    assert (prompts, responses) == (PROMPTS, RESPONSES)
+
+
+# --- alarms -----------------------------------------------------------------------------------------------
+
+GOOD = {
+    "policy/first_ratio_deviation": 1e-6, "objective/kl": 0.0, "objective/kl_se": 0.1, "policy/rollout_logp_diff": 1e-5,
+    "objective/rlhf_reward": 0.3, "finite": 1.0,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "fault, iteration, message",
+    [
+        ({"policy/first_ratio_deviation": 0.1}, 5, "ratio is off 1 by 0.1"),
+        ({"policy/first_ratio_deviation": float("nan")}, 5, "ratio"),
+        ({"objective/kl": 0.01}, 0, "before the first update"),
+        ({"objective/kl": float("nan")}, 0, "before the first update"),
+        ({"objective/kl": -0.5}, 5, "three standard errors below 0"),
+        ({"policy/rollout_logp_diff": 0.6}, 5, "sampler"),
+        ({"policy/rollout_logp_diff": float("nan")}, 5, "sampler"),
+    ],
+)
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_each_fault_has_its_alarm(fault, iteration, message, dtype):
+    found = alarms.alarms(GOOD | fault, iteration, dtype)
+    assert len(found) == 1 and message in found[0]
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_no_alarm_when_all_is_well(dtype):
+    assert alarms.alarms(GOOD, 0, dtype) == []
+    later = GOOD | {"objective/kl": 3.0}
+    assert alarms.alarms(later, 1, dtype) == []
+    assert alarms.alarms(GOOD | {"objective/kl": -0.29}, 1, dtype) == []  # within three standard errors
+
+
+@pytest.mark.parametrize("bad", [{"finite": 0.75}, {"finite": 0.0}, {"objective/rlhf_reward": float("nan")}])
+def test_training_stops_where_something_is_not_finite(bad, capsys):
+    checkpointer = types.SimpleNamespace(wait=lambda: None, steps=lambda: [10, 20])
+    writer = types.SimpleNamespace(flush=lambda: None)
+    alarms.check_iteration(GOOD, 0, jnp.float32, checkpointer, writer)
+    assert capsys.readouterr().err == ""
+    with pytest.raises(TrainingDiverged, match="iteration 4.*checkpoint is iteration 20"):
+        alarms.check_iteration(GOOD | bad, 3, jnp.float32, checkpointer, writer)
+
+
+def test_a_real_iteration_raises_no_alarm():
+    """Of judge, finish and update together, first and later."""
+    part = {k: v[:ROWS] for k, v in judged().items()}
+    _, figures = credit(part | {"ref_log_prob": part["log_prob"]}, np.zeros(ROWS, np.float32))
+    line = {k: float(v) for k, v in (figures | base_run()[0]).items()} | {"policy/rollout_logp_diff": 1e-5}
+    assert alarms.alarms(line, 0, jnp.float32) == []
+
+
+# --- memory -----------------------------------------------------------------------------------------------
+
+MIB = 2**20
+
+
+def mebibytes(n, dtype=np.float32):
+    return {"kernel": jnp.zeros((n, MIB // np.dtype(dtype).itemsize), dtype)}
+
+
+def test_bytes_per_device():
+    assert memory.bytes_per_device({"a": jnp.zeros((3, 5)), "b": jnp.zeros(7, jnp.bfloat16)}) == 60 + 14
+    mesh = make_mesh(MeshConfig(data=1, fsdp=8))
+    cut = jax.device_put(jnp.zeros((16, 4)), batch_sharding(mesh, 0))
+    assert memory.bytes_per_device({"cut": cut}) == 2 * 4 * 4
+
+
+def plan(offload, reward=True):
+    """Sizes in MiB by name, of a state whose parts are 1, 2, 3, ... MiB."""
+    scalar = jnp.int32(0)
+    state = PPOState(
+        step=scalar, policy=mebibytes(1), policy_opt=mebibytes(2), average=mebibytes(3), value=mebibytes(4),
+        value_opt=mebibytes(5), kl_coefficient=scalar, key=scalar, prompt_position=scalar, ptx_position=scalar,
+    )  # fmt: skip
+    n = dataclasses.replace(N, response=12, vocab=1024, loss_chunk=4)
+    table = memory.memory_plan(state, mebibytes(6), mebibytes(7) if reward else None, n, 512, 20, offload)
+    lines = re.findall(r"  (.+?) +([\d.,]+) MiB  (\w+)", table)
+    return {name.strip(): (float(size.replace(",", "")), place) for name, size, place in lines}
+
+
+@pytest.mark.parametrize("offload", [False, True])
+def test_the_memory_plan_adds_up(offload):
+    found = plan(offload)
+    expected = {
+        "policy": 1, "policy's optimiser": 2, "policy's average": 3, "value network": 4, "value's optimiser": 5,
+        "gradients": 5, "reference": 6, "reward model": 7,
+        "KV cache": 2 * 2 * 512 * 32 * 16 * 4 / MIB,  # k and v, layers, rows, slots, width, float32
+        "logits of a chunk": 512 * 4 * 1024 * 4 / MIB,
+    }  # fmt: skip
+    total, _ = found.pop("in all")
+    assert {k: v for k, (v, _) in found.items()} == pytest.approx(expected, abs=0.051)
+    on_host = {k for k, (_, place) in found.items() if place == "host"}
+    assert on_host == ({"reference", "reward model"} if offload else set())
+    on_device = sum(expected.values()) - (13 if offload else 0)
+    assert total == pytest.approx(on_device, abs=0.051)
+
+
+def test_no_reward_model_no_line():
+    assert "reward model" not in plan(False, reward=False)
+
+
+def test_what_is_put_away_comes_back_bit_for_bit():
+    kinds = {m.kind for m in jax.devices()[0].addressable_memories()}
+    if "pinned_host" not in kinds:
+        pytest.skip("this backend has no pinned host memory")
+    mesh = make_mesh(MeshConfig(data=1, fsdp=8))
+    params = jax.device_put({"kernel": np.random.default_rng(0).standard_normal((16, 4))}, batch_sharding(mesh, 0))
+    away = memory.offloaded(params)
+    assert away["kernel"].sharding.memory_kind == "pinned_host"
+    assert away["kernel"].sharding.spec == params["kernel"].sharding.spec
+    back = memory.on_device(away, True)
+    assert back["kernel"].sharding == params["kernel"].sharding
+    same(back, params)
+    assert memory.offloaded(None) is None and memory.on_device(params, False) is params
+
+
+def test_a_state_is_split_and_joined_whole():
+    state = fresh()
+    average, rest = state.split()
+    assert "average" not in rest and "step" not in rest
+    joined = PPOState.join(state.step, average, rest)
+    same(joined, state)
