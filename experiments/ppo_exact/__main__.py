@@ -43,8 +43,10 @@ def main(_):
         else:
             good = result["gap"] >= 0.98 and result["kl_to_optimum"] <= 0.05
             verdict = "ok" if good else "OUTSIDE THE BAR"
-            print(f"seed {seed}: gap {result['gap']:.4f}, KL to the optimum {result['kl_to_optimum']:.4f}, "
-                  f"KL to the reference {result['kl_to_reference']:.2f}; {result['seconds']:.0f} s; {verdict}")  # fmt: skip
+            print(
+                f"seed {seed}: gap {result['gap']:.4f}, KL to the optimum {result['kl_to_optimum']:.4f}, "
+                f"to the reference {result['kl_to_reference']:.2f}; {result['seconds']:.0f} s; {verdict}"
+            )
 
 
 if __name__ == "__main__":

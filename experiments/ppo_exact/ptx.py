@@ -4,7 +4,8 @@
 
 Besides the three prompts of the bed there is a context that RL never sees. The pre-training distribution is what the
 reference says there, four tokens without an end. tax = KL(reference || policy) over those 625 sequences: how much
-worse, in nats, the policy has become at text it was pre-trained on. Plain PPO (coefficient 0) pays it; gamma buys it back.
+worse, in nats, the policy has become at text it was pre-trained on. Plain PPO (coefficient 0) pays it; gamma buys it
+back.
 """
 
 import itertools
