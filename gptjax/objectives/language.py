@@ -71,7 +71,8 @@ def token_log_probs_and_entropy(x, w, targets, temperature: float, chunk: int):
 
 def _log_probs(x, w, targets, temperature):
     """(logits, exp(logits - max), its sum [..., 1], log p(target)) of one chunk."""
-    logits = jnp.einsum("btd,vd->btv", x, w.astype(x.dtype), preferred_element_type=jnp.float32) / temperature
+    logits = jnp.einsum("btd,vd->btv", x, w.astype(x.dtype), preferred_element_type=jnp.float32)
+    logits = logits if temperature == 1 else logits / temperature
     top = logits.max(-1, keepdims=True)
     e = jnp.exp(logits - top)
     z = e.sum(-1, keepdims=True)
