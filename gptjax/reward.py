@@ -304,10 +304,11 @@ def fit_scale(c: RewardConfig, model, params, examples, tokenizer, mesh) -> dict
 
 
 def say(result: dict, fitted: dict, c: RewardConfig):
+    n = fitted.get("demonstrations")
+    zero = f"; zeroed on {n:,} demonstrations (mean was {fitted['mean_before']:.3f})" if n else ""
     print(
         f"validation: accuracy {result['accuracy']:.4f} on {result['pairs']:,} pairs; longer wins "
-        f"{result['longer_wins']:.4f}; zeroed on {fitted.get('demonstrations', 0):,} demonstrations "
-        f"(mean was {fitted.get('mean_before', 0.0):.3f})"
+        f"{result['longer_wins']:.4f}{zero}"
     )
     if length_explains(result):
         print(
