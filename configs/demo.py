@@ -1,10 +1,9 @@
-"""The demo: a small GPT on the source code and documentation of Python's standard library.
+"""The demo's pre-training: a small GPT on the source code and documentation of Python's standard library.
 
-    make demo
+    make demo      # this, and every stage after it: experiments/docstrings
 
 The corpus is on every machine that can run this, about 12 MB in 800 files, split by file; a byte-level BPE is
-trained on it. On 2 CPU cores it takes about 5 minutes. On a GPU or TPU the same command trains a larger model on
-more tokens, in bf16, over all devices.
+trained on it. On a GPU or TPU the same command trains a larger model on more tokens, in bf16, over all devices.
 """
 
 import jax
@@ -31,8 +30,8 @@ def get_config():
         c.data.tokenizer = "bpe:4096"
         c.model.update(n_layer=4, n_head=4, d_model=256, context_length=128)
         c.optimizer.learning_rate = 2e-3
-        c.steps, c.batch_size = 600, 16
-        c.eval.update(every=200, batches=40)
+        c.steps, c.batch_size = 450, 16
+        c.eval.update(every=150, batches=40)
     else:
         c.data.tokenizer = "bpe:8192"
         c.model.update(n_layer=8, n_head=8, d_model=512, context_length=512, dropout=0.1)

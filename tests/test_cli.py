@@ -104,7 +104,7 @@ def test_one_character_is_one_byte_here(trained):
 def test_what_pretrain_prints(trained):
     workdir, printed = trained
     assert "compiled the train step in" in printed and "memory per device" in printed
-    assert "bits/byte" in printed and "parameters" in printed and "--- sample at step 30" in printed
+    assert "bits per byte" in printed and "parameters" in printed and "--- sample at step 30" in printed
     assert printed.rstrip().endswith(f"report: {workdir}/report.html")
 
 

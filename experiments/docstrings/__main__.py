@@ -77,7 +77,7 @@ def sft_config(workdir: Path, data: Path, scale: float):
     c = config_dict(SFTConfig)
     c.init_from = str(workdir)
     c.data.update(source=str(data / "demonstrations.jsonl"), drop_long=True)
-    c.epochs, c.batch_size = max(3.0 * scale, 0.05), 16
+    c.epochs, c.batch_size = max(2.5 * scale, 0.05), 16
     c.optimizer.update(learning_rate=1e-3, b2=0.95)
     c.schedule.update(kind="cosine", final_fraction=0.1)
     c.mix.fraction = 0.1  # as InstructGPT's RL initialisation: the model must not forget its pre-training
@@ -101,7 +101,7 @@ def ppo_config(workdir: Path, data: Path, scale: float, ptx_coefficient: float):
     c = config_dict(PPOConfig)
     c.policy, c.reward = str(workdir / "sft"), str(workdir / "reward")
     c.data.update(source=str(data / "prompts.jsonl"), max_length=PROMPT, drop_long=True)
-    c.steps, c.batch_size = max(2, round(24 * scale)), 64
+    c.steps, c.batch_size = max(2, round(18 * scale)), 64
     c.rollout.update(max_new_tokens=RESPONSE, missing_eos=-3.0)
     c.ppo.update(epochs=2, minibatches=2, ptx_coefficient=ptx_coefficient, ema_decay=0.5)
     c.ptx.update(per_episode=0.5, context_length=128)
@@ -109,7 +109,7 @@ def ppo_config(workdir: Path, data: Path, scale: float, ptx_coefficient: float):
     c.optimizer.update(learning_rate=1e-4, b2=0.95)
     c.value_optimizer.update(learning_rate=3e-4, b2=0.95)
     c.eval.update(
-        every=max(2, round(4 * scale)), source=str(data / "evaluation.jsonl"), prompts=128,
+        every=max(2, round(4 * scale)), source=str(data / "evaluation.jsonl"), prompts=96,
         gold_fn="experiments.docstrings.labeller:gold_scores",
     )  # fmt: skip
     c.checkpoint.every = 8
@@ -127,7 +127,7 @@ def write_comparisons(workdir: Path, data: Path, scale: float) -> float | None:
     model = load_model(workdir / "sft")
     template = Template(model.tokenizer, "chat")
     rows = [json.loads(line) for line in (data / "comparison_prompts.jsonl").read_text().splitlines()]
-    rows = [r for r in rows if len(template.prompt(r["prompt"])) <= PROMPT][: max(64, round(1200 * scale))]
+    rows = [r for r in rows if len(template.prompt(r["prompt"])) <= PROMPT][: max(64, round(900 * scale))]
     prompts = [template.prompt(r["prompt"]) for r in rows for _ in range(CANDIDATES)]
     with jax.set_mesh(model.mesh):
         responses = respond(
