@@ -7,6 +7,7 @@
 
 Prompts end in "TL;DR:" and stand alone (template 'plain'), responses have at most 53 tokens. Published: reward-model
 accuracy .628, .669, .689 at 1B, 2.8B, 6.9B; PPO preferred to the reference summaries about 80 % of the time at 6.9B.
+Numbers are those of the paper's hyper-parameter tables and of its released sft.py, reward.py and ppo.py.
 """
 
 from gptjax.config import choose, config_dict
@@ -38,13 +39,14 @@ def reward():
 def ppo():
     c = config_dict(PPOConfig)
     c.episodes, c.batch_size = 1_000_000, 512
+    # num_ppo_epochs, num_mini_batches, cliprange, cliprange_value, vf_coef; no moving average
     c.ppo.update(epochs=4, minibatches=1, clip=0.2, value_clip=0.2, value_coefficient=0.1, ema_decay=0.0)
-    c.kl.coefficient = 0.05
+    c.kl.coefficient = 0.05  # kl_coef, fixed
     c.rollout.update(max_new_tokens=53, temperature=0.7, gamma=1.0, lam=0.95, missing_eos=-1.0)
     c.rate.kind = "linear"
     c.optimizer.update(ADAM)
     c.value_optimizer.update(ADAM)
-    c.data.max_length = 512
+    c.data.max_length = 512  # query_length
     return c
 
 

@@ -146,7 +146,7 @@ def _fail(error):
 # What may differ between two starts of one run: where and how fast it runs, not what it computes.
 _MAY_CHANGE = (
     "mesh", "checkpoint", "eval", "log", "steps", "tokens", "epochs", "episodes", "steps_per_dispatch", "samples",
-    "offload",
+    "offload", "microbatch_size", "loss_chunk", "rollout.forward_rows", "ppo.microbatch_size", "model.remat",
 )  # fmt: skip
 
 
@@ -181,7 +181,7 @@ def claim_workdir(workdir, stage: str, config, **sections) -> bool:
     old = read_config(workdir)
     a, b = _flatten(old), _flatten(new)
     different = [k for k in sorted(a.keys() | b.keys()) if a.get(k) != b.get(k)]
-    fatal = [k for k in different if k.split(".")[0] not in _MAY_CHANGE]
+    fatal = [k for k in different if not any(k == m or k.startswith(f"{m}.") for m in _MAY_CHANGE)]
     if fatal:
         lines = "\n".join(f"  {k}: there {a.get(k)!r}, now {b.get(k)!r}" for k in fatal)
         raise InputError(

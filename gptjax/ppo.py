@@ -87,9 +87,10 @@ class PPOConfig:
             raise InputError(
                 f"batch_size={self.batch_size} is not a multiple of ppo.minibatches={self.ppo.minibatches}."
             )
-        for name, size in (("ppo.microbatch_size", self.ppo.microbatch_size),):
-            if size is not None and rows % size:
-                raise InputError(f"A minibatch of {rows} episodes is not a multiple of {name}={size}.")
+        if rows % (self.ppo.microbatch_size or rows):
+            raise InputError(
+                f"A minibatch of {rows} episodes is not a multiple of ppo.microbatch_size={self.ppo.microbatch_size}."
+            )
         if self.rollout.forward_rows is not None and self.batch_size % self.rollout.forward_rows:
             raise InputError(f"batch_size={self.batch_size} is not a multiple of rollout.forward_rows.")
         if self.precision.scaled:
@@ -147,6 +148,11 @@ def ppo(config: mlc.ConfigDict, workdir: str, reward_fn: Callable | None = None)
         raise InputError(
             f"rollout.max_new_tokens={c.rollout.max_new_tokens} leaves no room for a prompt in a context of {shortest}."
         )
+    if c.data.max_length is not None and c.data.max_length > room:
+        raise InputError(
+            f"data.max_length={c.data.max_length} and rollout.max_new_tokens={c.rollout.max_new_tokens} are together "
+            f"more than the context of {shortest}: lower one of them."
+        )
     prompts = load_prompts(c.data, template, room)
     slots = min(room, -(-max(map(len, prompts.ids)) // 8) * 8)
     batches = PromptBatches(prompts, c.batch_size, slots, c.seed, template.pad_id)
@@ -158,11 +164,16 @@ def ppo(config: mlc.ConfigDict, workdir: str, reward_fn: Callable | None = None)
         dtype=c.precision.dtype, mesh=mesh,
     )  # fmt: skip
     known = (workdir / "config.json").exists()
+    # A resumed run must find the reference and the reward it began with, so what they are is part of its config.
+    sections = {"model": policy_config, "template": template.kind, "origin": {"policy_step": base.step}}
+    if judge_model:
+        head = judge_model.params["head"]
+        sections["origin"] |= {"reward_step": judge_model.step, "reward_bias": float(head["bias"])}
     if known:
-        configs.claim_workdir(workdir, "ppo", c, model=policy_config, template=template.kind)
+        configs.claim_workdir(workdir, "ppo", c, **sections)
     base.tokenizer.save(workdir / "tokenizer")
-    text = pretraining_text(c, workdir, policy_config, needed=c.ppo.ptx_coefficient > 0)
-    configs.claim_workdir(workdir, "ppo", c, model=policy_config, template=template.kind)
+    text = pretraining_text(c, workdir, policy_config, resumed=known)
+    configs.claim_workdir(workdir, "ppo", c, **sections)
 
     # --- abstract state, shardings, the jitted phases ---
     policy_tx, value_tx = make_optimizer(c.optimizer), make_optimizer(c.value_optimizer)
@@ -334,18 +345,24 @@ def ptx_rows(c: PPOConfig, mesh) -> tuple[int, int]:
     return -(-wanted // micro) * micro, micro
 
 
-def pretraining_text(c: PPOConfig, workdir, model, needed: bool) -> "Text | None":
-    """What PPO-ptx trains on and the language-model loss is measured on; None where there is none nor a need."""
+def pretraining_text(c: PPOConfig, workdir, model, resumed: bool) -> "Text | None":
+    """What PPO-ptx trains on and the language-model loss is measured on; None where there is none nor a need.
+
+    Its order is neither pre-training's nor SFT's mix's: another seed each.
+    """
     length = c.ptx.context_length or model.context_length
     try:
         examples, validation = text_windows(
-            c.ptx.source, c.policy, workdir / "tokenizer", workdir / "data", length, c.seed
+            c.ptx.source, c.policy, workdir / "tokenizer", workdir / "data", length, c.seed + 2, resumed=resumed
         )
     except InputError as error:
-        if needed:
+        if c.ppo.ptx_coefficient:
             raise InputError(
                 f"ppo.ptx_coefficient > 0 needs pre-training text: {error} (--config.ptx.source)."
             ) from error
+        if c.ptx.source:
+            raise
+        print(f"no loss on pre-training text will be measured: {error}")
         return None
     return Text(examples, validation, length)
 

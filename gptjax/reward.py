@@ -30,7 +30,7 @@ from gptjax.parallel.mesh import MeshConfig, check_fits, make_mesh
 from gptjax.rlhf.agreement import agreement, calibration, length_explains, pairs
 from gptjax.rlhf.reward_model import RewardModel, normalised, score_at_end
 from gptjax.training import loop, report
-from gptjax.training.checkpoint import CheckpointConfig, Checkpointer
+from gptjax.training.checkpoint import CheckpointConfig, Checkpointer, check_selection
 from gptjax.training.metrics import LogConfig, MetricWriter
 from gptjax.training.optimizer import OptimizerConfig, make_optimizer
 from gptjax.training.precision import PrecisionConfig
@@ -78,6 +78,7 @@ class RewardConfig:
         ):
             if getattr(self, name) not in known:
                 raise InputError(f"{name}={getattr(self, name)!r}: choose one of {', '.join(known)}.")
+        check_selection(self)
         if self.batch_size < 1 or self.steps_per_dispatch < 1 or self.batch_size % self.microbatch_rows:
             raise InputError(
                 f"batch_size={self.batch_size} must be a positive multiple of microbatch_size={self.microbatch_size}."
@@ -177,6 +178,8 @@ def reward(config: mlc.ConfigDict, workdir: str) -> bool:
 
         # --- loop ---
         describe_run(c, comparisons, length, schedule)
+        if start < schedule.steps and jax.process_index() == 0:
+            (workdir / "reward.json").unlink(missing_ok=True)  # of a shorter run: it tells of other weights
         state, finished = loop.train(
             state,
             feed=loop.device_feed(
@@ -205,10 +208,14 @@ def reward(config: mlc.ConfigDict, workdir: str) -> bool:
 
         # --- the zero of its scale, and how far it can be trusted ---
         if finished:
-            result = agreement_with(judge, state.params, held_out, mesh)
+            step, params = schedule.steps, state.params
+            if c.selection == "loss" and checkpointer.best in checkpointer.steps():
+                step = checkpointer.best
+                params, _ = checkpointer.restore_params(abstract.params, shardings.params, step)
+            result = {"step": step, **agreement_with(judge, params, held_out, mesh)}
             fitted = {"gain": 1.0, "bias": 0.0}
             if examples is not None:
-                fitted = fit_scale(c, model, state.params, examples, tokenizer, mesh)
+                fitted = fit_scale(c, model, params, examples, tokenizer, mesh)
             if jax.process_index() == 0:
                 configs.write_json(workdir / "reward.json", {**fitted, **result})
                 say(result, fitted, c)

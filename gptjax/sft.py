@@ -36,7 +36,7 @@ from gptjax.parallel.mesh import MeshConfig, check_fits, make_mesh
 from gptjax.rlhf.best_of_n import respond
 from gptjax.rlhf.reward_model import load_reward_model
 from gptjax.training import loop, report
-from gptjax.training.checkpoint import CheckpointConfig, Checkpointer
+from gptjax.training.checkpoint import CheckpointConfig, Checkpointer, check_selection
 from gptjax.training.metrics import JsonLines, LogConfig, MetricWriter
 from gptjax.training.optimizer import OptimizerConfig, make_optimizer
 from gptjax.training.precision import PrecisionConfig
@@ -107,6 +107,9 @@ class SFTConfig:
             raise InputError(
                 "selection='reward' needs the workdir of a reward model, --config.reward=..., and no other."
             )
+        if self.selection == "reward" and self.samples.count < 1:
+            raise InputError("selection='reward' scores samples: set --config.samples.count to at least 1.")
+        check_selection(self)
         if self.lm_weight < 0 or self.batch_size < 1 or self.steps_per_dispatch < 1 or self.loss_chunk < 1:
             raise InputError("batch_size, steps_per_dispatch and loss_chunk are at least 1, lm_weight at least 0.")
         if self.batch_size % self.microbatch_rows:
@@ -158,7 +161,9 @@ def sft(config: mlc.ConfigDict, workdir: str) -> bool:
     tokenizer.save(workdir / "tokenizer")
     mix = None
     if c.mix.fraction:
-        mix, _ = text_windows(c.mix.source, c.init_from, workdir / "tokenizer", workdir / "data", length, c.seed)
+        mix, _ = text_windows(
+            c.mix.source, c.init_from, workdir / "tokenizer", workdir / "data", length, c.seed + 1, resumed=known
+        )
     configs.claim_workdir(workdir, "sft", c, model=model)
     host = {"host_index": jax.process_index(), "host_count": jax.process_count()}
     kind = {"byte_lengths": tokenizer.byte_lengths, "loss_on": c.data.loss_on, **host}

@@ -1,5 +1,6 @@
 """PPO and PPO-ptx end to end: rewards of every kind, what is frozen, resuming, meshes, refusals; and best-of-n."""
 
+import dataclasses
 import itertools
 import json
 import os
@@ -586,6 +587,15 @@ def refused(c, workdir, says, claimed=False, **kwargs):
     assert "\n" not in str(caught.value)
     assert not (workdir / "metrics.jsonl").exists() or not lines(workdir)
     assert (workdir / "config.json").exists() is claimed
+
+
+def test_a_reference_that_moved_on_is_refused(config, straight, tuned, tmp_path, monkeypatch):
+    """Taken up again, a run must find the policy it began with."""
+    copy = shutil.copytree(straight[0], tmp_path / "run")
+    real = stage.load_model
+    monkeypatch.setattr(stage, "load_model", lambda *a, **k: dataclasses.replace(real(*a, **k), step=999))
+    with pytest.raises(InputError, match="origin.policy_step: there .*, now 999"):
+        ppo(config(**WHOLE), str(copy))
 
 
 @pytest.mark.parametrize("name", BAD)

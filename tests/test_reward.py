@@ -156,7 +156,7 @@ def test_more_evaluation_batches_than_there_are_mean_all_of_them(judge, alignmen
 def raw(judge, mesh, tmp_path):
     """The reward model as training left it: gain 1, bias 0."""
     copy = shutil.copytree(judge, tmp_path / "raw")
-    (copy / "reward.json").write_text(json.dumps({"gain": 1.0, "bias": 0.0}))
+    (copy / "reward.json").write_text(json.dumps({**result(judge), "gain": 1.0, "bias": 0.0}))
     return load_reward_model(copy, mesh=mesh)
 
 
@@ -173,6 +173,38 @@ def test_demonstrations_score_0_on_average(judge, model, mesh, alignment, tmp_pa
     assert before.mean() == pytest.approx(result(judge)["mean_before"], abs=1e-4)
     np.testing.assert_allclose(after, before - before.mean(), atol=1e-5)  # a bias alone: no margin is changed
     assert result(judge)["gain"] == 1.0 and len(rows) > len(demos)
+
+
+def test_the_selected_checkpoint_is_the_one_that_is_zeroed(tuned, alignment, mesh, tmp_path, monkeypatch):
+    """Planted validation losses, the lowest at step 2: the scale is fitted on its weights, and they are opened."""
+    from gptjax.data.demonstrations import DemonstrationConfig, load_demonstrations
+
+    def planted(*args):
+        seen = iter([9.0, 1.0, 2.0, 3.0])
+        return lambda params: {"loss": next(seen), "accuracy": 0.5, "margin": 0.0, "pairs": 1}
+
+    monkeypatch.setattr(stage, "evaluator", planted)
+    c = reward_config(
+        tuned, alignment["comparisons"], steps=6, selection="loss", eval__every=2, checkpoint__every=2,
+        checkpoint__keep_last=1,
+    )  # fmt: skip
+    assert reward(c, str(tmp_path / "run")) is True
+    opened = load_reward_model(tmp_path / "run", mesh=mesh)
+    assert opened.step == result(tmp_path / "run")["step"] == 2
+    source = DemonstrationConfig(source=str(alignment["demonstrations"]), validation="0.15")
+    demos = load_demonstrations(source, template_of(opened), 48, 0).train
+    scored = opened.score([d.ids[: d.prompt] for d in demos], [d.ids[d.prompt :] for d in demos])
+    assert abs(scored.mean()) < 1e-4
+
+
+def test_a_longer_run_has_no_scale_until_it_is_finished(judge, mesh, tmp_path, monkeypatch, tuned, alignment):
+    """reward.json of the shorter run tells of other weights: stopped on the way, the workdir is no reward model."""
+    copy = shutil.copytree(judge, tmp_path / "longer")
+    monkeypatch.setattr(stage.loop, "train", lambda state, **_: (state, False))
+    c = reward_config(tuned, alignment["comparisons"], steps=240)
+    assert reward(c, str(copy)) is False
+    with pytest.raises(InputError, match="no reward.json"):
+        load_reward_model(copy, mesh=mesh)
 
 
 @pytest.mark.parametrize("kind", ["mean_std", "none"])

@@ -3,9 +3,11 @@
     python -m gptjax.ppo --config=configs/instructgpt/ppo.py:1.3b --workdir=runs/ppo --config.policy=runs/sft-rl \
         --config.reward=runs/reward --config.data.source=prompts.jsonl
 
-1.3b, 6b, 175b; with ',ppo' (1.3b,ppo): gamma = 0, the paper's plain "PPO". The paper does not publish the released
-models' policy learning rate, GAE's lambda, or how the two terms of eq. 2 are normalised: those are ours, and
-grad_norm/ppo, grad_norm/ptx and grad_norm/cosine in metrics.jsonl say what gamma came to.
+1.3b, 6b, 175b; with ',ppo' (1.3b,ppo): gamma = 0, the paper's plain "PPO". Prompts and responses have up to 1,000
+tokens each, so the policy's context must be 2,000 or more; for a smaller one lower data.max_length and
+rollout.max_new_tokens. The paper does not publish the released models' policy learning rate, GAE's lambda, or how the
+two terms of eq. 2 are normalised: those are ours, and grad_norm/ppo, grad_norm/ptx and grad_norm/cosine in
+metrics.jsonl say what gamma came to.
 """
 
 from gptjax.config import choose, config_dict

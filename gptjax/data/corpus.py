@@ -116,14 +116,19 @@ def pretraining_split(workdir, split: str) -> list[tuple[tokens.TokenShards, flo
     return shards if split == "train" else shards[:1]
 
 
-def text_windows(source: str | None, init_from, tokenizer_directory, cache, context_length: int, seed: int):
+def text_windows(
+    source: str | None, init_from, tokenizer_directory, cache, context_length: int, seed: int, resumed: bool = False
+):
     """Pre-training text as a later stage mixes it in: (training examples, validation tokens).
 
     source: None = the text the run `init_from` was pre-trained on; else any source, tokenised into `cache` with the
-    tokenizer saved in tokenizer_directory.
+    tokenizer saved in tokenizer_directory. resumed: the run goes on with the tokens it began with, as in load_corpus.
     """
     if source is not None:
-        _, splits = tokens.prepare(source, str(tokenizer_directory), cache, seed=seed)
+        if resumed and os.path.exists(os.path.join(cache, "manifest.json")):
+            _, splits = tokens.open_shards(cache)
+        else:
+            _, splits = tokens.prepare(source, str(tokenizer_directory), cache, seed=seed)
         return Windows(splits["train"], context_length, seed), splits["validation"]
     train = pretraining_split(init_from, "train")
     windows = [Windows(shards, context_length, seed + i) for i, (shards, _) in enumerate(train)]

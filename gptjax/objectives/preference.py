@@ -41,10 +41,11 @@ def ranking_loss(scores, ranks, valid):
 def best_of_k_loss(scores, ranks, valid):
     """-log softmax(r)[best] (Ziegler et al. 2019 eq. 1, where a person picks one of K = 4). Ties for the best
     share the target. Returns (sum over prompts, number of prompts)."""
+    any_valid = (valid > 0).any(1)
     logits = jnp.where(valid > 0, scores, -jnp.inf)
+    logits = jnp.where(any_valid[:, None], logits, 0.0)  # or a row of padding would have the gradient NaN
     best = (valid > 0) & (ranks == jnp.where(valid > 0, ranks, jnp.inf).min(1, keepdims=True))
     log_probs = jnp.where(best, jax.nn.log_softmax(logits, axis=1), 0.0)
-    any_valid = (valid > 0).any(1)
     losses = -log_probs.sum(1) / jnp.maximum(best.sum(1), 1)
     return jnp.where(any_valid, losses, 0.0).sum(), any_valid.sum().astype(jnp.float32)
 

@@ -13,7 +13,7 @@ from gptjax.training.loop import TrainingDiverged
 # |ratio - 1| of the first minibatch and |KL| of the first iteration that rounding may leave. Rows are batched in
 # another way in the update than in scoring, which changes the order of sums.
 _RATIO = {"float32": 1e-3, "bfloat16": 5e-2}
-_KL = {"float32": 1e-4, "bfloat16": 1e-4}  # policy and reference are the same program on the same bits
+_KL = {"float32": 1e-4, "bfloat16": 1e-4}  # policy and reference go through one program, from matrices of one dtype
 _SAMPLER = {"float32": 1e-2, "bfloat16": 0.5}
 
 

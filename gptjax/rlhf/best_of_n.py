@@ -73,6 +73,8 @@ def main(_):
     model = load_model(FLAGS.policy)
     reward = load_reward_model(FLAGS.reward, mesh=model.mesh, tokenizer=model.tokenizer)
     template = Template(model.tokenizer, reward.template)
+    if FLAGS.max_new_tokens >= model.config.context_length:
+        raise InputError(f"--max_new_tokens leaves no room for a prompt in a context of {model.config.context_length}.")
     source = PromptConfig(FLAGS.prompts, drop_long=FLAGS.drop_long)
     prompts = load_prompts(source, template, model.config.context_length - FLAGS.max_new_tokens)
     repeated = [ids for ids in prompts.ids[: FLAGS.limit] for _ in range(FLAGS.n)]

@@ -83,7 +83,7 @@ class PtxConfig:
 @dataclasses.dataclass(frozen=True)
 class EvaluationConfig:
     """every: iterations between evaluations of the policy's moving average; one more at the start and the end.
-    source: held-out prompts; None = the first ones of data. prompts: how many. lm_batches: batches of pre-training
+    source: held-out prompts; None = some of data's own. prompts: how many. lm_batches: batches of pre-training
     validation text whose loss is measured, where that text is at hand; 0 = none. samples: written to samples.jsonl.
     gold_fn: 'package.module:function' that is measured and never trained on, to see over-optimisation (Gao et al.
     2022)."""

@@ -37,6 +37,7 @@ class RewardModel:
     template: str
     dtype: type
     mesh: jax.sharding.Mesh
+    step: int = 0
 
     def score(self, prompts, responses, rows: int = 64) -> np.ndarray:
         """float32 [n]: the score of each response (ids, end-of-text the last) to its prompt (ids).
@@ -101,9 +102,10 @@ def load_reward_model(workdir, *, mesh, tokenizer: Tokenizer | None = None) -> R
         config, attention=resolve(config.attention, mesh.devices.flat[0].platform), remat="none", dropout=0.0
     )
     boxed = heads.abstract_scalar_model(config)
-    params, _ = load_params(workdir, run, boxed, parameter_shardings(boxed, mesh))
+    params, _ = load_params(workdir, run, boxed, parameter_shardings(boxed, mesh), fitted["step"])
     params = {**params, "head": normalised(params["head"], fitted["gain"], fitted["bias"])}
-    return RewardModel(config, params, own, run["template"], DTYPES[run["precision"]["compute"]], mesh)
+    dtype = DTYPES[run["precision"]["compute"]]
+    return RewardModel(config, params, own, run["template"], dtype, mesh, fitted["step"])
 
 
 def normalised(head, gain: float, bias: float):

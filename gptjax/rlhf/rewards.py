@@ -19,13 +19,13 @@ def load_callable(name: str) -> Callable:
     """The function that 'package.module:function' names. Raises InputError if there is none."""
     module, _, function = name.partition(":")
     if not module or not function:
-        raise InputError(f"reward_fn={name!r}: write package.module:function.")
+        raise InputError(f"reward function {name!r}: write package.module:function.")
     try:
         found = getattr(importlib.import_module(module), function)
     except (ImportError, AttributeError) as error:
-        raise InputError(f"reward_fn={name!r} cannot be imported: {error}.") from error
+        raise InputError(f"reward function {name!r} cannot be imported: {error}.") from error
     if not callable(found):
-        raise InputError(f"reward_fn={name!r} is a {type(found).__name__}, not a function.")
+        raise InputError(f"reward function {name!r} is a {type(found).__name__}, not a function.")
     return found
 
 

@@ -82,6 +82,8 @@ def judge(policy, value, reference, reward, tokens, lengths, mask, n: Networks, 
     """
     real = networks.real_tokens(lengths, mask, tokens.shape[1] - n.response)
     texts = tokens, real, mask
+    if jnp.dtype(n.dtype) != jnp.float32:  # the same dtypes as the reference, or it would be another program
+        policy = _as_frozen(policy, n.dtype)
     log_prob, entropy = _policy_view(policy, *texts, n, rows)
     result = {
         "tokens": tokens, "real": real, "mask": mask, "log_prob": log_prob, "entropy": entropy,
@@ -91,6 +93,9 @@ def judge(policy, value, reference, reward, tokens, lengths, mask, n: Networks, 
     if reward is not None:
         result["score"] = _scores(reward, *texts, n, rows)
     return result
+
+
+_as_frozen = jax.jit(networks.frozen, static_argnums=1)
 
 
 @functools.partial(jax.jit, static_argnames=("n", "rows"))
