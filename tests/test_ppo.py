@@ -492,7 +492,7 @@ def test_a_named_callable_and_a_gold_score(ruled, tmp_path, monkeypatch):
     last, samples = lines(tmp_path / "run", "evaluations")[-1], lines(tmp_path / "run", "samples")
     assert last["gold"] > 0 and all(s["gold"] == len(s["text"]) for s in samples)
     for name in ("nowhere:f", "test_ppo:nothing", "test_ppo", "test_ppo:METRICS"):
-        with pytest.raises(InputError, match="reward_fn="):
+        with pytest.raises(InputError, match="reward function"):
             load_callable(name)
 
 
