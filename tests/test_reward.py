@@ -365,7 +365,7 @@ def test_a_reward_model_of_another_tokenizer(judge, tmp_path):
         load_reward_model(
             judge, mesh=make_mesh(MeshConfig(), jax.devices()[:1]), tokenizer=load_model(tmp_path / "sft").tokenizer
         )
-    c.selection, c.reward = "reward", str(judge)
+    c.selection, c.reward, c.samples.count = "reward", str(judge), 2
     with pytest.raises(InputError, match="another tokenizer"):
         sft(c, str(tmp_path / "sft2"))
     assert not (tmp_path / "sft2").exists()
