@@ -75,5 +75,5 @@ def test_pretraining_gradients_cure_the_alignment_tax():
     from experiments.ppo_exact.ptx import run as ptx
 
     plain, little, much = (ptx(gamma, iterations=120, progress=False) for gamma in (0.0, 0.1, 1.0))
-    assert plain["tax"] > 0.5 > 10 * little["tax"] > 10 * much["tax"]
+    assert plain["tax"] > 10 * little["tax"] and little["tax"] > 2 * much["tax"]
     assert min(plain["gap"], little["gap"], much["gap"]) > 0.95
