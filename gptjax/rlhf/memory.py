@@ -4,6 +4,7 @@ import math
 
 import jax
 
+from gptjax.parallel.mesh import batch_ways
 from gptjax.rlhf.networks import Networks
 from gptjax.rlhf.state import PPOState
 
@@ -15,8 +16,7 @@ def bytes_per_device(tree) -> int:
 
 def memory_plan(state: PPOState, reference, reward, n: Networks, batch: int, prompt_slots: int, offload: bool) -> str:
     """A table of what PPO keeps on each device between and during iterations; activations come on top."""
-    ways = max(1, _batch_ways(n.mesh))
-    rows = batch / ways
+    rows = batch / (1 if n.mesh is None else batch_ways(n.mesh.shape))
     p = n.policy
     cache = 2 * p.n_layer * rows * (prompt_slots + n.response) * p.d_model * jax.numpy.dtype(n.dtype).itemsize
     logits = rows * min(n.loss_chunk, n.response) * n.vocab * 4
@@ -38,10 +38,6 @@ def memory_plan(state: PPOState, reference, reward, n: Networks, batch: int, pro
     return "\n".join(
         ["memory per device:", *lines, f"  {'in all':<20}{total / 2**20:>10,.1f} MiB  device, without activations"]
     )
-
-
-def _batch_ways(mesh) -> int:
-    return 1 if mesh is None else mesh.shape["data"] * mesh.shape["fsdp"]
 
 
 def offloaded(params):
