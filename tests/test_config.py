@@ -212,7 +212,7 @@ def test_where_and_how_fast_it_runs_may(config, tmp_path, capsys):
     claim_workdir(tmp_path, "pretrain", built(config))
     changed = built(
         config, mesh__data=1, mesh__fsdp=-1, checkpoint__every=7, eval__batches=3, steps=5000, steps_per_dispatch=1,
-        log__every=5, samples__max_new_tokens=9,
+        log__every=5, samples__max_new_tokens=9, microbatch_size=4, loss_chunk=7, model__remat="full",
     )  # fmt: skip
     assert claim_workdir(tmp_path, "pretrain", changed) is True
     assert "config.mesh.fsdp changed from 1 to -1" in capsys.readouterr().out
