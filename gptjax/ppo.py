@@ -7,6 +7,7 @@ Rows are {"prompt"}. An iteration samples a response to each of a batch of promp
 epochs x minibatches optimiser steps on them. The same command takes a run killed anywhere up again, bit for bit.
 """
 
+import contextlib
 import dataclasses
 import math
 import sys
@@ -22,17 +23,17 @@ from tqdm import tqdm
 
 from gptjax import config as configs
 from gptjax.data.chat import Template
-from gptjax.data.corpus import text_windows
-from gptjax.data.lm import validation_batches
 from gptjax.data.prompts import PromptBatches, PromptConfig, load_prompts
 from gptjax.errors import InputError
 from gptjax.model import gpt, heads
 from gptjax.model.spec import ModelOptions
 from gptjax.objectives.ppo import adaptive_kl_coefficient
 from gptjax.parallel.mesh import MeshConfig, batch_ways, check_fits, make_mesh
-from gptjax.rlhf import networks, rewards, rollout
+from gptjax.rlhf import networks, ptx, rewards, rollout
 from gptjax.rlhf.alarms import check_iteration
+from gptjax.rlhf.clock import Clock
 from gptjax.rlhf.config import EvaluationConfig, KLConfig, PtxConfig, RateConfig, RolloutConfig
+from gptjax.rlhf.evaluation import evaluator, write_samples
 from gptjax.rlhf.memory import memory_plan, offloaded, on_device
 from gptjax.rlhf.networks import Networks
 from gptjax.rlhf.reward_model import load_reward_model
@@ -40,10 +41,10 @@ from gptjax.rlhf.state import new_state, phase_keys, state_shardings
 from gptjax.rlhf.update import UpdateConfig, make_update
 from gptjax.training import loop, report
 from gptjax.training.checkpoint import CheckpointConfig, Checkpointer
-from gptjax.training.metrics import JsonLines, LogConfig, MetricWriter
+from gptjax.training.metrics import LogConfig, MetricWriter
 from gptjax.training.optimizer import OptimizerConfig, make_optimizer
 from gptjax.training.precision import PrecisionConfig
-from gptjax.training.step import batch_sharding, causal_lm_loss, jit_eval_step
+from gptjax.training.step import batch_sharding
 from gptjax.workdir import load_model
 
 
@@ -140,6 +141,11 @@ def ppo(config: mlc.ConfigDict, workdir: str, reward_fn: Callable | None = None)
     value_config = None if c.shared_trunk else options.apply(judge_model.config if judge_model else base.config)
     rows = c.batch_size // c.ppo.minibatches
     check_fits(mesh.shape, n_head=policy_config.n_head, batch_size=rows, microbatch_size=c.ppo.microbatch_size or rows)
+    if c.rollout.forward_rows and c.rollout.forward_rows % batch_ways(mesh.shape):
+        raise InputError(
+            f"rollout.forward_rows={c.rollout.forward_rows} is not divisible over the {batch_ways(mesh.shape)} devices "
+            "that rows are cut up over: use a multiple of them."
+        )
 
     # --- prompts, and the pre-training text of PPO-ptx ---
     shortest = min([policy_config.context_length] + [m.context_length for m in (value_config,) if m])
@@ -165,14 +171,18 @@ def ppo(config: mlc.ConfigDict, workdir: str, reward_fn: Callable | None = None)
     )  # fmt: skip
     known = (workdir / "config.json").exists()
     # A resumed run must find the reference and the reward it began with, so what they are is part of its config.
-    sections = {"model": policy_config, "template": template.kind, "origin": {"policy_step": base.step}}
+    origin = {"policy_step": base.step}
     if judge_model:
         head = judge_model.params["head"]
-        sections["origin"] |= {"reward_step": judge_model.step, "reward_bias": float(head["bias"])}
+        origin |= {"reward_step": judge_model.step, "reward_bias": float(head["bias"])}
+    sections = {"model": policy_config, "template": template.kind, "origin": origin}
     if known:
         configs.claim_workdir(workdir, "ppo", c, **sections)
     base.tokenizer.save(workdir / "tokenizer")
-    text = pretraining_text(c, workdir, policy_config, resumed=known)
+    text = ptx.load_text(
+        c.ptx, c.policy, workdir, policy_config.context_length, c.seed + 2,  # neither pre-training's order nor SFT's
+        needed=c.ppo.ptx_coefficient > 0, resumed=known,
+    )  # fmt: skip
     configs.claim_workdir(workdir, "ppo", c, **sections)
 
     # --- abstract state, shardings, the jitted phases ---
@@ -188,9 +198,10 @@ def ppo(config: mlc.ConfigDict, workdir: str, reward_fn: Callable | None = None)
     )  # fmt: skip
     by_row = batch_sharding(mesh, 0)
 
-    with jax.set_mesh(mesh):
+    # Whatever stops the run, a reward function's own error too, the checkpoint under way and the last lines are kept.
+    with jax.set_mesh(mesh), contextlib.ExitStack() as kept:
         # --- where the state comes from: the newest good checkpoint of this run, else the SFT and reward models ---
-        checkpointer = Checkpointer(workdir, c.checkpoint)
+        checkpointer = kept.enter_context(contextlib.closing(Checkpointer(workdir, c.checkpoint)))
         restored = checkpointer.restore(abstract, shardings) if known else None
         if restored:
             state, meta = restored
@@ -216,9 +227,13 @@ def ppo(config: mlc.ConfigDict, workdir: str, reward_fn: Callable | None = None)
         base = judge_model = None
         if c.offload:
             reference, reward = offloaded(reference), offloaded(reward)
-        writer = MetricWriter(workdir, c.log, start, configs.to_json(c))
+        writer = kept.enter_context(contextlib.closing(MetricWriter(workdir, c.log, start, configs.to_json(c))))
         if jax.process_index() == 0:
             print(memory_plan(state, reference, reward, n, c.batch_size, slots, c.offload))
+            print(
+                f"policy and reference: {c.policy} at step {origin['policy_step']:,}"
+                + (f"; reward model: {c.reward} at step {origin['reward_step']:,}" if reward else "")
+            )
             print(
                 f"{len(prompts.ids):,} prompts of up to {slots} tokens, responses of up to {n.response}; {iterations} "
                 f"iterations of {c.batch_size} episodes, {c.ppo.epochs} x {c.ppo.minibatches} steps each"
@@ -253,12 +268,12 @@ def ppo(config: mlc.ConfigDict, workdir: str, reward_fn: Callable | None = None)
         def pretraining_batch(state):
             if not c.ppo.ptx_coefficient:
                 return None
-            per_step, micro = ptx_rows(c, mesh)
-            index = int(state.ptx_position) + np.arange(c.ppo.minibatches * per_step)
-            tokens = text.examples.read(index).reshape(c.ppo.minibatches, per_step // micro, micro, -1)
-            return loop.global_array(tokens, batch_sharding(mesh, 2))
+            shape = ptx.batch_shape(c.ptx, c.ppo.minibatches, rows, c.ppo.microbatch_size, mesh)
+            return text.batch(int(state.ptx_position), shape, mesh)
 
-        evaluate = evaluator(c, n, held_out, slots, template, text, (sample, judge, rule_score, finish), mesh)
+        evaluate = evaluator(
+            c.eval, n, held_out, slots, template, text, (sample, judge, rule_score, finish), mesh, c.seed
+        )
 
         # --- the loop ---
         def assess(step):
@@ -322,8 +337,6 @@ def ppo(config: mlc.ConfigDict, workdir: str, reward_fn: Callable | None = None)
         bar.close()
         done = int(state.step)
         on_disk = checkpointer.wait() and saved == done
-        writer.close()
-        checkpointer.close()
     if not on_disk:
         raise InputError(
             "The last checkpoint could not be written: free some disk space and give the same command again."
@@ -335,133 +348,10 @@ def ppo(config: mlc.ConfigDict, workdir: str, reward_fn: Callable | None = None)
     return done >= iterations
 
 
-def ptx_rows(c: PPOConfig, mesh) -> tuple[int, int]:
-    """(pre-training sequences of a minibatch, of a micro-batch): per_episode x its episodes, in whole micro-batches."""
-    episodes = c.batch_size // c.ppo.minibatches
-    ways = batch_ways(mesh.shape)
-    micro = c.ppo.microbatch_size or episodes
-    wanted = max(1, round(c.ptx.per_episode * episodes))
-    micro = min(micro, -(-wanted // ways) * ways)
-    return -(-wanted // micro) * micro, micro
-
-
-def pretraining_text(c: PPOConfig, workdir, model, resumed: bool) -> "Text | None":
-    """What PPO-ptx trains on and the language-model loss is measured on; None where there is none nor a need.
-
-    Its order is neither pre-training's nor SFT's mix's: another seed each.
-    """
-    length = c.ptx.context_length or model.context_length
-    try:
-        examples, validation = text_windows(
-            c.ptx.source, c.policy, workdir / "tokenizer", workdir / "data", length, c.seed + 2, resumed=resumed
-        )
-    except InputError as error:
-        if c.ppo.ptx_coefficient:
-            raise InputError(
-                f"ppo.ptx_coefficient > 0 needs pre-training text: {error} (--config.ptx.source)."
-            ) from error
-        if c.ptx.source:
-            raise
-        print(f"no loss on pre-training text will be measured: {error}")
-        return None
-    return Text(examples, validation, length)
-
-
-@dataclasses.dataclass(frozen=True)
-class Text:
-    examples: object  # lm.Windows or lm.Mixture
-    validation: object  # tokens.TokenShards
-    context_length: int
-
-
 def steer_kl(state, kl, c: PPOConfig):
     """The adaptive coefficient, once an iteration."""
     coefficient = adaptive_kl_coefficient(state.kl_coefficient, kl, c.batch_size, c.kl.target, c.kl.horizon)
     return dataclasses.replace(state, kl_coefficient=jax.device_put(coefficient, state.kl_coefficient.sharding))
-
-
-class Clock:
-    """Seconds of each phase of an iteration. Each lap waits for its arrays: an iteration is seconds long."""
-
-    def __init__(self):
-        self._began = self._last = time.perf_counter()
-        self.seconds: dict[str, float] = {}
-
-    def lap(self, phase: str, arrays):
-        jax.block_until_ready(arrays)
-        now = time.perf_counter()
-        self.seconds[phase], self._last = now - self._last, now
-
-    @property
-    def total(self) -> float:
-        return self._last - self._began
-
-    def figures(self, mask, tokens) -> dict:
-        """time/* in seconds; tokens_per_second/rollout counts sampled tokens, the others' prompts and responses."""
-        sampled, whole = float(mask.sum()), tokens.size
-        result = {f"time/{k}": v for k, v in self.seconds.items()} | {"time/iteration": self.total}
-        for phase, v in self.seconds.items():
-            result[f"tokens_per_second/{phase}"] = (sampled if phase == "rollout" else whole) / v
-        return result
-
-
-def evaluator(c: PPOConfig, n: Networks, prompts, slots: int, template: Template, text, phases, mesh):
-    """state -> (record, table of samples) of the policy's moving average on held-out prompts, always with the same
-    noise: score (RM and rules, as trained on), gold, kl, length, eos_rate, and lm_loss on pre-training text."""
-    sample, judge, rule_score, finish = phases
-    ways = batch_ways(mesh.shape)
-    rows = -(-min(c.eval.prompts, len(prompts.ids)) // ways) * ways
-    slots = max(slots, -(-max(map(len, prompts.ids)) // 8) * 8)
-    batch = PromptBatches(prompts, rows, min(slots, n.policy.context_length - n.response), 0, template.pad_id).at(0)
-    texts = [prompts.texts[i] for i in batch["index"]]
-    gold = c.eval.gold_fn and rewards.load_callable(c.eval.gold_fn)
-    lm_step = jit_eval_step(causal_lm_loss(n.policy, n.dtype, n.loss_chunk, mesh), mesh)
-    lm_batches = []
-    if text is not None and c.eval.lm_batches:
-        lm_batches = validation_batches(
-            text.validation, text.context_length, 8 * ways, c.eval.lm_batches,
-            byte_lengths=np.ones(n.policy.vocab_size, np.int32),
-        )  # fmt: skip
-
-    def evaluate(state):
-        averaged = dataclasses.replace(state, policy=state.average)
-        tokens, lengths = (jax.device_put(batch[k], batch_sharding(mesh, 0)) for k in ("tokens", "lengths"))
-        tokens, mask, _ = sample(averaged.policy, tokens, lengths, jax.random.key(c.seed))
-        judged, score = judge(averaged, tokens, lengths, mask)
-        score = rule_score(tokens, lengths, mask, texts, score)
-        _, metrics = finish(judged, score, state.kl_coefficient)
-        ids, responses = rewards.split_rows(*(np.asarray(a) for a in (tokens, lengths, mask)))
-        record = {
-            "score": float(metrics["objective/score"]),
-            "kl": float(metrics["objective/kl"]),
-            "entropy": float(metrics["objective/entropy"]),
-            "length": float(metrics["response/length"]),
-            "eos_rate": float(metrics["response/eos_rate"]),
-        }
-        if gold:
-            of_gold = rewards.call(gold, "text", template, ids, texts, responses)
-            record["gold"] = float(of_gold.mean())
-        if len(lm_batches):
-            total, count, _ = loop.evaluation_sums(lm_step, averaged.policy, lm_batches, batch_sharding(mesh, 0))
-            record["lm_loss"] = total / count
-        score = np.asarray(score)
-        table = [
-            {"prompt": texts[i], "text": template.decode(responses[i]), "score": float(score[i])}
-            | ({"gold": float(of_gold[i])} if gold else {})
-            for i in range(min(c.eval.samples, len(texts)))
-        ]
-        return record, table
-
-    return evaluate
-
-
-def write_samples(workdir, step: int, table: list[dict]):
-    if jax.process_index() or not table:
-        return
-    lines = JsonLines(epath.Path(workdir) / "samples.jsonl", max(step - 1, 0) if step else -1)
-    for row in table:
-        lines.write({"step": step, **row})
-    lines.close()
 
 
 if __name__ == "__main__":

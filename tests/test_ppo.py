@@ -28,6 +28,7 @@ from alignment_runs import (
 from conftest import ROOT
 
 from gptjax import ppo as stage
+from gptjax.data.corpus import text_windows
 from gptjax.data.prompts import PromptBatches, PromptConfig, load_prompts
 from gptjax.errors import InputError
 from gptjax.generation.sampling import Sampling
@@ -36,11 +37,14 @@ from gptjax.ppo import ppo
 from gptjax.pretrain import pretrain
 from gptjax.rlhf import rollout
 from gptjax.rlhf.best_of_n import best_of_n, expected_best
+from gptjax.rlhf.config import PtxConfig
+from gptjax.rlhf.ptx import batch_shape
 from gptjax.rlhf.reward_model import load_reward_model
 from gptjax.rlhf.rewards import load_callable
 from gptjax.sample import continue_texts
 from gptjax.sft import sft
 from gptjax.training.checkpoint import Checkpointer
+from gptjax.training.metrics import JsonLines
 from gptjax.workdir import load_model
 
 METRICS = {
@@ -276,7 +280,7 @@ def test_a_run_cut_off_between_a_checkpoint_and_the_next(config, straight, tmp_p
 
 def test_a_run_cut_off_between_a_checkpoint_and_its_evaluation(config, straight, tmp_path, monkeypatch):
     """The evaluation is made up for, as training/loop.py does it: else evaluations.jsonl has a hole for good."""
-    real = stage.JsonLines.write
+    real = JsonLines.write
 
     class Killed(BaseException):
         pass
@@ -287,7 +291,7 @@ def test_a_run_cut_off_between_a_checkpoint_and_its_evaluation(config, straight,
         return real(self, record)
 
     with monkeypatch.context() as patch:
-        patch.setattr(stage.JsonLines, "write", write)
+        patch.setattr(JsonLines, "write", write)
         with pytest.raises(Killed):
             ppo(config(**WHOLE), str(tmp_path / "parts"))
     assert ppo(config(**WHOLE), str(tmp_path / "parts")) is True
@@ -647,6 +651,57 @@ def test_callables_that_can_not_be(ruled, tmp_path, rule, says):
     mended = ruled(eval__lm_batches=0, steps=1)
     if "17" in says:
         assert ppo(mended, str(tmp_path / "run"), share) is True
+
+
+def test_a_rule_that_fails_midway_keeps_what_was_done(ruled, tmp_path):
+    """The lines of the iterations before it, and the checkpoint that was being written."""
+    calls = itertools.count()
+
+    def rule(prompts, responses):
+        if next(calls) == 3:  # the evaluation before the first iteration is a call too
+            raise RuntimeError("the judge is out")
+        return share(prompts, responses)
+
+    c = ruled(eval__lm_batches=0, eval__every=4, steps=4)
+    with pytest.raises(RuntimeError, match="the judge is out"):
+        ppo(c, str(tmp_path / "run"), rule)
+    assert [m["step"] for m in lines(tmp_path / "run")] == [1, 2]
+    assert Checkpointer(tmp_path / "run").steps() == [1, 2]
+    assert ppo(c, str(tmp_path / "run"), share) is True
+    assert [m["step"] for m in lines(tmp_path / "run")] == [1, 2, 3, 4]
+
+
+def test_forward_passes_that_do_not_divide_over_the_mesh(ruled, tmp_path, monkeypatch):
+    for module in (stage, sys.modules["gptjax.workdir"]):
+        monkeypatch.setattr(module, "make_mesh", make_mesh)
+    refused(ruled(rollout__forward_rows=4), tmp_path / "run", "forward_rows=4 is not divisible over the 8 devices",
+            reward_fn=share)  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "per_episode, microbatch, ways, shape",
+    [
+        (8.0, None, 1, (2, 8, 8)),  # InstructGPT's 8 for each of a minibatch's 8 episodes
+        (0.5, None, 1, (2, 1, 4)),
+        (0.1, None, 8, (2, 1, 8)),  # rounded up to whole devices
+        (1.25, 4, 4, (2, 3, 4)),  # and to whole micro-batches
+    ],
+)
+def test_rows_of_pretraining_text(per_episode, microbatch, ways, shape):
+    mesh = make_mesh(MeshConfig(data=ways), jax.devices()[:ways])
+    assert batch_shape(PtxConfig(per_episode=per_episode), 2, 8, microbatch, mesh) == shape
+
+
+def test_text_of_its_own_is_gone_on_with_as_it_was(tmp_path, tuned):
+    """A source that changed after the run began changes nothing; another run takes it as it is now."""
+    (tmp_path / "more.txt").write_text("ba la da " * 400)
+    read = lambda where, resumed: text_windows(
+        str(tmp_path / "more.txt"), tuned, tuned / "tokenizer", where, 16, 0, resumed=resumed
+    )[0].read(np.arange(4))  # fmt: skip
+    before = read(tmp_path / "a", False)
+    (tmp_path / "more.txt").write_text("da ba ba " * 400)
+    assert read(tmp_path / "a", True).tobytes() == before.tobytes()
+    assert read(tmp_path / "b", False).tobytes() != before.tobytes()
 
 
 def test_ptx_without_a_text_leaves_no_workdir(config, tmp_path):

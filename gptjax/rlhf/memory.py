@@ -35,9 +35,15 @@ def memory_plan(state: PPOState, reference, reward, n: Networks, batch: int, pro
     ]
     total = sum(size for _, size, place in parts if place == "device")
     lines = [f"  {name:<20}{size / 2**20:>10,.1f} MiB  {place}" for name, size, place in parts if size]
-    return "\n".join(
-        ["memory per device:", *lines, f"  {'in all':<20}{total / 2**20:>10,.1f} MiB  device, without activations"]
-    )
+    lines.append(f"  {'in all':<20}{total / 2**20:>10,.1f} MiB  device, without activations")
+    if offload:  # both come to the device at once to score, when there are no gradients
+        scoring = (
+            total
+            + sum(size for _, size, place in parts if place == "host")
+            - next(size for name, size, _ in parts if name == "gradients")
+        )
+        lines.append(f"  {'while scoring':<20}{scoring / 2**20:>10,.1f} MiB  device, the frozen models there too")
+    return "\n".join(["memory per device:", *lines])
 
 
 def offloaded(params):

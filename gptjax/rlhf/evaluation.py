@@ -1,0 +1,81 @@
+"""What PPO's policy is worth on held-out prompts, and what it says to them."""
+
+import dataclasses
+
+import jax
+import numpy as np
+from etils import epath
+
+from gptjax.data.chat import Template
+from gptjax.data.lm import validation_batches
+from gptjax.data.prompts import PromptBatches
+from gptjax.parallel.mesh import batch_ways
+from gptjax.rlhf import rewards
+from gptjax.rlhf.config import EvaluationConfig
+from gptjax.rlhf.networks import Networks
+from gptjax.training import loop
+from gptjax.training.metrics import JsonLines
+from gptjax.training.step import batch_sharding, causal_lm_loss, jit_eval_step
+
+
+def evaluator(c: EvaluationConfig, n: Networks, prompts, slots: int, template: Template, text, phases, mesh, seed):
+    """state -> (record, table of samples) of the policy's moving average, always with the same noise.
+
+    record: score (reward model and rules, as trained on), gold, kl, entropy, length, eos_rate, and lm_loss on
+    pre-training text where there is some (`text`, rlhf/ptx.py). phases: ppo.py's (sample, judge, rule_score, finish).
+    """
+    sample, judge, rule_score, finish = phases
+    ways = batch_ways(mesh.shape)
+    rows = -(-min(c.prompts, len(prompts.ids)) // ways) * ways
+    slots = max(slots, -(-max(map(len, prompts.ids)) // 8) * 8)
+    batch = PromptBatches(prompts, rows, min(slots, n.policy.context_length - n.response), 0, template.pad_id).at(0)
+    texts = [prompts.texts[i] for i in batch["index"]]
+    gold = c.gold_fn and rewards.load_callable(c.gold_fn)
+    lm_step = jit_eval_step(causal_lm_loss(n.policy, n.dtype, n.loss_chunk, mesh), mesh)
+    lm_batches = []
+    if text is not None and c.lm_batches:
+        lm_batches = validation_batches(
+            text.validation, text.context_length, 8 * ways, c.lm_batches,
+            byte_lengths=np.ones(n.policy.vocab_size, np.int32),
+        )  # fmt: skip
+
+    def evaluate(state):
+        averaged = dataclasses.replace(state, policy=state.average)
+        tokens, lengths = (jax.device_put(batch[k], batch_sharding(mesh, 0)) for k in ("tokens", "lengths"))
+        tokens, mask, _ = sample(averaged.policy, tokens, lengths, jax.random.key(seed))
+        judged, score = judge(averaged, tokens, lengths, mask)
+        score = rule_score(tokens, lengths, mask, texts, score)
+        _, metrics = finish(judged, score, state.kl_coefficient)
+        ids, responses = rewards.split_rows(*(np.asarray(a) for a in (tokens, lengths, mask)))
+        record = {
+            "score": float(metrics["objective/score"]),
+            "kl": float(metrics["objective/kl"]),
+            "entropy": float(metrics["objective/entropy"]),
+            "length": float(metrics["response/length"]),
+            "eos_rate": float(metrics["response/eos_rate"]),
+        }
+        if gold:
+            of_gold = rewards.call(gold, "text", template, ids, texts, responses)
+            record["gold"] = float(of_gold.mean())
+        if len(lm_batches):
+            total, count, _ = loop.evaluation_sums(lm_step, averaged.policy, lm_batches, batch_sharding(mesh, 0))
+            record["lm_loss"] = total / count
+        score = np.asarray(score)
+        table = [
+            {"prompt": texts[i], "text": template.decode(responses[i]), "score": float(score[i])}
+            | ({"gold": float(of_gold[i])} if gold else {})
+            for i in range(min(c.samples, len(texts)))
+        ]
+        return record, table
+
+    return evaluate
+
+
+def write_samples(workdir, step: int, table: list[dict]):
+    """Adds the table to samples.jsonl, each step once."""
+    if jax.process_index() or not table:
+        return
+    lines = JsonLines(epath.Path(workdir) / "samples.jsonl", max(step - 1, 0) if step else -1)
+    for row in table:
+        lines.write({"step": step, **row})
+    lines.close()

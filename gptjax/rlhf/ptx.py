@@ -1,0 +1,57 @@
+"""The pre-training text of PPO-ptx: where it comes from, and how much of it a minibatch takes (InstructGPT C.4)."""
+
+import dataclasses
+
+import numpy as np
+
+from gptjax.data.corpus import text_windows
+from gptjax.errors import InputError
+from gptjax.parallel.mesh import batch_ways
+from gptjax.rlhf.config import PtxConfig
+from gptjax.training import loop
+from gptjax.training.step import batch_sharding
+
+
+@dataclasses.dataclass(frozen=True)
+class Text:
+    examples: object  # lm.Windows or lm.Mixture
+    validation: object  # tokens.TokenShards
+    context_length: int
+
+    def batch(self, position: int, shape: tuple[int, int, int], mesh):
+        """Tokens int [minibatches, micro-batches, rows, context + 1] on the mesh: the sequences from `position` on."""
+        index = position + np.arange(np.prod(shape))
+        tokens = self.examples.read(index).reshape(*shape, -1)
+        return loop.global_array(tokens, batch_sharding(mesh, 2))
+
+
+def load_text(c: PtxConfig, policy, workdir, context_length: int, seed: int, *, needed: bool, resumed: bool):
+    """A Text, or None where there is none and it is not needed. Its order is a draw of its own, by `seed`.
+
+    policy: the workdir whose pre-training text it is when the config names no source.
+    """
+    length = c.context_length or context_length
+    try:
+        examples, validation = text_windows(
+            c.source, policy, workdir / "tokenizer", workdir / "data", length, seed, resumed=resumed
+        )
+    except InputError as error:
+        if needed:
+            raise InputError(
+                f"ppo.ptx_coefficient > 0 needs pre-training text: {error} (--config.ptx.source)."
+            ) from error
+        if c.source:
+            raise
+        print(f"no loss on pre-training text will be measured: {error}")
+        return None
+    return Text(examples, validation, length)
+
+
+def batch_shape(c: PtxConfig, minibatches: int, episodes: int, microbatch_size: int | None, mesh):
+    """(minibatches, micro-batches, rows): per_episode sequences for each of a minibatch's episodes, in whole
+    micro-batches of at most microbatch_size rows, each a multiple of the devices that rows are cut up over."""
+    ways = batch_ways(mesh.shape)
+    micro = microbatch_size or episodes
+    wanted = max(1, round(c.per_episode * episodes))
+    micro = min(micro, -(-wanted // ways) * ways)
+    return minibatches, -(-wanted // micro), micro
