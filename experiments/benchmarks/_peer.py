@@ -1,21 +1,26 @@
-"""The other side of a benchmark: a process in an environment of its own that works only when asked."""
+"""The sides of a benchmark: each a process of its own that works only when asked, so that rounds go A B A B."""
 
 import json
 import subprocess
+import sys
+import time
+from collections.abc import Callable
+
+import numpy as np
 
 
 class Peer:
-    """Starts `python script` and waits until it is ready; it sleeps until iterate() asks for one iteration.
+    """Starts a command and waits until it is ready; it sleeps until iterate() asks for one round.
 
-    The script prints {"ready": true}, then one JSON line for every line "go" that it reads, and ends with its
-    stdin. Its stderr goes to this process's, or to `stderr` (a file, or subprocess.DEVNULL).
+    The process prints one JSON line when it is ready (`about` here), then one for every line that it reads, and ends
+    with its stdin: see `serve`. Its stderr goes to this process's, or to `stderr` (a file, or subprocess.DEVNULL).
     """
 
-    def __init__(self, python, script, stderr=None):
+    def __init__(self, *command, stderr=None):
         self._process = subprocess.Popen(
-            [python, script], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=stderr, text=True
+            list(map(str, command)), stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=stderr, text=True
         )
-        self._read()
+        self.about = self._read()
 
     def _read(self):
         line = self._process.stdout.readline()
@@ -23,8 +28,8 @@ class Peer:
             raise RuntimeError(f"the peer died with status {self._process.wait()}: see its messages")
         return json.loads(line)
 
-    def iterate(self):
-        self._process.stdin.write("go\n")
+    def iterate(self, message: str = "go"):
+        self._process.stdin.write(f"{message}\n")
         self._process.stdin.flush()
         return self._read()
 
@@ -34,3 +39,58 @@ class Peer:
         self._process.stdout.close()
         if status:
             raise RuntimeError(f"the peer ended with status {status}: see its messages")
+
+
+def serve(about: dict, work: Callable[[str], dict]):
+    """The peer's side: one answer for each line of stdin, with the seconds it took."""
+    print(json.dumps(about), flush=True)
+    for line in sys.stdin:
+        began = time.perf_counter()
+        answer = work(line.strip())
+        print(json.dumps({"seconds": time.perf_counter() - began, **answer}), flush=True)
+
+
+def interleaved(sides: dict[str, Peer], rounds: int, message: str = "go") -> dict[str, list[dict]]:
+    """{side: its answer in each round}; the sides work in turns."""
+    answers = {side: [] for side in sides}
+    for i in range(rounds):
+        for side, peer in sides.items():
+            answers[side].append(peer.iterate(message))
+        seconds = ", ".join(f"{side} {a[-1]['seconds']:.3f} s" for side, a in answers.items())
+        print(f"round {i + 1}/{rounds}: {seconds}", file=sys.stderr)
+    return answers
+
+
+def quartiles(values) -> list[float]:
+    return np.quantile(list(values), [0.25, 0.5, 0.75]).tolist()
+
+
+def matmul_speed() -> float:
+    """FLOP/s of one 2,048-cubed float32 matmul: what this machine can do at best."""
+    code = (
+        "import jax, jax.numpy as jnp, time; a = jnp.ones((2048, 2048)); f = jax.jit(jnp.dot)\n"
+        "f(a, a).block_until_ready(); best = 9e9\n"
+        "for _ in range(8):\n"
+        "    t = time.perf_counter(); f(a, a).block_until_ready(); best = min(best, time.perf_counter() - t)\n"
+        "print(2 * 2048**3 / best)"
+    )
+    return float(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout)
+
+
+def read_speed() -> float:
+    """Bytes/s of reading a 512 MiB matrix once, in a matrix-vector product: the bound of decoding."""
+    code = (
+        "import jax, jax.numpy as jnp, time; a = jnp.ones((32768, 4096)); v = jnp.ones(4096); f = jax.jit(jnp.dot)\n"
+        "f(a, v).block_until_ready(); best = 9e9\n"
+        "for _ in range(8):\n"
+        "    t = time.perf_counter(); f(a, v).block_until_ready(); best = min(best, time.perf_counter() - t)\n"
+        "print(a.nbytes / best)"
+    )
+    return float(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout)
+
+
+def machine() -> str:
+    import os
+    import platform
+
+    return f"{len(os.sched_getaffinity(0))} cores, {platform.machine()}, Python {platform.python_version()}"

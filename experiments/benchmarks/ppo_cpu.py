@@ -20,7 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 from absl import flags
 
-from experiments.benchmarks._peer import Peer
+from experiments.benchmarks._peer import Peer, quartiles
 from gptjax import config as configs
 from gptjax.model import gpt, heads
 from gptjax.model.spec import GPTConfig
@@ -48,7 +48,7 @@ class Ours:
     """The phases of gptjax/ppo.py on random weights."""
 
     def __init__(self, epochs: int = 4):
-        self.model = GPTConfig(VOCAB + 1, 4, 4, 128, context_length=64, attention="cpu")  # the last id is PAD
+        self.model = GPTConfig(VOCAB + 1, 4, 4, 128, context_length=64, attention="cpu", unroll=4)  # the last id is PAD
         self.n = Networks(
             policy=self.model, value=self.model, reward=self.model, response=RESPONSE, eos_id=None, pad_id=VOCAB,
             vocab=VOCAB,
@@ -87,10 +87,6 @@ def _done(arrays) -> float:
     return time.perf_counter()
 
 
-def quartiles(values) -> list[float]:
-    return np.quantile(values, [0.25, 0.5, 0.75]).tolist()
-
-
 def main(_):
     ours = Ours()
     for _ in range(2):
@@ -107,7 +103,7 @@ def main(_):
     work = flops(ours.model, 4)
     result = {
         "shape": f"4 layers, 128 wide, vocabulary {VOCAB}, {PROMPT} + {RESPONSE} tokens, batch {BATCH}, 4 x 1",
-        "cores": os.cpu_count(), "jax": jax.__version__, "gflop": work / 1e9,
+        "cores": len(os.sched_getaffinity(0)), "jax": jax.__version__, "gflop": work / 1e9,
     }  # fmt: skip
     for name in rounds[0]:
         of = {k: quartiles([r[name][k] for r in rounds]) for k in ("seconds", "rollout", "score", "update")}

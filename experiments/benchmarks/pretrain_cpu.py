@@ -11,11 +11,10 @@ quartiles over rounds. The floor is what the matmuls alone need at the speed of 
 import argparse
 import json
 import os
-import platform
 import statistics
-import subprocess
 import sys
-import time
+
+from experiments.benchmarks._peer import Peer, interleaved, machine, matmul_speed, quartiles, serve
 
 SHAPE = dict(n_layer=6, n_head=6, d_model=384, context_length=256)
 BATCH = 12
@@ -70,52 +69,18 @@ def make_gptjax(vocab):
     return step, read, f"jax {jax.__version__}"
 
 
-def serve(side, vocab):
-    """Worker: makes the step, warms it up, then runs n steps for each line read from stdin."""
+def serve_side(side, vocab):
+    """Makes the step, warms it up, then runs as many steps as each line says."""
     step, read, about = {"torch": make_torch, "gptjax": make_gptjax}[side](vocab)
     for _ in range(3):
-        loss = read(step())
-    print(json.dumps({"about": about, "loss": loss}), flush=True)
-    for line in sys.stdin:
-        began = time.perf_counter()
+        read(step())
+
+    def work(line):
         for _ in range(int(line)):
             out = step()
-        loss = read(out)
-        print(json.dumps({"seconds": time.perf_counter() - began, "loss": loss}), flush=True)
+        return {"loss": read(out)}
 
-
-class Worker:
-    def __init__(self, side, vocab):
-        command = [sys.executable, "-m", "experiments.benchmarks.pretrain_cpu", f"--serve={side}", f"--vocab={vocab}"]
-        self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-        self.about = self._read()["about"]
-
-    def _read(self):
-        line = self._process.stdout.readline()
-        if not line:
-            sys.exit("a worker died: see its message above")
-        return json.loads(line)
-
-    def run(self, steps):
-        self._process.stdin.write(f"{steps}\n")
-        self._process.stdin.flush()
-        return self._read()
-
-    def close(self):
-        self._process.stdin.close()
-        self._process.wait()
-
-
-def matmul_speed():
-    """FLOP/s of one 2,048-cubed float32 matmul: what this machine can do at best."""
-    code = (
-        "import jax, jax.numpy as jnp, time; a = jnp.ones((2048, 2048)); f = jax.jit(jnp.dot)\n"
-        "f(a, a).block_until_ready(); best = 9e9\n"
-        "for _ in range(8):\n"
-        "    t = time.perf_counter(); f(a, a).block_until_ready(); best = min(best, time.perf_counter() - t)\n"
-        "print(2 * 2048**3 / best)"
-    )
-    return float(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout)
+    serve({"about": about}, work)
 
 
 def main():
@@ -128,31 +93,33 @@ def main():
     args = parser.parse_args()
     os.environ.setdefault("JAX_PLATFORMS", "cpu")
     if args.serve:
-        return serve(args.serve, args.vocab)
+        return serve_side(args.serve, args.vocab)
 
     from gptjax.model.flops import flops_per_token
     from gptjax.model.spec import GPTConfig
 
     peak = matmul_speed()
-    sides = {side: Worker(side, args.vocab) for side in ("torch", "gptjax")}
+    sides = {
+        side: Peer(
+            sys.executable, "-m", "experiments.benchmarks.pretrain_cpu", f"--serve={side}", f"--vocab={args.vocab}"
+        )
+        for side in ("torch", "gptjax")
+    }
+    answers = interleaved(sides, args.rounds, str(args.steps))
     per_round = args.steps * BATCH * SHAPE["context_length"]
-    speeds, ratios, losses = {side: [] for side in sides}, [], {}
-    for _ in range(args.rounds):
-        for side, worker in sides.items():
-            result = worker.run(args.steps)
-            speeds[side].append(per_round / result["seconds"])
-            losses[side] = result["loss"]
-        ratios.append(speeds["gptjax"][-1] / speeds["torch"][-1])
-    abouts = {side: worker.about for side, worker in sides.items()}
-    for worker in sides.values():
-        worker.close()
-    quartiles = statistics.quantiles(ratios, n=4)
+    speeds = {side: [per_round / a["seconds"] for a in of] for side, of in answers.items()}
+    ratios = [g / t for g, t in zip(speeds["gptjax"], speeds["torch"], strict=True)]
+    losses = {side: of[-1]["loss"] for side, of in answers.items()}
+    abouts = {side: peer.about["about"] for side, peer in sides.items()}
+    for peer in sides.values():
+        peer.close()
+    low, middle, high = quartiles(ratios)
     flops = flops_per_token(GPTConfig(args.vocab, **SHAPE)).causal
     result = {
         "benchmark": "pretrain_cpu",
         "model": {**SHAPE, "vocab_size": args.vocab, "batch": BATCH, "dtype": "float32"},
-        "ratio": statistics.median(ratios),
-        "ratio_quartiles": [quartiles[0], quartiles[2]],
+        "ratio": middle,
+        "ratio_quartiles": [low, high],
         "ratios": ratios,
         "tokens_per_second": {side: statistics.median(s) for side, s in speeds.items()},
         "floor": {
@@ -163,12 +130,12 @@ def main():
         },
         "last_loss": losses,
         "versions": abouts,
-        "machine": f"{os.cpu_count()} cores, {platform.machine()}, Python {platform.python_version()}",
+        "machine": machine(),
     }
     if args.json:
         print(json.dumps(result))
         return
-    print(f"gptjax / torch eager: {result['ratio']:.2f}x (quartiles {quartiles[0]:.2f}-{quartiles[2]:.2f})")
+    print(f"gptjax / torch eager: {result['ratio']:.2f}x (quartiles {low:.2f}-{high:.2f})")
     for side, speed in result["tokens_per_second"].items():
         print(f"  {side:<8}{speed:>8,.0f} tokens/s   {abouts[side]}")
     floor = result["floor"]

@@ -141,7 +141,7 @@ def _curves(workdir: Path, result: dict) -> str:
         lines = JsonLines.read(workdir / name / "evaluations.jsonl")
         root = [max(line["kl"], 0.0) ** 0.5 for line in lines]
         axes[0].plot(root, [line["gold"] for line in lines], "o-", ms=3, color=colour, label=title)
-        axes[1].plot(root, [line["score"] for line in lines], "o-", ms=3, color=colour, label=title)
+        axes[1].plot(root, [line["raw_score"] for line in lines], "o-", ms=3, color=colour, label=title)
         steps, losses = [line["step"] for line in lines], [line.get("lm_loss") for line in lines]
         axes[2].plot(steps, losses, "o-", ms=3, color=colour, label=title)
     titles = ("gold score", "proxy: the reward model's score", "loss on pre-training text, nats/token")

@@ -54,13 +54,13 @@ def attention(q, k, v, *, path, window=None, segment_ids=None, dropout=0.0, drop
         window = None
     if dropout > 0.0 and dropout_key is not None:
         return reference(q, k, v, window=window, segment_ids=segment_ids, dropout=dropout, dropout_key=dropout_key)
-    if path == "cpu":
+    if path == "cpu" and q.shape[1] > _SHORT:
         return _cpu(q, k, v, segment_ids, window)
     if path == "splash" and q.shape[1] % 128 == 0:
         return _splash(q, k, v, window, segment_ids, mesh)
     if path == "cudnn" and _cudnn_takes(q, segment_ids):
         return _dot_product(q, k, v, window, segment_ids, "cudnn")
-    if path in ("xla", "splash", "cudnn"):  # shapes and dtypes that the kernels do not take
+    if path in ("xla", "cpu", "splash", "cudnn"):  # shapes and dtypes that the kernels do not take
         return _dot_product(q, k, v, window, segment_ids, "xla")
     return reference(q, k, v, window=window, segment_ids=segment_ids)
 
@@ -121,6 +121,7 @@ def _dot_product(q, k, v, window, segment_ids, implementation):
 # XLA:CPU's autodiff of attention spends most of its time transposing and re-reading [time, time] arrays.
 # Per batch row everything fits the cache, and a block of queries needs no key after its own end.
 
+_SHORT = 64  # up to here all scores of a row fit the cache anyway, and keeping them is faster than recomputing
 _QUERY_BLOCK = 64
 _CACHE_BYTES = 2**20  # of scores held at a time: small shapes take several batch rows at once
 

@@ -20,6 +20,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from gptjax.model.attention import attention, masked_attention, visible
 from gptjax.model.spec import GPTConfig
+from gptjax.objectives.language import dot_over_tokens
 from gptjax.parallel.rules import constrain
 
 LAYER_NORM_EPS = 1e-5  # all three papers' code; Flax's own default is 1e-6
@@ -74,7 +75,7 @@ def _matmul_backward(residuals, d_y):
     tokens, out = tuple(range(x2.ndim - 1)), tuple(range(x2.ndim - 1, d_y2.ndim))
     d_x = _dot(d_y2, w2, out, tuple(range(1, w2.ndim))).astype(x.dtype)
     # The weight's gradient stays float32: rounding it to bf16 would lose what accumulation adds up.
-    d_w = _dot(x2, d_y2, tokens, tokens).astype(w.dtype)
+    d_w = dot_over_tokens(x2, d_y2, len(tokens)).astype(w.dtype)
     return d_x.reshape(x.shape), d_w.reshape(w.shape)
 
 

@@ -21,8 +21,9 @@ from gptjax.training.step import batch_sharding, causal_lm_loss, jit_eval_step
 def evaluator(c: EvaluationConfig, n: Networks, prompts, slots: int, template: Template, text, phases, mesh, seed):
     """state -> (record, table of samples) of the policy's moving average, always with the same noise.
 
-    record: score (reward model and rules, as trained on), gold, kl, entropy, length, eos_rate, and lm_loss on
-    pre-training text where there is some (`text`, rlhf/ptx.py). phases: ppo.py's (sample, judge, rule_score, finish).
+    record: score (reward model and rules, as trained on), raw_score (the same before `missing_eos`), gold, kl, entropy,
+    length, eos_rate, and lm_loss on pre-training text where there is some (`text`, rlhf/ptx.py). phases: ppo.py's
+    (sample, judge, rule_score, finish).
     """
     sample, judge, rule_score, finish = phases
     ways = batch_ways(mesh.shape)
@@ -49,6 +50,7 @@ def evaluator(c: EvaluationConfig, n: Networks, prompts, slots: int, template: T
         ids, responses = rewards.split_rows(*(np.asarray(a) for a in (tokens, lengths, mask)))
         record = {
             "score": float(metrics["objective/score"]),
+            "raw_score": float(np.mean(np.asarray(score))),
             "kl": float(metrics["objective/kl"]),
             "entropy": float(metrics["objective/entropy"]),
             "length": float(metrics["response/length"]),
