@@ -9,7 +9,7 @@ ACCELERATOR ?= $(shell if nvidia-smi -L >/dev/null 2>&1; then echo 'jax[cuda12]'
 export JAX_COMPILATION_CACHE_DIR ?= $(CURDIR)/.jax_cache
 export JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS ?= 0.5
 
-.PHONY: demo test test-slow test-peers lint bench bench-ppo clean
+.PHONY: demo test test-slow test-peers lint bench clean
 
 demo: $(VENV)/.installed
 	$(VENV)/bin/python -m experiments.docstrings --config=configs/demo.py --workdir=runs/demo $(DEMO_FLAGS)
@@ -27,12 +27,9 @@ test-peers: $(PEERS)/.installed
 lint: $(VENV)/.installed-test
 	$(VENV)/bin/python -m ruff check .
 
-bench: $(PEERS)/.installed
-	$(PEERS)/bin/python -m experiments.benchmarks.pretrain_cpu
-
-# One PPO iteration beside TRL's, which needs an environment of its own.
-bench-ppo: $(VENV)/.installed $(TRL)/.installed
-	$(VENV)/bin/python -m experiments.benchmarks.ppo_cpu --trl_python=$(TRL)/bin/python
+# Each beside its peer, in turns: torch and transformers in one environment, TRL in one of its own.
+bench: $(PEERS)/.installed $(TRL)/.installed
+	$(PEERS)/bin/python -m experiments.benchmarks --trl_python=$(TRL)/bin/python $(BENCH_FLAGS)
 
 clean:
 	rm -rf $(VENV) $(PEERS) $(TRL) .jax_cache

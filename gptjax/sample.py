@@ -4,8 +4,12 @@
         --top_p=0.95 --seed=0
 
 --temperature=0 is greedy. --prompt may be given several times: the prompts are decoded as one batch. A model from SFT
-or PPO answers the prompt, in the template it was tuned with; --raw has it continue the text instead.
+or PPO answers the prompt, in the template it was tuned with; --raw has it continue the text instead. --speed says how
+many tokens a second came, beside what the memory's bandwidth allows.
 """
+
+import sys
+import time
 
 import jax
 from absl import flags
@@ -15,15 +19,19 @@ from gptjax.data.chat import Template
 from gptjax.errors import InputError
 from gptjax.generation.decode import generate
 from gptjax.generation.sampling import Sampling
+from gptjax.generation.speed import describe_speed
+from gptjax.rlhf.networks import frozen
 from gptjax.workdir import Model, load_model
 
 
 def continue_texts(
-    model: Model, prompts: list[str], *, max_new_tokens: int, sampling: Sampling, seed: int, raw: bool = False
-) -> list[str]:
+    model: Model, prompts: list[str], *, max_new_tokens: int, sampling: Sampling, seed: int, raw: bool = False,
+    speed: bool = False,
+) -> list[str]:  # fmt: skip
     """New text for each prompt. An empty prompt starts from end-of-text, as GPT-2 is sampled unconditionally.
 
-    A model with a template answers in it unless raw.
+    A model with a template answers in it unless raw. speed: decode once more, now that all is compiled, and say on
+    stderr how fast.
     """
     eot = model.tokenizer.eot_id
     template = Template(model.tokenizer, model.template) if model.template and not raw else None
@@ -39,10 +47,24 @@ def continue_texts(
             print(f"note: the context of {model.config.context_length} leaves room for {room} new tokens")
         ids.append(tokens)
     with jax.set_mesh(model.mesh):
-        out = generate(
-            model.params, model.config, ids, max_new_tokens=max_new_tokens, sampling=sampling, seed=seed,
-            eot_id=eot, vocab=model.tokenizer.vocab_size, dtype=model.dtype, mesh=model.mesh,
-        )  # fmt: skip
+        params = jax.jit(frozen, static_argnums=1)(model.params, model.dtype)  # half the bytes to read at 16 bits
+
+        def decode():
+            return generate(
+                params, model.config, ids, max_new_tokens=max_new_tokens, sampling=sampling, seed=seed, eot_id=eot,
+                vocab=model.tokenizer.vocab_size, dtype=model.dtype, mesh=model.mesh,
+            )  # fmt: skip
+
+        out = decode()
+        if speed:
+            began = time.perf_counter()
+            out = decode()
+            seconds, steps = time.perf_counter() - began, max(map(len, out))
+            slots = sum(map(len, ids)) / len(ids) + steps / 2
+            print(
+                describe_speed(params, model.config, len(ids), slots, model.dtype, sum(map(len, out)), seconds,
+                               model.mesh.devices.flat), file=sys.stderr,
+            )  # fmt: skip
     return [(template or model.tokenizer).decode(tokens) for tokens in out]
 
 
@@ -51,8 +73,9 @@ def main(_):
     sampling = Sampling(FLAGS.temperature, FLAGS.top_k, FLAGS.top_p)
     prompts = [p for p in FLAGS.prompt for _ in range(FLAGS.n)]
     texts = continue_texts(
-        model, prompts, max_new_tokens=FLAGS.max_new_tokens, sampling=sampling, seed=FLAGS.seed, raw=FLAGS.raw
-    )
+        model, prompts, max_new_tokens=FLAGS.max_new_tokens, sampling=sampling, seed=FLAGS.seed, raw=FLAGS.raw,
+        speed=FLAGS.speed,
+    )  # fmt: skip
     for i, (prompt, text) in enumerate(zip(prompts, texts, strict=True)):
         if len(prompts) > 1:
             print(f"--- {i} ---")
@@ -70,6 +93,7 @@ if __name__ == "__main__":
     flags.DEFINE_float("top_p", 1.0, "Keep the likeliest tokens of this mass.")
     flags.DEFINE_integer("seed", 0, "The same seed gives the same text.", lower_bound=0)
     flags.DEFINE_bool("raw", False, "Continue the prompt as text, without the template of an SFT or PPO model.")
+    flags.DEFINE_bool("speed", False, "Say how many tokens a second came, and how many the memory's bandwidth allows.")
     flags.DEFINE_integer("step", None, "A checkpoint's step; the newest good one if not given.")
     flags.mark_flag_as_required("workdir")
     configs.run(main)

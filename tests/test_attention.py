@@ -290,9 +290,7 @@ def test_shapes_and_dtypes_that_a_kernel_does_not_take_go_to_xla(path):
     q, k, v, _ = inputs(2, 100, 2, 8)
     segments = some_segments(2, 100)
     options = dict(window=9, segment_ids=segments)
-    np.testing.assert_array_equal(
-        attention(q, k, v, path=path, **options), attention(q, k, v, path="xla", **options)
-    )
+    np.testing.assert_array_equal(attention(q, k, v, path=path, **options), attention(q, k, v, path="xla", **options))
 
 
 @pytest.mark.parametrize("path", ["auto", "xla", "cpu"])

@@ -9,8 +9,18 @@ import pytest
 from test_spec import config_file
 
 from gptjax.describe import describe
+from gptjax.generation.speed import bytes_per_token, describe_speed
 from gptjax.model import gpt
-from gptjax.model.flops import PEAK_FLOPS, PF_DAY, flops_per_token, mfu, peak_flops, visible_pairs
+from gptjax.model.flops import (
+    MEMORY_BANDWIDTH,
+    PEAK_FLOPS,
+    PF_DAY,
+    flops_per_token,
+    memory_bandwidth,
+    mfu,
+    peak_flops,
+    visible_pairs,
+)
 from gptjax.model.spec import GPT2, GPT3, GPTConfig
 
 
@@ -106,6 +116,38 @@ def test_xla_counts_as_many_in_an_unrolled_forward(tied, norm):
     cost = forward.lower(params, jax.ShapeDtypeStruct((1, 128), jnp.int32)).compile().cost_analysis()
     expected = flops_per_token(c).full / 3 * 128
     assert 1.0 <= cost["flops"] / expected < 1.05
+
+
+# --- decoding ---------------------------------------------------------------------------------------------
+
+
+def test_bytes_a_decoded_token_reads():
+    """GPT-2 124M in bf16: 124.4M parameters less the position table, and 36,864 bytes of keys and values a slot."""
+    shapes = jax.eval_shape(lambda key: gpt.init(GPT2["124m"], key), jax.random.key(0))
+    half = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, jnp.bfloat16), shapes)
+    weights = 2 * (124_439_808 - 1024 * 768)
+    assert bytes_per_token(half, GPT2["124m"], 1, 0, jnp.bfloat16) == weights
+    assert bytes_per_token(half, GPT2["124m"], 8, 100, jnp.bfloat16) == weights + 8 * 100 * 36_864
+    assert bytes_per_token(shapes, GPT2["124m"], 1, 0, jnp.float32) == 2 * weights
+
+
+def test_speed_is_said_beside_its_bound():
+    class Device:
+        device_kind = "NVIDIA H100 80GB HBM3"
+
+    params = {
+        "w": jax.ShapeDtypeStruct((3_350, 1_000_000), jnp.float32),
+        "wpe": jax.ShapeDtypeStruct((7,), jnp.float32),
+    }
+    said = describe_speed(params, GPT2["124m"], 2, 0, jnp.float32, 100, 1.0, [Device])
+    assert said == "100 tokens in 1.00 s: 100.0 tokens/s, 20 % of the 500.0 that reading weights and cache allows"
+    Device.device_kind = "cpu"
+    assert "no bound" in describe_speed(params, GPT2["124m"], 2, 0, jnp.float32, 100, 1.0, [Device])
+
+
+def test_every_chip_with_a_peak_has_a_bandwidth():
+    assert PEAK_FLOPS.keys() <= MEMORY_BANDWIDTH.keys()
+    assert memory_bandwidth("NVIDIA A100-SXM4-80GB") == 2039e9 and memory_bandwidth("NVIDIA A100-SXM4-40GB") == 1555e9
 
 
 # --- peaks ------------------------------------------------------------------------------------------------

@@ -356,9 +356,7 @@ def test_packed_documents_equal_the_documents_alone(norm, window, attention):
     for row, document in zip(alone, documents, strict=True):
         row[: len(document)] = document  # what follows it is the future, and is not seen
     x = np.asarray(forward(params, c, alone)[0])
-    expected = np.stack(
-        [np.concatenate([x[i, : len(documents[i])] for i in at]) for at in ((0, 1, 2), (3, 4, 5))]
-    )
+    expected = np.stack([np.concatenate([x[i, : len(documents[i])] for i in at]) for at in ((0, 1, 2), (3, 4, 5))])
     np.testing.assert_allclose(packed, expected, atol=1e-5)
     together = np.asarray(forward(params, c, tokens, positions)[0])
     assert np.abs(together - expected).max() > 0.1  # without segments they do see each other

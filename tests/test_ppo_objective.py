@@ -235,9 +235,7 @@ def test_what_is_masked_out_changes_no_value(name, garbage):
         jax.tree.map(np.testing.assert_array_equal, value, value_2)
 
 
-@pytest.mark.parametrize(
-    "name, garbage", [(name, garbage) for name in FUNCTIONS for garbage in (np.nan, 1e9, -np.inf)]
-)
+@pytest.mark.parametrize("name, garbage", [(name, garbage) for name in FUNCTIONS for garbage in (np.nan, 1e9, -np.inf)])
 def test_what_is_masked_out_changes_no_gradient(name, garbage):
     for _, (gradient, gradient_2) in compare_with_garbage(name, garbage):
         jax.tree.map(np.testing.assert_array_equal, gradient, gradient_2)

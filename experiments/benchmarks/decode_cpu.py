@@ -87,13 +87,15 @@ def export(directory: str):
 
 
 def bound(batch: int, bytes_per_second: float) -> float:
-    """Tokens/s, if nothing but parameters (once for all rows) and each row's keys and values were read."""
-    from gptjax.model.spec import parameter_count
+    """Tokens/s of all rows, if nothing but weights (once for all rows) and each row's keys and values were read."""
+    import jax
+
+    from gptjax.generation.speed import bytes_per_token
+    from gptjax.model import gpt
 
     config = model_config()
-    weights = 4 * (parameter_count(config) - config.context_length * config.d_model)
-    keys_and_values = 4 * 2 * config.n_layer * config.d_model * (PROMPT + NEW / 2)
-    return batch * bytes_per_second / (weights + batch * keys_and_values)
+    shapes = jax.eval_shape(lambda key: gpt.init(config, key), jax.random.key(0))
+    return batch * bytes_per_second / bytes_per_token(shapes, config, batch, PROMPT + NEW / 2, np.float32)
 
 
 def main():

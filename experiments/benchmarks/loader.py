@@ -15,6 +15,7 @@ from pathlib import Path
 
 import numpy as np
 
+from experiments.benchmarks._peer import quartiles
 from gptjax.data import lm, tokens
 
 
@@ -60,13 +61,15 @@ def main():
                 "batch": [rows, context],
                 "tokens_per_second": statistics.median(ours),
                 "bare_memmap_tokens_per_second": statistics.median(bare),
-                "ratio": statistics.median(o / b for o, b in zip(ours, bare, strict=True)),
+                "ratio_quartiles": quartiles(o / b for o, b in zip(ours, bare, strict=True)),
             }
     if args.json:
         print(json.dumps({"benchmark": "loader", **results}))
         return
     for name, r in results.items():
-        print(f"{name:<18}{r['tokens_per_second'] / 1e6:8.1f} M tokens/s, {r['ratio']:.2f} of a bare memmap")
+        print(
+            f"{name:<18}{r['tokens_per_second'] / 1e6:8.1f} M tokens/s, {r['ratio_quartiles'][1]:.2f} of a bare memmap"
+        )
 
 
 if __name__ == "__main__":

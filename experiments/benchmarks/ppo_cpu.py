@@ -1,6 +1,6 @@
 """One PPO iteration beside TRL's PPOTrainer, interleaved in one run: samples a second, as a ratio with its spread.
 
-    make bench-ppo      # or, with both environments there:
+    make bench BENCH_FLAGS="--only='PPO iteration'"      # or, with both environments there:
     python -m experiments.benchmarks.ppo_cpu --trl_python=.venv-trl/bin/python
 
 GPT-2 of 4 layers, 128 wide, 4 heads, vocabulary 4,096; a separate value network and reward model of the same size;

@@ -1,6 +1,6 @@
 """Training throughput beside Hugging Face/torch eager: the same GPT, the same machine, the same run.
 
-    python -m experiments.benchmarks.pretrain_cpu [--vocab=65] [--rounds=7] [--steps=5] [--json]
+    python -m experiments.benchmarks.pretrain_cpu [--phase=train] [--vocab=65] [--rounds=7] [--steps=5] [--json]
 
 Needs torch and transformers (make bench makes an environment that has them). Each side lives in a process of
 its own that sleeps while the other works; rounds alternate A B A B. The model is 6 layers, 384 wide, context
@@ -20,7 +20,7 @@ SHAPE = dict(n_layer=6, n_head=6, d_model=384, context_length=256)
 BATCH = 12
 
 
-def make_torch(vocab):
+def make_torch(vocab, phase):
     import torch
     from transformers import GPT2Config, GPT2LMHeadModel
 
@@ -46,17 +46,28 @@ def make_torch(vocab):
         optimizer.step()
         return loss
 
-    return step, lambda loss: loss.item(), f"torch {torch.__version__}, {torch.get_num_threads()} threads"
+    def evaluate():
+        with torch.inference_mode():
+            return model(batch, labels=batch).loss
+
+    return (
+        (evaluate if phase == "evaluate" else step),
+        lambda loss: loss.item(),
+        f"torch {torch.__version__}, {torch.get_num_threads()} threads",
+    )
 
 
-def make_gptjax(vocab):
+def make_gptjax(vocab, phase):
     import jax
     import numpy as np
 
     from experiments.benchmarks.setup import as_batch, make_step, random_tokens
     from gptjax.model.spec import GPTConfig
+    from gptjax.parallel.mesh import MeshConfig, make_mesh
+    from gptjax.training.step import causal_lm_loss, jit_eval_step
 
-    state, run = make_step(GPTConfig(vocab, **SHAPE, attention="cpu"))
+    model = GPTConfig(vocab, **SHAPE, attention="cpu")
+    state, run = make_step(model)
     batch = as_batch(random_tokens(vocab, BATCH, SHAPE["context_length"]))
     rates = np.array([1e-3], np.float32)
 
@@ -66,12 +77,16 @@ def make_gptjax(vocab):
         return metrics
 
     read = lambda m: float(m["loss_sum"][0] / m["count"][0])
+    if phase == "evaluate":
+        loss = jit_eval_step(causal_lm_loss(model, np.float32, 128), make_mesh(MeshConfig()))
+        one = {k: a[0, 0] for k, a in batch.items()}
+        return lambda: loss(state.params, one), lambda m: float(m[0] / m[1]), f"jax {jax.__version__}"
     return step, read, f"jax {jax.__version__}"
 
 
-def serve_side(side, vocab):
+def serve_side(side, vocab, phase):
     """Makes the step, warms it up, then runs as many steps as each line says."""
-    step, read, about = {"torch": make_torch, "gptjax": make_gptjax}[side](vocab)
+    step, read, about = {"torch": make_torch, "gptjax": make_gptjax}[side](vocab, phase)
     for _ in range(3):
         read(step())
 
@@ -88,12 +103,13 @@ def main():
     parser.add_argument("--vocab", type=int, default=65)
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--steps", type=int, default=5, help="steps per round and side")
+    parser.add_argument("--phase", choices=["train", "evaluate"], default="train")
     parser.add_argument("--json", action="store_true")
     parser.add_argument("--serve", choices=["torch", "gptjax"], help=argparse.SUPPRESS)
     args = parser.parse_args()
     os.environ.setdefault("JAX_PLATFORMS", "cpu")
     if args.serve:
-        return serve_side(args.serve, args.vocab)
+        return serve_side(args.serve, args.vocab, args.phase)
 
     from gptjax.model.flops import flops_per_token
     from gptjax.model.spec import GPTConfig
@@ -101,10 +117,11 @@ def main():
     peak = matmul_speed()
     sides = {
         side: Peer(
-            sys.executable, "-m", "experiments.benchmarks.pretrain_cpu", f"--serve={side}", f"--vocab={args.vocab}"
+            sys.executable, "-m", "experiments.benchmarks.pretrain_cpu", f"--serve={side}",
+            f"--vocab={args.vocab}", f"--phase={args.phase}",
         )
         for side in ("torch", "gptjax")
-    }
+    }  # fmt: skip
     answers = interleaved(sides, args.rounds, str(args.steps))
     per_round = args.steps * BATCH * SHAPE["context_length"]
     speeds = {side: [per_round / a["seconds"] for a in of] for side, of in answers.items()}
@@ -114,12 +131,12 @@ def main():
     for peer in sides.values():
         peer.close()
     low, middle, high = quartiles(ratios)
-    flops = flops_per_token(GPTConfig(args.vocab, **SHAPE)).causal
+    flops = flops_per_token(GPTConfig(args.vocab, **SHAPE)).causal / (3 if args.phase == "evaluate" else 1)
     result = {
         "benchmark": "pretrain_cpu",
+        "phase": args.phase,
         "model": {**SHAPE, "vocab_size": args.vocab, "batch": BATCH, "dtype": "float32"},
-        "ratio": middle,
-        "ratio_quartiles": [low, high],
+        "ratio_quartiles": [low, middle, high],
         "ratios": ratios,
         "tokens_per_second": {side: statistics.median(s) for side, s in speeds.items()},
         "floor": {
@@ -135,7 +152,7 @@ def main():
     if args.json:
         print(json.dumps(result))
         return
-    print(f"gptjax / torch eager: {result['ratio']:.2f}x (quartiles {low:.2f}-{high:.2f})")
+    print(f"gptjax / torch eager: {middle:.2f}x (quartiles {low:.2f}-{high:.2f})")
     for side, speed in result["tokens_per_second"].items():
         print(f"  {side:<8}{speed:>8,.0f} tokens/s   {abouts[side]}")
     floor = result["floor"]

@@ -1,0 +1,29 @@
+"""How fast decoding is beside how fast it could be: a token cannot come sooner than the memory it needs is read."""
+
+import jax
+import jax.numpy as jnp
+
+from gptjax.model.flops import memory_bandwidth
+from gptjax.model.spec import GPTConfig
+
+
+def bytes_per_token(params, c: GPTConfig, batch: int, slots: float, dtype) -> float:
+    """Bytes one decoding step reads: every weight once for all rows, and each row's keys and values.
+
+    params: arrays or their shapes; the position table is looked up, not read. slots: of the cache that are filled, on
+    average over the steps; it has the dtype of the activations.
+    """
+    size = lambda x: x.size * jnp.dtype(x.dtype).itemsize
+    weights = sum(map(size, jax.tree.leaves(params))) - size(params["wpe"])
+    return weights + batch * slots * 2 * c.n_layer * c.d_model * jnp.dtype(dtype).itemsize
+
+
+def describe_speed(params, c: GPTConfig, batch: int, slots: float, dtype, tokens: int, seconds: float, devices) -> str:
+    """'N tokens in S s: R tokens/s, P % of ...'; without the bound on a chip whose bandwidth is not known."""
+    rate, kind = tokens / seconds, devices[0].device_kind
+    text = f"{tokens} tokens in {seconds:.2f} s: {rate:,.1f} tokens/s"
+    bandwidth = memory_bandwidth(kind)
+    if bandwidth is None:
+        return f"{text} (no bound: the memory bandwidth of {kind!r} is not known)"
+    bound = batch * bandwidth * len(devices) / bytes_per_token(params, c, batch, slots, dtype)
+    return f"{text}, {100 * rate / bound:.0f} % of the {bound:,.1f} that reading weights and cache allows"
