@@ -21,7 +21,8 @@ from jax.ad_checkpoint import checkpoint_name
 from gptjax.model.attention import attention, masked_attention, visible
 from gptjax.model.spec import GPTConfig
 from gptjax.objectives.language import dot_over_tokens
-from gptjax.parallel.rules import constrain
+from gptjax.parallel.rules import constrain, reshard
+from gptjax.parallel.vocabulary import embed
 
 LAYER_NORM_EPS = 1e-5  # all three papers' code; Flax's own default is 1e-6
 INIT_STD = 0.02
@@ -107,6 +108,20 @@ def gelu(x):
     return jax.nn.gelu(x.astype(jnp.float32), approximate=True).astype(x.dtype)
 
 
+# Between sub-layers the residual stream is cut up along time over the tensor axis, inside them the features are
+# (Korthikanti et al. 2022): one all-gather in and one reduce-scatter out, forward and backward alike.
+RESIDUAL = ("batch", "residual", "features")
+_INSIDE = ("batch", "time", "features")
+
+
+def _enter(x):
+    return reshard(x, _INSIDE, RESIDUAL)
+
+
+def _leave(y):
+    return reshard(y, RESIDUAL, _INSIDE)
+
+
 class Mode(NamedTuple):
     """What is fixed when a forward pass is traced. `mesh` is for kernels that need a shard_map."""
 
@@ -125,7 +140,7 @@ class Attention(nn.Module):
         """Returns the output, the cache with this layer's new keys and values, and those themselves."""
         c = self.config
         B, T, _ = x_BTD.shape
-        qkv = Linear((3, c.d_model), ("embed", "qkv", "heads"), name="c_attn")(x_BTD)
+        qkv = Linear((3, c.d_model), ("embed", "qkv", "heads"), name="c_attn")(_enter(x_BTD))
         qkv = constrain(qkv, "batch", "time", "qkv", "heads")
         q, k, v = (qkv[:, :, i].reshape(B, T, c.n_head, c.d_head) for i in range(3))
         if cache is None:
@@ -134,7 +149,7 @@ class Attention(nn.Module):
             cache, y = self.over_cache(q, k, v, cache, by_layer, shared)
         y = y.reshape(B, T, c.d_model)
         self.sow("intermediates", "attn_out", y)
-        y = Linear((c.d_model,), ("heads", "embed"), self.residual_std, name="c_proj")(y)
+        y = _leave(Linear((c.d_model,), ("heads", "embed"), self.residual_std, name="c_proj")(y))
         return y, cache, (k, v) if self.mode.keep_kv else None
 
     def over_itself(self, q, k, v, local, shared):
@@ -176,10 +191,10 @@ class MLP(nn.Module):
     @nn.compact
     def __call__(self, x_BTD):
         c = self.config
-        h = Linear((c.d_ff,), ("embed", "mlp"), name="c_fc")(x_BTD)
+        h = Linear((c.d_ff,), ("embed", "mlp"), name="c_fc")(_enter(x_BTD))
         h = constrain(h, "batch", "time", "mlp")
         self.sow("intermediates", "c_fc_out", h)
-        return Linear((c.d_model,), ("mlp", "embed"), self.residual_std, name="c_proj")(gelu(h))
+        return _leave(Linear((c.d_model,), ("mlp", "embed"), self.residual_std, name="c_proj")(gelu(h)))
 
 
 class Block(nn.Module):
@@ -210,7 +225,7 @@ class Block(nn.Module):
             a, cache, kv = attn(x, cache, by_layer, shared)
             x = ln_1(x + dropout(a))
             x = ln_2(x + dropout(mlp(x)))
-        x = constrain(x, "batch", "time", "features")
+        x = constrain(x, *RESIDUAL)
         self.sow("intermediates", "block", x)
         return (x, cache), kv
 
@@ -237,15 +252,11 @@ class GPT(nn.Module):
         wpe = self.param("wpe", _normal(INIT_STD, "position", "embed"), (c.context_length, c.d_model))
         if not c.tied_head:
             self.param("lm_head", _normal(INIT_STD, "vocab", "embed"), (c.vocab_size, c.d_model))
-        # Whole tables, rows looked up where they are needed: gathering from a table cut up along its width would
-        # leave x cut up along the width too, and moving it is dearer than moving the table. In float32, so that
-        # the gradients of a frequent token add up.
-        whole = lambda table, axis: constrain(table, axis, "features")
-        x = (whole(wte, "vocab")[tokens] + whole(wpe, "position")[positions]).astype(self.dtype)
+        x = embed(wte, wpe, tokens, positions, self.dtype)
         self.sow("intermediates", "embedding", x)
         if self.mode.train and c.dropout and c.dropout_sites == "all":
             x = _dropout(x, c.dropout, self.make_rng("dropout"))
-        x = constrain(x, "batch", "time", "features")
+        x = constrain(x, *RESIDUAL)
 
         block = Block if c.remat == "none" else nn.remat(Block, policy=_REMAT[c.remat], prevent_cse=False)
         blocks = nn.scan(

@@ -5,6 +5,9 @@ new layout is a change here and nowhere else. A name without a rule is an error,
 every device.
 """
 
+import functools
+import math
+
 import flax.linen as nn
 import jax
 from jax.sharding import NamedSharding, PartitionSpec
@@ -16,6 +19,7 @@ RULES = {
     # activations
     "batch": ("data", "fsdp"),
     "time": "seq",
+    "residual": ("seq", "tensor"),  # time of the residual stream: else every tensor-parallel device held all of it
     "heads": "tensor",
     "mlp": "tensor",
     "features": None,  # the residual stream's width
@@ -54,9 +58,7 @@ def parameter_shardings(boxed, mesh, rules=RULES):
         spec = partition_spec(leaf.names, rules)
         for size, axis in zip(leaf.value.shape, spec, strict=True):
             axes = (axis,) if isinstance(axis, str) else (axis or ())
-            ways = 1
-            for a in axes:
-                ways *= mesh.shape[a]
+            ways = math.prod(mesh.shape[a] for a in axes)
             if size % ways:
                 raise InputError(
                     f"{name} has an axis of {size}, which mesh.{' x '.join(axes)} = {ways} does not divide. "
@@ -68,8 +70,32 @@ def parameter_shardings(boxed, mesh, rules=RULES):
 
 
 def constrain(x, *names, rules=RULES):
-    """Say how an activation is sharded, by logical names; a no-op without a mesh (jax.set_mesh)."""
+    """Say how an activation is sharded, by logical names; a no-op without a mesh (jax.set_mesh). An axis is cut up
+    over as many of its mesh axes as divide it: one new token is on every device, the residual stream of many is not.
+    """
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or mesh.size == 1:
         return x
-    return jax.lax.with_sharding_constraint(x, partition_spec(names, rules))
+    spec = partition_spec(names, rules)
+    return jax.lax.with_sharding_constraint(
+        x, PartitionSpec(*(_dividing(size, axes, mesh.shape) for size, axes in zip(x.shape, spec, strict=True)))
+    )
+
+
+def _dividing(size: int, axes, mesh_shape):
+    axes = (axes,) if isinstance(axes, str) else (axes or ())
+    while size % math.prod(mesh_shape[a] for a in axes):
+        axes = axes[:-1]
+    return axes or None
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2))
+def reshard(x, forward: tuple, backward: tuple):
+    """constrain(x, *forward), and its cotangent to `backward`: constrain alone would ask `forward` of both."""
+    return constrain(x, *forward)
+
+
+reshard.defvjp(
+    lambda x, forward, backward: (constrain(x, *forward), None),
+    lambda forward, backward, _, d_x: (constrain(d_x, *backward),),
+)
