@@ -108,7 +108,10 @@ def pretrain(config: mlc.ConfigDict, workdir: str) -> bool:
         config.model.vocab_size = configs.read_config(workdir)["model"]["vocab_size"]
     c = configs.build(PretrainConfig, _with_vocab(config, config.model.vocab_size or 1))
     mesh = make_mesh(c.mesh)
-    check_fits(mesh.shape, n_head=c.model.n_head, batch_size=c.batch_size, microbatch_size=c.microbatch_rows)
+    check_fits(
+        mesh.shape, n_head=c.model.n_head, batch_size=c.batch_size, microbatch_size=c.microbatch_rows,
+        time=c.model.context_length,
+    )  # fmt: skip
     if known:
         configs.claim_workdir(workdir, "pretrain", c)
 

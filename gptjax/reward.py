@@ -116,11 +116,11 @@ def reward(config: mlc.ConfigDict, workdir: str) -> bool:
     tokenizer = chat_tokenizer(base.tokenizer)
     options = c.model if c.model.dropout is not None else dataclasses.replace(c.model, dropout=0.0)
     model = options.apply(base.config, vocab_size=max(base.config.vocab_size, tokenizer.vocab_size))
-    check_fits(mesh.shape, n_head=model.n_head, batch_size=c.batch_size, microbatch_size=c.microbatch_rows)
+    length = c.data.max_length or model.context_length
+    check_fits(mesh.shape, n_head=model.n_head, batch_size=c.batch_size, microbatch_size=c.microbatch_rows, time=length)
 
     # --- data ---
     template = Template(tokenizer, kind)
-    length = c.data.max_length or model.context_length
     comparisons = load_comparisons(c.data, template, model.context_length, c.seed)
     examples = None if c.normalise == "none" else reference_texts(c, of_sft, template, model.context_length)
     host = {"host_index": jax.process_index(), "host_count": jax.process_count()}

@@ -145,12 +145,12 @@ def sft(config: mlc.ConfigDict, workdir: str) -> bool:
     base = load_model(c.init_from, mesh=mesh)
     tokenizer = chat_tokenizer(base.tokenizer)
     model = c.model.apply(base.config, vocab_size=max(base.config.vocab_size, tokenizer.vocab_size))
-    check_fits(mesh.shape, n_head=model.n_head, batch_size=c.batch_size, microbatch_size=c.microbatch_rows)
+    length = c.data.max_length or model.context_length
+    check_fits(mesh.shape, n_head=model.n_head, batch_size=c.batch_size, microbatch_size=c.microbatch_rows, time=length)
     judge = c.reward and load_reward_model(c.reward, mesh=mesh, tokenizer=tokenizer)
 
     # --- data ---
     template = Template(tokenizer, c.data.template)
-    length = c.data.max_length or model.context_length
     demonstrations = load_demonstrations(c.data, template, model.context_length, c.seed)
     packed = PackedRows(demonstrations.train, length, c.data.packing, template.pad_id)
     if judge and judge.template != template.kind:

@@ -10,7 +10,13 @@ import numpy as np
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
-from gptjax.objectives.language import bits_per_byte, cross_entropy_sum, log_probs
+from gptjax.objectives.language import (
+    bits_per_byte,
+    cross_entropy_sum,
+    log_probs,
+    token_log_probs,
+    token_log_probs_and_entropy,
+)
 from gptjax.parallel.mesh import MeshConfig, make_mesh
 
 B, T, D, V = 3, 10, 8, 29
@@ -168,10 +174,10 @@ def test_no_array_of_all_logits_is_ever_held(dtype):
 
 
 @pytest.mark.parametrize("chunk", [3, 1000])
-@pytest.mark.parametrize("sizes", [(8, 1, 1), (1, 8, 1), (2, 2, 2)], ids=str)
+@pytest.mark.parametrize("sizes", [(8, 1, 1, 1), (1, 8, 1, 1), (2, 2, 2, 1), (1, 2, 2, 2)], ids=str)
 def test_sharded_over_eight_devices(sizes, chunk):
-    data, fsdp, tensor = sizes
-    mesh = make_mesh(MeshConfig(data=data, fsdp=fsdp, tensor=tensor))
+    """Neither the vocabulary nor the time divides."""
+    mesh = make_mesh(MeshConfig(**dict(zip(("data", "fsdp", "tensor", "seq"), sizes, strict=True))))
     arguments = problem(batch=8)
     rows = NamedSharding(mesh, PartitionSpec(("data", "fsdp")))
     head = NamedSharding(mesh, PartitionSpec(None, "fsdp"))
@@ -182,6 +188,41 @@ def test_sharded_over_eight_devices(sizes, chunk):
     np.testing.assert_allclose(value, expected, rtol=1e-6)
     np.testing.assert_allclose(d_x, e_x, atol=2e-6)
     np.testing.assert_allclose(d_w, e_w, atol=2e-5)
+
+
+@pytest.mark.parametrize("chunk", [3, 1000])
+def test_token_log_probs_and_entropy_over_eight_devices(chunk):
+    mesh = make_mesh(MeshConfig(data=1, fsdp=2, tensor=2, seq=2))
+    x, w, targets, weights = problem(batch=8)
+
+    @jax.jit
+    def found(x, w):
+        log_prob, pull = jax.vjp(lambda x, w: token_log_probs(x, w, targets, 0.7, chunk), x, w)
+        return log_prob, *token_log_probs_and_entropy(x, w, targets, 0.7, chunk), *pull(weights)
+
+    expected = found(x, w)
+    with jax.set_mesh(mesh):
+        placed = jax.device_put((x, w), NamedSharding(mesh, PartitionSpec(None, None)))
+        compiled = found.lower(*placed).compile()
+    for a, b in zip(compiled(*placed), expected, strict=True):
+        np.testing.assert_allclose(a, b, rtol=0, atol=1e-5 * np.abs(b).max())
+
+
+@pytest.mark.parametrize("chunk", [8, 64])
+def test_logits_are_never_gathered(chunk):
+    """Of 4 x 64 tokens and 1,021 ids over tensor 4: the largest array is a device's part of one chunk's logits, and
+    what is gathered is a chunk of x and the table's rows of this device, once."""
+    mesh = make_mesh(MeshConfig(data=1, fsdp=2, tensor=4))
+    batch, time, width, vocab = 4, 64, 16, 1021
+    with jax.set_mesh(mesh):
+        compiled = chunked.lower(*problem(batch, time, width, vocab), chunk).compile()
+    own = -(-vocab // 4)
+    assert max(float32_sizes(compiled)) == max(batch // 2 * chunk * own, vocab * width + 3 * width)
+    gathered = re.findall(r"f32\[([\d,]+)\][^=]* all-gather(?:-start)?\(", compiled.as_text())
+    sizes = sorted(math.prod(map(int, shape.split(","))) for shape in gathered)
+    # and the table's gradient over the tensor axis, where at rest every device has all rows of its features
+    assert set(sizes) <= {batch // 2 * chunk, batch // 2 * chunk * width, own * width, 4 * own * width // 2}
+    assert sizes.count(own * width) == 1
 
 
 # --- bits per byte ----------------------------------------------------------------------------------------

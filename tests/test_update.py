@@ -294,9 +294,10 @@ def with_text(gamma, lr):
     return jax.tree.map(step, policy(), whole(ONE_STEP)[0][0], text_gradient()[0])
 
 
-def test_eight_devices_are_one_device():
-    """One step with pre-training text over the mesh's data and fsdp axes, set up as gptjax/ppo.py does."""
-    mesh = make_mesh(MeshConfig(data=2, fsdp=4))
+@pytest.mark.parametrize("sizes", [dict(data=2, fsdp=4), dict(data=1, fsdp=2, tensor=2, seq=2)], ids=str)
+def test_eight_devices_are_one_device(sizes):
+    """One step with pre-training text, set up as gptjax/ppo.py does."""
+    mesh = make_mesh(MeshConfig(**sizes))
     c, n = dataclasses.replace(ONE_STEP, ptx_coefficient=0.5), dataclasses.replace(N, mesh=mesh)
     boxed = gpt.abstract_params(MODEL), heads.abstract_scalar_model(MODEL)
     _, shardings = state_shardings(*boxed, SGD, SGD, mesh)

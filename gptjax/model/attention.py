@@ -11,6 +11,9 @@ Paths, all equal to `reference` in value and gradient (tests/test_attention.py):
     splash     the Pallas kernel for TPU, banded and segmented masks included
     cudnn      cuDNN's flash attention, through jax.nn.dot_product_attention, in bf16 and fp16
 
+Where the mesh cuts up the context (axis `seq`), each device has its queries and gathers the keys and values: exact, and
+for dropout too, since the masks are by position. Contiguous parts leave the last device most of the causal work.
+
 Dropout on the probabilities (GPT-1) exists in `reference` only: with dropout every path becomes it.
 """
 
@@ -21,7 +24,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
+
+from gptjax.parallel.collectives import gather
+from gptjax.parallel.rules import constrain
 
 NEG_INF = -1e30  # finite, so that a fully masked row gives no NaN
 
@@ -52,17 +59,31 @@ def attention(q, k, v, *, path, window=None, segment_ids=None, dropout=0.0, drop
     path = resolve(path, jax.default_backend())
     if window is not None and window >= q.shape[1]:
         window = None
+    shards = _shards_of_time(q.shape[1])
+    if path == "splash" and q.shape[1] % (128 * shards):
+        path = "xla"
+    if shards > 1 and (dropout > 0.0 or path != "splash"):
+        # The keys and values of all the context beside a part of its queries. The blocks of `cpu` and cuDNN's causal
+        # mask begin at query 0, so both become `xla`, whose mask is sharded like any array.
+        k, v = (constrain(a, "batch", None, "heads", None) for a in (k, v))
+        path = "xla" if path in ("cpu", "cudnn") else path
     if dropout > 0.0 and dropout_key is not None:
         return reference(q, k, v, window=window, segment_ids=segment_ids, dropout=dropout, dropout_key=dropout_key)
     if path == "cpu" and q.shape[1] > _SHORT:
         return _cpu(q, k, v, segment_ids, window)
-    if path == "splash" and q.shape[1] % 128 == 0:
+    if path == "splash":
         return _splash(q, k, v, window, segment_ids, mesh)
     if path == "cudnn" and _cudnn_takes(q, segment_ids):
         return _dot_product(q, k, v, window, segment_ids, "cudnn")
-    if path in ("xla", "cpu", "splash", "cudnn"):  # shapes and dtypes that the kernels do not take
+    if path in ("xla", "cpu", "cudnn"):  # shapes and dtypes that the kernels do not take
         return _dot_product(q, k, v, window, segment_ids, "xla")
     return reference(q, k, v, window=window, segment_ids=segment_ids)
+
+
+def _shards_of_time(time: int) -> int:
+    """Over how many devices of the mesh in force the context is cut up."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return 1 if mesh.empty or time % mesh.shape["seq"] else mesh.shape["seq"]
 
 
 def _cudnn_takes(q, segment_ids) -> bool:
@@ -220,22 +241,23 @@ _cpu.defvjp(_cpu_forward, _cpu_backward)
 
 
 @functools.lru_cache(maxsize=64)
-def _splash_kernel(time, n_head, window, interpret):
-    """The kernel for one mask. Masks are evaluated in numpy, so each is built once."""
+def _splash_kernel(time, n_head, window, shards, interpret):
+    """The kernel for one mask, its queries cut up over `shards` devices. Masks are evaluated in numpy, so each is
+    built once."""
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as sk
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as sm
 
     mask = sm.CausalMask((time, time))
     if window is not None:
         mask = mask & sm.LocalMask((time, time), (window - 1, None), 0)
-    block = next(b for b in (512, 256, 128) if time % b == 0)
+    block = next(b for b in (512, 256, 128) if time // shards % b == 0)
     sizes = sk.BlockSizes(
         block_q=block, block_kv=block, block_kv_compute=block,
         block_q_dkv=block, block_kv_dkv=block, block_kv_dkv_compute=block,
         block_q_dq=block, block_kv_dq=block,
     )  # fmt: skip
     heads = sm.MultiHeadMask([mask] * n_head)
-    make = lambda: sk.make_splash_mha(heads, head_shards=1, q_seq_shards=1, block_sizes=sizes, interpret=interpret)
+    make = lambda: sk.make_splash_mha(heads, head_shards=1, q_seq_shards=shards, block_sizes=sizes, interpret=interpret)
     # In a thread of its own, where no mesh or trace is in force, and kept as numpy: the kernel outlives both.
     with concurrent.futures.ThreadPoolExecutor(1) as thread:
         return jax.tree.map(np.asarray, thread.submit(make).result())
@@ -246,21 +268,28 @@ def _splash(q, k, v, window, segment_ids, mesh, interpret=False):
 
     scale = jnp.asarray(q.shape[-1] ** -0.5, q.dtype)
     q, k, v = _by_head(q * scale, k, v)
+    shards, tensor = (mesh.shape["seq"], mesh.shape["tensor"]) if mesh is not None else (1, 1)
+    # Whole heads on each device: the mask is the same for all of them.
+    kernel = _splash_kernel(q.shape[2], q.shape[1] // tensor, window, shards, interpret)
 
-    def local(q, k, v, segments):
-        # Inside shard_map each device holds whole heads: the mask is the same for all of them.
-        kernel = _splash_kernel(q.shape[2], q.shape[1], window, interpret)
+    def local(kernel, q, k, v, segments):
+        """A device's queries against the keys and values of all the context."""
+        if shards > 1:
+            k, v = (gather(a, "seq", 2) for a in (k, v))
         if segments is None:
             return jax.vmap(lambda q, k, v: kernel(q, k, v))(q, k, v)
-        return jax.vmap(lambda q, k, v, s: kernel(q, k, v, segment_ids=sk.SegmentIds(s, s)))(q, k, v, segments)
+        of_kv = gather(segments, "seq", 1) if shards > 1 else segments
+        ids = jax.vmap(sk.SegmentIds)(segments, of_kv)
+        return jax.vmap(lambda q, k, v, ids: kernel(q, k, v, segment_ids=ids))(q, k, v, ids)
 
     if mesh is not None and mesh.size > 1:
-        heads, rows = P(("data", "fsdp"), "tensor"), P(("data", "fsdp"))
+        heads, rows = P(("data", "fsdp"), "tensor", "seq"), P(("data", "fsdp"), "seq")
+        of_mask = kernel.manual_sharding_spec(NamedSharding(mesh, P(None, "seq")))
         local = jax.shard_map(
             local,
             mesh=mesh,
-            in_specs=(heads, heads, heads, None if segment_ids is None else rows),
+            in_specs=(of_mask, heads, heads, heads, None if segment_ids is None else rows),
             out_specs=heads,
             check_vma=False,
         )
-    return jnp.swapaxes(local(q, k, v, segment_ids), 1, 2)
+    return jnp.swapaxes(local(kernel, q, k, v, segment_ids), 1, 2)

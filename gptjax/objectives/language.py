@@ -11,7 +11,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from gptjax.parallel.vocabulary import first_row, gather, maximum, mesh_for, over_tokens, scatter, total
+from gptjax.parallel.collectives import gather, maximum, scatter, total
+from gptjax.parallel.vocabulary import ROWS, first_row, mesh_for, over_tokens
 
 
 def log_probs(x, w, targets):
@@ -113,7 +114,7 @@ def _d_w(d_w, vocab):
     """A device's part of the gradient of w, summed over all tokens."""
     if vocab is None:
         return d_w
-    return total(scatter(d_w, "fsdp", 1), "data", "seq")
+    return total(scatter(d_w, "fsdp", 1), *(name for name in ROWS if name != "fsdp"), "seq")
 
 
 def _steps(chunk: int, mesh) -> int:
@@ -265,7 +266,7 @@ def _over_chunks(x, w, targets, weights, chunk, with_gradients, vocab):
     else:
         (nll_sum, d_w), d_x = lax.scan(one, start, xs)
     if vocab is not None:  # every device of `tensor` has the same sum
-        nll_sum = total(nll_sum, "data", "fsdp", "seq")
+        nll_sum = total(nll_sum, *ROWS, "seq")
     return (nll_sum, _join(d_x, x.shape[1]), _d_w(d_w, vocab)) if with_gradients else (nll_sum,)
 
 

@@ -1,4 +1,4 @@
-"""The device mesh: data x fsdp x tensor (x stage x seq, whose places are kept)."""
+"""The device mesh: data x fsdp x tensor x seq (x stage, whose place is kept)."""
 
 import dataclasses
 import math
@@ -17,7 +17,8 @@ class MeshConfig:
 
     data: copies of the model, each with its rows of the batch. fsdp: rows of the batch too, and parameters,
     gradients and optimiser state cut up over it. tensor: heads and MLP features of every layer cut up.
-    stage (pipeline) and seq (context) must be 1 for now.
+    seq: the context cut up, for sequences of which one device could not hold the activations. stage (pipeline) must
+    be 1 for now.
     """
 
     data: int = -1
@@ -30,8 +31,8 @@ class MeshConfig:
         sizes = dataclasses.astuple(self)
         if any(s == 0 or s < -1 for s in sizes) or sizes.count(-1) > 1:
             raise InputError(f"mesh sizes are positive, with -1 on at most one axis; got {self}.")
-        if self.stage != 1 or self.seq != 1:
-            raise InputError("mesh.stage and mesh.seq above 1 are not built yet: use data, fsdp and tensor.")
+        if self.stage != 1:
+            raise InputError("mesh.stage above 1 is not built yet: use data, fsdp, tensor and seq.")
 
     def sizes(self, devices: int) -> dict[str, int]:
         """Size of each axis on this many devices. Raises InputError if they do not multiply out."""
@@ -61,11 +62,21 @@ def batch_ways(sizes) -> int:
     return sizes["data"] * sizes["fsdp"]
 
 
-def check_fits(sizes, *, n_head: int, batch_size: int, microbatch_size: int):
-    """Raises InputError where the model or the batch does not divide over the mesh."""
+def check_fits(sizes, *, n_head: int, batch_size: int, microbatch_size: int, time: int | None = None):
+    """Raises InputError where the model, the batch or the time of its rows does not divide over the mesh.
+
+    time: None = rows of many lengths; of those that do not divide over seq every device computes all. Where it does
+    not divide over tensor besides, the residual stream alone is whole on each device of it.
+    """
     if n_head % sizes["tensor"]:
         raise InputError(
             f"model.n_head={n_head} is not divisible by mesh.tensor={sizes['tensor']}: each device takes whole heads."
+        )
+    if time is not None and time % sizes["seq"]:
+        low, high = time // sizes["seq"] * sizes["seq"], -(-time // sizes["seq"]) * sizes["seq"]
+        raise InputError(
+            f"Rows of {time} tokens are not divisible over mesh.seq={sizes['seq']} devices: "
+            f"use {f'{low} or ' if low else ''}{high}."
         )
     ways = batch_ways(sizes)
     for name, size in (("batch_size", batch_size), ("microbatch_size", microbatch_size)):

@@ -11,10 +11,11 @@ import jax.numpy as jnp
 from jax import lax
 from jax.sharding import PartitionSpec as P
 
+from gptjax.parallel.collectives import gather, scatter, total
 from gptjax.parallel.mesh import batch_ways
+from gptjax.parallel.rules import RULES
 
-ROWS = ("data", "fsdp")
-TIME = ("seq", "tensor")  # of the residual stream, and of what goes with it
+ROWS, TIME = RULES["batch"], RULES["residual"]
 TABLE = P("tensor", "fsdp")
 
 
@@ -35,27 +36,6 @@ def pad(a, axis: int, ways: int):
 def first_row(rows: int):
     """Which token the first of this device's `rows` rows of the table is."""
     return lax.axis_index("tensor") * rows
-
-
-# Collectives inside a shard_map; over axes of one device they are nothing, which not every compiler finds out.
-
-
-def gather(a, name: str, axis: int):
-    return a if lax.axis_size(name) == 1 else lax.all_gather(a, name, axis=axis, tiled=True)
-
-
-def scatter(a, name: str, axis: int):
-    """The sum over devices, of which each keeps its part."""
-    return a if lax.axis_size(name) == 1 else lax.psum_scatter(a, name, scatter_dimension=axis, tiled=True)
-
-
-def maximum(a, name: str):
-    return a if lax.axis_size(name) == 1 else lax.pmax(a, name)
-
-
-def total(a, *names: str):
-    names = tuple(name for name in names if lax.axis_size(name) > 1)
-    return lax.psum(a, names) if names else a
 
 
 def embed(wte, wpe, tokens, positions, dtype):

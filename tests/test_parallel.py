@@ -1,0 +1,187 @@
+"""Tensor and context parallelism: every stage's gradient on 8 virtual devices is one device's, and what the compiled
+programs tell each other is what the theory says and no more."""
+
+import dataclasses
+import functools
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import NamedSharding, PartitionSpec
+
+from gptjax.generation.decode import generate
+from gptjax.generation.sampling import Sampling
+from gptjax.model import gpt, heads
+from gptjax.model.spec import GPTConfig
+from gptjax.parallel.mesh import MeshConfig, make_mesh
+from gptjax.parallel.rules import parameter_shardings
+from gptjax.reward import reward_loss
+from gptjax.sft import sft_loss
+from gptjax.training.step import batch_sharding
+
+ROWS, TIME, VOCAB = 8, 16, 61  # a vocabulary that nothing divides
+MODEL = GPTConfig(VOCAB, n_layer=2, n_head=4, d_model=32, context_length=TIME)
+# GPT-1's order, dropout and band, a head of its own.
+DROPPED = dataclasses.replace(MODEL, norm="post", dropout=0.2, local_window=5, tied_head=False)
+MESHES = {
+    "data 2 seq 2 tensor 2": MeshConfig(data=2, seq=2, tensor=2),
+    "fsdp 2 tensor 4": MeshConfig(data=1, fsdp=2, tensor=4),
+}
+
+
+init = jax.jit(gpt.init, static_argnums=0)
+
+
+def alone():
+    return make_mesh(MeshConfig(data=1), jax.devices()[:1])
+
+
+def rows(*shape, high):
+    return np.random.default_rng(0).integers(0, high, shape, np.int32)
+
+
+def of_sft():
+    task = (np.random.default_rng(1).random((ROWS, TIME)) < 0.5).astype(np.float32)
+    return {
+        "tokens": rows(ROWS, TIME + 1, high=VOCAB),
+        "weights": task + 0.5,
+        "task": task,
+        "segment_ids": np.sort(rows(ROWS, TIME, high=3)),
+        "positions": np.tile(np.arange(TIME, dtype=np.int32), (ROWS, 1)),
+    }
+
+
+def of_comparisons():
+    return {
+        "tokens": rows(ROWS, 3, TIME, high=VOCAB),
+        "lengths": 1 + rows(ROWS, 3, high=TIME),
+        "ranks": np.tile(np.arange(3, dtype=np.int32), (ROWS, 1)),
+        "valid": rows(ROWS, 3, high=8) > 0,
+    }
+
+
+STAGES = {
+    "sft": (MODEL, gpt, lambda mesh: sft_loss(MODEL, jnp.float32, 8, mesh), of_sft),
+    "dropout": (DROPPED, gpt, lambda mesh: sft_loss(DROPPED, jnp.float32, 8, mesh), of_sft),
+    "reward": (MODEL, heads, lambda mesh: reward_loss(MODEL, jnp.float32, "pairs", mesh), of_comparisons),
+}
+
+
+def gradient(stage, mesh):
+    """(sum, count, gradient) of a stage's loss on one batch."""
+    model, of, make_loss, batch = STAGES[stage]
+    boxed = gpt.abstract_params(model) if of is gpt else heads.abstract_scalar_model(model)
+    shardings = parameter_shardings(boxed, mesh)
+    params = init(model, jax.random.key(0))
+    if of is heads:
+        params = heads.scalar_model(params, model, jax.random.key(1))
+        params["head"]["kernel"] = 30 * params["head"]["kernel"]  # scores that differ
+    loss, key = make_loss(mesh), jax.random.key(3) if model.dropout else None
+
+    def sums(params, batch):
+        total, count, *_ = loss(params, batch, key)
+        return total, count
+
+    with jax.set_mesh(mesh):
+        params = jax.device_put(jax.tree.map(lambda a: 3 * a, params), shardings)
+        placed = jax.device_put(batch(), batch_sharding(mesh, 0))
+        (total, count), grads = jax.jit(jax.value_and_grad(sums, has_aux=True))(params, placed)
+    return float(total), float(count), jax.device_get(grads)
+
+
+@functools.cache
+def expected(stage):
+    return gradient(stage, alone())
+
+
+@pytest.mark.parametrize("mesh", MESHES)
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_stage_on_eight_devices_is_one_device(stage, mesh):
+    total, count, grads = expected(stage)
+    found, found_count, found_grads = gradient(stage, make_mesh(MESHES[mesh]))
+    assert found == pytest.approx(total, rel=1e-5) and found_count == count
+    largest = max(np.abs(g).max() for g in jax.tree.leaves(grads))
+    for (path, a), b in zip(jax.tree_util.tree_leaves_with_path(found_grads), jax.tree.leaves(grads), strict=True):
+        # The gradient of the keys' bias is 0 but for rounding.
+        limit = 1e-5 * max(np.abs(b).max(), 0.01 * largest)
+        np.testing.assert_allclose(a, b, rtol=0, atol=limit, err_msg=jax.tree_util.keystr(path))
+
+
+def test_sampling_on_a_mesh_is_sampling_on_one_device():
+    """Prompts of a length that divides over nothing, then one token at a time."""
+    params = jax.tree.map(lambda a: 5 * a, init(MODEL, jax.random.key(0)))
+    options = {"max_new_tokens": 7, "sampling": Sampling(0.8), "seed": 3}
+    prompts = [[1, 2, 3], [4], [5, 6, 7, 8, 9]]
+    texts = []
+    for mesh in (alone(), make_mesh(MESHES["data 2 seq 2 tensor 2"])):
+        with jax.set_mesh(mesh):
+            placed = jax.device_put(params, parameter_shardings(gpt.abstract_params(MODEL), mesh))
+            texts.append(generate(placed, MODEL, prompts, mesh=mesh, **options))
+    assert texts[0] == texts[1] and len(set(map(tuple, texts[0]))) == 3
+
+
+# --- what is told -----------------------------------------------------------------------------------------
+
+
+def collectives(text):
+    """[(operation, shape of one result)] in a compiled program; a loop's body counts once."""
+    found = []
+    for results, operation in re.findall(
+        r"= (.*?) (all-gather|all-reduce|reduce-scatter|all-to-all)(?:-start)?\(", text
+    ):
+        for shape in re.findall(r"f32\[([\d,]*)\]", results):
+            found.append((operation, tuple(map(int, shape.split(","))) if shape else ()))
+    return found
+
+
+def program(sizes, model, backward):
+    """The compiled text of a forward pass, or of forward and backward."""
+    mesh = make_mesh(MeshConfig(data=1, **sizes))
+    shardings = parameter_shardings(gpt.abstract_params(model), mesh)
+    by_row = NamedSharding(mesh, PartitionSpec(("data", "fsdp")))
+    abstract = jax.eval_shape(lambda key: gpt.init(model, key), jax.random.key(0))
+    params = jax.tree.map(lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), abstract, shardings)
+    tokens = jax.ShapeDtypeStruct((ROWS, TIME), jnp.int32, sharding=by_row)
+
+    def forward(params, tokens):
+        return gpt.hidden(params, model, tokens, mesh=mesh)
+
+    def loss(params, tokens):
+        return (forward(params, tokens) ** 2).sum()
+
+    with jax.set_mesh(mesh):
+        f = jax.jit(jax.grad(loss), out_shardings=shardings) if backward else jax.jit(forward)
+        return f.lower(params, tokens).compile().as_text()
+
+
+@pytest.mark.parametrize("backward", [False, True])
+def test_tensor_parallel_sub_layers_tell_each_other_one_sum(backward):
+    """Korthikanti et al. 2022: of a layer (the body of the loop) one gather and one sum a sub-layer, once forward and
+    once backward. XLA:CPU writes the reduce-scatter as all-reduce and slice."""
+    found = collectives(program({"tensor": 4, "fsdp": 2}, dataclasses.replace(MODEL, attention="xla"), backward))
+    stream = (ROWS // 2, TIME, MODEL.d_model)
+    per_layer = 4 if backward else 2
+    # One more gather is the embedding's gradient, which every device of the tensor axis looks through for its rows.
+    assert found.count(("all-gather", stream)) == per_layer + backward
+    assert found.count(("all-reduce", stream)) == per_layer
+    assert found.count(("reduce-scatter", (ROWS // 2, TIME // 4, MODEL.d_model))) == 1  # the embedding
+    for operation, shape in found:
+        assert operation != "all-to-all" and 4 * MODEL.d_model not in shape[-1:], (operation, shape)
+    for operation, shape in found:  # no activations else: not the heads', not the MLP's
+        assert shape[:2] != (ROWS // 2, TIME) or shape == stream, (operation, shape)
+
+
+@pytest.mark.parametrize("remat, times", [("none", 2), ("full", 3)])
+def test_parameters_are_gathered_a_layer_at_a_time(remat, times):
+    """FSDP: forward and backward, and where the backward pass works the layer out again, once more for that; never the
+    whole stack of layers, and no activation."""
+    model = dataclasses.replace(MODEL, n_layer=4, attention="xla", remat=remat)
+    found = [shape for operation, shape in collectives(program({"fsdp": 8}, model, True)) if operation == "all-gather"]
+    d = MODEL.d_model
+    for matrix in ((d, 3, d), (d, d), (d, 4 * d), (4 * d, d)):
+        gathered = [shape for shape in found if shape[-len(matrix) :] == matrix]
+        assert all(np.prod(shape) == np.prod(matrix) for shape in gathered), gathered
+        assert 1 <= len(gathered) <= times, (matrix, gathered)
+    assert all(ROWS not in shape for shape in found), found
