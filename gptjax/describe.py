@@ -44,7 +44,7 @@ def describe(config: dict) -> dict:
             learning_rate=c.optimizer.learning_rate, steps=c.steps, tokens=c.tokens,
         )  # fmt: skip
     tokens = schedule and (int(c.tokens) if c.steps is None else schedule.total_tokens)
-    sizes = {k: 1 if v == -1 else v for k, v in dataclasses.asdict(c.mesh).items()}
+    sizes = {axis: max(getattr(c.mesh, axis), 1) for axis in AXES}  # -1 counts as 1
     mesh = AbstractMesh(tuple(sizes[a] for a in AXES), AXES, axis_types=(AxisType.Auto,) * len(AXES))
     abstract, shardings = state_shardings(gpt.abstract_params(m), make_optimizer(c.optimizer), c.precision, mesh)
     params = _bytes(abstract.params, shardings.params)

@@ -141,7 +141,9 @@ def reward(config: mlc.ConfigDict, workdir: str) -> bool:
 
     # --- abstract state, shardings, step ---
     tx = make_optimizer(c.optimizer)
-    abstract, shardings = state_shardings(heads.abstract_scalar_model(model), tx, c.precision, mesh)
+    abstract, shardings = state_shardings(
+        heads.abstract_scalar_model(model), tx, c.precision, mesh, c.optimizer.offload
+    )
     loss = reward_loss(model, c.precision.dtype, c.objective, mesh)
     step = train_step(loss, tx, c.optimizer.clip_norm, c.precision, c.seed, dropout=model.dropout > 0)
     held_out = validation_batches(

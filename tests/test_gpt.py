@@ -368,7 +368,7 @@ def test_packed_documents_equal_the_documents_alone(norm, window, attention):
 @pytest.mark.parametrize(
     "norm, window, changes",
     [
-        ("pre", 3, [{"unroll": 3}, {"remat": "dots"}, {"remat": "full"}]),
+        ("pre", 3, [{"unroll": 3}, {"remat": "dots"}, {"remat": "full"}, {"remat": "offload"}]),
         ("post", None, [{"unroll": 2}, {"remat": "full", "unroll": 3}]),
     ],
 )

@@ -167,6 +167,31 @@ def test_sizes_that_can_not_be(sizes, says):
         MeshConfig(**sizes)
 
 
+def test_slices_lie_along_data(monkeypatch):
+    """Two slices of eight v5e chips, as libtpu describes them: between them there is only the data axis."""
+    pytest.importorskip("libtpu", reason="needs libtpu: pip install 'jax[tpu]'")
+    from jax.experimental import topologies
+
+    monkeypatch.setenv("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
+    devices = topologies.get_topology_desc(platform="tpu", topology_name="v5e:2x4", num_slices=2).devices
+    mesh = make_mesh(MeshConfig(data=4, fsdp=4, dcn_data=2), devices)
+    slices = np.vectorize(lambda d: d.slice_index)(mesh.devices)
+    assert slices.shape == (4, 4, 1, 1, 1)
+    assert [set(row.flat) for row in slices] == [{0}, {0}, {1}, {1}]
+    for wrong in (MeshConfig(data=4, fsdp=4), MeshConfig(data=4, fsdp=4, dcn_data=4)):
+        with pytest.raises(InputError, match="these devices are of 2 slices: set it to 2"):
+            make_mesh(wrong, devices)
+    with pytest.raises(InputError, match="mesh.data=1 is not a multiple of mesh.dcn_data=2"):
+        make_mesh(MeshConfig(data=1, fsdp=16, dcn_data=2), devices)
+
+
+def test_slices_where_there_are_none():
+    with pytest.raises(InputError, match="mesh.dcn_data=2, but these devices are of 1 slice: set it to 1"):
+        make_mesh(MeshConfig(data=2, fsdp=4, dcn_data=2))
+    with pytest.raises(InputError, match="dcn_data is the number of slices"):
+        MeshConfig(dcn_data=0)
+
+
 def test_heads_and_batches_that_do_not_divide():
     sizes = MeshConfig(data=2, fsdp=2, tensor=2).sizes(8)
     check_fits(sizes, n_head=4, batch_size=8, microbatch_size=4)

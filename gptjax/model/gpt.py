@@ -237,6 +237,12 @@ def _dropout(x, rate, key):
 _REMAT = {
     "dots": jax.checkpoint_policies.save_only_these_names("matmul"),
     "full": jax.checkpoint_policies.nothing_saveable,
+    "offload": jax.checkpoint_policies.save_and_offload_only_these_names(
+        names_which_can_be_saved=[],
+        names_which_can_be_offloaded=["matmul"],
+        offload_src="device",
+        offload_dst="pinned_host",
+    ),
 }
 
 

@@ -15,7 +15,7 @@ from typing import Literal
 from gptjax.errors import InputError
 
 ATTENTION_PATHS = ("auto", "reference", "xla", "cpu", "splash", "cudnn")
-REMAT_POLICIES = ("none", "dots", "full")
+REMAT_POLICIES = ("none", "dots", "full", "offload")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,7 +31,8 @@ class GPTConfig:
     dropout_sites: 'all' = embeddings, attention weights and sub-layer outputs (GPT-1 §4.1); 'residual' = sub-layer
         outputs alone (InstructGPT C.1).
     attention: which implementation; 'auto' picks by platform (see attention.py).
-    remat: what the backward pass recomputes: 'none', 'dots' (all but the weight matmuls) or 'full'.
+    remat: what the backward pass recomputes: 'none', 'dots' (all but the weight matmuls), 'full', or 'offload': as
+        'dots', with the matmuls' outputs kept in the host's memory until then.
     unroll: layers laid out per iteration of the scan over layers. n_layer = no loop at all, which the
         CPU likes; 1 keeps compile time independent of depth.
     """

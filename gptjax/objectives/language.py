@@ -71,6 +71,9 @@ def _join(a, time):
 # real, counted over all devices; it is None on one device, where nothing is padded and nothing told.
 
 
+_ABSENT = -1e30  # the logit of a padded row; finite: 0 * -inf is not 0
+
+
 def _gathered(a, vocab):
     """A device's part of a chunk [batch, size, ...] -> the chunk."""
     return a if vocab is None else gather(a, "tensor", 1)
@@ -97,9 +100,6 @@ def _softmax(x, w, targets, temperature, vocab):
     chosen = jnp.where(targets[..., None] == ids, logits, 0).sum(-1, keepdims=True)
     z, chosen = total((e.sum(-1, keepdims=True), chosen), "tensor")
     return logits, top, e, z, chosen, ids
-
-
-_ABSENT = -1e30  # finite: 0 * -inf is not 0
 
 
 def _d_x(d_logits, w, dtype, vocab):

@@ -4,6 +4,7 @@ import dataclasses
 import math
 
 import jax
+from jax.experimental.mesh_utils import create_hybrid_device_mesh
 from jax.sharding import AxisType, Mesh
 
 from gptjax.errors import InputError
@@ -19,6 +20,8 @@ class MeshConfig:
     gradients and optimiser state cut up over it. tensor: heads and MLP features of every layer cut up.
     seq: the context cut up, for sequences of which one device could not hold the activations. stage (pipeline) must
     be 1 for now.
+    dcn_data: slices of a multislice job, each of which has data / dcn_data copies of the model: between slices, over
+    the data-centre network, there are gradients to add once a step and nothing else.
     """
 
     data: int = -1
@@ -26,9 +29,12 @@ class MeshConfig:
     tensor: int = 1
     stage: int = 1
     seq: int = 1
+    dcn_data: int = 1
 
     def __post_init__(self):
-        sizes = dataclasses.astuple(self)
+        sizes = [getattr(self, axis) for axis in AXES]
+        if self.dcn_data < 1:
+            raise InputError(f"mesh.dcn_data is the number of slices, at least 1; got {self.dcn_data}.")
         if any(s == 0 or s < -1 for s in sizes) or sizes.count(-1) > 1:
             raise InputError(f"mesh sizes are positive, with -1 on at most one axis; got {self}.")
         if self.stage != 1:
@@ -36,7 +42,7 @@ class MeshConfig:
 
     def sizes(self, devices: int) -> dict[str, int]:
         """Size of each axis on this many devices. Raises InputError if they do not multiply out."""
-        sizes = dataclasses.asdict(self)
+        sizes = {axis: getattr(self, axis) for axis in AXES}
         fixed = math.prod(s for s in sizes.values() if s != -1)
         if -1 in sizes.values():
             if devices % fixed:
@@ -47,6 +53,11 @@ class MeshConfig:
                 f"The mesh {' x '.join(f'{k}={s}' for k, s in sizes.items() if s > 1) or '1'} needs {fixed} devices "
                 f"and there are {devices}. Set one axis to -1 to take the rest."
             )
+        if sizes["data"] % self.dcn_data:
+            raise InputError(
+                f"mesh.data={sizes['data']} is not a multiple of mesh.dcn_data={self.dcn_data}: every slice has as "
+                "many copies of the model as any other."
+            )
         return sizes
 
 
@@ -54,7 +65,18 @@ def make_mesh(config: MeshConfig, devices=None) -> Mesh:
     """A Mesh over all devices (or those given), with Auto axes: jax.make_mesh would make Explicit ones."""
     devices = jax.devices() if devices is None else devices
     sizes = config.sizes(len(devices))
-    return jax.make_mesh(tuple(sizes[a] for a in AXES), AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices)
+    axis_types = (AxisType.Auto,) * len(AXES)
+    slices = len({getattr(d, "slice_index", 0) for d in devices})
+    if config.dcn_data != slices and (config.dcn_data > 1 or devices[0].platform == "tpu"):
+        raise InputError(
+            f"mesh.dcn_data={config.dcn_data}, but these devices are of {slices} slice{'s' * (slices > 1)}: "
+            f"set it to {slices}."
+        )
+    if config.dcn_data > 1:
+        within = sizes | {"data": sizes["data"] // slices}
+        between = [slices if axis == "data" else 1 for axis in AXES]
+        return Mesh(create_hybrid_device_mesh([within[a] for a in AXES], between, devices), AXES, axis_types=axis_types)
+    return jax.make_mesh(tuple(sizes[a] for a in AXES), AXES, axis_types=axis_types, devices=devices)
 
 
 def batch_ways(sizes) -> int:
