@@ -144,7 +144,7 @@ def pretrain(config: mlc.ConfigDict, workdir: str) -> bool:
     model = dataclasses.replace(c.model, attention=resolve(c.model.attention, mesh.devices.flat[0].platform))
     tx = make_optimizer(c.optimizer)
     boxed = gpt.abstract_params(model)
-    abstract, shardings = state_shardings(boxed, tx, c.precision, mesh, c.optimizer.offload)
+    abstract, shardings = state_shardings(boxed, tx, c.precision, mesh)
     loss = causal_lm_loss(model, c.precision.dtype, c.loss_chunk, mesh)
     step = train_step(loss, tx, c.optimizer.clip_norm, c.precision, c.seed, dropout=model.dropout > 0)
     evaluate = evaluator(loss, corpus, c, mesh, host)

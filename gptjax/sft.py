@@ -175,7 +175,7 @@ def sft(config: mlc.ConfigDict, workdir: str) -> bool:
 
     # --- abstract state, shardings, step ---
     tx = make_optimizer(c.optimizer)
-    abstract, shardings = state_shardings(gpt.abstract_params(model), tx, c.precision, mesh, c.optimizer.offload)
+    abstract, shardings = state_shardings(gpt.abstract_params(model), tx, c.precision, mesh)
     loss = sft_loss(model, c.precision.dtype, c.loss_chunk, mesh)
     step = train_step(
         loss, tx, c.optimizer.clip_norm, c.precision, c.seed, dropout=model.dropout > 0, weigh=weigher(c.lm_weight)

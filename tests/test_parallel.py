@@ -157,20 +157,23 @@ def program(sizes, model, backward):
 
 
 @pytest.mark.parametrize("backward", [False, True])
-def test_tensor_parallel_sub_layers_tell_each_other_one_sum(backward):
+@pytest.mark.parametrize("sizes", [{"fsdp": 2, "tensor": 4}, {"fsdp": 2, "tensor": 2, "seq": 2}], ids=str)
+def test_tensor_parallel_sub_layers_tell_each_other_one_sum(sizes, backward):
     """Korthikanti et al. 2022: of a layer (the body of the loop) one gather and one sum a sub-layer, once forward and
     once backward. XLA:CPU writes the reduce-scatter as all-reduce and slice."""
-    found = collectives(program({"tensor": 4, "fsdp": 2}, dataclasses.replace(MODEL, attention="xla"), backward))
-    stream = (ROWS // 2, TIME, MODEL.d_model)
+    found = collectives(program(sizes, dataclasses.replace(MODEL, attention="xla"), backward))
+    rows, time = ROWS // 2, TIME // sizes.get("seq", 1)
+    stream = (rows, time, MODEL.d_model)
     per_layer = 4 if backward else 2
     # One more gather is the embedding's gradient, which every device of the tensor axis looks through for its rows.
     assert found.count(("all-gather", stream)) == per_layer + backward
     assert found.count(("all-reduce", stream)) == per_layer
-    assert found.count(("reduce-scatter", (ROWS // 2, TIME // 4, MODEL.d_model))) == 1  # the embedding
-    for operation, shape in found:
-        assert operation != "all-to-all" and 4 * MODEL.d_model not in shape[-1:], (operation, shape)
-    for operation, shape in found:  # no activations else: not the heads', not the MLP's
-        assert shape[:2] != (ROWS // 2, TIME) or shape == stream, (operation, shape)
+    assert found.count(("reduce-scatter", (rows, time // sizes["tensor"], MODEL.d_model))) == 1  # the embedding
+    keys = {(rows, TIME, 1, MODEL.d_model // sizes["tensor"])} if "seq" in sizes else set()
+    for operation, shape in found:  # no activations else, but for context's keys and values: not the MLP's, no logits
+        assert operation != "all-to-all", shape
+        if operation == "all-gather" and shape[:1] == (rows,):
+            assert shape == stream or shape in keys, shape
 
 
 @pytest.mark.parametrize("remat, times", [("none", 2), ("full", 3)])

@@ -196,23 +196,6 @@ def test_another_seed_is_another_run(text, tmp_path, one_device):
     assert a[0]["loss"] != b[0]["loss"]
 
 
-def test_moments_in_the_hosts_memory(text, tmp_path, monkeypatch, one_device):
-    """They change where the moments are and nothing else, and may be brought back in a resumed run."""
-    assert pretrain(tiny(text), str(tmp_path / "straight")) is True
-    real, seen = Dispatch.__call__, []
-
-    def call(self, state, *rest):
-        seen.append(state.opt_state[0].mu["wte"].sharding.memory_kind)
-        return real(self, state, *rest)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(Dispatch, "__call__", call)
-        interrupted(patch, tiny(text, optimizer__offload=True), tmp_path / "parts")
-    assert seen == ["pinned_host"] * STOP
-    assert pretrain(tiny(text), str(tmp_path / "parts")) is True
-    assert_same_run(tmp_path / "parts", tmp_path / "straight")
-
-
 @pytest.mark.parametrize("first, then", [("fsdp 8", "one device"), ("one device", "fsdp 8")])
 def test_taken_up_on_another_mesh(text, tmp_path, monkeypatch, first, then):
     """1e-5 of the run on one device. Adam's eps is raised: it would blow up the rounding of gradients that are 0."""

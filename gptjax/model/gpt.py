@@ -9,6 +9,7 @@ c_attn is [in, 3, out] so that a tensor-parallel shard holds whole heads of q, k
 Shape letters: B batch, T time, D d_model, H head, K d_head, F d_ff, V vocab, L layer, S cache slots.
 """
 
+import functools
 import math
 from typing import Any, NamedTuple
 
@@ -61,26 +62,33 @@ def _dot(a, b, a_axes, b_axes):
     return lax.dot_general(a, b, ((a_axes, b_axes), ((), ())), preferred_element_type=jnp.float32)
 
 
-@jax.custom_vjp
-def _matmul(x, w):
-    """x [..., in] @ w [in, ...]: in the dtype of x, accumulated in float32; w is the float32 master."""
-    x2, w2 = _flat(x, x.ndim - 1), _flat(w.astype(x.dtype), 1)
+def _to_multiply(w, dtype, names):
+    """A weight as it is multiplied by: in the dtype of the activations, and whole but for the tensor axis. FSDP's
+    gather is here, layer by layer: left to itself the compiler moves activations where the context is cut up too."""
+    return constrain(w.astype(dtype), *("features" if name == "embed" else name for name in names))
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def _matmul(x, w, names):
+    """x [..., in] @ w [in, ...]: in the dtype of x, accumulated in float32; w is the float32 master, its axes' logical
+    names are `names`."""
+    x2, w2 = _flat(x, x.ndim - 1), _flat(_to_multiply(w, x.dtype, names), 1)
     y = _dot(x2, w2, (x2.ndim - 1,), (0,)).astype(x.dtype)
     return y.reshape(*x.shape[:-1], *w.shape[1:])
 
 
-def _matmul_backward(residuals, d_y):
+def _matmul_backward(names, residuals, d_y):
     x, w = residuals
     lead = x.ndim - 1
-    x2, d_y2, w2 = _flat(x, lead), _flat(d_y, lead), _flat(w.astype(d_y.dtype), 1)
+    x2, d_y2, w2 = _flat(x, lead), _flat(d_y, lead), _flat(_to_multiply(w, d_y.dtype, names), 1)
     tokens, out = tuple(range(x2.ndim - 1)), tuple(range(x2.ndim - 1, d_y2.ndim))
     d_x = _dot(d_y2, w2, out, tuple(range(1, w2.ndim))).astype(x.dtype)
     # The weight's gradient stays float32: rounding it to bf16 would lose what accumulation adds up.
     d_w = dot_over_tokens(x2, d_y2, len(tokens)).astype(w.dtype)
-    return d_x.reshape(x.shape), d_w.reshape(w.shape)
+    return d_x.reshape(x.shape), constrain(d_w.reshape(w.shape), *names)
 
 
-_matmul.defvjp(lambda x, w: (_matmul(x, w), (x, w)), _matmul_backward)
+_matmul.defvjp(lambda x, w, names: (_matmul(x, w, names), (x, w)), _matmul_backward)
 
 
 class Linear(nn.Module):
@@ -95,7 +103,7 @@ class Linear(nn.Module):
         bias_names = tuple("norm" if n == "embed" else n for n in self.names[1:])
         bias = self.param("bias", _constant(0.0, *bias_names), self.features)
         # Named, because a remat policy cannot see the dot inside a custom VJP.
-        y = checkpoint_name(_matmul(x, kernel), "matmul")
+        y = checkpoint_name(_matmul(x, kernel, self.names), "matmul")
         return (y.astype(jnp.float32) + bias).astype(x.dtype)  # the bias's gradient sums in float32
 
 

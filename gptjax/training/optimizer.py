@@ -21,9 +21,7 @@ DECAYED = r"(^|/)(kernel|wte|wpe|lm_head)$"  # never biases or gains, whatever t
 class OptimizerConfig:
     """name: 'adamw' (Loshchilov & Hutter 2019) or 'gpt1_adam'. weight_decay applies to the parameters whose
     path matches `decayed`; GPT-3 says only "weight decay of 0.1", the choice of parameters is ours (nanoGPT's:
-    matrices and embeddings). clip_norm: global norm the gradient is cut to; 0 = no clipping. offload: between
-    steps the moments are in the host's memory (8 bytes a parameter that the devices need not hold beside activations;
-    they travel in and out every dispatch)."""
+    matrices and embeddings). clip_norm: global norm the gradient is cut to; 0 = no clipping."""
 
     name: str = "adamw"
     learning_rate: float = 6e-4
@@ -33,7 +31,6 @@ class OptimizerConfig:
     weight_decay: float = 0.1
     decayed: str = DECAYED
     clip_norm: float = 1.0
-    offload: bool = False
 
     def __post_init__(self):
         if self.name not in ("adamw", "gpt1_adam"):

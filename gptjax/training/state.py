@@ -37,12 +37,8 @@ def new_state(params, tx: optax.GradientTransformation, precision: PrecisionConf
     return TrainState(jnp.int32(0), params, tx.init(params), initial_loss_scale(precision))
 
 
-def state_shardings(
-    boxed_params, tx, precision: PrecisionConfig, mesh, offload: bool = False
-) -> tuple[TrainState, TrainState]:
+def state_shardings(boxed_params, tx, precision: PrecisionConfig, mesh) -> tuple[TrainState, TrainState]:
     """(abstract state, its shardings). Optimiser moments lie like their parameters; scalars everywhere.
-
-    offload: the moments in the host's memory; jit_train_step brings them to the devices for as long as a step takes.
 
     jit(tx.init) alone would put a whole copy of the moments on every device: zeros depend on no input.
     """
@@ -50,9 +46,8 @@ def state_shardings(
     params = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), _unboxed(boxed_params))
     abstract = jax.eval_shape(lambda p: new_state(p, tx, precision), params)
     whole = NamedSharding(mesh, PartitionSpec())
-    away = lambda s: s.with_memory_kind("pinned_host") if offload else s
     opt = optax.tree.map_params(
-        tx, lambda _, s: away(s), abstract.opt_state, param_shardings, transform_non_params=lambda _: whole
+        tx, lambda _, s: s, abstract.opt_state, param_shardings, transform_non_params=lambda _: whole
     )
     scale = jax.tree.map(lambda _: whole, abstract.loss_scale)
     return abstract, TrainState(whole, param_shardings, opt, scale)

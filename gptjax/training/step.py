@@ -5,7 +5,6 @@ sum}). Gradients of the sums are accumulated over micro-batches in float32 and d
 whole global batch, so that one big batch and many small ones give the same step however their tokens are spread.
 """
 
-import dataclasses
 import functools
 import math
 
@@ -106,15 +105,10 @@ def train_step(loss_fn, tx, clip_norm: float, precision: PrecisionConfig, seed: 
 def jit_train_step(step, shardings: TrainState):
     """Jitted and donated, over arrays with a leading axis of steps: [steps, micro-batches, rows, ...].
 
-    Small models spend longer being dispatched than computed, so several steps go in one dispatch. What `shardings` has
-    in the host's memory is on the device during a dispatch.
+    Small models spend longer being dispatched than computed, so several steps go in one dispatch.
     """
-    on_device = jax.tree.map(lambda s: s.with_memory_kind("device"), shardings.opt_state)
-    offloaded = any(s.memory_kind == "pinned_host" for s in jax.tree.leaves(shardings.opt_state))
 
     def steps(state, batches, learning_rates):
-        if offloaded:
-            state = dataclasses.replace(state, opt_state=jax.device_put(state.opt_state, on_device))
         if learning_rates.shape[0] == 1:  # no loop: XLA:CPU runs straight-line code faster
             state, metrics = step(state, (jax.tree.map(lambda a: a[0], batches), learning_rates[0]))
             return state, jax.tree.map(lambda m: m[None], metrics)
