@@ -28,6 +28,7 @@ from gptjax.errors import InputError
 from gptjax.model import gpt, heads
 from gptjax.model.spec import ModelOptions
 from gptjax.objectives.ppo import adaptive_kl_coefficient
+from gptjax.parallel import pipeline
 from gptjax.parallel.mesh import MeshConfig, batch_ways, check_fits, make_mesh
 from gptjax.rlhf import networks, ptx, rewards, rollout
 from gptjax.rlhf.alarms import check_iteration
@@ -141,6 +142,8 @@ def ppo(config: mlc.ConfigDict, workdir: str, reward_fn: Callable | None = None)
     value_config = None if c.shared_trunk else options.apply(judge_model.config if judge_model else base.config)
     rows = c.batch_size // c.ppo.minibatches
     check_fits(mesh.shape, n_head=policy_config.n_head, batch_size=rows, microbatch_size=c.ppo.microbatch_size or rows)
+    for trunk in filter(None, (policy_config, value_config)):
+        pipeline.make_plan(trunk, mesh.shape, c.ppo.microbatch_size or rows)
     if c.rollout.forward_rows and c.rollout.forward_rows % batch_ways(mesh.shape):
         raise InputError(
             f"rollout.forward_rows={c.rollout.forward_rows} is not divisible over the {batch_ways(mesh.shape)} devices "
@@ -237,6 +240,7 @@ def ppo(config: mlc.ConfigDict, workdir: str, reward_fn: Callable | None = None)
             print(
                 f"{len(prompts.ids):,} prompts of up to {slots} tokens, responses of up to {n.response}; {iterations} "
                 f"iterations of {c.batch_size} episodes, {c.ppo.epochs} x {c.ppo.minibatches} steps each"
+                f"{pipeline.describe(policy_config, mesh.shape, c.ppo.microbatch_size or rows)}"
             )
 
         # --- one phase each ---

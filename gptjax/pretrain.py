@@ -25,6 +25,7 @@ from gptjax.model.attention import resolve
 from gptjax.model.flops import flops_per_token
 from gptjax.model.spec import GPTConfig, parameter_count
 from gptjax.objectives.language import bits_per_byte
+from gptjax.parallel import pipeline
 from gptjax.parallel.mesh import MeshConfig, check_fits, make_mesh
 from gptjax.training import loop, report
 from gptjax.training.checkpoint import CheckpointConfig, Checkpointer
@@ -112,6 +113,7 @@ def pretrain(config: mlc.ConfigDict, workdir: str) -> bool:
         mesh.shape, n_head=c.model.n_head, batch_size=c.batch_size, microbatch_size=c.microbatch_rows,
         time=c.model.context_length,
     )  # fmt: skip
+    pipeline.make_plan(c.model, mesh.shape, c.microbatch_rows)
     if known:
         configs.claim_workdir(workdir, "pretrain", c)
 
@@ -230,7 +232,7 @@ def describe_run(c: PretrainConfig, model: GPTConfig, corpus: Corpus, schedule: 
     axes = " x ".join(f"{k} {v}" for k, v in mesh.shape.items() if v > 1) or "1 device"
     print(
         f"{parameter_count(model):,} parameters, {model.attention} attention, {c.precision.compute}, "
-        f"{mesh.devices.flat[0].device_kind}, mesh {axes}\n"
+        f"{mesh.devices.flat[0].device_kind}, mesh {axes}{pipeline.describe(model, mesh.shape, c.microbatch_rows)}\n"
         f"{corpus.train_tokens:,} training tokens, vocabulary {corpus.tokenizer.vocab_size:,}; "
         f"{schedule.steps:,} steps of {c.batch_size} x {model.context_length} tokens = {schedule.total_tokens:,}"
     )

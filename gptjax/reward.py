@@ -26,6 +26,7 @@ from gptjax.errors import InputError
 from gptjax.model import heads
 from gptjax.model.spec import GPTConfig, ModelOptions
 from gptjax.objectives.preference import best_of_k_loss, ranking_loss, ranking_statistics
+from gptjax.parallel import pipeline
 from gptjax.parallel.mesh import MeshConfig, check_fits, make_mesh
 from gptjax.rlhf.agreement import agreement, calibration, length_explains, pairs
 from gptjax.rlhf.reward_model import RewardModel, normalised, score_at_end
@@ -118,6 +119,7 @@ def reward(config: mlc.ConfigDict, workdir: str) -> bool:
     model = options.apply(base.config, vocab_size=max(base.config.vocab_size, tokenizer.vocab_size))
     length = c.data.max_length or model.context_length
     check_fits(mesh.shape, n_head=model.n_head, batch_size=c.batch_size, microbatch_size=c.microbatch_rows, time=length)
+    pipeline.make_plan(model, mesh.shape, c.microbatch_rows)
 
     # --- data ---
     template = Template(tokenizer, kind)
@@ -179,7 +181,7 @@ def reward(config: mlc.ConfigDict, workdir: str) -> bool:
         writer = MetricWriter(workdir, c.log, start, configs.to_json(c))
 
         # --- loop ---
-        describe_run(c, comparisons, length, schedule)
+        describe_run(c, model, comparisons, length, schedule, mesh)
         if start < schedule.steps and jax.process_index() == 0:
             (workdir / "reward.json").unlink(missing_ok=True)  # of a shorter run: it tells of other weights
         state, finished = loop.train(
@@ -326,7 +328,7 @@ def say(result: dict, fitted: dict, c: RewardConfig):
         )
 
 
-def describe_run(c: RewardConfig, comparisons, length: int, schedule: Schedule):
+def describe_run(c: RewardConfig, model: GPTConfig, comparisons, length: int, schedule: Schedule, mesh):
     if jax.process_index():
         return
     n_pairs = sum(len(x.ranks) * (len(x.ranks) - 1) // 2 for x in comparisons.train)
@@ -334,6 +336,7 @@ def describe_run(c: RewardConfig, comparisons, length: int, schedule: Schedule):
     print(
         f"{len(comparisons.train):,} prompts of up to {comparisons.k} completions, {n_pairs:,} pairs{left_out}; "
         f"{len(comparisons.validation):,} held out; {schedule.steps} steps of {c.batch_size} prompts of {length} tokens"
+        f"{pipeline.describe(model, mesh.shape, c.microbatch_rows * comparisons.k)}"
     )
 
 

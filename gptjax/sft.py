@@ -32,6 +32,7 @@ from gptjax.model.flops import flops_per_token
 from gptjax.model.spec import GPTConfig, ModelOptions, parameter_count
 from gptjax.objectives.finetune import auxiliary_weights
 from gptjax.objectives.language import bits_per_byte
+from gptjax.parallel import pipeline
 from gptjax.parallel.mesh import MeshConfig, check_fits, make_mesh
 from gptjax.rlhf.best_of_n import respond
 from gptjax.rlhf.reward_model import load_reward_model
@@ -147,6 +148,7 @@ def sft(config: mlc.ConfigDict, workdir: str) -> bool:
     model = c.model.apply(base.config, vocab_size=max(base.config.vocab_size, tokenizer.vocab_size))
     length = c.data.max_length or model.context_length
     check_fits(mesh.shape, n_head=model.n_head, batch_size=c.batch_size, microbatch_size=c.microbatch_rows, time=length)
+    pipeline.make_plan(model, mesh.shape, c.microbatch_rows)
     judge = c.reward and load_reward_model(c.reward, mesh=mesh, tokenizer=tokenizer)
 
     # --- data ---
@@ -206,7 +208,7 @@ def sft(config: mlc.ConfigDict, workdir: str) -> bool:
         writer = MetricWriter(workdir, c.log, start, configs.to_json(c))
 
         # --- loop ---
-        describe_run(c, model, demonstrations, packed, schedule)
+        describe_run(c, model, demonstrations, packed, schedule, mesh)
         if start == 0:
             write_samples(workdir, 0, state.params, model, demonstrations, template, c, mesh)
         state, finished = loop.train(
@@ -313,12 +315,13 @@ def write_samples(workdir, step, params, model, demonstrations, template: Templa
     lines.close()
 
 
-def describe_run(c: SFTConfig, model: GPTConfig, demonstrations, packed: PackedRows, schedule: Schedule):
+def describe_run(c: SFTConfig, model: GPTConfig, demonstrations, packed: PackedRows, schedule: Schedule, mesh):
     if jax.process_index():
         return
     left_out = f", {demonstrations.dropped:,} too long and left out" if demonstrations.dropped else ""
     print(
-        f"{parameter_count(model):,} parameters from {c.init_from}, vocabulary {model.vocab_size:,}\n"
+        f"{parameter_count(model):,} parameters from {c.init_from}, vocabulary {model.vocab_size:,}"
+        f"{pipeline.describe(model, mesh.shape, c.microbatch_rows)}\n"
         f"{len(demonstrations.train):,} demonstrations in {len(packed):,} rows of {packed.length} tokens"
         f"{left_out}; {len(demonstrations.validation):,} held out; {schedule.steps:,} steps of {c.batch_size} rows"
     )

@@ -236,7 +236,9 @@ def dropped_probabilities(rate, key, time=32, batch=16):
     """The probabilities themselves: q = 0 makes them 1/(t+1), v = identity reads them out."""
     q = jnp.zeros((batch, time, 2, time))
     v = jnp.broadcast_to(jnp.eye(time)[:, None, :], (batch, time, 2, time))
-    return np.asarray(attention(q, q, v, path="auto", dropout=rate, dropout_key=key)).swapaxes(1, 2)
+    return np.asarray(
+        attention(q, q, v, path="auto", dropout=rate, dropout_keys=jax.random.split(key, batch))
+    ).swapaxes(1, 2)
 
 
 def test_dropout_drops_and_rescales_probabilities():
@@ -258,7 +260,9 @@ def test_dropout_drops_and_rescales_probabilities():
 @pytest.mark.parametrize("path", ["auto", "reference", "xla", "cpu", "splash", "cudnn"])
 def test_every_path_drops_the_same(path):
     q, k, v, d_out = inputs(2, 128, 2, 8)
-    options = dict(window=40, segment_ids=some_segments(2, 128), dropout=0.5, dropout_key=jax.random.key(3))
+    options = dict(
+        window=40, segment_ids=some_segments(2, 128), dropout=0.5, dropout_keys=jax.random.split(jax.random.key(3), 2)
+    )
     expected, expected_pull = jax.vjp(lambda q, k, v: reference(q, k, v, **options), q, k, v)
     found, pull = jax.vjp(lambda q, k, v: attention(q, k, v, path=path, **options), q, k, v)
     np.testing.assert_array_equal(found, expected)
@@ -267,7 +271,9 @@ def test_every_path_drops_the_same(path):
     assert np.abs(found - reference(q, k, v, window=40, segment_ids=options["segment_ids"])).max() > 0.1
 
 
-@pytest.mark.parametrize("options", [dict(dropout=0.5), dict(dropout=0.0, dropout_key=jax.random.key(0))])
+@pytest.mark.parametrize(
+    "options", [dict(dropout=0.5), dict(dropout=0.0, dropout_keys=jax.random.split(jax.random.key(0), 1))]
+)
 def test_without_a_key_or_a_rate_nothing_is_dropped(options):
     q, k, v, _ = inputs(1, 16, 2, 8)
     for path in ("reference", "cpu"):

@@ -160,7 +160,8 @@ def test_choose_takes_what_is_there():
         ({"precision__compute": "fp16"}, "float16"),
         ({"eval__every": 0}, "eval.every"),
         ({"checkpoint__every": 0}, "every"),
-        ({"mesh__stage": 2}, "mesh.stage"),
+        ({"model__pipeline_rounds": 0}, "pipeline_rounds"),
+        ({"model__pipeline_microbatches": 0}, "pipeline_microbatches"),
     ],
 )
 def test_values_that_can_not_be(config, overrides, says):
@@ -213,6 +214,7 @@ def test_where_and_how_fast_it_runs_may(config, tmp_path, capsys):
     changed = built(
         config, mesh__data=1, mesh__fsdp=-1, checkpoint__every=7, eval__batches=3, steps=5000, steps_per_dispatch=1,
         log__every=5, samples__max_new_tokens=9, microbatch_size=4, loss_chunk=7, model__remat="full",
+        model__pipeline_microbatches=4, model__pipeline_rounds=2,
     )  # fmt: skip
     assert claim_workdir(tmp_path, "pretrain", changed) is True
     assert "config.mesh.fsdp changed from 1 to -1" in capsys.readouterr().out

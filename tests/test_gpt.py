@@ -442,13 +442,23 @@ def block_outputs_under_dropout(config, **ones):
     params = {k: jnp.zeros(v.shape) for k, v in flatten_dict(random_params(config), sep="/").items()}
     params = {k: jnp.ones_like(v) if any(k.endswith(one) for one in ones["ones"]) else v for k, v in params.items()}
     tokens = jnp.zeros((40, 12), int)
-    model = gpt.GPT(config, gpt.Mode(train=True))
     run = jax.jit(
-        lambda key: model.apply(
-            {"params": unflatten_dict(params, sep="/")}, tokens, tokens, rngs={"dropout": key}, mutable="intermediates"
+        lambda keys: gpt.GPT(config).apply(
+            {"params": unflatten_dict(params, sep="/")}, tokens, tokens, keys=keys, mutable="intermediates"
         )[1]["intermediates"]["blocks"]["block"][0]
     )
-    return np.asarray(run(jax.random.key(0)))
+    return np.asarray(run(jax.random.split(jax.random.key(0), 40)))
+
+
+def test_the_masks_of_a_row_depend_on_its_key_alone():
+    """Not on the rows beside it: computed in whatever micro-batch, a row is the same."""
+    c = dataclasses.replace(TINY, dropout=0.2)
+    params, tokens = jax.tree.map(jnp.asarray, random_params(c)), jnp.asarray(random_tokens(c))
+    keys = jax.random.split(jax.random.key(0), len(tokens))
+    run = jax.jit(lambda tokens, keys: gpt.GPT(c).apply({"params": params}, tokens, 0 * tokens, keys=keys)[0])
+    np.testing.assert_allclose(run(tokens[1:], keys[1:]), run(tokens, keys)[1:], atol=1e-6)
+    same = run(jnp.stack([tokens[0]] * 2), keys[:2])
+    assert np.abs(same[0] - same[1]).max() > 0.1  # two rows of the same tokens: two masks
 
 
 def near(share, n):

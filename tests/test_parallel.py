@@ -28,6 +28,7 @@ DROPPED = dataclasses.replace(MODEL, norm="post", dropout=0.2, local_window=5, t
 MESHES = {
     "data 2 seq 2 tensor 2": MeshConfig(data=2, seq=2, tensor=2),
     "fsdp 2 tensor 4": MeshConfig(data=1, fsdp=2, tensor=4),
+    "stage 2 fsdp 2 tensor 2": MeshConfig(data=1, stage=2, fsdp=2, tensor=2),
 }
 
 

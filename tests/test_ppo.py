@@ -533,8 +533,11 @@ def test_fewer_rows_a_forward_pass_and_another_number_of_evaluation_prompts(conf
     ppo(config(steps=1, rollout__forward_rows=16, eval__prompts=24, eval__lm_batches=0), str(tmp_path / "run"))
 
 
-MESHES = {"data 8": {"mesh__data": 8}, "fsdp 8": {"mesh__data": 1, "mesh__fsdp": 8},
-          "data 2 fsdp 2 tensor 2": {"mesh__data": 2, "mesh__fsdp": 2, "mesh__tensor": 2}}  # fmt: skip
+MESHES = {
+    "data 8": {"mesh__data": 8}, "fsdp 8": {"mesh__data": 1, "mesh__fsdp": 8},
+    "data 2 fsdp 2 tensor 2": {"mesh__data": 2, "mesh__fsdp": 2, "mesh__tensor": 2},
+    "stage 2 fsdp 2 tensor 2": {"mesh__data": 1, "mesh__stage": 2, "mesh__fsdp": 2, "mesh__tensor": 2},
+}  # fmt: skip
 
 
 @pytest.mark.slow

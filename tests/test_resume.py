@@ -196,10 +196,20 @@ def test_another_seed_is_another_run(text, tmp_path, one_device):
     assert a[0]["loss"] != b[0]["loss"]
 
 
-@pytest.mark.parametrize("first, then", [("fsdp 8", "one device"), ("one device", "fsdp 8")])
+@pytest.mark.parametrize(
+    "first, then",
+    [
+        ("fsdp 8", "one device"), ("one device", "fsdp 8"),
+        ("stage 2 fsdp 4", "one device"), ("one device", "stage 2 fsdp 4"),
+    ],
+)  # fmt: skip
 def test_taken_up_on_another_mesh(text, tmp_path, monkeypatch, first, then):
     """1e-5 of the run on one device. Adam's eps is raised: it would blow up the rounding of gradients that are 0."""
-    meshes = {"one device": {"mesh__data": 1, "mesh__fsdp": 1}, "fsdp 8": {"mesh__data": 1, "mesh__fsdp": 8}}
+    meshes = {
+        "one device": {"mesh__data": 1, "mesh__fsdp": 1},
+        "fsdp 8": {"mesh__data": 1, "mesh__fsdp": 8},
+        "stage 2 fsdp 4": {"mesh__data": 1, "mesh__stage": 2, "mesh__fsdp": 4},
+    }
 
     def run(mesh, workdir, how):
         with monkeypatch.context() as patch:

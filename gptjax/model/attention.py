@@ -28,7 +28,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from gptjax.parallel.collectives import gather
-from gptjax.parallel.rules import constrain
+from gptjax.parallel.rules import RULES, constrain
 
 NEG_INF = -1e30  # finite, so that a fully masked row gives no NaN
 
@@ -42,7 +42,7 @@ def resolve(path: str, platform: str) -> str:
     return {"cpu": "cpu", "tpu": "splash"}.get(platform, "xla")
 
 
-def attention(q, k, v, *, path, window=None, segment_ids=None, dropout=0.0, dropout_key=None, mesh=None):
+def attention(q, k, v, *, path, window=None, segment_ids=None, dropout=0.0, dropout_keys=None, mesh=None):
     """Causal attention of time on itself.
 
     Args:
@@ -51,7 +51,7 @@ def attention(q, k, v, *, path, window=None, segment_ids=None, dropout=0.0, drop
             which is wrong when compiling for another platform: resolve it for that one first.
         window: None, or how many positions back a query sees, its own included (a band).
         segment_ids: None, or int [batch, time]; a position sees its own segment only.
-        dropout, dropout_key: probability of dropping an attention weight, and its key.
+        dropout, dropout_keys: probability of dropping an attention weight, and a key for each row, [batch].
         mesh: the mesh that q, k, v are sharded over; needed by 'splash' on more than one device.
     Returns:
         [batch, time, head, d_head] in the dtype of q.
@@ -67,8 +67,8 @@ def attention(q, k, v, *, path, window=None, segment_ids=None, dropout=0.0, drop
         # mask begin at query 0, so both become `xla`, whose mask is sharded like any array.
         k, v = (constrain(a, "batch", None, "heads", None) for a in (k, v))
         path = "xla" if path in ("cpu", "cudnn") else path
-    if dropout > 0.0 and dropout_key is not None:
-        return reference(q, k, v, window=window, segment_ids=segment_ids, dropout=dropout, dropout_key=dropout_key)
+    if dropout > 0.0 and dropout_keys is not None:
+        return reference(q, k, v, window=window, segment_ids=segment_ids, dropout=dropout, dropout_keys=dropout_keys)
     if path == "cpu" and q.shape[1] > _SHORT:
         return _cpu(q, k, v, segment_ids, window)
     if path == "splash":
@@ -108,21 +108,21 @@ def visible(q_positions, kv_positions, window=None):
     return mask if window is None else mask & (distance < window)
 
 
-def reference(q, k, v, *, window=None, segment_ids=None, dropout=0.0, dropout_key=None):
+def reference(q, k, v, *, window=None, segment_ids=None, dropout=0.0, dropout_keys=None):
     """Attention as the papers write it: softmax(q k^T / sqrt(d_head)) v, in float32 inside."""
     t = jnp.arange(q.shape[1])
     mask = visible(t, t, window)[None, None]
     if segment_ids is not None:
         mask = mask & (segment_ids[:, None, :, None] == segment_ids[:, None, None, :])
-    return masked_attention(q, k, v, mask, dropout=dropout, dropout_key=dropout_key)
+    return masked_attention(q, k, v, mask, dropout=dropout, dropout_keys=dropout_keys)
 
 
-def masked_attention(q, k, v, mask, *, dropout=0.0, dropout_key=None):
+def masked_attention(q, k, v, mask, *, dropout=0.0, dropout_keys=None):
     """Attention under any mask, bool [batch | 1, head | 1, query, key]; used with a KV cache too."""
     scores = jnp.einsum("bqhd,bkhd->bhqk", q, k, preferred_element_type=jnp.float32) * q.shape[-1] ** -0.5
     probs = jax.nn.softmax(jnp.where(mask, scores, NEG_INF), axis=-1)
-    if dropout > 0.0 and dropout_key is not None:
-        keep = jax.random.bernoulli(dropout_key, 1.0 - dropout, probs.shape)
+    if dropout > 0.0 and dropout_keys is not None:
+        keep = jax.vmap(lambda key: jax.random.bernoulli(key, 1.0 - dropout, probs.shape[1:]))(dropout_keys)
         probs = jnp.where(keep, probs / (1.0 - dropout), 0.0)
     return jnp.einsum("bhqk,bkhd->bqhd", probs.astype(v.dtype), v)
 
@@ -283,11 +283,14 @@ def _splash(q, k, v, window, segment_ids, mesh, interpret=False):
         return jax.vmap(lambda q, k, v, ids: kernel(q, k, v, segment_ids=ids))(q, k, v, ids)
 
     if mesh is not None and mesh.size > 1:
-        heads, rows = P(("data", "fsdp"), "tensor", "seq"), P(("data", "fsdp"), "seq")
+        manual = jax.sharding.get_abstract_mesh().manual_axes  # within a stage of a pipeline: that axis
+        ways = tuple(axis for axis in RULES["batch"] if axis not in manual)
+        heads, rows = P(ways, "tensor", "seq"), P(ways, "seq")
         of_mask = kernel.manual_sharding_spec(NamedSharding(mesh, P(None, "seq")))
         local = jax.shard_map(
             local,
-            mesh=mesh,
+            mesh=None if manual else mesh,
+            axis_names=set(mesh.axis_names) - set(manual),
             in_specs=(of_mask, heads, heads, heads, None if segment_ids is None else rows),
             out_specs=heads,
             check_vma=False,

@@ -22,7 +22,8 @@ from jax.ad_checkpoint import checkpoint_name
 from gptjax.model.attention import attention, masked_attention, visible
 from gptjax.model.spec import GPTConfig
 from gptjax.objectives.language import dot_over_tokens
-from gptjax.parallel.rules import constrain, reshard
+from gptjax.parallel import pipeline
+from gptjax.parallel.rules import RESIDUAL, constrain, reshard
 from gptjax.parallel.vocabulary import embed
 
 LAYER_NORM_EPS = 1e-5  # all three papers' code; Flax's own default is 1e-6
@@ -118,7 +119,6 @@ def gelu(x):
 
 # Between sub-layers the residual stream is cut up along time over the tensor axis, inside them the features are
 # (Korthikanti et al. 2022): one all-gather in and one reduce-scatter out, forward and backward alike.
-RESIDUAL = ("batch", "residual", "features")
 _INSIDE = ("batch", "time", "features")
 
 
@@ -133,7 +133,6 @@ def _leave(y):
 class Mode(NamedTuple):
     """What is fixed when a forward pass is traced. `mesh` is for kernels that need a shard_map."""
 
-    train: bool = False  # dropout on
     keep_kv: bool = False  # return the keys and values of every layer
     mesh: Any = None
 
@@ -152,7 +151,7 @@ class Attention(nn.Module):
         qkv = constrain(qkv, "batch", "time", "qkv", "heads")
         q, k, v = (qkv[:, :, i].reshape(B, T, c.n_head, c.d_head) for i in range(3))
         if cache is None:
-            y = self.over_itself(q, k, v, by_layer["local"], shared)
+            y = self.over_itself(q, k, v, by_layer, shared)
         else:
             cache, y = self.over_cache(q, k, v, cache, by_layer, shared)
         y = y.reshape(B, T, c.d_model)
@@ -160,20 +159,20 @@ class Attention(nn.Module):
         y = _leave(Linear((c.d_model,), ("heads", "embed"), self.residual_std, name="c_proj")(y))
         return y, cache, (k, v) if self.mode.keep_kv else None
 
-    def over_itself(self, q, k, v, local, shared):
+    def over_itself(self, q, k, v, by_layer, shared):
         c = self.config
-        drop = c.dropout if self.mode.train and c.dropout_sites == "all" else 0.0
-        key = self.make_rng("dropout") if drop else None
+        drop = c.dropout if shared["keys"] is not None and c.dropout_sites == "all" else 0.0
+        keys = _fold(shared["keys"], 3 * by_layer["layer"]) if drop else None
 
         def attend(window):
             return lambda q, k, v: attention(
                 q, k, v, path=c.attention, window=window, segment_ids=shared["segment_ids"],
-                dropout=drop, dropout_key=key, mesh=self.mode.mesh,
+                dropout=drop, dropout_keys=keys, mesh=self.mode.mesh,
             )  # fmt: skip
 
         if c.local_window is None or c.local_window >= q.shape[1]:
             return attend(None)(q, k, v)
-        return lax.cond(local, attend(c.local_window), attend(None), q, k, v)
+        return lax.cond(by_layer["local"], attend(c.local_window), attend(None), q, k, v)
 
     def over_cache(self, q, k, v, cache, by_layer, shared):
         """Writes k, v at slot `shared['slot']` and attends to the slots the row has filled."""
@@ -222,24 +221,33 @@ class Block(nn.Module):
         attn = Attention(c, self.mode, residual_std, name="attn")
         mlp = MLP(c, residual_std, name="mlp")
 
-        def dropout(h):
-            return _dropout(h, c.dropout, self.make_rng("dropout")) if self.mode.train and c.dropout else h
+        def dropout(h, site):
+            return _dropout(h, c.dropout, shared["keys"], 3 * by_layer["layer"] + site)
 
         if c.norm == "pre":
             a, cache, kv = attn(ln_1(x), cache, by_layer, shared)
-            x = x + dropout(a)
-            x = x + dropout(mlp(ln_2(x)))
+            x = x + dropout(a, 1)
+            x = x + dropout(mlp(ln_2(x)), 2)
         else:
             a, cache, kv = attn(x, cache, by_layer, shared)
-            x = ln_1(x + dropout(a))
-            x = ln_2(x + dropout(mlp(x)))
+            x = ln_1(x + dropout(a, 1))
+            x = ln_2(x + dropout(mlp(x), 2))
         x = constrain(x, *RESIDUAL)
         self.sow("intermediates", "block", x)
         return (x, cache), kv
 
 
-def _dropout(x, rate, key):
-    return jnp.where(jax.random.bernoulli(key, 1.0 - rate, x.shape), x / (1.0 - rate), 0).astype(x.dtype)
+def _fold(keys, site):
+    """Every row has its key, every place with dropout its number (3 to a layer, the embedding's last): a mask depends
+    on nothing else, so neither on the other rows nor on the stage or micro-batch the row is computed in."""
+    return jax.vmap(jax.random.fold_in, (0, None))(keys, site)
+
+
+def _dropout(x, rate, keys, site):
+    if keys is None or not rate:
+        return x
+    kept = jax.vmap(lambda key: jax.random.bernoulli(key, 1.0 - rate, x.shape[1:]))(_fold(keys, site))
+    return jnp.where(kept, x / (1.0 - rate), 0).astype(x.dtype)
 
 
 _REMAT = {
@@ -260,7 +268,7 @@ class GPT(nn.Module):
     dtype: Any = jnp.float32  # of activations; parameters are float32
 
     @nn.compact
-    def __call__(self, tokens, positions, segment_ids=None, cache=None, slot=None, filled=None):
+    def __call__(self, tokens, positions, segment_ids=None, keys=None, cache=None, slot=None, filled=None):
         c = self.config
         wte = self.param("wte", _normal(INIT_STD, "vocab", "embed"), (c.vocab_size, c.d_model))
         wpe = self.param("wpe", _normal(INIT_STD, "position", "embed"), (c.context_length, c.d_model))
@@ -268,28 +276,39 @@ class GPT(nn.Module):
             self.param("lm_head", _normal(INIT_STD, "vocab", "embed"), (c.vocab_size, c.d_model))
         x = embed(wte, wpe, tokens, positions, self.dtype)
         self.sow("intermediates", "embedding", x)
-        if self.mode.train and c.dropout and c.dropout_sites == "all":
-            x = _dropout(x, c.dropout, self.make_rng("dropout"))
+        if c.dropout_sites == "all":
+            x = _dropout(x, c.dropout, keys, 3 * c.n_layer)
         x = constrain(x, *RESIDUAL)
+        by_layer = {
+            "layer": jnp.arange(c.n_layer),
+            "local": jnp.array([c.is_local(layer) for layer in range(c.n_layer)]),
+        }
+        by_row = {"segment_ids": segment_ids, "keys": keys}
+        if pipeline.stages() > 1 and not (cache or self.mode.keep_kv or self.is_initializing()):
+            block = Block(c, self.mode, parent=None)
+            layer = lambda params, x, *rest: block.apply({"params": params}, (x, None), *rest)[0][0]
+            blocks = self.variables["params"]["blocks"]
+            x, kv = pipeline.run(layer, blocks, x, by_layer, by_row, c, _REMAT.get(c.remat)), None
+        else:
+            x, cache, kv = self.in_one(x, cache, by_layer, {**by_row, "slot": slot, "filled": filled})
+        if c.norm == "pre":
+            x = LayerNorm(name="ln_f")(x)
+        return x, cache, kv
 
+    def in_one(self, x, cache, by_layer, shared):
+        """All layers, one after the other, with the cache of each if there is one."""
+        c = self.config
         block = Block if c.remat == "none" else nn.remat(Block, policy=_REMAT[c.remat], prevent_cse=False)
         blocks = nn.scan(
             block,
             variable_axes={"params": 0, "intermediates": 0},
-            split_rngs={"params": True, "dropout": True},
+            split_rngs={"params": True},
             in_axes=(0, nn.broadcast),
             length=c.n_layer,
             unroll=c.unroll,
             metadata_params={nn.PARTITION_NAME: "layers"},
         )(c, self.mode, name="blocks")
-        by_layer = {
-            "layer": jnp.arange(c.n_layer),
-            "local": jnp.array([c.is_local(layer) for layer in range(c.n_layer)]),
-        }
-        shared = {"segment_ids": segment_ids, "slot": slot, "filled": filled}
         (x, cache), kv = blocks((x, cache), by_layer, shared)
-        if c.norm == "pre":
-            x = LayerNorm(name="ln_f")(x)
         return x, cache, kv
 
 
@@ -319,7 +338,7 @@ def hidden(
     dtype=jnp.float32,
     mesh=None,
 ):
-    """Final hidden states.
+    """Final hidden states. Where the mesh in force has stages, rows go through the layers in micro-batches.
 
     Args:
         tokens: int [batch, time], time <= context_length.
@@ -333,9 +352,10 @@ def hidden(
     """
     if positions is None:
         positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
-    model = GPT(config, Mode(train=dropout_key is not None, mesh=mesh), dtype)
-    rngs = None if dropout_key is None else {"dropout": dropout_key}
-    return model.apply({"params": params}, tokens, positions, segment_ids, rngs=rngs)[0]
+    keys = None
+    if dropout_key is not None and config.dropout:
+        keys = jax.vmap(jax.random.fold_in, (None, 0))(dropout_key, jnp.arange(tokens.shape[0]))
+    return GPT(config, Mode(mesh=mesh), dtype).apply({"params": params}, tokens, positions, segment_ids, keys)[0]
 
 
 def unembedding(params, config: GPTConfig):

@@ -35,6 +35,8 @@ class GPTConfig:
         'dots', with the matmuls' outputs kept in the host's memory until then.
     unroll: layers laid out per iteration of the scan over layers. n_layer = no loop at all, which the
         CPU likes; 1 keeps compile time independent of depth.
+    pipeline_microbatches: where mesh.stage > 1, into how many micro-batches at the most the rows are cut; None = 4 a
+        stage. pipeline_rounds: groups of layers on each stage; more make the bubble smaller (parallel/pipeline.py).
     """
 
     vocab_size: int
@@ -50,6 +52,8 @@ class GPTConfig:
     attention: str = "auto"
     remat: str = "none"
     unroll: int = 1
+    pipeline_microbatches: int | None = None
+    pipeline_rounds: int = 1
 
     def __post_init__(self):
         for name in ("vocab_size", "n_layer", "n_head", "d_model", "context_length"):
@@ -75,6 +79,8 @@ class GPTConfig:
             raise InputError(f"model.remat={self.remat!r}: choose one of {', '.join(REMAT_POLICIES)}.")
         if not 1 <= self.unroll <= self.n_layer:
             raise InputError(f"model.unroll={self.unroll} must lie between 1 and model.n_layer={self.n_layer}.")
+        if min(self.pipeline_rounds, 1 if self.pipeline_microbatches is None else self.pipeline_microbatches) < 1:
+            raise InputError("model.pipeline_rounds and model.pipeline_microbatches are at least 1.")
 
     @property
     def d_head(self) -> int:
@@ -148,6 +154,8 @@ class ModelOptions:
     attention: str | None = None
     remat: str | None = None
     unroll: int | None = None
+    pipeline_microbatches: int | None = None
+    pipeline_rounds: int | None = None
 
     def apply(self, config: GPTConfig, **others) -> GPTConfig:
         changed = {k: v for k, v in dataclasses.asdict(self).items() if v is not None}

@@ -1,4 +1,4 @@
-"""The device mesh: data x fsdp x tensor x seq (x stage, whose place is kept)."""
+"""The device mesh: data x fsdp x tensor x stage x seq."""
 
 import dataclasses
 import math
@@ -18,8 +18,8 @@ class MeshConfig:
 
     data: copies of the model, each with its rows of the batch. fsdp: rows of the batch too, and parameters,
     gradients and optimiser state cut up over it. tensor: heads and MLP features of every layer cut up.
-    seq: the context cut up, for sequences of which one device could not hold the activations. stage (pipeline) must
-    be 1 for now.
+    stage: layers cut up, micro-batches flow through (pipeline.py). seq: the context cut up, for sequences of which one
+    device could not hold the activations.
     dcn_data: slices of a multislice job, each of which has data / dcn_data copies of the model: between slices, over
     the data-centre network, there are gradients to add once a step and nothing else.
     """
@@ -37,8 +37,6 @@ class MeshConfig:
             raise InputError(f"mesh.dcn_data is the number of slices, at least 1; got {self.dcn_data}.")
         if any(s == 0 or s < -1 for s in sizes) or sizes.count(-1) > 1:
             raise InputError(f"mesh sizes are positive, with -1 on at most one axis; got {self}.")
-        if self.stage != 1:
-            raise InputError("mesh.stage above 1 is not built yet: use data, fsdp, tensor and seq.")
 
     def sizes(self, devices: int) -> dict[str, int]:
         """Size of each axis on this many devices. Raises InputError if they do not multiply out."""
@@ -80,8 +78,9 @@ def make_mesh(config: MeshConfig, devices=None) -> Mesh:
 
 
 def batch_ways(sizes) -> int:
-    """Over how many devices the rows of a batch are cut up."""
-    return sizes["data"] * sizes["fsdp"]
+    """Over how many devices the rows of a batch are cut up. A pipeline's stages share them out for all that is not a
+    layer (embedding, loss, sampling), and each stage has at least one micro-batch."""
+    return sizes["data"] * sizes["fsdp"] * sizes["stage"]
 
 
 def check_fits(sizes, *, n_head: int, batch_size: int, microbatch_size: int, time: int | None = None):
@@ -105,6 +104,6 @@ def check_fits(sizes, *, n_head: int, batch_size: int, microbatch_size: int, tim
         if size % ways:
             low, high = size // ways * ways, -(-size // ways) * ways
             raise InputError(
-                f"{name}={size} is not divisible over mesh.data x mesh.fsdp = {ways} devices: "
+                f"{name}={size} is not divisible over mesh.data x mesh.fsdp x mesh.stage = {ways} devices: "
                 f"use {f'{low} or ' if low else ''}{high}."
             )

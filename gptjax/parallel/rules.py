@@ -17,20 +17,22 @@ from gptjax.errors import InputError
 # logical axis -> mesh axis, axes, or None (whole on every device)
 RULES = {
     # activations
-    "batch": ("data", "fsdp"),
+    "batch": ("data", "fsdp", "stage"),  # within a pipeline's layers, where stage is manual: data, fsdp
     "time": "seq",
     "residual": ("seq", "tensor"),  # time of the residual stream: else every tensor-parallel device held all of it
     "heads": "tensor",
     "mlp": "tensor",
     "features": None,  # the residual stream's width
     # parameters
-    "layers": None,  # the pipeline will put this on "stage"
+    "layers": "stage",
     "embed": "fsdp",  # gathered just before use, layer by layer
     "vocab": None,
     "position": None,
     "qkv": None,
     "norm": None,  # gains and biases of width d_model: too small to shard
 }
+
+RESIDUAL = ("batch", "residual", "features")  # the residual stream, [batch, time, d_model]
 
 
 def partition_spec(names: tuple, rules=RULES) -> PartitionSpec:
@@ -72,19 +74,21 @@ def parameter_shardings(boxed, mesh, rules=RULES):
 def constrain(x, *names, rules=RULES):
     """Say how an activation is sharded, by logical names; a no-op without a mesh (jax.set_mesh). An axis is cut up
     over as many of its mesh axes as divide it: one new token is on every device, the residual stream of many is not.
+    Within a shard_map, the axes that it has made manual are left out.
     """
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or mesh.size == 1:
         return x
     spec = partition_spec(names, rules)
     return jax.lax.with_sharding_constraint(
-        x, PartitionSpec(*(_dividing(size, axes, mesh.shape) for size, axes in zip(x.shape, spec, strict=True)))
+        x, PartitionSpec(*(_dividing(size, axes, mesh) for size, axes in zip(x.shape, spec, strict=True)))
     )
 
 
-def _dividing(size: int, axes, mesh_shape):
+def _dividing(size: int, axes, mesh):
     axes = (axes,) if isinstance(axes, str) else (axes or ())
-    while size % math.prod(mesh_shape[a] for a in axes):
+    axes = tuple(a for a in axes if a not in mesh.manual_axes)
+    while size % math.prod(mesh.shape[a] for a in axes):
         axes = axes[:-1]
     return axes or None
 

@@ -1,0 +1,358 @@
+"""Pipelined = unpipelined: the schedule, the routes of layers and rows, losses and gradients, what is communicated."""
+
+import dataclasses
+import functools
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from test_gpt import random_params
+
+from gptjax.errors import InputError
+from gptjax.generation.decode import generate
+from gptjax.generation.sampling import Sampling
+from gptjax.model import gpt, heads
+from gptjax.model.spec import GPT3, GPTConfig
+from gptjax.parallel import pipeline
+from gptjax.parallel.mesh import AXES, MeshConfig, make_mesh
+from gptjax.parallel.pipeline import Plan, make_plan, work
+from gptjax.parallel.rules import parameter_shardings
+from gptjax.rlhf import networks, rollout, update
+from gptjax.rlhf.networks import Networks
+from gptjax.rlhf.reward_model import score_at_end
+from gptjax.rlhf.rollout import Rollout
+from gptjax.training.step import causal_lm_loss
+
+MODEL = GPTConfig(64, n_layer=8, n_head=4, d_model=32, context_length=16, attention="xla")
+ROWS = 16
+
+
+def mesh_of(**sizes):
+    config = MeshConfig(**{"data": 1} | sizes)
+    return make_mesh(config, jax.devices()[: int(np.prod(dataclasses.astuple(config)))])
+
+
+ALONE = mesh_of()
+
+
+# --- the schedule -----------------------------------------------------------------------------------------
+
+PLANS = [Plan(2, 2), Plan(4, 4), Plan(4, 16), Plan(3, 6, 2), Plan(4, 8, 3), Plan(2, 6, 5)]
+
+
+@pytest.mark.parametrize("plan", PLANS, ids=str)
+def test_the_schedule(plan):
+    """Every micro-batch passes every group of layers once, in order, one tick after the group before."""
+    S, M, V = plan.stages, plan.microbatches, plan.rounds
+    when = {}
+    for tick in range(plan.ticks):
+        for stage in range(S):
+            round_, micro, begun = work(tick, stage, plan)
+            if 0 <= begun < M * V:
+                when[micro, round_ * S + stage] = tick  # group of layers: round by round, in each stage by stage
+    assert when.keys() == {(m, g) for m in range(M) for g in range(S * V)}
+    assert all(when[m, g] == when[m, g - 1] + 1 for m, g in when if g)
+    assert max(when.values()) == plan.ticks - 1
+    assert plan.bubble == pytest.approx(1 - len(when) / (S * plan.ticks))  # what the stages idle
+
+
+def test_the_bubble_as_the_papers_have_it():
+    assert Plan(4, 16).bubble == pytest.approx(3 / 19)  # GPipe: (K - 1) / (M + K - 1)
+    for v in (1, 2, 4):  # Narayanan et al. 2021 §2.2: over ideal time, (p - 1) / (m v)
+        bubble = Plan(8, 32, v).bubble
+        assert bubble / (1 - bubble) == pytest.approx(7 / (32 * v))
+    assert str(Plan(4, 16, 2)) == "4 stages, 16 micro-batches, 2 rounds, bubble 8.6%"
+
+
+@pytest.mark.parametrize(
+    "sizes, rows, change, microbatches",
+    [
+        (dict(stage=4), 64, {}, 16),  # 4 a stage
+        (dict(stage=4), 64, dict(pipeline_microbatches=64), 64),
+        (dict(stage=4), 24, {}, 12),
+        (dict(stage=4, fsdp=2), 24, {}, 12),
+        (dict(stage=4, fsdp=2), 16, {}, 8),
+        (dict(stage=4, fsdp=2), 16, dict(pipeline_microbatches=7), 4),
+    ],
+)
+def test_how_many_micro_batches(sizes, rows, change, microbatches):
+    plan = make_plan(dataclasses.replace(MODEL, **change), MeshConfig(**{"data": 1} | sizes).sizes(
+        int(np.prod(list(sizes.values())))), rows)  # fmt: skip
+    assert plan == Plan(4, microbatches)
+
+
+@pytest.mark.parametrize(
+    "sizes, rows, change, says",
+    [
+        (dict(stage=3), 12, {}, "n_layer=8 is not divisible by mesh.stage=3:"),
+        (dict(stage=4), 16, dict(pipeline_rounds=3), "n_layer=8 is not divisible by mesh.stage=4 x .*rounds=3"),
+        (dict(stage=4), 16, dict(pipeline_microbatches=3), "pipeline_microbatches=3 is fewer than mesh.stage=4"),
+        (dict(stage=2, seq=2), 8, dict(n_layer=6, local_window=5), "an even number of layers on each stage .* not 3"),
+        (dict(stage=4), 2, {}, "2 rows .* use a multiple of 4 rows"),
+        (dict(stage=2, data=2), 6, {}, "6 rows .* mesh.fsdp = 2: use a multiple of 4 rows"),
+    ],
+)
+def test_what_can_not_be_pipelined(sizes, rows, change, says):
+    sizes = MeshConfig(**{"data": 1} | sizes).sizes(int(np.prod(list(sizes.values()))))
+    with pytest.raises(InputError, match=says):
+        make_plan(dataclasses.replace(MODEL, **change), sizes, rows)
+
+
+def test_a_run_says_what_its_pipeline_is():
+    sizes = MeshConfig(data=1, stage=4).sizes(4)
+    assert pipeline.describe(MODEL, sizes, 16) == ", pipeline of 4 stages, 16 micro-batches, bubble 15.8%"
+    assert pipeline.describe(MODEL, MeshConfig(data=1).sizes(1), 16) == ""
+
+
+# --- routes: layers that are affine maps, which do not commute ---------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "stages, rounds, ways", [(2, 1, 1), (2, 2, 4), (2, 3, 2), (4, 1, 2), (4, 2, 1), (4, 3, 1), (8, 2, 1)]
+)
+def test_every_row_passes_every_layer_in_order(stages, rounds, ways):
+    n = stages * rounds * 2
+    config = dataclasses.replace(MODEL, n_layer=n, pipeline_rounds=rounds)
+    rng = np.random.default_rng(0)
+    scale, x = rng.integers(-2, 3, (n,)).astype(float), rng.integers(-4, 5, (32, 3, 2)).astype(float)
+    scale[scale == 0], ids = 1, np.arange(32)
+
+    def layer(params, x, by_layer, by_row):
+        return (x * params["scale"] + by_layer["layer"] * (1 + by_row["id"][:, None, None])) % 1009
+
+    expected = x
+    for i in range(n):
+        expected = layer({"scale": scale[i]}, expected, {"layer": i}, {"id": ids})
+    with jax.set_mesh(mesh_of(stage=stages, fsdp=ways)):
+        run = jax.jit(lambda p, x, ids: pipeline.run(layer, p, x, {"layer": jnp.arange(n)}, {"id": ids}, config))
+        found = run({"scale": scale}, x, ids)
+    np.testing.assert_array_equal(found, expected)
+
+
+# --- loss and gradients -----------------------------------------------------------------------------------
+
+
+def batch(model=MODEL):
+    rng = np.random.default_rng(0)
+    shape = (ROWS, model.context_length)
+    return {
+        "tokens": rng.integers(0, 64, (ROWS, model.context_length + 1), np.int32),
+        "weights": (rng.random(shape) < 0.7).astype(np.float32),
+        "segment_ids": np.sort(rng.integers(0, 3, shape, np.int32)),
+        "positions": rng.integers(0, model.context_length, shape, np.int32),
+    }
+
+
+def compiled(model, mesh):
+    """(loss and gradients of a batch of packed rows, compiled, and its arguments)."""
+    loss = causal_lm_loss(model, jnp.float32, 8, mesh)
+    shardings = parameter_shardings(gpt.abstract_params(model), mesh)
+    key = jax.random.key(3) if model.dropout else None
+    with jax.set_mesh(mesh):
+        params = jax.device_put(random_params(model), shardings)
+        run = jax.jit(jax.value_and_grad(lambda p, b, k: loss(p, b, k)[0]), out_shardings=(None, shardings))
+        return run.lower(params, batch(model), key).compile(), (params, batch(model), key)
+
+
+@functools.cache
+def loss_and_gradients(model, mesh):
+    program, arguments = compiled(model, mesh)
+    return jax.device_get(program(*arguments))
+
+
+def same(found, expected):
+    """1e-5 of the largest entry of each array; the gradient of the keys' bias is 0 but for rounding."""
+    (loss, grads), (expected_loss, expected_grads) = found, expected
+    np.testing.assert_allclose(loss, expected_loss, rtol=1e-5)
+    largest = max(np.abs(g).max() for g in jax.tree.leaves(expected_grads))
+    for (path, g), e in zip(jax.tree_util.tree_leaves_with_path(grads), jax.tree.leaves(expected_grads), strict=True):
+        limit = 1e-5 * max(np.abs(e).max(), 1e-3 * largest)
+        np.testing.assert_allclose(g, e, rtol=0, atol=limit, err_msg=jax.tree_util.keystr(path))
+
+
+MESHES = {
+    "stage 2": dict(stage=2),
+    "stage 4": dict(stage=4),
+    "stage 8": dict(stage=8),
+    "stage 2 data 4": dict(stage=2, data=4),
+    "stage 4 fsdp 2": dict(stage=4, fsdp=2),
+    "stage 2 tensor 4": dict(stage=2, tensor=4),
+    "stage 2 fsdp 2 tensor 2": dict(stage=2, fsdp=2, tensor=2),
+    "stage 2 tensor 2 seq 2": dict(stage=2, tensor=2, seq=2),
+}
+
+
+@pytest.mark.parametrize("name", MESHES)
+def test_pipelined_is_unpipelined(name):
+    same(loss_and_gradients(MODEL, mesh_of(**MESHES[name])), loss_and_gradients(MODEL, ALONE))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        dict(local_window=5),
+        dict(local_window=5, n_layer=6),  # 3 layers a stage: a stage begins with a banded layer
+        dict(norm="post", tied_head=False, dropout=0.2),
+        dict(dropout=0.2, dropout_sites="residual", remat="full"),
+        dict(remat="dots", unroll=2),
+        dict(remat="offload"),
+        dict(pipeline_rounds=2, remat="full"),
+        dict(pipeline_rounds=4, pipeline_microbatches=2, local_window=5),
+    ],
+    ids=str,
+)
+def test_of_every_kind_of_model(change):
+    model = dataclasses.replace(MODEL, **change)
+    same(loss_and_gradients(model, mesh_of(stage=2, fsdp=2, tensor=2)), loss_and_gradients(model, ALONE))
+
+
+def on(mesh, tree, boxed):
+    return jax.device_put(tree, parameter_shardings(boxed, mesh))
+
+
+def test_reward_models_loss():
+    """score_at_end, on which reward.py's loss stands: scores and gradients of trunk and head."""
+    boxed = heads.abstract_scalar_model(MODEL)
+    trunk = heads.trunk(random_params(MODEL))
+    params = {"trunk": trunk, "head": {"kernel": np.linspace(-1, 1, 32, dtype=np.float32), "bias": np.float32(0.3)}}
+    tokens, lengths = batch()["tokens"][:, :-1], np.arange(ROWS) % 16 + 1
+
+    def run(mesh):
+        loss = lambda p: (score_at_end(p, tokens, lengths, MODEL, jnp.float32, mesh) * np.arange(ROWS)).sum()
+        with jax.set_mesh(mesh):
+            return jax.device_get(jax.jit(jax.value_and_grad(loss))(on(mesh, params, boxed)))
+
+    same(run(mesh_of(stage=4, fsdp=2)), run(ALONE))
+
+
+def test_ppo_samples_judges_and_learns():
+    """A rollout by the policy, its judgement by the four models, and the gradients of policy and value."""
+    n = Networks(policy=MODEL, value=MODEL, reward=MODEL, response=6, eos_id=5, pad_id=7, vocab=60)
+    scalar = lambda seed: {
+        "trunk": heads.trunk(random_params(MODEL, seed)),
+        "head": {"kernel": np.linspace(-1, 1, 32, dtype=np.float32), "bias": np.float32(0.3)},
+    }
+    prompts, lengths = batch()["tokens"][:, :8], np.arange(ROWS, dtype=np.int32) % 8 + 1
+
+    def run(mesh):
+        here = dataclasses.replace(n, mesh=mesh)
+        language, scores = gpt.abstract_params(MODEL), heads.abstract_scalar_model(MODEL)
+        with jax.set_mesh(mesh):
+            policy, reference = on(mesh, random_params(MODEL), language), on(mesh, random_params(MODEL, 1), language)
+            value, reward = on(mesh, scalar(2), scores), on(mesh, scalar(3), scores)
+            tokens, mask, log_prob = rollout.sample(policy, prompts, lengths, jax.random.key(3), here)
+            judged = rollout.judge(policy, value, reference, reward, tokens, lengths, mask, here)
+            real = networks.real_tokens(lengths, mask, prompts.shape[1])
+            advantage = jnp.sin(jnp.arange(mask.size)).reshape(mask.shape)
+            arrays = dict(
+                tokens=tokens, mask=mask, real=real, advantage=advantage, returns=judged["value"] + advantage / 10,
+                reward=advantage, **{k: judged[k] for k in ("log_prob", "ref_log_prob", "value")},
+            )  # fmt: skip
+            made = Rollout(**{name: a[None] for name, a in arrays.items()})
+            gradients = jax.jit(lambda p, v, b: update.ppo_gradients(update.UpdateConfig(), here, p, v, b))
+            return jax.device_get((tokens, mask, log_prob, judged, gradients(policy, value, made)))
+
+    found, expected = run(mesh_of(stage=2, fsdp=2, tensor=2)), run(ALONE)
+    np.testing.assert_array_equal(found[0], expected[0])
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), found[1:4], expected[1:4])
+    same((found[4][1]["loss/policy"] + 1, found[4][0]), (expected[4][1]["loss/policy"] + 1, expected[4][0]))
+
+
+def test_text_is_generated_on_a_mesh_with_stages():
+    def run(mesh):
+        with jax.set_mesh(mesh):
+            params = on(mesh, random_params(MODEL), gpt.abstract_params(MODEL))
+            return generate(params, MODEL, [[1, 2, 3], [4]], max_new_tokens=5, sampling=Sampling(0.0), mesh=mesh)
+
+    assert run(mesh_of(stage=4, data=2)) == run(ALONE)
+
+
+# --- what is communicated, and what is kept ---------------------------------------------------------------
+
+
+def collectives(text, kind):
+    """Of each collective of a kind in compiled HLO: (elements of its largest result, groups of devices)."""
+    for line in text.splitlines():
+        found = re.search(rf"= (.*?) {kind}(?:-start)?\(", line)
+        if not found:
+            continue
+        sizes = [np.prod([int(n) for n in dims.split(",") if n]) for dims in re.findall(r"\w\[([\d,]*)\]", found[1])]
+        yield max(sizes), groups_of(line)
+
+
+def groups_of(line):
+    """Groups of devices of a collective, in any of the three ways HLO writes them."""
+    numbers = lambda text: [int(n) for n in text.split(",")]
+    if written := re.search(r"(?:replica_groups|source_target_pairs)=\{((?:\{[\d,]+\},?)+)\}", line):
+        return [numbers(group) for group in re.findall(r"\{([\d,]+)\}", written[1])]
+    order = r"\[([\d,]+)\](?:T\(([\d,]+)\))?"
+
+    def ids(shape, transposed):
+        a = np.arange(np.prod(numbers(shape))).reshape(numbers(shape))
+        return a.transpose(numbers(transposed)) if transposed else a
+
+    if iota := re.search(rf"replica_groups=\[([\d,]+)\]<={order}", line):
+        return ids(iota[2], iota[3]).reshape(numbers(iota[1])).tolist()
+    axes, over = re.search(r"replica_groups=mesh\[(.*?)\].*? \{('[^}]*)\}", line).groups()
+    names, sizes = zip(*re.findall(r"'(\w+)'=(\d+)", axes), strict=True)
+    devices = re.search(rf"device_ids=\({order}\)", line)
+    mesh = (ids(*devices.groups()) if devices else np.arange(np.prod([int(n) for n in sizes]))).reshape(
+        [int(n) for n in sizes]
+    )
+    last = [names.index(name) for name in re.findall(r"'(\w+)'", over)]
+    assert ":" not in over, line  # part of an axis
+    rest = [i for i in range(mesh.ndim) if i not in last]
+    return mesh.transpose(rest + last).reshape(-1, int(np.prod([mesh.shape[i] for i in last]))).tolist()
+
+
+def stage_of(mesh):
+    return {
+        device: place[AXES.index("stage")]
+        for place, device in np.ndenumerate(np.arange(mesh.size).reshape(mesh.devices.shape))
+    }
+
+
+@pytest.mark.parametrize("name", ["stage 4 fsdp 2", "stage 2 tensor 4", "stage 2 fsdp 2 tensor 2"])
+def test_stages_hand_on_and_gather_nothing(name):
+    mesh = mesh_of(**MESHES[name])
+    text, stage = compiled(MODEL, mesh)[0].as_text(), stage_of(mesh)
+    crosses = lambda groups: any(len({stage[d] for d in group}) > 1 for group in groups)
+    S = mesh.shape["stage"]
+    handed = [pairs for _, pairs in collectives(text, "collective-permute") if crosses(pairs)]
+    assert len(handed) == 6  # on, towards stage 0, towards the last: forward and backward
+    for pairs in handed:
+        assert {(stage[b] - stage[a]) % S for a, b in pairs} in ({1}, {S - 1})
+    for kind in ("all-gather", "all-to-all", "reduce-scatter"):
+        assert not [size for size, groups in collectives(text, kind) if crosses(groups)], kind
+    # What is summed over stages is what they all have: the embedding's gradient and smaller things, no layers'.
+    sums = [size for size, groups in collectives(text, "all-reduce") if crosses(groups)]
+    assert sums and max(sums) <= MODEL.vocab_size * MODEL.d_model
+
+
+def test_rounds_deal_the_layers_out_and_gather_nothing():
+    mesh = mesh_of(stage=4)
+    text = compiled(dataclasses.replace(MODEL, pipeline_rounds=2), mesh)[0].as_text()
+    assert not list(collectives(text, "all-gather")) + list(collectives(text, "all-to-all"))
+    stacked = 8 // 4 // 2 * MODEL.d_model * MODEL.d_ff
+    assert max(size for size, _ in collectives(text, "collective-permute")) <= stacked  # one group of one parameter
+
+
+def temporaries(**change):
+    wide = dataclasses.replace(MODEL, d_model=256, pipeline_microbatches=16, **change)
+    return compiled(wide, mesh_of(stage=2))[0].memory_analysis().temp_size_in_bytes
+
+
+@pytest.mark.parametrize("rounds", [1, 2])
+def test_what_is_kept_for_the_backward_pass(rounds):
+    """Not the weights of each tick; with remat 'full' one array a tick."""
+    whole = 12 * 256 * 256 * 8 // 2 * 4  # bytes of a stage's layers
+    kept = {remat: temporaries(remat=remat, pipeline_rounds=rounds) for remat in ("none", "dots", "full")}
+    assert kept["full"] < kept["dots"] < kept["none"]
+    assert kept["none"] < Plan(2, 16, rounds).ticks // 2 * whole, (kept, whole)  # above it if weights were kept
+
+
+def test_gpt3_13b_divides():
+    sizes = MeshConfig(data=1, stage=4, fsdp=4, tensor=4).sizes(64)
+    assert make_plan(dataclasses.replace(GPT3["13b"], pipeline_rounds=2), sizes, 64) == Plan(4, 16, 2)
