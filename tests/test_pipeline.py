@@ -34,6 +34,10 @@ def mesh_of(**sizes):
     return make_mesh(config, jax.devices()[: int(np.prod(dataclasses.astuple(config)))])
 
 
+def slow(value):
+    return pytest.param(value, marks=pytest.mark.slow)
+
+
 ALONE = mesh_of()
 
 
@@ -184,7 +188,7 @@ MESHES = {
 }
 
 
-@pytest.mark.parametrize("name", MESHES)
+@pytest.mark.parametrize("name", [slow(name) if name in ("stage 2", "stage 4") else name for name in MESHES])
 def test_pipelined_is_unpipelined(name):
     same(loss_and_gradients(MODEL, mesh_of(**MESHES[name])), loss_and_gradients(MODEL, ALONE))
 
@@ -192,14 +196,14 @@ def test_pipelined_is_unpipelined(name):
 @pytest.mark.parametrize(
     "change",
     [
-        dict(local_window=5),
+        slow(dict(local_window=5)),
         dict(local_window=5, n_layer=6),  # 3 layers a stage: a stage begins with a banded layer
         dict(norm="post", tied_head=False, dropout=0.2),
-        dict(dropout=0.2, dropout_sites="residual", remat="full"),
-        dict(remat="dots", unroll=2),
-        dict(remat="offload"),
+        slow(dict(dropout=0.2, dropout_sites="residual", remat="full")),
+        slow(dict(remat="dots", unroll=2)),
+        slow(dict(remat="offload")),
         dict(pipeline_rounds=2, remat="full"),
-        dict(pipeline_rounds=4, pipeline_microbatches=2, local_window=5),
+        slow(dict(pipeline_rounds=4, pipeline_microbatches=2, local_window=5)),
     ],
     ids=str,
 )
@@ -344,7 +348,7 @@ def temporaries(**change):
     return compiled(wide, mesh_of(stage=2))[0].memory_analysis().temp_size_in_bytes
 
 
-@pytest.mark.parametrize("rounds", [1, 2])
+@pytest.mark.parametrize("rounds", [1, slow(2)])
 def test_what_is_kept_for_the_backward_pass(rounds):
     """Not the weights of each tick; with remat 'full' one array a tick."""
     whole = 12 * 256 * 256 * 8 // 2 * 4  # bytes of a stage's layers
