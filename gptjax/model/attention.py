@@ -59,7 +59,7 @@ def attention(q, k, v, *, path, window=None, segment_ids=None, dropout=0.0, drop
     path = resolve(path, jax.default_backend())
     if window is not None and window >= q.shape[1]:
         window = None
-    shards = _shards_of_time(q.shape[1])
+    shards = _shards_of_time()
     if path == "splash" and q.shape[1] % (128 * shards):
         path = "xla"
     if shards > 1 and (dropout > 0.0 or path != "splash"):
@@ -80,10 +80,10 @@ def attention(q, k, v, *, path, window=None, segment_ids=None, dropout=0.0, drop
     return reference(q, k, v, window=window, segment_ids=segment_ids)
 
 
-def _shards_of_time(time: int) -> int:
+def _shards_of_time() -> int:
     """Over how many devices of the mesh in force the context is cut up."""
     mesh = jax.sharding.get_abstract_mesh()
-    return 1 if mesh.empty or time % mesh.shape["seq"] else mesh.shape["seq"]
+    return 1 if mesh.empty else mesh.shape["seq"]
 
 
 def _cudnn_takes(q, segment_ids) -> bool:
