@@ -22,7 +22,7 @@ VARIANTS = {
     "pre": TINY,
     "post": dataclasses.replace(TINY, norm="post"),
     "banded": dataclasses.replace(TINY, local_window=3),
-    "untied": dataclasses.replace(TINY, tied_head=False, attention="reference"),
+    "untied": dataclasses.replace(TINY, tied_head=False, attention="reference", unroll=3),
 }
 every_variant = pytest.mark.parametrize("name", VARIANTS)
 PROMPTS = [[3, 1, 4, 1, 5, 9, 2, 6], [5], [35, 8, 9], [7, 9, 3, 2, 3]]
@@ -61,8 +61,9 @@ def test_greedy_decoding_equals_the_full_forward(name):
         assert tokens == expected
 
 
+@pytest.mark.parametrize("apart", [False, True], ids=["stacked", "apart"])
 @every_variant
-def test_cached_logits_equal_the_full_forward(name):
+def test_cached_logits_equal_the_full_forward(name, apart):
     """Prefill of unequal prompts padded on the left, then steps of one and of several tokens."""
     c = VARIANTS[name]
     params = random_params(c)
@@ -75,15 +76,16 @@ def test_cached_logits_equal_the_full_forward(name):
     real = np.arange(width)[None] >= pad[:, None]
     positions = np.maximum(np.arange(width)[None] - pad[:, None], 0)
     x, kv = gpt.prefill(params, c, tokens, positions, real.astype(np.int32))
-    assert kv["k"].shape == (3, 3, width, 2, 8)
+    assert kv["k"].shape == (3, 3, 2, width, 8)
     prefilled = np.asarray(gpt.logits(params, c, x))
     for i, n in enumerate(lengths):
         np.testing.assert_allclose(prefilled[i, width - n :], full[i, :n], atol=1e-5)
 
-    cache = jax.tree.map(lambda a: jnp.pad(a, ((0, 0), (0, 0), (0, new), (0, 0), (0, 0))), kv)
+    cache = jax.tree.map(lambda a: jnp.pad(a, ((0, 0), (0, 0), (0, 0), (0, new), (0, 0))), kv)
     filled = jnp.asarray(np.concatenate([real, np.ones((3, new), bool)], 1))
-    step = jax.jit(lambda tokens, at, cache, slot: gpt.decode_step(params, c, tokens, at, cache, slot, filled))
     params = jax.tree.map(jnp.asarray, params)
+    stepped, cache = gpt.taken_apart(params, cache, c) if apart else (params, cache)
+    step = jax.jit(lambda tokens, at, cache, slot: gpt.decode_step(stepped, c, tokens, at, cache, slot, filled))
     done = 0
     for n in (1, 1, 3, 1):
         at = lengths[:, None] + done + np.arange(n)

@@ -118,13 +118,27 @@ def reference(q, k, v, *, window=None, segment_ids=None, dropout=0.0, dropout_ke
 
 
 def masked_attention(q, k, v, mask, *, dropout=0.0, dropout_keys=None):
-    """Attention under any mask, bool [batch | 1, head | 1, query, key]; used with a KV cache too."""
+    """Attention under any mask, bool [batch | 1, head | 1, query, key]."""
     scores = jnp.einsum("bqhd,bkhd->bhqk", q, k, preferred_element_type=jnp.float32) * q.shape[-1] ** -0.5
     probs = jax.nn.softmax(jnp.where(mask, scores, NEG_INF), axis=-1)
     if dropout > 0.0 and dropout_keys is not None:
         keep = jax.vmap(lambda key: jax.random.bernoulli(key, 1.0 - dropout, probs.shape[1:]))(dropout_keys)
         probs = jnp.where(keep, probs / (1.0 - dropout), 0.0)
     return jnp.einsum("bhqk,bkhd->bqhd", probs.astype(v.dtype), v)
+
+
+def cached_attention(q, k, v, mask):
+    """Attention of a few new positions over a cache.
+
+    Args:
+        q: [batch, query, head, d_head]; k, v: [batch, head, slot, d_head], so that a head's slots lie together.
+        mask: bool [batch, query, slot].
+    Returns:
+        [batch, query, head, d_head].
+    """
+    scores = jnp.einsum("bqhd,bhkd->bhqk", q, k, preferred_element_type=jnp.float32) * q.shape[-1] ** -0.5
+    probs = jax.nn.softmax(jnp.where(mask[:, None], scores, NEG_INF), axis=-1)
+    return jnp.einsum("bhqk,bhkd->bqhd", probs.astype(v.dtype), v)
 
 
 def _dot_product(q, k, v, window, segment_ids, implementation):
