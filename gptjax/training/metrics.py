@@ -6,8 +6,9 @@ import json
 import math
 import os
 
-import jax
 from etils import epath
+
+from gptjax.parallel import hosts
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,7 +78,7 @@ class MetricWriter:
     """metrics.jsonl (training), evaluations.jsonl, TensorBoard and W&B, from host 0 only."""
 
     def __init__(self, workdir, config: LogConfig, start_step: int = 0, run_config: dict | None = None):
-        self.active = jax.process_index() == 0
+        self.active = hosts.first()
         workdir = epath.Path(workdir)
         self._evaluations = workdir / "evaluations.jsonl"
         if not self.active:
@@ -116,7 +117,7 @@ class MetricWriter:
             self._wandb.log(scalars, step=record["step"])
 
     def evaluations(self) -> list[dict]:
-        return JsonLines.read(self._evaluations)  # on every host: they must agree on what is still to do
+        return hosts.from_first(lambda: JsonLines.read(self._evaluations))  # all must agree on what is still to do
 
     def flush(self):
         if self.active:
