@@ -394,8 +394,8 @@ def test_the_hosts_parts_are_the_batch(options, hosts):
         every = [np.arange(h, 6, hosts) for h in range(hosts)]  # a host need not hold neighbours
         parts = [batches(rows=6, here=lambda rows, part=part: part, **options)[step] for part in every]
         assert all(len(p["tokens"]) == 6 // hosts for p in parts)
-        for part, given in zip(every, parts, strict=True):
-            same(given, {name: array[part] for name, array in whole.items()})
+        for part, piece in zip(every, parts, strict=True):
+            same(piece, {name: array[part] for name, array in whole.items()})
 
 
 @pytest.mark.parametrize("fraction", [0.3, 0.9, 0.05])
