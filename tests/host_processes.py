@@ -10,7 +10,9 @@ import sys
 import time
 from pathlib import Path
 
+import pytest
 from conftest import ROOT
+from test_resume import lines
 
 TESTS = Path(__file__).resolve().parent
 
@@ -37,7 +39,7 @@ def hosts_config(root) -> Path:
         "c.eval.update(every=100, batches=2)",
         "c.checkpoint.every = 3",
         "c.log.tensorboard = False",
-        "c.optimizer.learning_rate = 3e-3",
+        "c.optimizer.learning_rate, c.schedule.kind = 3e-3, 'constant'",  # steps don't depend on how many there will be
     )
 
 
@@ -47,6 +49,16 @@ def config_file(path, before: str, *body: str) -> Path:
         "def get_config(arg=None):\n" + "".join(f"    {line}\n" for line in body) + "    return c\n"
     )
     return path
+
+
+def shortness(prompts, responses):
+    """A reward on texts that must be called once with the whole batch: it depends on the other responses."""
+    lengths = [len(response) for response in responses]
+    return [max(lengths) - length + 0.1 * (length == min(lengths)) for length in lengths]
+
+
+def no_number(prompts, responses):
+    return [float("nan")] * len(responses)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,7 +79,7 @@ class Processes:
         taken = ("XLA_FLAGS", "JAX_NUM_CPU_DEVICES", "GPTJAX_MUTATION")
         environment = {k: v for k, v in os.environ.items() if k not in taken} | {
             "JAX_PLATFORMS": "cpu", "NPROC": "32", "JAX_NUM_CPU_DEVICES": str(devices),
-            "JAX_DEFAULT_MATMUL_PRECISION": "highest", "PYTHONPATH": str(ROOT),
+            "JAX_DEFAULT_MATMUL_PRECISION": "highest", "PYTHONPATH": f"{ROOT}{os.pathsep}{TESTS}",
         }  # fmt: skip
         self._logs, self._processes = {}, {}
         for index in range(count) if only is None else only:
@@ -113,3 +125,22 @@ class Processes:
             except subprocess.TimeoutExpired:
                 raise AssertionError(f"process {index} still runs:\n{self.text(index)[-3000:]}") from None
         return [End(p.returncode, self.text(i)) for i, p in self._processes.items()]
+
+
+def read_config_file(path):
+    scope = {}
+    exec(path.read_text(), scope)
+    return scope["get_config"]()
+
+
+def assert_same_figures(workdir, other, relative=1e-6):
+    """Every figure of metrics.jsonl and evaluations.jsonl that is not a time. Sums over processes are taken in another
+    order than within one: not the bits, but float32's last digits."""
+    timed = ("tokens_per_second", "prompts_per_second", "mfu", "seconds", "time/")
+    for name in ("metrics", "evaluations"):
+        a, b = (lines(w, name) for w in (workdir, other))
+        assert [line["step"] for line in a] == [line["step"] for line in b] and a
+        for mine, theirs in zip(a, b, strict=True):
+            assert mine.keys() == theirs.keys()
+            for key in [k for k in mine if not k.startswith(timed)]:
+                assert mine[key] == pytest.approx(theirs[key], rel=relative, abs=relative), (mine["step"], key)

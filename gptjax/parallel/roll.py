@@ -58,8 +58,8 @@ def find_job(limit: int) -> Job | None:
             )
         return Job(address, int(count), int(index), by_hand=True) if int(count) > 1 else None
     for cluster in clusters.ClusterEnv._cluster_types:
-        kubernetes = cluster.name == "k8s" and "JOB_COMPLETION_INDEX" not in os.environ  # a lone pod
-        if cluster.opt_in_only_method or kubernetes or not cluster.is_env_present():
+        lone_pod = cluster.__name__ == "K8sCluster" and "JOB_COMPLETION_INDEX" not in os.environ
+        if cluster.opt_in_only_method or lone_pod or not cluster.is_env_present():
             continue
         if (count := cluster.get_process_count()) == 1:
             return None
