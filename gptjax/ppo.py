@@ -295,7 +295,7 @@ def ppo(config: mlc.ConfigDict, workdir: str, reward_fn: Callable | None = None)
                    disable=not hosts.first())  # fmt: skip
         seconds = 0.0 if not restored else meta.get("seconds", 0.0)
         saved = start if start else -1
-        with loop.stop_on_sigterm() as asked_to_stop:
+        with loop.stop_on_sigterm() as asked_to_stop, loop.ends_when_stuck(c.log.stuck_after) as alive:
             if start % c.eval.every == 0 or start == iterations:
                 assess(start)  # at the beginning, or where a kill came between saving and evaluating
             for iteration in range(start, iterations):
@@ -331,6 +331,7 @@ def ppo(config: mlc.ConfigDict, workdir: str, reward_fn: Callable | None = None)
                     f"length {line['response/length']:.0f}, {clock.total:.1f} s", refresh=False
                 )  # fmt: skip
                 stopping = asked_to_stop()
+                alive()
                 at_end = step == iterations or stopping
                 if at_end or step % c.checkpoint.every == 0:
                     writer.flush()

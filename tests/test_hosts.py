@@ -2,12 +2,15 @@
 
 import signal
 import socket
+import subprocess
+import sys
 import threading
 import time
 
 import jax
 import numpy as np
 import pytest
+from conftest import ROOT
 from host_processes import Processes, assert_same_figures, free_port, hosts_config, read_config_file
 from jax.sharding import NamedSharding, PartitionSpec
 from test_resume import lines
@@ -215,6 +218,19 @@ def test_an_orderly_end_ends_nobody(watched):
     zero.done()
     one.close()
     assert ended(ends, 0) == []
+
+
+def test_a_stuck_process_says_where_and_ends():
+    stuck = (
+        "import time; from gptjax.training.loop import ends_when_stuck\n"
+        "def waits_for_good(): time.sleep(60)\n"
+        "with ends_when_stuck(0.5) as alive:\n"
+        "    for i in range(3): time.sleep(0.3); alive()\n"
+        "    print('alive', flush=True); waits_for_good()"
+    )
+    done = subprocess.run([sys.executable, "-c", stuck], capture_output=True, text=True, timeout=50, cwd=ROOT)
+    assert done.returncode == 1 and done.stdout == "alive\n"
+    assert "Timeout" in done.stderr and "in waits_for_good" in done.stderr
 
 
 # --- each host's rows ---------------------------------------------------------------------------------------

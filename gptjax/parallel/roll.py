@@ -142,9 +142,12 @@ def call_roll(job: Job, hello: dict, limit: float) -> tuple[dict[int, Line], dic
         who came, naming the processes that did not within `limit` seconds, and what differs from process 0's.
     """
     port, deadline = int(job.address.rpartition(":")[2]), time.monotonic() + limit
+    both = socket.has_dualstack_ipv6()
     hellos, lines, came_too, wrong = {0: hello}, {}, [], []
     try:
-        server = socket.create_server(("", port), backlog=job.count)
+        server = socket.create_server(
+            ("", port), family=socket.AF_INET6 if both else socket.AF_INET, dualstack_ipv6=both, backlog=job.count
+        )
     except OSError as error:
         raise InputError(f"process 0 cannot listen on port {port} ({error}): name another on every host.") from error
     with server:

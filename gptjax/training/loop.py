@@ -6,6 +6,8 @@ before a checkpoint, so that metrics.jsonl on disk is never behind the checkpoin
 
 import contextlib
 import dataclasses
+import faulthandler
+import functools
 import itertools
 import signal
 import sys
@@ -101,6 +103,20 @@ def stop_on_sigterm():
         yield asked
     finally:
         signal.signal(signal.SIGTERM, old)
+
+
+@contextlib.contextmanager
+def ends_when_stuck(seconds: float | None):
+    """Yields alive(), to be called once a step: `seconds` without it end the process (LogConfig.stuck_after)."""
+    if seconds is None:
+        yield lambda: None
+        return
+    alive = functools.partial(faulthandler.dump_traceback_later, seconds, exit=True, file=sys.__stderr__)
+    alive()
+    try:
+        yield alive
+    finally:
+        faulthandler.cancel_dump_traceback_later()
 
 
 def train(
@@ -206,7 +222,7 @@ def train(
 
     profiler = _Profiler(workdir, start_step + log.profile_start, log.profile_steps)
     pending, step, saved = None, start_step, start_step if start_step else -1
-    with stop_on_sigterm() as asked_to_stop, profiler:
+    with stop_on_sigterm() as asked_to_stop, ends_when_stuck(log.stuck_after) as alive, profiler:
         plan = chunks(start_step, schedule.steps, steps_per_dispatch, checkpoint_every, eval_every, at=profiler.ends)
         clock.lap()
         for first, count, batch in feed(plan):
@@ -219,6 +235,7 @@ def train(
                 record(*pending)
             pending, step = (first, count, metrics), first + count
             stopping = asked_to_stop()
+            alive()
             at_end = step == schedule.steps or stopping
             if at_end or step % checkpoint_every == 0 or step % eval_every == 0 or step >= profiler.stop_at:
                 record(*pending)

@@ -14,13 +14,16 @@ from gptjax.parallel import hosts
 @dataclasses.dataclass(frozen=True)
 class LogConfig:
     """every: steps between lines of metrics.jsonl. tensorboard, wandb: further places.
-    profile_start, profile_steps: trace these steps into workdir/profile (0 steps = no trace)."""
+    profile_start, profile_steps: trace these steps into workdir/profile (0 steps = no trace). stuck_after: seconds
+    without a new step, evaluations and checkpoints included, after which the process writes the stack of each of its
+    threads and ends; None = never. Of many hosts one that is stuck would keep the others waiting for good."""
 
     every: int = 1
     tensorboard: bool = True
     wandb: bool = False
     profile_start: int = 10
     profile_steps: int = 0
+    stuck_after: float | None = None
 
 
 class JsonLines:
