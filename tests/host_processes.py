@@ -1,6 +1,7 @@
 """Real processes on one machine, as many hosts would run them: `python -m gptjax.<stage>` with its environment."""
 
 import dataclasses
+import json
 import os
 import random
 import signal
@@ -13,6 +14,9 @@ from pathlib import Path
 import pytest
 from conftest import ROOT
 from test_resume import lines
+
+from gptjax.config import config_dict, to_json
+from gptjax.pretrain import PretrainConfig
 
 TESTS = Path(__file__).resolve().parent
 
@@ -29,36 +33,24 @@ def hosts_config(root) -> Path:
         rng = random.Random(0)
         words = ["".join(rng.choice("abcdefgh") for _ in range(rng.randint(2, 6))) for _ in range(60)]
         (root / "words.txt").write_text("".join(rng.choice(words) + rng.choice(" \n") for _ in range(3000)))
-    return config_file(
-        root / "tiny.py",
-        "from gptjax.pretrain import PretrainConfig",
-        "c = config_dict(PretrainConfig)",
-        "c.model.update(n_layer=2, n_head=4, d_model=32, context_length=32, unroll=2)",
-        f"c.data.update(source={str(root / 'words.txt')!r}, tokenizer='char')",
-        "c.steps, c.batch_size, c.microbatch_size = 6, 16, 8",
-        "c.eval.update(every=100, batches=2)",
-        "c.checkpoint.every = 3",
-        "c.log.tensorboard = False",
-        "c.optimizer.learning_rate, c.schedule.kind = 3e-3, 'constant'",  # steps don't depend on how many there will be
-    )
+    c = config_dict(PretrainConfig)
+    c.model.update(n_layer=2, n_head=4, d_model=32, context_length=32, unroll=2)
+    c.data.update(source=str(root / "words.txt"), tokenizer="char")
+    c.steps, c.batch_size, c.microbatch_size = 6, 16, 8
+    c.eval.update(every=100, batches=2)
+    c.checkpoint.every, c.log.tensorboard = 3, False
+    c.optimizer.learning_rate, c.schedule.kind = 3e-3, "constant"  # no step depends on how many there will be
+    return config_file(root / "tiny.py", PretrainConfig, c)
 
 
-def config_file(path, before: str, *body: str) -> Path:
+def config_file(path, cls, config) -> Path:
+    """A config, as a file for --config."""
     path.write_text(
-        f"import sys\nsys.path.append({str(TESTS)!r})\nfrom gptjax.config import config_dict\n{before}\n\n\n"
-        "def get_config(arg=None):\n" + "".join(f"    {line}\n" for line in body) + "    return c\n"
+        f"import json\n\nfrom gptjax.config import config_dict\nfrom {cls.__module__} import {cls.__name__}\n\n\n"
+        f"def get_config(arg=None):\n    c = config_dict({cls.__name__})\n"
+        f"    c.update(json.loads({json.dumps(to_json(config.to_dict()))!r}))\n    return c\n"
     )
     return path
-
-
-def shortness(prompts, responses):
-    """A reward on texts that must be called once with the whole batch: it depends on the other responses."""
-    lengths = [len(response) for response in responses]
-    return [max(lengths) - length + 0.1 * (length == min(lengths)) for length in lengths]
-
-
-def no_number(prompts, responses):
-    return [float("nan")] * len(responses)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -4,9 +4,13 @@ import json
 import signal
 import time
 
+import alignment_runs as runs
 import pytest
 from host_processes import Processes, assert_same_figures, config_file, hosts_config, lines
 
+from gptjax.ppo import PPOConfig
+from gptjax.reward import RewardConfig
+from gptjax.sft import SFTConfig
 from gptjax.training.checkpoint import Checkpointer
 
 pytestmark = pytest.mark.slow
@@ -84,9 +88,9 @@ def test_a_damaged_checkpoint_is_passed_over_by_all(tmp_path):
 # --- the stages of alignment --------------------------------------------------------------------------------
 
 
-def both(stage, tmp_path, body, relative, **options):
+def both(stage, tmp_path, cls, config, relative, **options):
     """The workdirs of a stage by 2 x 4 and by 1 x 8, whose figures agree."""
-    config = config_file(tmp_path / f"{stage}.py", "import alignment_runs as runs", body)
+    config = config_file(tmp_path / f"{stage}.py", cls, config)
     for name, count in (("two", 2), ("one", 1)):
         with Processes(stage, config, tmp_path / stage / name, count, **options) as run:
             ends = run.ends()
@@ -102,23 +106,23 @@ def places(tmp_path):
 
 
 def test_sft(tmp_path, alignment, pretrained):
-    body = f"c = runs.sft_config({str(pretrained)!r}, {str(alignment['demonstrations'])!r})"
-    two, one = both("sft", tmp_path, body, 1e-5, **{"steps": 4, "mix.fraction": 0.25, "microbatch_size": 8})
+    config = runs.sft_config(pretrained, alignment["demonstrations"], mix__fraction=0.25, batch_size=16)
+    two, one = both("sft", tmp_path, SFTConfig, config, 1e-5, steps=4, microbatch_size=8)
     assert lines(two, "samples") == lines(one, "samples")
 
 
 def test_reward(tmp_path, alignment, tuned):
-    body = f"c = runs.reward_config({str(tuned)!r}, {str(alignment['comparisons'])!r})"
-    two, one = both("reward", tmp_path, body, 1e-5, **{"steps": 4, "microbatch_size": 8})
+    config = runs.reward_config(tuned, alignment["comparisons"])
+    two, one = both("reward", tmp_path, RewardConfig, config, 1e-5, steps=4, microbatch_size=8)
     a, b = (json.loads((w / "reward.json").read_text()) for w in (two, one))
     assert a["bias"] == pytest.approx(b["bias"], rel=1e-4) and a["pairs"] == b["pairs"]
 
 
 def test_ppo(tmp_path, alignment, tuned, judge):
     """Reward model and a rule that sees the whole batch, PPO-ptx, two iterations."""
-    body = f"c = runs.ppo_config({str(tuned)!r}, {str(judge)!r}, {str(alignment['prompts'])!r})"
-    options = {"reward_fn": "host_processes:shortness", "ppo.ptx_coefficient": 1.0, "steps": 2, "seed": 1}
-    two, one = both("ppo", tmp_path, body, 1e-4, **options)
+    config = runs.ppo_config(tuned, judge, alignment["prompts"])
+    options = {"reward_fn": "host_rewards:shortness", "ppo.ptx_coefficient": 1.0, "steps": 2, "seed": 1}
+    two, one = both("ppo", tmp_path, PPOConfig, config, 1e-4, **options)
     assert [s["text"] for s in lines(two, "samples")] == [s["text"] for s in lines(one, "samples")]
     with Processes("ppo", tmp_path / "ppo.py", two, 2, **options | {"steps": 3}) as run:
         ends = run.ends()
@@ -126,9 +130,8 @@ def test_ppo(tmp_path, alignment, tuned, judge):
 
 
 def test_an_error_on_one_host_ends_all(tmp_path, alignment, tuned):
-    body = f"c = runs.ppo_config({str(tuned)!r}, None, {str(alignment['prompts'])!r})"
-    config = config_file(tmp_path / "ppo.py", "import alignment_runs as runs", body)
-    with Processes("ppo", config, tmp_path / "w", 2, reward_fn="host_processes:no_number", steps=1) as run:
+    config = config_file(tmp_path / "ppo.py", PPOConfig, runs.ppo_config(tuned, None, alignment["prompts"]))
+    with Processes("ppo", config, tmp_path / "w", 2, reward_fn="host_rewards:no_number", steps=1) as run:
         ends = run.ends()
     assert all(end.code == 2 and "The reward function gave nan" in end.text for end in ends)
     assert "error: process 0 (" in ends[1].text
