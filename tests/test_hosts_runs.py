@@ -115,7 +115,12 @@ def test_reward(tmp_path, alignment, tuned):
     config = runs.reward_config(tuned, alignment["comparisons"])
     two, one = both("reward", tmp_path, RewardConfig, config, 1e-5, steps=4, microbatch_size=8)
     a, b = (json.loads((w / "reward.json").read_text()) for w in (two, one))
-    assert a["bias"] == pytest.approx(b["bias"], rel=1e-4) and a["pairs"] == b["pairs"]
+    # not the bias: comparisons leave the head's own undetermined, so Adam makes steps of the rounding of its gradient
+    assert a["std_before"] == pytest.approx(b["std_before"], rel=1e-4)
+    assert a["mean_after"] == pytest.approx(0, abs=1e-6) == b["mean_after"]
+    assert {k: a[k] for k in ("pairs", "accuracy", "demonstrations")} == {
+        k: b[k] for k in ("pairs", "accuracy", "demonstrations")
+    }
 
 
 def test_ppo(tmp_path, alignment, tuned, judge):
