@@ -11,6 +11,7 @@ import dataclasses
 import difflib
 import json
 import os
+import socket
 import sys
 import types
 import typing
@@ -21,6 +22,7 @@ from ml_collections import config_dict as mlc
 from ml_collections import config_flags
 
 from gptjax.errors import InputError
+from gptjax.parallel import hosts
 
 # --- dataclass <-> ConfigDict -----------------------------------------------------------------------------
 
@@ -114,9 +116,10 @@ def run(main):
 
 
 def define_flags():
-    """--config and --workdir, as every training stage has them."""
+    """--config, --workdir and --join_limit, as every training stage has them."""
     config_flags.DEFINE_config_file("config", None, "A config file, as configs/gpt2.py:124m.", lock_config=True)
     flags.DEFINE_string("workdir", None, "Where everything of this run is kept.")
+    flags.DEFINE_integer("join_limit", 300, "Seconds to wait for the other hosts of the job.", lower_bound=1)
     flags.mark_flags_as_required(["config", "workdir"])
 
 
@@ -170,9 +173,19 @@ def claim_workdir(workdir, stage: str, config, **sections) -> bool:
 
     sections: what takes the place of the config's own or is added to it (the whole model, where the config overrides
     a part of one).
-    Returns whether the run is being taken up again. Raises InputError listing the keys that differ.
+    Returns whether the run is being taken up again. Raises InputError listing the keys that differ. Of many hosts one
+    claims it for all.
     """
-    workdir = epath.Path(workdir)
+    taken_up = hosts.from_first(lambda: _claim(epath.Path(workdir), stage, config, sections))
+    if not (epath.Path(workdir) / "config.json").exists():
+        raise InputError(
+            f"What process 0 wrote to {workdir} is not there on {socket.gethostname()}: give a --workdir on storage "
+            "that all hosts share (checkpoints are written by all of them)."
+        )
+    return taken_up
+
+
+def _claim(workdir, stage, config, sections) -> bool:
     workdir.mkdir(parents=True, exist_ok=True)
     path = workdir / "config.json"
     new = {"stage": stage, **to_json(config), **{name: to_json(section) for name, section in sections.items()}}

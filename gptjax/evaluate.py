@@ -37,7 +37,7 @@ def score(model: Model, batches, loss_chunk: int = 128) -> dict:
         "perplexity": math.exp(mean),
         "bits_per_byte": float(bits_per_byte(total, n_bytes)),
         "tokens": int(count),
-        "bytes": n_bytes,
+        "bytes": int(n_bytes),
         "step": model.step,
     }
 

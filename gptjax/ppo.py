@@ -28,7 +28,7 @@ from gptjax.errors import InputError
 from gptjax.model import gpt, heads
 from gptjax.model.spec import ModelOptions
 from gptjax.objectives.ppo import adaptive_kl_coefficient
-from gptjax.parallel import pipeline
+from gptjax.parallel import hosts, pipeline
 from gptjax.parallel.mesh import MeshConfig, batch_ways, check_fits, make_mesh
 from gptjax.rlhf import networks, ptx, rewards, rollout
 from gptjax.rlhf.alarms import check_iteration
@@ -102,7 +102,8 @@ class PPOConfig:
 
 
 def main(_):
-    ppo(FLAGS.config, FLAGS.workdir)
+    with hosts.join(FLAGS.config, FLAGS.workdir, FLAGS.join_limit):
+        ppo(FLAGS.config, FLAGS.workdir)
 
 
 def ppo(config: mlc.ConfigDict, workdir: str, reward_fn: Callable | None = None) -> bool:
@@ -172,7 +173,8 @@ def ppo(config: mlc.ConfigDict, workdir: str, reward_fn: Callable | None = None)
         vocab=base.tokenizer.vocab_size, temperature=c.rollout.temperature, loss_chunk=c.loss_chunk,
         dtype=c.precision.dtype, mesh=mesh,
     )  # fmt: skip
-    known = (workdir / "config.json").exists()
+    hosts.agree("The prompts", prompts.fingerprint)
+    known = hosts.from_first((workdir / "config.json").exists)
     # A resumed run must find the reference and the reward it began with, so what they are is part of its config.
     origin = {"policy_step": base.step}
     if judge_model:
@@ -181,10 +183,12 @@ def ppo(config: mlc.ConfigDict, workdir: str, reward_fn: Callable | None = None)
     sections = {"model": policy_config, "template": template.kind, "origin": origin}
     if known:
         configs.claim_workdir(workdir, "ppo", c, **sections)
-    base.tokenizer.save(workdir / "tokenizer")
-    text = ptx.load_text(
-        c.ptx, c.policy, workdir, policy_config.context_length, c.seed + 2,  # neither pre-training's order nor SFT's
-        needed=c.ppo.ptx_coefficient > 0, resumed=known,
+    hosts.only_first(lambda: base.tokenizer.save(workdir / "tokenizer"))
+    text = hosts.first_then_others(
+        lambda: ptx.load_text(
+            c.ptx, c.policy, workdir, policy_config.context_length, c.seed + 2,  # another order than the stages before
+            needed=c.ppo.ptx_coefficient > 0, resumed=known or not hosts.first(),
+        )
     )  # fmt: skip
     configs.claim_workdir(workdir, "ppo", c, **sections)
 
@@ -213,7 +217,7 @@ def ppo(config: mlc.ConfigDict, workdir: str, reward_fn: Callable | None = None)
                 raise InputError(
                     f"{c.data.source} has changed since the run began: put it back or take another --workdir."
                 )
-            print(f"going on from iteration {int(state.step)} of {iterations}")
+            hosts.say(f"going on from iteration {int(state.step)} of {iterations}")
         else:
 
             def make(policy, reward):
@@ -231,7 +235,7 @@ def ppo(config: mlc.ConfigDict, workdir: str, reward_fn: Callable | None = None)
         if c.offload:
             reference, reward = offloaded(reference), offloaded(reward)
         writer = kept.enter_context(contextlib.closing(MetricWriter(workdir, c.log, start, configs.to_json(c))))
-        if jax.process_index() == 0:
+        if hosts.first():
             print(memory_plan(state, reference, reward, n, c.batch_size, slots, c.offload))
             print(
                 f"policy and reference: {c.policy} at step {origin['policy_step']:,}"
@@ -258,9 +262,9 @@ def ppo(config: mlc.ConfigDict, workdir: str, reward_fn: Callable | None = None)
         def rule_score(tokens, lengths, mask, texts, score):
             if reward_fn is None:
                 return score
-            ids, responses = rewards.split_rows(*(np.asarray(a) for a in (tokens, lengths, mask)))
+            ids, responses = rewards.split_rows(*map(hosts.whole, (tokens, lengths, mask)))
             ruled = rewards.call(reward_fn, c.reward_on, template, ids, texts, responses)
-            return ruled if score is None else np.asarray(score) + ruled
+            return ruled if score is None else hosts.whole(score) + ruled
 
         def finish(judged, score, coefficient):
             r = c.rollout
@@ -288,19 +292,19 @@ def ppo(config: mlc.ConfigDict, workdir: str, reward_fn: Callable | None = None)
             write_samples(workdir, step, table)
             bar.clear()
             shown = [f"{k} {v:.3f}" for k, v in record.items() if isinstance(v, float)]
-            print(f"iteration {step}: {', '.join(shown)}")
+            hosts.say(f"iteration {step}: {', '.join(shown)}")
 
         bar = tqdm(total=iterations, initial=start, unit="it", dynamic_ncols=True, file=sys.stderr,
-                   disable=jax.process_index() != 0)  # fmt: skip
+                   disable=not hosts.first())  # fmt: skip
         seconds = 0.0 if not restored else meta.get("seconds", 0.0)
         saved = start if start else -1
-        with loop.stop_on_sigterm() as asked_to_stop:
+        with loop.stop_on_sigterm() as asked_to_stop, loop.ends_when_stuck(c.log.stuck_after) as alive:
             if start % c.eval.every == 0 or start == iterations:
                 assess(start)  # at the beginning, or where a kill came between saving and evaluating
             for iteration in range(start, iterations):
                 clock = Clock()
                 batch = batches.at(int(state.prompt_position))
-                tokens, lengths = (jax.device_put(batch[k], by_row) for k in ("tokens", "lengths"))
+                tokens, lengths = (hosts.place(batch[k], by_row) for k in ("tokens", "lengths"))
                 tokens, mask, sampled = sample(state.policy, tokens, lengths, phase_keys(state)[1])
                 clock.lap("rollout", mask)
                 judged, score = judge(state, tokens, lengths, mask)
@@ -329,14 +333,16 @@ def ppo(config: mlc.ConfigDict, workdir: str, reward_fn: Callable | None = None)
                     f"score {line['objective/score']:.3f}, kl {line['objective/kl']:.2f}, "
                     f"length {line['response/length']:.0f}, {clock.total:.1f} s", refresh=False
                 )  # fmt: skip
-                at_end = step == iterations or bool(asked_to_stop)
+                stopping = asked_to_stop()
+                alive()
+                at_end = step == iterations or stopping
                 if at_end or step % c.checkpoint.every == 0:
                     writer.flush()
                     if checkpointer.save(step, state, {"seconds": seconds, "data": prompts.fingerprint}):
                         saved = step
                 if step % c.eval.every == 0 or step == iterations:
                     assess(step)
-                if asked_to_stop:
+                if stopping:
                     break
         bar.close()
         done = int(state.step)
@@ -346,8 +352,8 @@ def ppo(config: mlc.ConfigDict, workdir: str, reward_fn: Callable | None = None)
             "The last checkpoint could not be written: free some disk space and give the same command again."
         )
     if done < iterations:
-        print(f"asked to stop: saved iteration {saved}; the same command goes on from there")
-    if jax.process_index() == 0:
+        hosts.say(f"asked to stop: saved iteration {saved}; the same command goes on from there")
+    if hosts.first():
         print(f"{time.perf_counter() - began:.0f} s in all; report: {report.write(workdir)}")
     return done >= iterations
 

@@ -25,7 +25,7 @@ from gptjax.model.attention import resolve
 from gptjax.model.flops import flops_per_token
 from gptjax.model.spec import GPTConfig, parameter_count
 from gptjax.objectives.language import bits_per_byte
-from gptjax.parallel import pipeline
+from gptjax.parallel import hosts, pipeline
 from gptjax.parallel.mesh import MeshConfig, check_fits, make_mesh
 from gptjax.training import loop, report
 from gptjax.training.checkpoint import CheckpointConfig, Checkpointer
@@ -93,7 +93,8 @@ class PretrainConfig:
 
 
 def main(_):
-    pretrain(FLAGS.config, FLAGS.workdir)
+    with hosts.join(FLAGS.config, FLAGS.workdir, FLAGS.join_limit):
+        pretrain(FLAGS.config, FLAGS.workdir)
 
 
 def pretrain(config: mlc.ConfigDict, workdir: str) -> bool:
@@ -103,7 +104,7 @@ def pretrain(config: mlc.ConfigDict, workdir: str) -> bool:
 
     # --- config: checked whole before anything is written ---
     config = mlc.ConfigDict(config.to_dict())
-    known = (workdir / "config.json").exists()
+    known = hosts.from_first((workdir / "config.json").exists)
     unset = config.model.vocab_size is None  # then the tokenizer decides
     if unset and known:
         config.model.vocab_size = configs.read_config(workdir)["model"]["vocab_size"]
@@ -118,7 +119,11 @@ def pretrain(config: mlc.ConfigDict, workdir: str) -> bool:
         configs.claim_workdir(workdir, "pretrain", c)
 
     # --- data ---
-    corpus = load_corpus(c.data, workdir, c.model.context_length, c.seed, resumed=known)
+    # of many hosts one tokenises; the others open what it made, or, where data.cache isn't shared, make their own
+    corpus = hosts.first_then_others(
+        lambda: load_corpus(c.data, workdir, c.model.context_length, c.seed, resumed=known or not hosts.first())
+    )
+    hosts.agree("The tokens", [corpus.fingerprint, corpus.tokenizer.fingerprint])
     vocab = corpus.tokenizer.vocab_size
     if unset and not known:
         c = configs.build(PretrainConfig, _with_vocab(config, vocab))
@@ -135,11 +140,11 @@ def pretrain(config: mlc.ConfigDict, workdir: str) -> bool:
         learning_rate=c.optimizer.learning_rate, steps=c.steps, tokens=tokens,
     )  # fmt: skip
     rows = lambda step: -(-schedule.sequences(step) // c.microbatch_rows) * c.microbatch_rows
-    host = {"host_index": jax.process_index(), "host_count": jax.process_count()}
+    here = hosts.batch_rows(batch_sharding(mesh, 0), c.microbatch_rows)
     batches = lm.LmBatches(
         corpus.train, lambda step: (schedule.sequences_before(step), schedule.sequences(step)), rows,
         byte_lengths=corpus.tokenizer.byte_lengths, eot_id=corpus.tokenizer.eot_id,
-        isolate_documents=c.data.isolate_documents, **host,
+        isolate_documents=c.data.isolate_documents, here=here,
     )  # fmt: skip
 
     # --- model, abstract state, shardings ---
@@ -149,12 +154,12 @@ def pretrain(config: mlc.ConfigDict, workdir: str) -> bool:
     abstract, shardings = state_shardings(boxed, tx, c.precision, mesh)
     loss = causal_lm_loss(model, c.precision.dtype, c.loss_chunk, mesh)
     step = train_step(loss, tx, c.optimizer.clip_norm, c.precision, c.seed, dropout=model.dropout > 0)
-    evaluate = evaluator(loss, corpus, c, mesh, host)
+    evaluate = evaluator(loss, corpus, c, mesh, here)
 
     # --- everything that can be refused has been: the workdir is ours ---
     if not known:
         configs.claim_workdir(workdir, "pretrain", c)
-    corpus.tokenizer.save(workdir / "tokenizer")
+    hosts.only_first(lambda: corpus.tokenizer.save(workdir / "tokenizer"))
 
     with jax.set_mesh(mesh):
         # --- where the state comes from ---
@@ -172,7 +177,7 @@ def pretrain(config: mlc.ConfigDict, workdir: str) -> bool:
                     f"The tokens in {shards_directory(c.data, workdir)} are not those this run was trained on: "
                     "put them back, or start anew in another --workdir."
                 )
-            print(f"going on from step {int(state.step)} of {schedule.steps}")
+            hosts.say(f"going on from step {int(state.step)} of {schedule.steps}")
         else:
             state = init_state(model, tx, c.precision, shardings, c.seed)
             if c.init_from:
@@ -192,8 +197,8 @@ def pretrain(config: mlc.ConfigDict, workdir: str) -> bool:
         state, finished = loop.train(
             state,
             feed=loop.device_feed(
-                lambda a, b: lm.iterate(batches, a, b), c.microbatch_rows // jax.process_count(),
-                batch_sharding(mesh, 2), start, schedule.steps,
+                lambda a, b: lm.iterate(batches, a, b), c.microbatch_rows, batch_sharding(mesh, 2), start,
+                schedule.steps,
             ),
             dispatch=loop.Dispatch(jit_train_step(step, shardings)),
             schedule=schedule,
@@ -216,7 +221,7 @@ def pretrain(config: mlc.ConfigDict, workdir: str) -> bool:
             write_samples(workdir, schedule.steps, state.params, model, corpus.tokenizer, c, mesh)
         writer.close()
         checkpointer.close()
-    if jax.process_index() == 0:
+    if hosts.first():
         print(f"{time.perf_counter() - began:.0f} s in all; report: {report.write(workdir)}")
     return finished
 
@@ -227,7 +232,7 @@ def _with_vocab(config: mlc.ConfigDict, vocab_size: int) -> dict:
 
 
 def describe_run(c: PretrainConfig, model: GPTConfig, corpus: Corpus, schedule: Schedule, mesh):
-    if jax.process_index():
+    if not hosts.first():
         return
     axes = " x ".join(f"{k} {v}" for k, v in mesh.shape.items() if v > 1) or "1 device"
     print(
@@ -238,11 +243,11 @@ def describe_run(c: PretrainConfig, model: GPTConfig, corpus: Corpus, schedule: 
     )
 
 
-def evaluator(loss, corpus: Corpus, c: PretrainConfig, mesh, host):
+def evaluator(loss, corpus: Corpus, c: PretrainConfig, mesh, here):
     """params -> {'loss' in nats per token, 'bits_per_byte', 'tokens'} over the validation split."""
     batches = lm.validation_batches(
         corpus.validation, c.model.context_length, c.microbatch_rows, c.eval.batches or None,
-        byte_lengths=corpus.tokenizer.byte_lengths, isolate_documents=c.data.isolate_documents, **host,
+        byte_lengths=corpus.tokenizer.byte_lengths, isolate_documents=c.data.isolate_documents, here=here,
     )  # fmt: skip
     step = jit_eval_step(loss, mesh)
     sharding = batch_sharding(mesh, 0)
@@ -295,7 +300,7 @@ def encode_prompts(prompts, tokenizer, context_length: int) -> list[list[int]]:
 
 def write_samples(workdir, step, params, model, tokenizer, c: PretrainConfig, mesh):
     """Continues the configured prompts, prints them and appends them to samples.jsonl."""
-    if not c.samples.prompts or jax.process_count() > 1:
+    if not c.samples.prompts:
         return
     prompts = encode_prompts(c.samples.prompts, tokenizer, model.context_length)
     out = generate(
@@ -303,6 +308,8 @@ def write_samples(workdir, step, params, model, tokenizer, c: PretrainConfig, me
         sampling=Sampling(c.samples.temperature, top_p=c.samples.top_p), seed=c.seed, eot_id=tokenizer.eot_id,
         vocab=tokenizer.vocab_size, dtype=c.precision.dtype, mesh=mesh,
     )  # fmt: skip
+    if not hosts.first():
+        return
     lines = JsonLines(epath.Path(workdir) / "samples.jsonl", max(step - 1, 0) if step else -1)
     for prompt, ids in zip(c.samples.prompts, out, strict=True):
         text = tokenizer.decode(ids)

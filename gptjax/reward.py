@@ -26,7 +26,7 @@ from gptjax.errors import InputError
 from gptjax.model import heads
 from gptjax.model.spec import GPTConfig, ModelOptions
 from gptjax.objectives.preference import best_of_k_loss, ranking_loss, ranking_statistics
-from gptjax.parallel import pipeline
+from gptjax.parallel import hosts, pipeline
 from gptjax.parallel.mesh import MeshConfig, check_fits, make_mesh
 from gptjax.rlhf.agreement import agreement, calibration, length_explains, pairs
 from gptjax.rlhf.reward_model import RewardModel, normalised, score_at_end
@@ -91,7 +91,8 @@ class RewardConfig:
 
 
 def main(_):
-    reward(FLAGS.config, FLAGS.workdir)
+    with hosts.join(FLAGS.config, FLAGS.workdir, FLAGS.join_limit):
+        reward(FLAGS.config, FLAGS.workdir)
 
 
 def reward(config: mlc.ConfigDict, workdir: str) -> bool:
@@ -125,11 +126,11 @@ def reward(config: mlc.ConfigDict, workdir: str) -> bool:
     template = Template(tokenizer, kind)
     comparisons = load_comparisons(c.data, template, model.context_length, c.seed)
     examples = None if c.normalise == "none" else reference_texts(c, of_sft, template, model.context_length)
-    host = {"host_index": jax.process_index(), "host_count": jax.process_count()}
+    here = hosts.batch_rows(batch_sharding(mesh, 0), c.microbatch_rows)
     longest = max(len(x.prompt) + max(map(len, x.completions)) for x in comparisons.train + comparisons.validation)
     length = min(length, -(-longest // 8) * 8)
     batches = ComparisonBatches(
-        comparisons.train, c.batch_size, comparisons.k, length, c.seed, pad_id=template.pad_id, **host
+        comparisons.train, c.batch_size, comparisons.k, length, c.seed, pad_id=template.pad_id, here=here
     )
     if c.steps is None and c.epochs is None:
         raise InputError("Say how long to train: --config.epochs=1 (more overfits) or --config.steps.")
@@ -137,9 +138,10 @@ def reward(config: mlc.ConfigDict, workdir: str) -> bool:
         c.schedule, batch_size=c.batch_size, context_length=length * comparisons.k,
         learning_rate=c.optimizer.learning_rate, steps=c.steps if c.steps is not None else batches.steps(c.epochs),
     )  # fmt: skip
-    known = (workdir / "config.json").exists()
+    hosts.agree("The comparisons", comparisons.fingerprint)
+    known = hosts.from_first((workdir / "config.json").exists)
     configs.claim_workdir(workdir, "reward", dataclasses.replace(c, template=kind), model=model)
-    tokenizer.save(workdir / "tokenizer")
+    hosts.only_first(lambda: tokenizer.save(workdir / "tokenizer"))
 
     # --- abstract state, shardings, step ---
     tx = make_optimizer(c.optimizer)
@@ -149,7 +151,7 @@ def reward(config: mlc.ConfigDict, workdir: str) -> bool:
     loss = reward_loss(model, c.precision.dtype, c.objective, mesh)
     step = train_step(loss, tx, c.optimizer.clip_norm, c.precision, c.seed, dropout=model.dropout > 0)
     held_out = validation_batches(
-        comparisons.validation, c.microbatch_rows, comparisons.k, length, pad_id=template.pad_id, **host
+        comparisons.validation, c.microbatch_rows, comparisons.k, length, pad_id=template.pad_id, here=here
     )
     judge = judge_of(model, c.precision.dtype, mesh)
     evaluate = evaluator(c, judge, held_out, mesh)
@@ -166,7 +168,7 @@ def reward(config: mlc.ConfigDict, workdir: str) -> bool:
                 raise InputError(
                     f"{c.data.source} has changed since the run began: put it back or take another --workdir."
                 )
-            print(f"going on from step {int(state.step)} of {schedule.steps}")
+            hosts.say(f"going on from step {int(state.step)} of {schedule.steps}")
         else:
 
             def make(params, key):
@@ -182,13 +184,13 @@ def reward(config: mlc.ConfigDict, workdir: str) -> bool:
 
         # --- loop ---
         describe_run(c, model, comparisons, length, schedule, mesh)
-        if start < schedule.steps and jax.process_index() == 0:
+        if start < schedule.steps and hosts.first():
             (workdir / "reward.json").unlink(missing_ok=True)  # of a shorter run: it tells of other weights
         state, finished = loop.train(
             state,
             feed=loop.device_feed(
-                lambda a, b: lm.iterate(batches, a, b), c.microbatch_rows // jax.process_count(),
-                batch_sharding(mesh, 2), start, schedule.steps,
+                lambda a, b: lm.iterate(batches, a, b), c.microbatch_rows, batch_sharding(mesh, 2), start,
+                schedule.steps,
             ),
             dispatch=loop.Dispatch(jit_train_step(step, shardings)),
             schedule=schedule,
@@ -220,10 +222,10 @@ def reward(config: mlc.ConfigDict, workdir: str) -> bool:
             fitted = {"gain": 1.0, "bias": 0.0}
             if examples is not None:
                 fitted = fit_scale(c, model, params, examples, tokenizer, mesh)
-            if jax.process_index() == 0:
+            if hosts.first():
                 configs.write_json(workdir / "reward.json", {**fitted, **result})
                 say(result, fitted, c)
-    if jax.process_index() == 0:
+    if hosts.first():
         print(f"{time.perf_counter() - began:.0f} s in all; report: {report.write(workdir)}")
     return finished
 
@@ -250,16 +252,19 @@ def figures(sums: dict) -> dict:
 
 def judge_of(model: GPTConfig, dtype, mesh):
     """judge(params, batches) -> scores, ranks, valid, lengths of all completions, each [prompts, K]."""
-    score = jax.jit(lambda params, tokens, lengths: score_at_end(params, tokens, lengths, model, dtype, mesh))
+
+    def score(params, b):
+        rows, k, time = b["tokens"].shape
+        flat = b["tokens"].reshape(rows * k, time), b["lengths"].reshape(rows * k)
+        return score_at_end(params, *flat, model, dtype, mesh).reshape(rows, k), b["ranks"], b["valid"], b["lengths"]
+
+    score = jax.jit(score, out_shardings=hosts.replicated(mesh))  # each host has some of the rows and needs all scores
 
     def judge(params, batches):
         sharding, parts = batch_sharding(mesh, 0), []
         for i in range(len(batches)):
-            b = batches[i]
-            rows, k, time = b["tokens"].shape
-            flat = b["tokens"].reshape(rows * k, time), b["lengths"].reshape(rows * k)
-            scores = score(params, *(loop.global_array(a, sharding) for a in flat))
-            parts.append((np.asarray(scores).reshape(rows, k), b["ranks"], b["valid"], b["lengths"]))
+            batch = {k: hosts.global_array(a, sharding) for k, a in batches[i].items() if k != "weights"}
+            parts.append(jax.device_get(score(params, batch)))
         return tuple(np.concatenate(p) for p in zip(*parts, strict=True))
 
     return judge
@@ -329,7 +334,7 @@ def say(result: dict, fitted: dict, c: RewardConfig):
 
 
 def describe_run(c: RewardConfig, model: GPTConfig, comparisons, length: int, schedule: Schedule, mesh):
-    if jax.process_index():
+    if not hosts.first():
         return
     n_pairs = sum(len(x.ranks) * (len(x.ranks) - 1) // 2 for x in comparisons.train)
     left_out = f", {comparisons.dropped:,} rows left out" if comparisons.dropped else ""

@@ -32,7 +32,7 @@ from gptjax.model.flops import flops_per_token
 from gptjax.model.spec import GPTConfig, ModelOptions, parameter_count
 from gptjax.objectives.finetune import auxiliary_weights
 from gptjax.objectives.language import bits_per_byte
-from gptjax.parallel import pipeline
+from gptjax.parallel import hosts, pipeline
 from gptjax.parallel.mesh import MeshConfig, check_fits, make_mesh
 from gptjax.rlhf.best_of_n import respond
 from gptjax.rlhf.reward_model import load_reward_model
@@ -124,7 +124,8 @@ class SFTConfig:
 
 
 def main(_):
-    sft(FLAGS.config, FLAGS.workdir)
+    with hosts.join(FLAGS.config, FLAGS.workdir, FLAGS.join_limit):
+        sft(FLAGS.config, FLAGS.workdir)
 
 
 def sft(config: mlc.ConfigDict, workdir: str) -> bool:
@@ -157,18 +158,22 @@ def sft(config: mlc.ConfigDict, workdir: str) -> bool:
     packed = PackedRows(demonstrations.train, length, c.data.packing, template.pad_id)
     if judge and judge.template != template.kind:
         raise InputError(f"The reward model in {c.reward} saw {judge.template!r} prompts, not {template.kind!r} ones.")
-    known = (workdir / "config.json").exists()
+    hosts.agree("The demonstrations", demonstrations.fingerprint)
+    known = hosts.from_first((workdir / "config.json").exists)
     if known:
         configs.claim_workdir(workdir, "sft", c, model=model)
-    tokenizer.save(workdir / "tokenizer")
+    hosts.only_first(lambda: tokenizer.save(workdir / "tokenizer"))
     mix = None
     if c.mix.fraction:
-        mix, _ = text_windows(
-            c.mix.source, c.init_from, workdir / "tokenizer", workdir / "data", length, c.seed + 1, resumed=known
-        )
+        mix, _ = hosts.first_then_others(
+            lambda: text_windows(
+                c.mix.source, c.init_from, workdir / "tokenizer", workdir / "data", length, c.seed + 1,
+                resumed=known or not hosts.first(),
+            )
+        )  # fmt: skip
     configs.claim_workdir(workdir, "sft", c, model=model)
-    host = {"host_index": jax.process_index(), "host_count": jax.process_count()}
-    kind = {"byte_lengths": tokenizer.byte_lengths, "loss_on": c.data.loss_on, **host}
+    here = hosts.batch_rows(batch_sharding(mesh, 0), c.microbatch_rows)
+    kind = {"byte_lengths": tokenizer.byte_lengths, "loss_on": c.data.loss_on, "here": here}
     batches = DemonstrationBatches(packed, c.batch_size, c.seed, mix=mix, mix_fraction=c.mix.fraction, **kind)
     schedule = Schedule(
         c.schedule, batch_size=c.batch_size, context_length=length, learning_rate=c.optimizer.learning_rate,
@@ -197,7 +202,7 @@ def sft(config: mlc.ConfigDict, workdir: str) -> bool:
                 raise InputError(
                     f"{c.data.source} has changed since the run began: put it back or take another --workdir."
                 )
-            print(f"going on from step {int(state.step)} of {schedule.steps}")
+            hosts.say(f"going on from step {int(state.step)} of {schedule.steps}")
         else:
             make = lambda params: new_state(heads.grow_vocabulary(params, model.vocab_size), tx, c.precision)
             state = jax.jit(make, out_shardings=shardings)(base.params)
@@ -214,8 +219,8 @@ def sft(config: mlc.ConfigDict, workdir: str) -> bool:
         state, finished = loop.train(
             state,
             feed=loop.device_feed(
-                lambda a, b: lm.iterate(batches, a, b), c.microbatch_rows // jax.process_count(),
-                batch_sharding(mesh, 2), start, schedule.steps,
+                lambda a, b: lm.iterate(batches, a, b), c.microbatch_rows, batch_sharding(mesh, 2), start,
+                schedule.steps,
             ),
             dispatch=loop.Dispatch(jit_train_step(step, shardings)),
             schedule=schedule,
@@ -237,7 +242,7 @@ def sft(config: mlc.ConfigDict, workdir: str) -> bool:
             write_samples(workdir, schedule.steps, state.params, model, demonstrations, template, c, mesh)
         writer.close()
         checkpointer.close()
-    if jax.process_index() == 0:
+    if hosts.first():
         print(f"{time.perf_counter() - began:.0f} s in all; report: {report.write(workdir)}")
     return finished
 
@@ -303,10 +308,12 @@ def sampled(params, model: GPTConfig, prompts, template: Template, c: SFTConfig,
 
 def write_samples(workdir, step, params, model, demonstrations, template: Template, c: SFTConfig, mesh):
     """Responses to the first validation prompts, beside the demonstration: to samples.jsonl and the screen."""
-    if not c.samples.count or jax.process_count() > 1:
+    if not c.samples.count:
         return
     shown = [d for d in demonstrations.validation if d.prompt][: c.samples.count]
     responses = sampled(params, model, [d.ids[: d.prompt] for d in shown], template, c, mesh)
+    if not hosts.first():
+        return
     lines = JsonLines(epath.Path(workdir) / "samples.jsonl", max(step - 1, 0) if step else -1)
     for d, response in zip(shown, responses, strict=True):
         prompt, text = template.decode(d.ids[: d.prompt]), template.decode(response)
@@ -316,7 +323,7 @@ def write_samples(workdir, step, params, model, demonstrations, template: Templa
 
 
 def describe_run(c: SFTConfig, model: GPTConfig, demonstrations, packed: PackedRows, schedule: Schedule, mesh):
-    if jax.process_index():
+    if not hosts.first():
         return
     left_out = f", {demonstrations.dropped:,} too long and left out" if demonstrations.dropped else ""
     print(

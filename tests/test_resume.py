@@ -356,7 +356,7 @@ def test_the_loop_puts_the_signal_handler_back():
     with loop.stop_on_sigterm() as asked:
         os.kill(os.getpid(), signal.SIGTERM)
         time.sleep(0.01)
-        assert asked
+        assert asked() is True
     assert signal.getsignal(signal.SIGTERM) is before
 
 

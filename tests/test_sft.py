@@ -71,7 +71,7 @@ def state_and_batches(config, workdir, monkeypatch, steps=0):
 
     def train(state, *, feed, **_):
         seen["params"] = jax.device_get(state.params)
-        seen["batches"] = [b for _, (_, _, b, _) in zip(range(steps), feed((i, 1) for i in range(steps)), strict=True)]
+        seen["batches"] = [b for _, (_, _, b) in zip(range(steps), feed((i, 1) for i in range(steps)), strict=True)]
         raise Stop
 
     with monkeypatch.context() as patch:

@@ -11,9 +11,9 @@ import pytest
 from gptjax.errors import InputError
 from gptjax.model import gpt
 from gptjax.model.spec import GPTConfig
+from gptjax.parallel.hosts import global_array
 from gptjax.parallel.mesh import MeshConfig, batch_ways, check_fits, make_mesh
 from gptjax.parallel.rules import RULES, parameter_shardings, partition_spec
-from gptjax.training.loop import global_array
 from gptjax.training.optimizer import OptimizerConfig, make_optimizer
 from gptjax.training.precision import PrecisionConfig
 from gptjax.training.state import init_state, state_shardings

@@ -8,7 +8,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -21,7 +21,6 @@ from gptjax.data.rows import (
     check_config,
     check_length,
     fingerprint,
-    host_part,
     limit,
     load_split,
     prompt_text,
@@ -103,14 +102,14 @@ def load_comparisons(c: ComparisonConfig, template: Template, length: int, seed:
 class ComparisonBatches:
     """One host's part of the batch of each step, by random access: batches[step] is a dict.
 
-    tokens: int32 [rows / host_count, k, length], prompt and completion, right-padded with pad_id
-    lengths: int32 [rows / host_count, k], the tokens before the padding, 1 where there is no completion
-    ranks: float32 [rows / host_count, k], lower is better
-    valid: float32 [rows / host_count, k], 1 where there is a completion
-    weights: float32 [rows / host_count], 1
+    tokens: int32 [rows, k, length], prompt and completion, right-padded with pad_id
+    lengths: int32 [rows, k], the tokens before the padding, 1 where there is no completion
+    ranks: float32 [rows, k], lower is better
+    valid: float32 [rows, k], 1 where there is a completion
+    weights: float32 [rows], 1
 
-    The comparisons come in a new order each epoch. rows: comparisons of a step, over all hosts. InputError:
-    rows that don't divide over the hosts, a comparison that doesn't fit k or length.
+    The comparisons come in a new order each epoch. rows: comparisons of a step, over all hosts; here: rows of a
+    batch → those of them to give, by default all. InputError: a comparison that doesn't fit k or length.
     """
 
     def __init__(
@@ -122,12 +121,11 @@ class ComparisonBatches:
         seed: int,
         *,
         pad_id: int,
-        host_index: int = 0,
-        host_count: int = 1,
+        here: Callable[[int], np.ndarray] = np.arange,
     ):
         self._padded = _Padded(comparisons, k, length, pad_id)
         self._count, self._rows, self._seed = len(comparisons), rows, seed
-        self._part = host_part(rows, host_index, host_count)
+        self._here = here(rows)
 
     def __len__(self) -> int:
         return sys.maxsize  # endless; lm.iterate wants a number
@@ -135,7 +133,7 @@ class ComparisonBatches:
     def __getitem__(self, step: int) -> dict[str, np.ndarray]:
         if step < 0:
             raise IndexError(f"step {step}")
-        place = step * self._rows + np.arange(self._rows)[self._part]
+        place = step * self._rows + self._here
         return self._padded.arrays(lm.shuffled(place, self._count, self._seed))
 
     def steps(self, epochs: float) -> int:
@@ -150,14 +148,13 @@ def validation_batches(
     length: int,
     *,
     pad_id: int,
-    host_index: int = 0,
-    host_count: int = 1,
+    here: Callable[[int], np.ndarray] = np.arange,
 ) -> InOrder:
     """The comparisons in their order, as ComparisonBatches gives them; the last batch is padded with rows of
     weight 0 without a completion. InputError: as there.
     """
     padded = _Padded(comparisons, k, length, pad_id)
-    return InOrder(len(comparisons), rows, host_part(rows, host_index, host_count), padded.arrays)
+    return InOrder(len(comparisons), rows, here(rows), padded.arrays)
 
 
 class _Padded:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -22,7 +22,6 @@ from gptjax.data.rows import (
     check_config,
     check_length,
     fingerprint,
-    host_part,
     limit,
     load_split,
     prompt_text,
@@ -152,15 +151,15 @@ class PackedRows:
 class DemonstrationBatches:
     """One host's part of the batch of each step, by random access: batches[step] is a dict.
 
-    tokens, segment_ids, positions: of PackedRows.arrays, rows / host_count of them
-    weights: float32 [rows / host_count, length], the targets to learn, by loss_on
+    tokens, segment_ids, positions: of PackedRows.arrays
+    weights: float32 [rows, length], the targets to learn, by loss_on
     lm_weights: float32 of that shape, 1 for every real target
-    target_bytes: int, UTF-8 bytes of this host's targets of weight 1
+    target_bytes: int32 [rows], UTF-8 bytes of each row's targets of weight 1
 
     The packed rows come in a new order each epoch. mix: examples of which each step has its share, after
     its demonstrations, ⌊tRf⌋ in the first t steps of R rows; they count everywhere. rows: of a step, over
-    all hosts. InputError: rows that don't divide over the hosts, a mix of another context, a share of it
-    outside [0, 1).
+    all hosts; here: rows of a batch → those of them to give, by default all. InputError: a mix of another
+    context, a share of it outside [0, 1).
     """
 
     def __init__(
@@ -173,8 +172,7 @@ class DemonstrationBatches:
         loss_on: str,
         mix: lm.Examples | None = None,
         mix_fraction: float = 0.0,
-        host_index: int = 0,
-        host_count: int = 1,
+        here: Callable[[int], np.ndarray] = np.arange,
     ):
         if not 0 <= mix_fraction < 1:
             raise InputError(f"a mix of {mix_fraction} of the rows can't be; give a share from 0 to under 1")
@@ -189,7 +187,7 @@ class DemonstrationBatches:
         self._packed, self._rows, self._seed = packed, rows, seed
         self._byte_lengths, self._loss_on = byte_lengths, loss_on
         self._mix, self._mix_fraction = mix, mix_fraction
-        self._part = host_part(rows, host_index, host_count)
+        self._here = here(rows)
 
     def __len__(self) -> int:
         return sys.maxsize  # endless; lm.iterate wants a number
@@ -197,7 +195,7 @@ class DemonstrationBatches:
     def __getitem__(self, step: int) -> dict[str, Any]:
         if step < 0:
             raise IndexError(f"step {step}")
-        row = np.arange(self._rows)[self._part]
+        row = self._here
         own = self._first(step + 1) - self._first(step)
         place = self._first(step) + row[row < own]
         batch = self._packed.arrays(lm.shuffled(place, len(self._packed), self._seed))
@@ -240,17 +238,16 @@ def validation_batches(
     *,
     byte_lengths: np.ndarray,
     loss_on: str,
-    host_index: int = 0,
-    host_count: int = 1,
+    here: Callable[[int], np.ndarray] = np.arange,
 ) -> InOrder:
     """The packed rows in their order, as DemonstrationBatches gives them; the last batch is padded with rows
-    of weight 0. InputError: rows that don't divide over the hosts.
+    of weight 0.
     """
     _check_loss_on(loss_on)
     return InOrder(
         len(packed),
         rows,
-        host_part(rows, host_index, host_count),
+        here(rows),
         lambda index: _weighed(packed.arrays(index), loss_on, byte_lengths),
     )
 
@@ -263,7 +260,7 @@ def _weighed(arrays: dict[str, np.ndarray], loss_on: str, byte_lengths: np.ndarr
         "lm_weights": arrays["real"],
         "segment_ids": arrays["segment_ids"],
         "positions": arrays["positions"],
-        "target_bytes": int((byte_lengths.take(arrays["tokens"][:, 1:]) * (weights > 0)).sum(dtype=np.int64)),
+        "target_bytes": (byte_lengths.take(arrays["tokens"][:, 1:]) * (weights > 0)).sum(1, dtype=np.int32),
     }
 
 

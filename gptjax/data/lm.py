@@ -185,16 +185,16 @@ def with_segments(tokens: np.ndarray, eot_id: int) -> tuple[np.ndarray, np.ndarr
 class LmBatches:
     """One host's part of the batch of each step, by random access: batches[step] is a dict.
 
-    tokens: int32 [rows / host_count, context_length + 1]; inputs are [:, :-1], targets [:, 1:]
-    weights: float32 [rows / host_count, context_length], 1 for real rows, 0 for padding
+    tokens: int32 [rows, context_length + 1]; inputs are [:, :-1], targets [:, 1:]
+    weights: float32 [rows, context_length], 1 for real rows, 0 for padding
     sequences: int, real rows of all hosts
-    target_bytes: int, UTF-8 bytes of this host's real targets
-    segment_ids, positions: int32 [rows / host_count, context_length], with isolate_documents only
+    target_bytes: int32 [rows], UTF-8 bytes of each row's real targets
+    segment_ids, positions: int32 [rows, context_length], with isolate_documents only
 
     schedule: step → (number of its first example, number of sequences), over all hosts.
-    rows: step → rows of the padded batch; None for no padding. Host h has rows h·R/H to (h+1)·R/H, so
-    the hosts' parts, joined, are the one-host batch. byte_lengths: of the tokenizer, int [vocab_size].
-    InputError: isolate_documents without an end-of-text; rows that don't divide over the hosts.
+    rows: step → rows of the padded batch; None for no padding. here: rows of a batch → those of them to give,
+    ascending (parallel/hosts.py); by default all. byte_lengths: of the tokenizer, int [vocab_size].
+    InputError: isolate_documents without an end-of-text.
     """
 
     def __init__(
@@ -206,8 +206,7 @@ class LmBatches:
         byte_lengths: np.ndarray,
         eot_id: int | None = None,
         isolate_documents: bool = False,
-        host_index: int = 0,
-        host_count: int = 1,
+        here: Callable[[int], np.ndarray] = np.arange,
         steps: int = sys.maxsize,
     ):
         if isolate_documents and eot_id is None:
@@ -215,11 +214,8 @@ class LmBatches:
                 "documents can't be isolated: the tokenizer has no end-of-text; use a bpe tokenizer, or "
                 "let attention cross documents"
             )
-        if not 0 <= host_index < host_count:
-            raise ValueError(f"host {host_index} of {host_count}")
         self._examples, self._schedule, self._rows, self._steps = examples, schedule, rows, steps
-        self._byte_lengths, self._eot_id, self._isolate = byte_lengths, eot_id, isolate_documents
-        self._host_index, self._host_count = host_index, host_count
+        self._byte_lengths, self._eot_id, self._isolate, self._here = byte_lengths, eot_id, isolate_documents, here
 
     def __len__(self) -> int:
         return self._steps
@@ -231,26 +227,17 @@ class LmBatches:
         rows = self._rows(step) if self._rows else sequences
         if rows < sequences:
             raise ValueError(f"step {step}: {sequences} sequences don't fit {rows} rows")
-        if rows % self._host_count:
-            raise InputError(
-                f"step {step}: a batch of {rows} rows doesn't divide over {self._host_count} hosts; make it "
-                f"a multiple of {self._host_count}"
-            )
-        here = rows // self._host_count
-        offset = here * self._host_index
-        real = min(max(sequences - offset, 0), here)
+        row = self._here(rows)
+        real = int(np.searchsorted(row, sequences))  # the rows after them are padding
         context = self._examples.context_length
-        tokens = np.zeros((here, context + 1), np.int32)
+        tokens = np.zeros((len(row), context + 1), np.int32)
         if real:
-            tokens[:real] = self._examples.read(np.arange(first + offset, first + offset + real))
-        weights = np.zeros((here, context), np.float32)
+            tokens[:real] = self._examples.read(first + row[:real])
+        weights = np.zeros((len(row), context), np.float32)
         weights[:real] = 1
-        batch = {
-            "tokens": tokens,
-            "weights": weights,
-            "sequences": sequences,
-            "target_bytes": int(self._byte_lengths.take(tokens[:real, 1:]).sum(dtype=np.int64)),
-        }
+        target_bytes = np.zeros(len(row), np.int32)
+        target_bytes[:real] = self._byte_lengths.take(tokens[:real, 1:]).sum(1)
+        batch = {"tokens": tokens, "weights": weights, "sequences": sequences, "target_bytes": target_bytes}
         if self._isolate:
             batch["segment_ids"], batch["positions"] = with_segments(tokens[:, :-1], self._eot_id)
         return batch
@@ -300,8 +287,7 @@ def validation_batches(
     *,
     byte_lengths: np.ndarray,
     isolate_documents: bool = False,
-    host_index: int = 0,
-    host_count: int = 1,
+    here: Callable[[int], np.ndarray] = np.arange,
 ) -> LmBatches:
     """The same batches each time: windows of a split whose targets don't overlap.
 
@@ -318,8 +304,7 @@ def validation_batches(
         byte_lengths=byte_lengths,
         eot_id=shards.eot_id,
         isolate_documents=isolate_documents,
-        host_index=host_index,
-        host_count=host_count,
+        here=here,
         steps=-(-len(windows) // batch_size),
     )
 

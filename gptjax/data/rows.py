@@ -1,5 +1,5 @@
 """What the loaders of demonstrations, comparisons and prompts share: rows under our names, their length,
-the prompts that are held out, and each host's rows of a batch.
+the prompts that are held out, and validation's batches.
 """
 
 from __future__ import annotations
@@ -139,26 +139,15 @@ def fingerprint(arrays: Iterable[np.ndarray]) -> str:
     return digest.hexdigest()
 
 
-def host_part(rows: int, host_index: int, host_count: int) -> slice:
-    """The rows of a batch that a host has: the hosts' parts, joined, are the batch. InputError: no even parts."""
-    if not 0 <= host_index < host_count:
-        raise ValueError(f"host {host_index} of {host_count}")
-    if rows < 1 or rows % host_count:
-        raise InputError(
-            f"a batch of {rows} rows doesn't divide over {host_count} hosts; make it a multiple of {host_count}"
-        )
-    here = rows // host_count
-    return slice(here * host_index, here * (host_index + 1))
-
-
 class InOrder:
     """Batches of `count` examples in their order, len() of them, by random access; for validation.
 
-    read: int64 [n] of example numbers, -1 for a row of padding in the last batch → dict of arrays.
+    here: the rows of a batch to give. read: int64 [n] of example numbers, -1 for a row of padding in the last batch →
+    dict of arrays.
     """
 
-    def __init__(self, count: int, rows: int, part: slice, read: Callable[[np.ndarray], dict]):
-        self._count, self._rows, self._part, self._read = count, rows, part, read
+    def __init__(self, count: int, rows: int, here: np.ndarray, read: Callable[[np.ndarray], dict]):
+        self._count, self._rows, self._here, self._read = count, rows, here, read
 
     def __len__(self) -> int:
         return -(-self._count // self._rows)
@@ -166,8 +155,8 @@ class InOrder:
     def __getitem__(self, step: int) -> dict[str, Any]:
         if not 0 <= step < len(self):
             raise IndexError(f"batch {step} of {len(self)}")
-        index = step * self._rows + np.arange(self._rows)
-        return self._read(np.where(index < self._count, index, -1)[self._part])
+        index = step * self._rows + self._here
+        return self._read(np.where(index < self._count, index, -1))
 
 
 def _share(validation: str) -> float | None:

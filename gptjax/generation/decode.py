@@ -17,6 +17,7 @@ from gptjax.errors import InputError
 from gptjax.generation.sampling import Sampling, sample
 from gptjax.model import gpt
 from gptjax.model.spec import GPTConfig
+from gptjax.parallel import hosts
 from gptjax.parallel.mesh import batch_ways
 
 _STATIC = ("config", "new_tokens", "sampling", "eot_id", "pad_id", "vocab", "dtype", "mesh")
@@ -139,9 +140,9 @@ def generate(params, config: GPTConfig, prompts: Sequence[Sequence[int]], *, max
         new_tokens=bucket(int(limits.max()), config.context_length), sampling=sampling, eot_id=eot_id,
         vocab=vocab, dtype=dtype, mesh=mesh,
     )  # fmt: skip
-    out, counts = out[: len(prompts)], counts[: len(prompts)]
+    out, counts = (hosts.whole(a)[: len(prompts)] for a in (out, counts))
     texts = []
-    for row, count in zip(np.asarray(out), np.asarray(counts), strict=True):
+    for row, count in zip(out, counts, strict=True):
         text = row[:count].tolist()
         texts.append(text[:-1] if not keep_eot and text and text[-1] == eot_id else text)
     return texts

@@ -9,6 +9,7 @@ from etils import epath
 from gptjax.data.chat import Template
 from gptjax.data.lm import validation_batches
 from gptjax.data.prompts import PromptBatches
+from gptjax.parallel import hosts
 from gptjax.parallel.mesh import batch_ways
 from gptjax.rlhf import rewards
 from gptjax.rlhf.config import EvaluationConfig
@@ -38,16 +39,17 @@ def evaluator(c: EvaluationConfig, n: Networks, prompts, slots: int, template: T
         lm_batches = validation_batches(
             text.validation, text.context_length, 8 * ways, c.lm_batches,
             byte_lengths=np.ones(n.policy.vocab_size, np.int32),
+            here=hosts.batch_rows(batch_sharding(mesh, 0), 8 * ways),
         )  # fmt: skip
 
     def evaluate(state):
         averaged = dataclasses.replace(state, policy=state.average)
-        tokens, lengths = (jax.device_put(batch[k], batch_sharding(mesh, 0)) for k in ("tokens", "lengths"))
+        tokens, lengths = (hosts.place(batch[k], batch_sharding(mesh, 0)) for k in ("tokens", "lengths"))
         tokens, mask, _ = sample(averaged.policy, tokens, lengths, jax.random.key(seed))
         judged, score = judge(averaged, tokens, lengths, mask)
         score = rule_score(tokens, lengths, mask, texts, score)
         _, metrics = finish(judged, score, state.kl_coefficient)
-        ids, responses = rewards.split_rows(*(np.asarray(a) for a in (tokens, lengths, mask)))
+        ids, responses = rewards.split_rows(*map(hosts.whole, (tokens, lengths, mask)))
         record = {
             "score": float(metrics["objective/score"]),
             "raw_score": float(np.mean(np.asarray(score))),
@@ -62,7 +64,7 @@ def evaluator(c: EvaluationConfig, n: Networks, prompts, slots: int, template: T
         if len(lm_batches):
             total, count, _ = loop.evaluation_sums(lm_step, averaged.policy, lm_batches, batch_sharding(mesh, 0))
             record["lm_loss"] = total / count
-        score = np.asarray(score)
+        score = hosts.whole(score)
         table = [
             {"prompt": texts[i], "text": template.decode(responses[i]), "score": float(score[i])}
             | ({"gold": float(of_gold[i])} if gold else {})
@@ -75,7 +77,7 @@ def evaluator(c: EvaluationConfig, n: Networks, prompts, slots: int, template: T
 
 def write_samples(workdir, step: int, table: list[dict]):
     """Adds the table to samples.jsonl, each step once."""
-    if jax.process_index() or not table:
+    if not hosts.first() or not table:
         return
     lines = JsonLines(epath.Path(workdir) / "samples.jsonl", max(step - 1, 0) if step else -1)
     for row in table:

@@ -6,9 +6,9 @@ import numpy as np
 
 from gptjax.data.corpus import text_windows
 from gptjax.errors import InputError
+from gptjax.parallel import hosts
 from gptjax.parallel.mesh import batch_ways
 from gptjax.rlhf.config import PtxConfig
-from gptjax.training import loop
 from gptjax.training.step import batch_sharding
 
 
@@ -20,9 +20,10 @@ class Text:
 
     def batch(self, position: int, shape: tuple[int, int, int], mesh):
         """Tokens int [minibatches, micro-batches, rows, context + 1] on the mesh: the sequences from `position` on."""
-        index = position + np.arange(np.prod(shape))
-        tokens = self.examples.read(index).reshape(*shape, -1)
-        return loop.global_array(tokens, batch_sharding(mesh, 2))
+        sharding = batch_sharding(mesh, 2)
+        index = position + np.arange(np.prod(shape)).reshape(shape)[..., hosts.rows_here(sharding, shape[-1])]
+        tokens = self.examples.read(index.ravel()).reshape(*index.shape, -1)
+        return hosts.global_array(tokens, sharding)
 
 
 def load_text(c: PtxConfig, policy, workdir, context_length: int, seed: int, *, needed: bool, resumed: bool):
@@ -42,7 +43,7 @@ def load_text(c: PtxConfig, policy, workdir, context_length: int, seed: int, *, 
             ) from error
         if c.source:
             raise
-        print(f"no loss on pre-training text will be measured: {error}")
+        hosts.say(f"no loss on pre-training text will be measured: {error}")
         return None
     return Text(examples, validation, length)
 

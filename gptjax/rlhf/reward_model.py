@@ -21,6 +21,7 @@ from gptjax.generation.decode import bucket
 from gptjax.model import gpt, heads
 from gptjax.model.attention import resolve
 from gptjax.model.spec import GPTConfig
+from gptjax.parallel import hosts
 from gptjax.parallel.mesh import batch_ways
 from gptjax.parallel.rules import parameter_shardings
 from gptjax.training.precision import DTYPES
@@ -63,7 +64,7 @@ class RewardModel:
                 for row, i in enumerate(chosen):
                     tokens[row, : len(texts[i])], lengths[row] = texts[i], len(texts[i])
                 scores = score_rows(self.params, tokens, lengths, self.config, self.dtype, self.mesh)
-                out[chosen] = np.asarray(scores)[: len(chosen)]
+                out[chosen] = hosts.whole(scores)[: len(chosen)]
         return out
 
 

@@ -13,6 +13,7 @@ import numpy as np
 
 from gptjax.data.chat import Template
 from gptjax.errors import InputError
+from gptjax.parallel import hosts
 
 
 def load_callable(name: str) -> Callable:
@@ -31,7 +32,16 @@ def load_callable(name: str) -> Callable:
 
 def call(function: Callable, on: str, template: Template, prompts: Sequence, prompt_texts: Sequence[str],
          responses: Sequence) -> np.ndarray:  # fmt: skip
-    """float32 [n] of the callable, checked. Raises InputError for another shape or values that are not finite."""
+    """float32 [n] of the callable, checked. Raises InputError for another shape or values that are not finite.
+
+    Of many hosts process 0 calls it, with the whole batch, and the others get its values: each response is judged once,
+    and a function that compares responses, has a state or asks a service sees what it would see on one host.
+    """
+    once = lambda: _values(function, on, template, prompts, prompt_texts, responses).tolist()
+    return np.array(hosts.from_first(once), np.float32)
+
+
+def _values(function, on, template, prompts, prompt_texts, responses) -> np.ndarray:
     if on == "text":
         values = function(list(prompt_texts), [template.decode(ids) for ids in responses])
     else:

@@ -25,6 +25,7 @@ from orbax.checkpoint.checkpoint_managers import preservation_policy
 
 from gptjax.config import write_json
 from gptjax.errors import InputError
+from gptjax.parallel import hosts
 
 
 @dataclasses.dataclass(frozen=True)
@@ -114,8 +115,8 @@ class Checkpointer:
         self._owner = config is not None
         self._config = config or CheckpointConfig()
         self._keep = _Keep(self._config)
-        best = self._read_best()
-        self._keep.best = best and best["step"]
+        self._best = self._read_best()  # {'step', 'loss'}
+        self._keep.best = self._best and self._best["step"]
         self._manager = None
         self._failed: str | None = None
 
@@ -175,8 +176,9 @@ class Checkpointer:
             full = "RESOURCE_EXHAUSTED" in text or "No space left" in text or getattr(error, "errno", 0) == 28
             if not full:
                 raise
-        for leftover in self.directory.glob("*.orbax-checkpoint-tmp*"):
-            leftover.rmtree(missing_ok=True)
+        if hosts.first():
+            for leftover in self.directory.glob("*.orbax-checkpoint-tmp*"):
+                leftover.rmtree(missing_ok=True)
         good = self.steps()
         self._failed = (
             f"the disk of {self.directory} is full: the checkpoint being written was dropped. "
@@ -197,12 +199,11 @@ class Checkpointer:
 
     def report(self, step: int, loss: float):
         """Tell the loss of an evaluated step; the best saved one is kept."""
-        best = self._read_best()
-        if not math.isfinite(loss):
-            return
-        if self._config.keep_best and step in self.manager.all_steps() and (not best or loss < best["loss"]):
-            self._keep.best = step
-            write_json(self.directory / "best.json", {"step": step, "loss": loss})
+        better = math.isfinite(loss) and (not self._best or loss < self._best["loss"])
+        if self._config.keep_best and step in self.manager.all_steps() and better:
+            self._best, self._keep.best = {"step": step, "loss": loss}, step
+            if hosts.first():
+                write_json(self.directory / "best.json", self._best)
 
     # --- restore --------------------------------------------------------------------------------------
 
@@ -255,11 +256,14 @@ class Checkpointer:
         if not steps:
             return None
         for step in reversed(steps):
+            found, reason = None, "another host cannot read it"
             try:
-                return load(step)
+                found = load(step)
             except Exception as error:  # orbax raises many kinds for a damaged directory
                 reason = str(error).strip().split("\n")[0][:300]
-                print(f"warning: checkpoint {step} is damaged, trying an older one: {reason}", file=sys.stderr)
+            if hosts.all_true(found is not None):
+                return found
+            print(f"warning: checkpoint {step} is damaged, trying an older one: {reason}", file=sys.stderr)
         raise InputError(
             f"No checkpoint in {self.directory} could be restored (tried {', '.join(map(str, reversed(steps)))}). "
             "If the model's config was changed, undo that; otherwise start again in a new --workdir."
@@ -267,17 +271,20 @@ class Checkpointer:
 
     def drop_after(self, step: int):
         """Put checkpoints newer than the one that was restored out of the way, into checkpoints-damaged."""
-        for newer in self.steps():
-            if newer > step:
-                aside = self.directory.parent / "checkpoints-damaged"
-                aside.mkdir(parents=True, exist_ok=True)
-                (aside / str(newer)).rmtree(missing_ok=True)
-                (self.directory / str(newer)).rename(aside / str(newer))
-                print(f"warning: checkpoint {newer} was moved to {aside}", file=sys.stderr)
-                if self._keep.best == newer:
-                    (self.directory / "best.json").unlink(missing_ok=True)
-                    self._keep.best = None
+        newer = [s for s in self.steps() if s > step]
+        hosts.only_first(lambda: [self._put_aside(s) for s in newer])
+        if self._keep.best in newer:
+            self._best = self._keep.best = None
         self.manager.reload()
+
+    def _put_aside(self, step: int):
+        aside = self.directory.parent / "checkpoints-damaged"
+        aside.mkdir(parents=True, exist_ok=True)
+        (aside / str(step)).rmtree(missing_ok=True)
+        (self.directory / str(step)).rename(aside / str(step))
+        print(f"warning: checkpoint {step} was moved to {aside}", file=sys.stderr)
+        if self._keep.best == step:
+            (self.directory / "best.json").unlink(missing_ok=True)
 
 
 class _Damaged(Exception):

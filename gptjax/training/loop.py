@@ -6,6 +6,8 @@ before a checkpoint, so that metrics.jsonl on disk is never behind the checkpoin
 
 import contextlib
 import dataclasses
+import faulthandler
+import functools
 import itertools
 import signal
 import sys
@@ -19,6 +21,7 @@ from tqdm import tqdm
 from gptjax.errors import InputError
 from gptjax.model.flops import mfu
 from gptjax.objectives.language import bits_per_byte
+from gptjax.parallel import hosts
 from gptjax.training.checkpoint import Checkpointer
 from gptjax.training.metrics import LogConfig, MetricWriter
 from gptjax.training.schedule import Schedule
@@ -49,7 +52,7 @@ class Dispatch:
     step_fn: jitted (state, batch, learning rates [steps]) -> (state, metrics [steps]).
     """
 
-    def __init__(self, step_fn, say=print):
+    def __init__(self, step_fn, say=hosts.say):
         self._step_fn, self._compiled, self._say = step_fn, {}, say
         self.seconds_compiling = 0.0
 
@@ -84,10 +87,15 @@ def chunks(start: int, stop: int, size: int, *boundaries: int, at=()) -> Iterato
 
 @contextlib.contextmanager
 def stop_on_sigterm():
-    """Yields a list that becomes non-empty when the process is asked to end (preemption, scancel, kill)."""
-    asked: list[int] = []
+    """Yields asked(), True once the process is asked to end (preemption, scancel, kill). To be called once a step: of
+    many hosts any one may be asked, and all stop at the same step."""
+    if jax.process_count() > 1:
+        yield hosts.stop_asked
+        return
+    signals: list[int] = []
+    asked = lambda: bool(signals)
     try:
-        old = signal.signal(signal.SIGTERM, lambda number, _: asked.append(number))
+        old = signal.signal(signal.SIGTERM, lambda number, _: signals.append(number))
     except ValueError:  # not the main thread: whoever runs us handles signals
         yield asked
         return
@@ -97,10 +105,24 @@ def stop_on_sigterm():
         signal.signal(signal.SIGTERM, old)
 
 
+@contextlib.contextmanager
+def ends_when_stuck(seconds: float | None):
+    """Yields alive(), to be called once a step: `seconds` without it end the process (LogConfig.stuck_after)."""
+    if seconds is None:
+        yield lambda: None
+        return
+    alive = functools.partial(faulthandler.dump_traceback_later, seconds, exit=True, file=sys.__stderr__)
+    alive()
+    try:
+        yield alive
+    finally:
+        faulthandler.cancel_dump_traceback_later()
+
+
 def train(
     state: TrainState,
     *,
-    feed: Callable[[Iterator[tuple[int, int]]], Iterator[tuple[int, int, object, list[dict]]]],
+    feed: Callable[[Iterator[tuple[int, int]]], Iterator[tuple[int, int, object]]],
     dispatch: Dispatch,
     schedule: Schedule,
     checkpointer: Checkpointer,
@@ -122,8 +144,8 @@ def train(
     """Runs steps start_step .. schedule.steps - 1.
 
     Args:
-        feed: turns (first step, steps) chunks into (first, steps, device batch, [{'target_bytes': int}, ...]).
-            Without target_bytes there is no bits_per_byte.
+        feed: turns (first step, steps) chunks into (first, steps, device batch). Without target_bytes in the batch
+            there is no bits_per_byte.
         evaluate: params -> {'loss', ...}; its record goes to evaluations.jsonl. Where it has a 'selection', that is
             what the best checkpoint has lowest, else the loss.
         figures: the step's further sums (step.py) -> {name: figure} for metrics.jsonl.
@@ -142,7 +164,7 @@ def train(
         disable=jax.process_index() != 0, mininterval=0.5,
     )  # fmt: skip
 
-    def record(first, count, metrics, infos):
+    def record(first, count, metrics):
         metrics = jax.device_get(metrics)
         seconds = clock.lap() / count
         for i in range(count):
@@ -160,7 +182,7 @@ def train(
                 "step": step,
                 "tokens_seen": schedule.tokens_before(step),
                 "loss": nats / max(count_i, 1),
-                **_bits(nats, infos[i].get("target_bytes")),
+                **(_bits(nats, metrics["target_bytes"][i]) if "target_bytes" in metrics else {}),
                 **(figures({k: float(v[i]) for k, v in metrics["sums"].items()}) if figures else {}),
                 "grad_norm": float(metrics["grad_norm"][i]),
                 "learning_rate": schedule.learning_rate(step - 1),
@@ -187,7 +209,7 @@ def train(
             checkpointer.report(step, result.get("selection", result["loss"]))
             bar.clear()
             shown = [f"{k.replace('_', ' ')} {v:.4f}" for k, v in result.items() if isinstance(v, float)]
-            print(f"step {step}: validation {', '.join(shown)}")
+            hosts.say(f"step {step}: validation {', '.join(shown)}")
 
     def save(step):
         with clock.paused():
@@ -200,10 +222,10 @@ def train(
 
     profiler = _Profiler(workdir, start_step + log.profile_start, log.profile_steps)
     pending, step, saved = None, start_step, start_step if start_step else -1
-    with stop_on_sigterm() as asked_to_stop, profiler:
+    with stop_on_sigterm() as asked_to_stop, ends_when_stuck(log.stuck_after) as alive, profiler:
         plan = chunks(start_step, schedule.steps, steps_per_dispatch, checkpoint_every, eval_every, at=profiler.ends)
         clock.lap()
-        for first, count, batch, infos in feed(plan):
+        for first, count, batch in feed(plan):
             profiler.before(first)
             rates = np.array([schedule.learning_rate(s) for s in range(first, first + count)], np.float32)
             compiling = dispatch.seconds_compiling
@@ -211,8 +233,10 @@ def train(
             clock.leave_out(dispatch.seconds_compiling - compiling)
             if pending is not None:
                 record(*pending)
-            pending, step = (first, count, metrics, infos), first + count
-            at_end = step == schedule.steps or bool(asked_to_stop)
+            pending, step = (first, count, metrics), first + count
+            stopping = asked_to_stop()
+            alive()
+            at_end = step == schedule.steps or stopping
             if at_end or step % checkpoint_every == 0 or step % eval_every == 0 or step >= profiler.stop_at:
                 record(*pending)
                 pending = None
@@ -222,13 +246,13 @@ def train(
                     saved = step
             if step % eval_every == 0 or step == schedule.steps:
                 assess(step)
-            if asked_to_stop:
+            if stopping:
                 break
     bar.close()
     on_disk = checkpointer.wait() and saved == step
     finished = step == schedule.steps
     if not finished:
-        print(f"asked to stop: saved step {saved}; the same command goes on from there")
+        hosts.say(f"asked to stop: saved step {saved}; the same command goes on from there")
     if not on_disk:
         raise InputError(
             f"The run stopped at step {step} but its last checkpoint could not be written: free some disk space and "
@@ -238,21 +262,16 @@ def train(
 
 
 def _bits(nats, n_bytes) -> dict:
-    return {} if n_bytes is None else {"bits_per_byte": float(bits_per_byte(nats, max(n_bytes, 1)))}
+    return {"bits_per_byte": float(bits_per_byte(nats, max(int(n_bytes), 1)))}
 
 
 def evaluation_sums(eval_step, params, batches, sharding) -> tuple[float, float, dict]:
-    """(loss sum, count, {name: further sum}) over batches[0 .. len - 1]; numbers among a batch's entries (such as
-    target_bytes) are summed with the further ones."""
-    results, extra = [], {}
-    for i in tqdm(range(len(batches)), desc="evaluating", unit="batch", disable=len(batches) < 20, leave=False):
-        batch = batches[i]
-        arrays = {k: global_array(v, sharding) for k, v in batch.items() if isinstance(v, np.ndarray)}
-        results.append(eval_step(params, arrays))
-        for k in batch.keys() - arrays.keys():
-            extra[k] = extra.get(k, 0) + batch[k]
-    total, count, *further = (jax.tree.map(lambda *xs: sum(map(float, xs)), *results)) if results else (0.0, 0.0)
-    return total, count, extra | (further[0] if further else {})
+    """(loss sum, count, {name: further sum}) over batches[0 .. len - 1], each with this host's rows."""
+    results, quiet = [], len(batches) < 20 or not hosts.first()
+    for i in tqdm(range(len(batches)), desc="evaluating", unit="batch", disable=quiet, leave=False):
+        batch = {k: v for k, v in batches[i].items() if isinstance(v, np.ndarray)}
+        results.append(eval_step(params, jax.tree.map(lambda a: hosts.global_array(a, sharding), batch)))
+    return jax.tree.map(lambda *xs: sum(map(float, xs)), *results) if results else (0.0, 0.0, {})
 
 
 def _diverged(step, loss, grad_norm, checkpointer):
@@ -308,7 +327,7 @@ class _Profiler(contextlib.AbstractContextManager):
     def after(self, step):
         if self._on and step >= self.stop_at:
             self.__exit__(None, None, None)
-            print(f"profile of steps {self.start}..{step - 1}: {self.directory}")
+            hosts.say(f"profile of steps {self.start}..{step - 1}: {self.directory}")
 
     def __exit__(self, *exc):
         if self._on:
@@ -326,28 +345,21 @@ def device_feed(read: Callable[[int, int], Iterator[tuple[int, dict]]], microbat
     """The `feed` of `train` for batches read one step at a time.
 
     Args:
-        read: (start, stop) -> iterator of (step, batch of numpy arrays and scalars), this host's rows only.
-        microbatch_rows: this host's rows of one micro-batch.
+        read: (start, stop) -> iterator of (step, batch of numpy arrays and scalars), this host's rows only
+            (hosts.batch_rows).
+        microbatch_rows: of one micro-batch, over all hosts.
         sharding: of arrays [steps, micro-batches, rows, ...].
     """
+    rows_here = len(hosts.rows_here(sharding, microbatch_rows))
 
     def feed(plan):
         batches = read(start, stop)
         for first, count in plan:
-            arrays, infos = [], []
+            arrays = []
             for step, batch in itertools.islice(batches, count):
-                assert step == first + len(infos), "the loader and the loop disagree on the step"
-                infos.append({k: v for k, v in batch.items() if not isinstance(v, np.ndarray)})
-                arrays.append(
-                    micro_batches({k: v for k, v in batch.items() if isinstance(v, np.ndarray)}, microbatch_rows)
-                )
+                assert step == first + len(arrays), "the loader and the loop disagree on the step"
+                arrays.append(micro_batches({k: v for k, v in batch.items() if isinstance(v, np.ndarray)}, rows_here))
             stacked = jax.tree.map(lambda *xs: np.stack(xs), *arrays)
-            yield first, count, jax.tree.map(lambda a: global_array(a, sharding), stacked), infos
+            yield first, count, jax.tree.map(lambda a: hosts.global_array(a, sharding), stacked)
 
     return feed
-
-
-def global_array(local: np.ndarray, sharding):
-    if jax.process_count() == 1:
-        return jax.device_put(local, sharding)
-    return jax.make_array_from_process_local_data(sharding, local)

@@ -6,20 +6,24 @@ import json
 import math
 import os
 
-import jax
 from etils import epath
+
+from gptjax.parallel import hosts
 
 
 @dataclasses.dataclass(frozen=True)
 class LogConfig:
     """every: steps between lines of metrics.jsonl. tensorboard, wandb: further places.
-    profile_start, profile_steps: trace these steps into workdir/profile (0 steps = no trace)."""
+    profile_start, profile_steps: trace these steps into workdir/profile (0 steps = no trace). stuck_after: seconds
+    without a new step, evaluations and checkpoints included, after which the process writes the stack of each of its
+    threads and ends; None = never. Of many hosts one that is stuck would keep the others waiting for good."""
 
     every: int = 1
     tensorboard: bool = True
     wandb: bool = False
     profile_start: int = 10
     profile_steps: int = 0
+    stuck_after: float | None = None
 
 
 class JsonLines:
@@ -77,7 +81,7 @@ class MetricWriter:
     """metrics.jsonl (training), evaluations.jsonl, TensorBoard and W&B, from host 0 only."""
 
     def __init__(self, workdir, config: LogConfig, start_step: int = 0, run_config: dict | None = None):
-        self.active = jax.process_index() == 0
+        self.active = hosts.first()
         workdir = epath.Path(workdir)
         self._evaluations = workdir / "evaluations.jsonl"
         if not self.active:
@@ -116,7 +120,7 @@ class MetricWriter:
             self._wandb.log(scalars, step=record["step"])
 
     def evaluations(self) -> list[dict]:
-        return JsonLines.read(self._evaluations)  # on every host: they must agree on what is still to do
+        return hosts.from_first(lambda: JsonLines.read(self._evaluations))  # all must agree on what is still to do
 
     def flush(self):
         if self.active:

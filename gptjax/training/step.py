@@ -42,8 +42,9 @@ def train_step(loss_fn, tx, clip_norm: float, precision: PrecisionConfig, seed: 
     """Returns step(state, (batch, learning_rate)) -> (state, metrics), to be jitted or scanned over.
 
     Every array of the batch is [micro-batches, rows, ...]; `weights` is one of them. metrics: loss_sum, count,
-    grad_norm, finite, loss_scale, sums (what the loss returns besides). A step whose loss or gradient is not finite
-    changes nothing but the counters. weigh: batch -> batch, for weights that depend on the whole global batch.
+    grad_norm, finite, loss_scale, sums (what the loss returns besides), and target_bytes where the batch has them. A
+    step whose loss or gradient is not finite changes nothing but the counters. weigh: batch -> batch, for weights that
+    depend on the whole global batch.
     """
 
     def step(state: TrainState, batch_and_rate):
@@ -97,6 +98,8 @@ def train_step(loss_fn, tx, clip_norm: float, precision: PrecisionConfig, seed: 
             "loss_scale": state.loss_scale.scale,
             "sums": further[0] if further else {},
         }
+        if "target_bytes" in batch:  # on the device, for it knows each row once however many hosts hold it
+            metrics["target_bytes"] = batch["target_bytes"].sum()
         return new, metrics
 
     return step
@@ -119,9 +122,15 @@ def jit_train_step(step, shardings: TrainState):
 
 
 def jit_eval_step(loss_fn, mesh):
-    """eval_step(params, batch) -> what the loss returns, the batch without a micro-batch axis."""
-    whole = NamedSharding(mesh, PartitionSpec())
-    return jax.jit(lambda params, batch: loss_fn(params, batch, None), out_shardings=whole)
+    """eval_step(params, batch) -> (loss sum, count, {further sums, and target_bytes where the batch has them}), the
+    batch without a micro-batch axis."""
+
+    def evaluate(params, batch):
+        total, count, *further = loss_fn(params, batch, None)
+        sums = {k: v.sum() for k, v in batch.items() if k == "target_bytes"}
+        return total, count, sums | (further[0] if further else {})
+
+    return jax.jit(evaluate, out_shardings=NamedSharding(mesh, PartitionSpec()))
 
 
 def batch_sharding(mesh, leading: int) -> NamedSharding:
