@@ -4,6 +4,7 @@ Run with stand-ins for gcloud, srun and the like on the PATH: they note their ar
 written down for them.
 """
 
+import importlib
 import os
 import re
 import shlex
@@ -328,6 +329,43 @@ def test_sbatch_is_given_the_very_file_that_was_printed(stand_ins):
         env=stand_ins.environment,
     )  # fmt: skip
     assert (stand_ins.folder / "given").read_text() == dry_run(*LAUNCHERS["slurm"])
+
+
+# --- what the documentation says ------------------------------------------------------------------------------
+
+
+def documented() -> list[list[str]]:
+    """The words of every launcher's command in WORKSPACE.md and in the launchers' own docstrings."""
+    text = (ROOT / "WORKSPACE.md").read_text() + "\n\n" + "\n\n".join(m.__doc__ for m in (tpu, gke, slurm))
+    found = re.findall(r"^ *python -m (experiments\.launch\.(?:.*\\\n)*.*)$", text, re.MULTILINE)
+    return [shlex.split(command.replace("\\\n", " ")) for command in found]
+
+
+@pytest.mark.parametrize("words", documented(), ids=lambda words: " ".join(words[:2]))
+def test_documented_recipes_are_accepted_and_their_mesh_takes_their_batch(words):
+    from gptjax import config as configs
+    from gptjax.parallel.mesh import check_fits
+    from gptjax.pretrain import PretrainConfig
+
+    launcher = {m.__name__: m for m in (tpu, gke, slurm)}[words[0]]
+    script = launcher.make(words[1:])[1]
+    assert "--dry_run" in words and words[words.index("--") + 1] == "gptjax.pretrain"
+    devices = int(re.search(r"(\d+) (devices|GPUs)", script)[1])
+
+    run = words[words.index("--") + 2 :]
+    file, _, size = next(w.partition("=")[2] for w in run if w.startswith("--config=")).partition(":")
+    c = importlib.import_module(file.removesuffix(".py").replace("/", ".")).get_config(size)
+    for key, value in re.findall(r"^--config\.([a-z_.]+)=(.*)$", "\n".join(run), re.MULTILINE):
+        c.update_from_flattened_dict({key: int(value) if re.fullmatch(r"-?\d+", value) else value})
+    c = configs.build(PretrainConfig, c)
+    sizes = c.mesh.sizes(devices)
+    check_fits(sizes, n_head=c.model.n_head, batch_size=c.batch_size, microbatch_size=c.microbatch_rows)
+
+
+def test_every_kind_of_machine_has_its_recipe():
+    kinds = [(words[0].rpartition(".")[2], any(w.startswith("--slices") for w in words)) for words in documented()]
+    assert {("tpu", False), ("tpu", True), ("gke", True), ("slurm", False)} <= set(kinds)
+    assert "experiments/colab/quickstart.ipynb" in (ROOT / "WORKSPACE.md").read_text()
 
 
 # --- accelerators ---------------------------------------------------------------------------------------------

@@ -3,7 +3,7 @@
     python -m experiments.launch.gke --name=gpt3 --project=MINE --zone=us-east5-a --cluster=tpus \\
         --accelerator=v5p-1024 --slices=2 --dry_run -- gptjax.pretrain --config=configs/gpt3.py:175b \\
         --workdir=gs://BUCKET/gpt3 --config.data.source=gs://BUCKET/text --config.data.cache=/tmp/tokens \\
-        --config.mesh.fsdp=-1
+        --config.mesh.data=2 --config.batch_size=1664 --config.microbatch_size=128
 
 Run it in the checkout: XPK puts the folder into the image (`pip install xpk`; the cluster is made with `xpk cluster
 create`). The packages are installed when a pod starts, unless --docker_image names an image that has them and the
@@ -40,7 +40,7 @@ def script(a: argparse.Namespace, run: job.Job) -> str:
     if a.slices < 1 or a.max_restarts < 0:
         raise InputError(f"--slices={a.slices} --max_restarts={a.max_restarts}: at least 1 and 0.")
     devices = machine.devices * a.slices
-    run.check(devices, slices=a.slices, keeps_disk=False)
+    run.check(devices, keeps_disk=False)
     # exec: SIGTERM, which XPK hands to its child, must reach Python for the run to save
     command = f"exec {run.shell('python')}"
     image = [f"--docker-image={a.docker_image}"]

@@ -49,7 +49,7 @@ class Job:
         assignments = [f"{name}={shlex.quote(value)}" for name, value in self.env]
         return " ".join([*(["env", *assignments] if assignments else []), python, "-m", shlex.join(self.words)])
 
-    def check(self, devices: int, *, slices: int = 1, keeps_disk: bool):
+    def check(self, devices: int, *, keeps_disk: bool):
         """Raises InputError for what would fail on `devices` devices, once they are there and are paid for.
 
         keeps_disk: whether a local workdir is one disk, and is still there after a preemption.

@@ -134,7 +134,7 @@ def script(a: argparse.Namespace, run: job.Job) -> str:
     if unknown := [step for step in steps if step not in STEPS]:
         raise InputError(f"--steps: there is no {unknown[0]!r}: {job.nearest(unknown[0], STEPS)}")
     devices, hosts = machine.devices * a.slices, machine.hosts * a.slices
-    run.check(devices, slices=a.slices, keeps_disk=hosts == 1 and not a.spot)
+    run.check(devices, keeps_disk=hosts == 1 and not a.spot)
 
     # The queue makes one slice and several alike; afterwards one is a tpu-vm to gcloud, and several are its nodes.
     where = [f"--project={job.project_of(a)}", f"--zone={a.zone}"]
