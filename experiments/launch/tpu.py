@@ -81,8 +81,8 @@ trap leave EXIT
 """
 
 ENSURE_COMMITTED = """\
-if ! git diff --quiet HEAD; then
-  echo 'What goes there is the last commit, and there are changes since: commit them first.' >&2
+if [ -n "$(git status --porcelain)" ]; then
+  echo 'What goes there is the last commit, and files here are not in it: commit them first.' >&2
   exit 1
 fi
 """
