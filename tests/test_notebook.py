@@ -1,0 +1,95 @@
+"""The Colab notebook: stored without outputs, its pins are this repository's, and it runs from top to bottom."""
+
+import ast
+import os
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+NOTEBOOK = ROOT / "experiments" / "colab" / "quickstart.ipynb"
+# The demo at its smallest, for two CPU cores. GPTJAX_FLAGS and GPTJAX_WORKDIR, where set, take their places (.ci/run).
+SMALLEST = (
+    "--config.model.n_layer=2 --config.model.n_head=2 --config.model.d_model=64 --config.data.tokenizer=bpe:1024 "
+    "--config.steps=20 --config.eval.every=20 --config.checkpoint.every=20 --config.eval.batches=2 "
+    "--scale=0.02 --limit=8"
+)
+
+
+@pytest.fixture(scope="module")
+def notebook():
+    nbformat = pytest.importorskip("nbformat", reason="needs requirements-test.txt")
+    return nbformat.read(NOTEBOOK, as_version=4)
+
+
+def code(notebook) -> list[str]:
+    return [cell.source for cell in notebook.cells if cell.cell_type == "code"]
+
+
+def test_it_is_valid_and_stored_without_outputs(notebook):
+    nbformat = pytest.importorskip("nbformat", reason="needs requirements-test.txt")
+    nbformat.validate(notebook)
+    for cell in notebook.cells:
+        if cell.cell_type == "code":
+            assert cell.outputs == [] and cell.execution_count is None
+            ast.parse(cell.source)  # no shell magic: a command that fails must stop the notebook
+
+
+def test_its_process_never_loads_jax(notebook):
+    """A TPU serves one process at a time: the kernel must leave it to the commands."""
+    for cell in code(notebook):
+        for node in ast.walk(ast.parse(cell)):
+            names = [a.name for a in node.names] if isinstance(node, ast.Import) else []
+            names += [node.module] if isinstance(node, ast.ImportFrom) else []
+            assert not any(name.split(".")[0] in ("jax", "gptjax", "experiments") for name in names)
+
+
+def test_its_jax_is_the_one_the_tests_run_with(notebook):
+    pin = next(node.value.value for node in ast.parse(code(notebook)[0]).body if node.targets[0].id == "JAX")
+    tested = (ROOT / "requirements-test.txt").read_text()
+    assert f"jax[tpu]=={pin} pins it" in tested
+    low = re.search(r"^jax>=([0-9.]+),", (ROOT / "requirements.txt").read_text(), re.MULTILINE)[1]
+    assert [int(n) for n in pin.split(".")] >= [int(n) for n in low.split(".")]
+
+
+def test_a_command_that_fails_stops_it_and_what_it_printed_is_seen(notebook, capsys):
+    definition = next(n for n in ast.parse(code(notebook)[1]).body if isinstance(n, ast.FunctionDef))
+    names = {"os": os, "shlex": shlex, "subprocess": subprocess}
+    exec(compile(ast.Module([definition], []), "run", "exec"), names)
+    names["run"](sys.executable, "-c", "print('done')")
+    with pytest.raises(RuntimeError, match="exit code 3"):
+        names["run"](sys.executable, "-c", "import sys; print('amiss', file=sys.stderr); sys.exit(3)")
+    printed = capsys.readouterr().out
+    assert "done\n" in printed and "amiss\n" in printed
+
+
+@pytest.mark.slow
+def test_it_runs_from_top_to_bottom(notebook, tmp_path, monkeypatch):
+    nbclient = pytest.importorskip("nbclient", reason="needs requirements-test.txt")
+    workdir = Path(os.environ.get("GPTJAX_WORKDIR", tmp_path / "run")).resolve()
+    monkeypatch.setenv("GPTJAX_WORKDIR", str(workdir))
+    monkeypatch.setenv("GPTJAX_FLAGS", os.environ.get("GPTJAX_FLAGS", SMALLEST))
+    for name in ("NPROC", "XLA_FLAGS"):  # conftest.py's eight devices are not for it
+        monkeypatch.delenv(name, raising=False)
+    done = nbclient.NotebookClient(
+        notebook, timeout=1800, kernel_name="python3", resources={"metadata": {"path": str(NOTEBOOK.parent)}}
+    ).execute()
+
+    printed = "".join(o.text for cell in done.cells for o in cell.get("outputs", []) if o.output_type == "stream")
+    shown = "".join(
+        o.data.get("text/html", "") for cell in done.cells for o in cell.get("outputs", []) if "data" in o
+    )  # fmt: skip
+    assert shlex.split(os.environ["GPTJAX_FLAGS"])[0] in printed  # the sizes that were asked for
+    for stage in (".", "sft", "reward", "ppo", "ppo_ptx"):
+        assert (workdir / stage / "report.html").stat().st_size > 10_000
+        assert list((workdir / stage / "checkpoints").iterdir())
+    assert shown.count("<img ") == 6  # gold and proxy against KL, and the curves of five stages
+    for column in ("gold", "proxy", "KL from SFT, nats", "the real one", "PPO-ptx"):
+        assert f"<th>{column}</th>" in shown
+    assert shown.count("<tr><td><code>") == 8  # samples on signatures that no stage has seen
+    assert printed.count("$ ") and "def read_lines(path, encoding='utf-8'):" in printed
+    assert "1,557,611,200" in printed  # describe's count of GPT-2 1.5B
