@@ -33,7 +33,6 @@ from gptjax.parallel.mesh import MeshConfig
 from gptjax.parallel.topology import Topology
 from gptjax.ppo import PPOConfig
 from gptjax.pretrain import PretrainConfig
-from gptjax.training.step import memory_needed
 
 PROGRAMS = ("train", "decode", "ppo_collect", "ppo_update")
 PRESETS = {"gpt1": GPT1} | {f"gpt2:{k}": v for k, v in GPT2.items()} | {f"gpt3:{k}": v for k, v in GPT3.items()}
@@ -141,13 +140,13 @@ def check(config: dict, topology: Topology, request: Request = Request(), status
             "largest": largest(program),
         }
     result |= {"fits": True, "compile_seconds": time.perf_counter() - began}
-    memory = memory_needed(compiled)
+    memory = compiled.memory_analysis()
     sent = traffic(compiled.as_text(), topology.num_slices)
     ici, dcn = sent.sent(crosses=False), sent.sent(crosses=True)
     result |= {
-        "bytes_per_chip": sum(memory.values()),
-        "argument_bytes_per_chip": memory["state and batch"],
-        "temporary_bytes_per_chip": memory["temporaries"],
+        "bytes_per_chip": memory.peak_memory_in_bytes,
+        "argument_bytes_per_chip": memory.argument_size_in_bytes,
+        "temporary_bytes_per_chip": memory.peak_memory_in_bytes - memory.argument_size_in_bytes,
         "collective_bytes_per_chip": ici + dcn,
         "dcn_bytes_per_chip": dcn,
         "collectives": sent.by_kind(),

@@ -21,10 +21,11 @@ from gptjax.model.spec import GPTConfig, non_embedding_count, parameter_count
 from gptjax.parallel.bounds import Work, train_work
 from gptjax.parallel.mesh import batch_ways, check_fits
 from gptjax.parallel.rules import parameter_shardings
-from gptjax.ppo import PPOConfig, ptx_rows
+from gptjax.ppo import PPOConfig
 from gptjax.pretrain import PretrainConfig
 from gptjax.rlhf import networks, rollout
 from gptjax.rlhf import state as ppo_state
+from gptjax.rlhf.ptx import batch_shape
 from gptjax.rlhf.update import make_update
 from gptjax.training.optimizer import make_optimizer
 from gptjax.training.state import state_shardings
@@ -131,13 +132,9 @@ def kept_arrays(loss, params, batch, mesh, model: GPTConfig, rows: int, dropout:
     for x in leaves:
         if x.shape in seen or rows not in x.shape or not hasattr(x.dtype, "itemsize"):
             continue
-        cut = ways * (mesh.shape["tensor"] if _over_heads(x.shape, model) else 1)
+        cut = ways * mesh.shape["tensor"] * mesh.shape["seq"]  # heads, MLP features, or the residual stream's time
         found.append((_name(x.shape, model), x.shape, math.prod(x.shape) * x.dtype.itemsize // cut))
     return tuple(sorted(found, key=lambda a: -a[2]))
-
-
-def _over_heads(shape, model) -> bool:
-    return model.d_ff in shape or shape[-2:] == (3, model.d_model) or shape[-1] == model.d_head
 
 
 def _name(shape, model) -> str:
@@ -307,11 +304,11 @@ def update_program(c: PPOConfig, policy: GPTConfig, reward: GPTConfig | None, me
     ptx, ptx_flops, ptx_tokens = None, 0.0, 0
     steps = c.ppo.epochs * c.ppo.minibatches
     if c.ppo.ptx_coefficient:
-        per_step, micro = ptx_rows(c, mesh)
         time = c.ptx.context_length or n.policy.context_length
-        shape = (c.ppo.minibatches, per_step // micro, micro, time + 1)
-        ptx = jax.ShapeDtypeStruct(shape, jnp.int32, sharding=batch_sharding(mesh, 2))
-        ptx_flops, ptx_tokens = 3 * per_step * steps * forward_flops(n.policy, time), per_step * steps * time
+        shape = batch_shape(c.ptx, c.ppo.minibatches, rows // c.ppo.minibatches, c.ppo.microbatch_size, mesh)
+        ptx = jax.ShapeDtypeStruct((*shape, time + 1), jnp.int32, sharding=batch_sharding(mesh, 2))
+        sequences = c.ppo.epochs * math.prod(shape)
+        ptx_flops, ptx_tokens = 3 * sequences * forward_flops(n.policy, time), sequences * time
     inner = make_update(c.ppo, n, *p.txs, c.optimizer.clip_norm, c.value_optimizer.clip_norm)
     resident = () if c.offload else (p.reference, p.reward)
     jitted = jax.jit(

@@ -60,7 +60,7 @@ def candidates(preset: str, generation: str):
                 micro = min(rows * fsdp, -(-BATCH[preset] // fsdp) * fsdp)
                 tokens = micro // fsdp * model.context_length
                 width = {"none": 34, "dots": 10, "full": 1}[remat]  # [tokens, d_model] arrays kept of a layer
-                kept = 2 * tokens * model.d_model * model.n_layer * width / (tensor if remat != "full" else 1)
+                kept = 2 * tokens * model.d_model * model.n_layer * width / tensor
                 if state + kept > topology.chip.hbm:
                     continue
                 yield topology, {
