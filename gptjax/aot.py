@@ -4,7 +4,7 @@
 
 --topology: libtpu's name or Cloud's (v5p-1024, v5litepod-16; --num_slices for several). --program: train, decode,
 or with a PPO config ppo_collect and ppo_update (--policy=gpt3:1.3b --reward=gpt3:6.7b name the models). A mesh smaller
-than the slice grows along fsdp, and rows are rounded up to divide over it: `adjusted` lists what was changed.
+than the slice grows along fsdp, and rows that do not divide over it are rounded: `adjusted` lists what was changed.
 
 Exit code 0: it fits. 3: it does not; then the largest buffers, and the nearest change under which it compiles. FLOPs
 are counted by model/flops.py, collectives from the compiled program (parallel/hlo.py), bounds by parallel/bounds.py.
@@ -84,12 +84,11 @@ def adjusted(config: dict, topology: Topology, request: Request) -> tuple[dict, 
     sizes = configs.build(MeshConfig, config["mesh"]).sizes(topology.device_count)
     ways = sizes["data"] * sizes["fsdp"]
     if request.program == "train":
-        micro = -(-(config["microbatch_size"] or config["batch_size"]) // ways) * ways
-        batch = -(-config["batch_size"] // micro) * micro
-        wanted = {"microbatch_size": micro, "batch_size": batch}
-        if config["microbatch_size"] is None and batch == micro:
-            del wanted["microbatch_size"]
-        changes |= {k: v for k, v in wanted.items() if v != config[k]}
+        micro, batch = config["microbatch_size"] or config["batch_size"], config["batch_size"]
+        if micro % ways or batch % micro:
+            groups = -(-batch // ways)  # rows that a device has of a step
+            at_once = max(n for n in range(1, max(1, micro // ways) + 1) if groups % n == 0)
+            changes |= {"microbatch_size": at_once * ways, "batch_size": groups * ways}
     return changed(config, changes), changes
 
 

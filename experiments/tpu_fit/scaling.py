@@ -12,7 +12,8 @@ micro-batch on one group of t chips, M micro-batches, C chips = f t. One step, o
     tensor   M L 12 * 2 r T d (t-1)/t       4 gathers or scatters of the residual stream a layer, three times
     ici      (fsdp + tensor) / 600e9        every link busy, one way
 
-The bound is the longest of the three; without overlap it is their sum. Strong: 1,536 sequences of 2,048 (3.1M
+The bound is the longest of the three; without overlap it is their sum. compiled.jsonl holds aot's answers for the same
+model, in the plot as crosses. Strong: 1,536 sequences of 2,048 (3.1M
 tokens) whatever the slice; weak: 3 sequences a chip. r is the largest divisor of a group's rows up to 16.
 """
 
@@ -67,6 +68,11 @@ def points() -> list[dict]:
     return strong + weak
 
 
+def compiled() -> list[dict]:
+    path = HERE / "compiled.jsonl"
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
 def plot(rows: list[dict], path: Path):
     import matplotlib
 
@@ -80,6 +86,11 @@ def plot(rows: list[dict], path: Path):
         axes[0].plot(x, [r["mfu_bound"] for r in line], marker=marker, label=f"{scaling}, all overlapped")
         axes[0].plot(x, [r["mfu_without_overlap"] for r in line], marker=marker, ls="--", label=f"{scaling}, nothing")
         axes[1].plot(x, [r["collective_share"] for r in line], marker=marker, label=scaling)
+    for r in compiled():
+        axes[0].plot(r["chips"], r["bounds"]["mfu_without_overlap"], "kx")
+        axes[1].plot(r["chips"], r["bounds"]["collective_share"], "kx")
+        label = f" {r['tokens'] // (2048 * r['micro_rows'])} micro-batches, compiled"
+        axes[1].annotate(label, (r["chips"], r["bounds"]["collective_share"]), fontsize=7)
     axes[0].set(xscale="log", ylim=(0, 1), xlabel="v5p chips", ylabel="MFU bound (PaLM's MFU)")
     axes[1].set(ylim=(0, 1), xlabel="v5p chips", ylabel="collectives' share of the time without overlap")
     axes[0].set_xticks(CHIP_COUNTS, [f"{n:,}" for n in CHIP_COUNTS])
