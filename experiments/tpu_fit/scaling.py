@@ -92,7 +92,7 @@ def plot(rows: list[dict], path: Path):
         label = f" {r['tokens'] // (2048 * r['micro_rows'])} micro-batches, compiled"
         axes[1].annotate(label, (r["chips"], r["bounds"]["collective_share"]), fontsize=7)
     axes[0].set(xscale="log", ylim=(0, 1), xlabel="v5p chips", ylabel="MFU bound (PaLM's MFU)")
-    axes[1].set(ylim=(0, 1), xlabel="v5p chips", ylabel="collectives' share of the time without overlap")
+    axes[1].set(ylim=(0, 1), xlabel="v5p chips", ylabel="share of collectives, no overlap")
     axes[0].set_xticks(CHIP_COUNTS, [f"{n:,}" for n in CHIP_COUNTS])
     axes[0].minorticks_off()
     for a in axes:
