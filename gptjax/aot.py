@@ -29,7 +29,7 @@ from gptjax.model.spec import GPT1, GPT2, GPT3, GPTConfig
 from gptjax.parallel import topology as topologies
 from gptjax.parallel.bounds import bounds
 from gptjax.parallel.hlo import traffic
-from gptjax.parallel.mesh import MeshConfig
+from gptjax.parallel.mesh import AXES, MeshConfig
 from gptjax.parallel.topology import Topology
 from gptjax.ppo import PPOConfig
 from gptjax.pretrain import PretrainConfig
@@ -76,7 +76,7 @@ def build_program(config: dict, topology: Topology, request: Request) -> program
 def adjusted(config: dict, topology: Topology, request: Request) -> tuple[dict, dict]:
     """The config on this slice, and what had to change: {key: value}."""
     changes = {}
-    mesh = dict(config["mesh"])
+    mesh = {axis: config["mesh"][axis] for axis in AXES}
     fixed = math.prod(size for size in mesh.values() if size != -1)
     if -1 not in mesh.values() and fixed < topology.device_count and topology.device_count % fixed == 0:
         changes["mesh.fsdp"] = mesh["fsdp"] * topology.device_count // fixed
@@ -302,13 +302,14 @@ def table(r: dict) -> str:
 
 def main(_):
     jax.config.update("jax_platforms", "cpu")  # the compiler is all that is wanted of libtpu
-    topology = topologies.parse(FLAGS.topology, FLAGS.num_slices)
+    config = FLAGS.config.to_dict()
+    slices = config["mesh"]["dcn_data"] if FLAGS.num_slices is None else FLAGS.num_slices
+    topology = topologies.parse(FLAGS.topology, slices)
     preset = lambda name: name and configs.choose(PRESETS, name, "model preset")
     request = Request(
         FLAGS.program, FLAGS.rows, FLAGS.prompt_length, FLAGS.new_tokens, preset(FLAGS.policy), preset(FLAGS.reward)
     )
     status = lambda text: print(f"{text} …", file=sys.stderr, flush=True)
-    config = FLAGS.config.to_dict()
     result = check(config, topology, request, status)
     if not result["fits"] and FLAGS.remedy:
         result["remedy"] = find_remedy(config, topology, request, result, status)
@@ -321,7 +322,7 @@ if __name__ == "__main__":
     FLAGS = flags.FLAGS
     config_flags.DEFINE_config_file("config", None, "A config file, as configs/gpt3.py:175b.", lock_config=True)
     flags.DEFINE_string("topology", None, "A TPU slice: v5p:8x8x8, v5p-1024, v5litepod-16.")
-    flags.DEFINE_integer("num_slices", 1, "Slices joined by the data-centre network; mesh.data goes over them.")
+    flags.DEFINE_integer("num_slices", None, "Slices joined by the data-centre network; else the config's dcn_data.")
     flags.DEFINE_string("program", "train", "What to compile: " + ", ".join(PROGRAMS))
     flags.DEFINE_string("policy", None, "PPO's policy, a preset: gpt3:1.3b")
     flags.DEFINE_string("reward", None, "PPO's reward model, a preset.")

@@ -80,10 +80,13 @@ def whole(mesh, *arrays):
 
 def train_program(c: PretrainConfig, mesh) -> Program:
     """One optimiser step at the full batch (pretrain.py)."""
-    check_fits(mesh.shape, n_head=c.model.n_head, batch_size=c.batch_size, microbatch_size=c.microbatch_rows)
+    check_fits(
+        mesh.shape, n_head=c.model.n_head, batch_size=c.batch_size, microbatch_size=c.microbatch_rows,
+        time=c.model.context_length,
+    )  # fmt: skip
     model = dataclasses.replace(c.model, attention=resolve(c.model.attention, mesh.devices.flat[0].platform))
     tx = make_optimizer(c.optimizer)
-    abstract, shardings = state_shardings(gpt.abstract_params(model), tx, c.precision, mesh)
+    abstract, shardings = state_shardings(gpt.abstract_params(model), tx, c.precision, mesh, c.optimizer.offload)
     state = placed(abstract, shardings)
     loss = causal_lm_loss(model, c.precision.dtype, c.loss_chunk, mesh)
     step = train_step(loss, tx, c.optimizer.clip_norm, c.precision, c.seed, dropout=model.dropout > 0)

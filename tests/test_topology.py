@@ -73,5 +73,5 @@ def test_the_compiler_describes_them(name):
 
 def test_only_data_goes_between_slices():
     pytest.importorskip("libtpu")
-    with pytest.raises(InputError, match="mesh.data=1 is not a multiple of num_slices=2"):
+    with pytest.raises(InputError, match="mesh.data=1 is not a multiple of mesh.dcn_data=2"):
         topology.topology_mesh(MeshConfig(data=1, fsdp=8), Topology("v5e", (2, 2), 2))

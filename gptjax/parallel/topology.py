@@ -12,12 +12,11 @@ import math
 import os
 import re
 
-import jax
-from jax.sharding import AxisType, Mesh
+from jax.sharding import Mesh
 
 from gptjax.errors import InputError
 from gptjax.model.flops import peak_flops
-from gptjax.parallel.mesh import AXES, MeshConfig, make_mesh
+from gptjax.parallel.mesh import MeshConfig, make_mesh
 
 _GIB = 2**30
 _2D = ((1, 1), (2, 2), (2, 4), (4, 4), (4, 8), (8, 8), (8, 16), (16, 16))
@@ -142,19 +141,5 @@ def devices(topology: Topology):
 
 
 def topology_mesh(config: MeshConfig, topology: Topology) -> Mesh:
-    """The mesh of a config over a slice; over several, mesh.data goes over the slices first and then inside each."""
-    found = devices(topology)
-    if topology.num_slices == 1:
-        return make_mesh(config, found)
-    from jax.experimental import mesh_utils
-
-    sizes = config.sizes(len(found))
-    if sizes["data"] % topology.num_slices:
-        raise InputError(
-            f"mesh.data={sizes['data']} is not a multiple of num_slices={topology.num_slices}: only data goes over the "
-            "network between slices."
-        )
-    inside = sizes | {"data": sizes["data"] // topology.num_slices}
-    between = [topology.num_slices if axis == "data" else 1 for axis in AXES]
-    grid = mesh_utils.create_hybrid_device_mesh([inside[a] for a in AXES], between, devices=found)
-    return jax.sharding.Mesh(grid, AXES, axis_types=(AxisType.Auto,) * len(AXES))
+    """The mesh of a config over the slices of a topology, whose number is its dcn_data."""
+    return make_mesh(dataclasses.replace(config, dcn_data=topology.num_slices), devices(topology))
