@@ -85,6 +85,16 @@ def test_more_micro_batches_send_more(libtpu, answer):
     assert answer["collective_bytes_per_chip"] == pytest.approx(once, rel=0.2)  # two micro-batches more: as much again
 
 
+@pytest.mark.slow
+def test_the_loss_gathers_the_token_table_once(libtpu):
+    """Two layers of 1.3B, 16 chunks: without a barrier the compiler sinks the gather into the loop over chunks."""
+    settings = {"model.n_layer": 2, "model.remat": "dots", "mesh.fsdp": 4, "microbatch_size": 16, "batch_size": 32}
+    found = check(changed(gpt3.get_config("1.3b").to_dict(), settings), parse("v5e-4"))
+    table = 2 * GPT3["1.3b"].vocab_size * GPT3["1.3b"].d_model * 3 / 4  # 16 bits, from three others
+    per_micro_batch = found["collectives"]["all-gather"]["bytes"] / 2
+    assert per_micro_batch < 4 * table  # embedding in float32, loss in 16 bits, positions
+
+
 def test_arguments_are_what_describe_says(answer):
     """describe's bytes and the compiler's: small arrays are padded to tiles of 8 x 128, hence the room."""
     ours = describe(tiny())["bytes_per_device"]
