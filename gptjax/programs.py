@@ -86,7 +86,7 @@ def train_program(c: PretrainConfig, mesh) -> Program:
     )  # fmt: skip
     model = dataclasses.replace(c.model, attention=resolve(c.model.attention, mesh.devices.flat[0].platform))
     tx = make_optimizer(c.optimizer)
-    abstract, shardings = state_shardings(gpt.abstract_params(model), tx, c.precision, mesh, c.optimizer.offload)
+    abstract, shardings = state_shardings(gpt.abstract_params(model), tx, c.precision, mesh)
     state = placed(abstract, shardings)
     loss = causal_lm_loss(model, c.precision.dtype, c.loss_chunk, mesh)
     step = train_step(loss, tx, c.optimizer.clip_norm, c.precision, c.seed, dropout=model.dropout > 0)
