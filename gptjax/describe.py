@@ -28,13 +28,7 @@ from gptjax.training.state import state_shardings
 
 def describe(config: dict) -> dict:
     """The figures as JSON types, for a config as a nested dict."""
-    model = dict(config["model"])
-    if model["vocab_size"] is None:  # the tokenizer would decide; its config says how large it is asked to be
-        spec = config["data"]["tokenizer"]
-        if not spec.startswith("bpe:"):
-            raise InputError("The vocabulary is decided by the data: give --config.model.vocab_size=N.")
-        model["vocab_size"] = int(spec.removeprefix("bpe:"))
-    c = configs.build(PretrainConfig, {**config, "model": model})
+    c = configs.build(PretrainConfig, with_vocabulary(config))
     m = c.model
     flops = flops_per_token(m)
     schedule = None
@@ -68,6 +62,16 @@ def describe(config: dict) -> dict:
         },
         "model": dataclasses.asdict(m),
     }  # fmt: skip
+
+
+def with_vocabulary(config: dict) -> dict:
+    """The config with a vocabulary: what the tokenizer would decide, its config says how large it is asked to be."""
+    if config["model"]["vocab_size"] is not None:
+        return config
+    spec = config["data"]["tokenizer"]
+    if not spec.startswith("bpe:"):
+        raise InputError("The vocabulary is decided by the data: give --config.model.vocab_size=N.")
+    return {**config, "model": {**config["model"], "vocab_size": int(spec.removeprefix("bpe:"))}}
 
 
 def _bytes(tree, shardings) -> int:

@@ -81,7 +81,7 @@ def _gathered(a, vocab):
 
 def _whole_w(w, dtype, vocab):
     w = w.astype(dtype)
-    return w if vocab is None else gather(w, "fsdp", 1)
+    return w if vocab is None else lax.optimization_barrier(gather(w, "fsdp", 1))  # or each chunk gathers again
 
 
 def _softmax(x, w, targets, temperature, vocab):

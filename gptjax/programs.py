@@ -1,0 +1,328 @@
+"""The stages' device programs from shapes alone, as their mains put them together: what aot.py compiles.
+
+Nothing is allocated: states, batches and frozen models are jax.ShapeDtypeStruct with shardings.
+"""
+
+import dataclasses
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import NamedSharding, PartitionSpec
+
+from gptjax.errors import InputError
+from gptjax.generation.decode import decode
+from gptjax.generation.sampling import Sampling
+from gptjax.model import gpt, heads
+from gptjax.model.attention import resolve
+from gptjax.model.flops import flops_per_token
+from gptjax.model.spec import GPTConfig, non_embedding_count, parameter_count
+from gptjax.parallel.bounds import Work, train_work
+from gptjax.parallel.mesh import batch_ways, check_fits
+from gptjax.parallel.rules import parameter_shardings
+from gptjax.ppo import PPOConfig
+from gptjax.pretrain import PretrainConfig
+from gptjax.rlhf import networks, rollout
+from gptjax.rlhf import state as ppo_state
+from gptjax.rlhf.ptx import batch_shape
+from gptjax.rlhf.update import make_update
+from gptjax.training.optimizer import make_optimizer
+from gptjax.training.state import state_shardings
+from gptjax.training.step import batch_sharding, causal_lm_loss, jit_train_step, train_step
+
+
+@dataclasses.dataclass(frozen=True)
+class Program:
+    """jitted.lower(*arguments, **options) under jax.set_mesh(mesh) is the program. tokens: that one run goes through.
+    parts: our own count of the bytes on one device, by what they are. arrays: the largest of what the forward pass
+    keeps, (name, shape over all devices, bytes on one device)."""
+
+    jitted: Any
+    arguments: tuple
+    options: dict
+    mesh: Any
+    tokens: int
+    work: Work
+    parts: dict[str, int]
+    arrays: tuple[tuple[str, tuple[int, ...], int], ...] = ()
+
+    def compile(self):
+        """Not through the persistent cache, which can write programs for a described TPU but not read them."""
+        name = "jax_persistent_cache_min_compile_time_secs"
+        before = getattr(jax.config, name)
+        jax.config.update(name, float("inf"))
+        try:
+            with jax.set_mesh(self.mesh):
+                return self.jitted.lower(*self.arguments, **self.options).compile()
+        finally:
+            jax.config.update(name, before)
+
+
+def device_bytes(tree) -> int:
+    """Bytes on one device of abstract arrays with shardings."""
+    return sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(tree))
+
+
+def placed(tree, shardings):
+    """The abstract arrays with their shardings."""
+    return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), tree, shardings)
+
+
+def whole(mesh, *arrays):
+    """Abstract arrays (shape, dtype) that every device has."""
+    everywhere = NamedSharding(mesh, PartitionSpec())
+    return tuple(jax.ShapeDtypeStruct(shape, dtype, sharding=everywhere) for shape, dtype in arrays)
+
+
+# --- pre-training -----------------------------------------------------------------------------------------
+
+
+def train_program(c: PretrainConfig, mesh) -> Program:
+    """One optimiser step at the full batch (pretrain.py)."""
+    check_fits(
+        mesh.shape, n_head=c.model.n_head, batch_size=c.batch_size, microbatch_size=c.microbatch_rows,
+        time=c.model.context_length,
+    )  # fmt: skip
+    model = dataclasses.replace(c.model, attention=resolve(c.model.attention, mesh.devices.flat[0].platform))
+    tx = make_optimizer(c.optimizer)
+    abstract, shardings = state_shardings(gpt.abstract_params(model), tx, c.precision, mesh)
+    state = placed(abstract, shardings)
+    loss = causal_lm_loss(model, c.precision.dtype, c.loss_chunk, mesh)
+    step = train_step(loss, tx, c.optimizer.clip_norm, c.precision, c.seed, dropout=model.dropout > 0)
+
+    rows, micro, time = c.microbatch_rows, c.batch_size // c.microbatch_rows, model.context_length
+    fields = {"tokens": (time + 1, jnp.int32), "weights": (time, jnp.float32)}
+    if c.data.isolate_documents:
+        fields |= {"segment_ids": (time, jnp.int32), "positions": (time, jnp.int32)}
+    batch = {
+        name: jax.ShapeDtypeStruct((1, micro, rows, length), dtype, sharding=batch_sharding(mesh, 2))
+        for name, (length, dtype) in fields.items()
+    }
+    rates = whole(mesh, ((1,), jnp.float32))[0]
+
+    one = {name: jax.ShapeDtypeStruct(x.shape[2:], x.dtype) for name, x in batch.items()}
+    arrays = kept_arrays(loss, state.params, one, mesh, model, rows, dropout=model.dropout > 0)
+    params, kept = device_bytes(state.params), sum(size for *_, size in arrays)
+    tokens = c.batch_size * time
+    work = train_work(
+        model, tokens=tokens, devices=mesh.size, micro_batches=micro, ways=mesh.shape["tensor"] * mesh.shape["stage"],
+        state_bytes=params + device_bytes(state.opt_state), parameter_bytes=params, kept_bytes=kept,
+    )  # fmt: skip
+    parts = {
+        "params": params,
+        "optimizer": device_bytes(state.opt_state),
+        "batch": device_bytes(batch),
+        "gradients": params,
+        "kept for the backward pass": kept,
+    }
+    return Program(jit_train_step(step, shardings), (state, batch, rates), {}, mesh, tokens, work, parts, arrays)
+
+
+def kept_arrays(loss, params, batch, mesh, model: GPTConfig, rows: int, dropout: bool):
+    """What the forward pass of one micro-batch keeps for the backward pass, as JAX traces it, largest first:
+    ((name, shape, bytes on one device), ...). The compiler may keep less."""
+    seen = {x.shape for x in jax.tree.leaves(params)}
+    key = jax.random.key(0) if dropout else None
+
+    def residuals(params, batch):
+        return jax.vjp(lambda p: loss(p, batch, key)[0], params)[1]
+
+    with jax.set_mesh(mesh):
+        leaves = jax.tree.leaves(jax.eval_shape(residuals, params, batch))
+    ways = batch_ways(mesh.shape)
+    found = []
+    for x in leaves:
+        if x.shape in seen or rows not in x.shape or not hasattr(x.dtype, "itemsize"):
+            continue
+        cut = ways * mesh.shape["tensor"] * mesh.shape["seq"]  # heads, MLP features, or the residual stream's time
+        found.append((_name(x.shape, model), x.shape, math.prod(x.shape) * x.dtype.itemsize // cut))
+    return tuple(sorted(found, key=lambda a: -a[2]))
+
+
+def _name(shape, model) -> str:
+    where = "every layer: " if shape[0] == model.n_layer and len(shape) > 3 else ""
+    if model.d_ff in shape:
+        return where + "MLP features"
+    if shape[-2:] == (3, model.d_model) or shape[-1] == model.d_head:
+        return where + "queries, keys, values"
+    return where + ("residual stream" if shape[-1] == model.d_model else "activations")
+
+
+# --- generation -------------------------------------------------------------------------------------------
+
+
+def forward_flops(c: GPTConfig, time: int) -> float:
+    """Of one sequence of `time` tokens, causal attention halved."""
+    return flops_per_token(dataclasses.replace(c, context_length=time)).causal / 3 * time
+
+
+def decode_program(c: PretrainConfig, mesh, *, rows: int, prompt: int, new_tokens: int) -> Program:
+    """Prefill and sampling of `rows` prompts (generation/decode.py), parameters in float32 as training keeps them."""
+    if prompt + new_tokens > c.model.context_length:
+        raise InputError(
+            f"prompt_length={prompt} and new_tokens={new_tokens} are together more than the context of "
+            f"{c.model.context_length}: lower one of them."
+        )
+    check_fits(mesh.shape, n_head=c.model.n_head, batch_size=rows, microbatch_size=rows)
+    model = dataclasses.replace(c.model, attention=resolve(c.model.attention, mesh.devices.flat[0].platform))
+    boxed = gpt.abstract_params(model)
+    params = placed(_shapes(boxed), parameter_shardings(boxed, mesh))
+    key = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), rows))
+    prompts, lengths, limits, keys = whole(
+        mesh, ((rows, prompt), jnp.int32), ((rows,), jnp.int32), ((rows,), jnp.int32), (key.shape, key.dtype)
+    )
+    tensor, ways = mesh.shape["tensor"], batch_ways(mesh.shape)
+    cache = 2 * model.n_layer * rows * (prompt + new_tokens) * model.d_model * jnp.dtype(c.precision.dtype).itemsize
+    flops = rows * forward_flops(model, prompt + new_tokens) / mesh.size
+    matrices = 2 * (non_embedding_count(model) + model.vocab_size * model.d_model) / tensor
+    mean_cache = cache / (ways * tensor) * (prompt + new_tokens / 2) / (prompt + new_tokens)
+    work = Work(flops, 0.0, flops, (new_tokens + 1) * matrices + new_tokens * mean_cache)
+    options = dict(
+        new_tokens=new_tokens, sampling=Sampling(0.8, top_p=0.95), eot_id=0, vocab=model.vocab_size,
+        dtype=c.precision.dtype, mesh=mesh,
+    )  # fmt: skip
+    parts = {"params": device_bytes(params), "key-value cache": cache // (ways * tensor)}
+    arguments = (params, model, prompts, lengths, limits, keys)
+    return Program(decode, arguments, options, mesh, rows * (prompt + new_tokens), work, parts)
+
+
+def _shapes(boxed):
+    from flax.linen import meta
+
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), meta.unbox(boxed))
+
+
+# --- PPO --------------------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class PPOParts:
+    """The abstract models of PPO on a mesh, as ppo.py sets them up."""
+
+    n: networks.Networks
+    state: Any
+    shardings: Any
+    reference: Any
+    reward: Any
+    txs: tuple
+    slots: int
+
+
+def ppo_parts(c: PPOConfig, policy: GPTConfig, reward: GPTConfig | None, mesh) -> PPOParts:
+    rows = c.batch_size // c.ppo.minibatches
+    micro = c.ppo.microbatch_size or rows
+    check_fits(mesh.shape, n_head=policy.n_head, batch_size=rows, microbatch_size=micro)
+    attention = resolve(c.model.attention or policy.attention, mesh.devices.flat[0].platform)
+    options = dataclasses.replace(c.model, dropout=0.0, attention=attention)
+    policy = options.apply(policy)
+    reward = reward and options.apply(reward)
+    value = None if c.shared_trunk else reward or policy
+    shortest = min(m.context_length for m in (policy, value) if m)
+    slots = min(c.data.max_length or shortest, shortest - c.rollout.max_new_tokens)
+    if slots < 1:
+        raise InputError(
+            f"rollout.max_new_tokens={c.rollout.max_new_tokens} leaves no room for a prompt in a context of {shortest}."
+        )
+    n = networks.Networks(
+        policy=policy, value=value, reward=reward, response=c.rollout.max_new_tokens, eos_id=0, pad_id=1,
+        vocab=policy.vocab_size, temperature=c.rollout.temperature, loss_chunk=c.loss_chunk, dtype=c.precision.dtype,
+        mesh=mesh,
+    )  # fmt: skip
+    txs = make_optimizer(c.optimizer), make_optimizer(c.value_optimizer)
+    boxed = gpt.abstract_params(policy)
+    boxed_value = heads.abstract_scalar_model(value) if value else {"head": heads.abstract_head(policy)}
+    abstract, shardings = ppo_state.state_shardings(boxed, boxed_value, *txs, mesh)
+    frozen = lambda boxed: placed(
+        jax.eval_shape(lambda p: networks.frozen(p, n.dtype), _shapes(boxed)), parameter_shardings(boxed, mesh)
+    )
+    judge = frozen(heads.abstract_scalar_model(reward)) if reward else None
+    return PPOParts(n, placed(abstract, shardings), shardings, frozen(boxed), judge, txs, slots)
+
+
+def _ppo_bytes(p: PPOParts, offload: bool) -> dict[str, int]:
+    s = p.state
+    frozen = {"reference": device_bytes(p.reference), "reward model": device_bytes(p.reward)}
+    return {
+        "policy": device_bytes(s.policy),
+        "policy's optimizer": device_bytes(s.policy_opt),
+        "policy's average": device_bytes(s.average),
+        "value network": device_bytes(s.value),
+        "value's optimizer": device_bytes(s.value_opt),
+    } | ({} if offload else frozen)
+
+
+def collect_program(c: PPOConfig, policy: GPTConfig, reward: GPTConfig | None, mesh) -> Program:
+    """Sampling and the four models' view of the samples, with all that lies in memory meanwhile (rlhf/rollout.py)."""
+    p = ppo_parts(c, policy, reward, mesh)
+    n, rows = p.n, c.batch_size
+    cut = batch_sharding(mesh, 0)
+    prompts = jax.ShapeDtypeStruct((rows, p.slots), jnp.int32, sharding=cut)
+    lengths = jax.ShapeDtypeStruct((rows,), jnp.int32, sharding=cut)
+    key = jax.eval_shape(lambda: jax.random.key(0))
+    (key,) = whole(mesh, (key.shape, key.dtype))
+    jitted = jax.jit(_collect(c, n), keep_unused=True)
+    texts = p.slots + n.response
+    models = [n.policy, n.policy] + [m for m in (n.value, n.reward) if m]  # policy, reference, value, reward
+    flops = rows * (forward_flops(n.policy, texts) + sum(forward_flops(m, texts) for m in models)) / mesh.size
+    tensor, ways = mesh.shape["tensor"], batch_ways(mesh.shape)
+    itemsize = jnp.dtype(n.dtype).itemsize
+    cache = 2 * n.policy.n_layer * rows * texts * n.policy.d_model * itemsize // (ways * tensor)
+    matrices = 2 * parameter_count(n.policy) / tensor
+    work = Work(
+        flops, 0.0, flops, (n.response + 1) * matrices + n.response * cache * (p.slots + n.response / 2) / texts
+    )
+    parts = _ppo_bytes(p, offload=False) | {"key-value cache": cache}
+    return Program(jitted, (p.state, p.reference, p.reward, prompts, lengths, key), {}, mesh, rows * texts, work, parts)
+
+
+def _collect(c: PPOConfig, n):
+    def collect(state, reference, reward, prompts, lengths, key):
+        tokens, mask, sampled = rollout.sample(state.policy, prompts, lengths, key, n)
+        judged = rollout.judge(
+            state.policy, state.value, reference, reward, tokens, lengths, mask, n, rows=c.rollout.forward_rows
+        )
+        score = judged.get("score", mask[:, 0])
+        r = c.rollout
+        experience, _ = rollout.finish(
+            judged, score, state.kl_coefficient, eos_id=n.eos_id, missing_eos=r.missing_eos, gamma=r.gamma, lam=r.lam,
+            whiten_rewards=r.whiten_rewards, whiten_advantages=r.whiten_advantages,
+        )  # fmt: skip
+        return experience, sampled
+
+    return collect
+
+
+def update_program(c: PPOConfig, policy: GPTConfig, reward: GPTConfig | None, mesh) -> Program:
+    """All epochs and minibatches of one iteration, and PPO-ptx's text (rlhf/update.py)."""
+    p = ppo_parts(c, policy, reward, mesh)
+    n, rows, texts = p.n, c.batch_size, p.slots + p.n.response
+    cut = batch_sharding(mesh, 0)
+    array = lambda slots, dtype: jax.ShapeDtypeStruct((rows, slots), dtype, sharding=cut)
+    experience = rollout.Rollout(
+        tokens=array(texts, jnp.int32),
+        real=array(texts, jnp.float32),
+        **{f.name: array(n.response, jnp.float32) for f in dataclasses.fields(rollout.Rollout)[2:]},
+    )
+    ptx, ptx_flops, ptx_tokens = None, 0.0, 0
+    steps = c.ppo.epochs * c.ppo.minibatches
+    if c.ppo.ptx_coefficient:
+        time = c.ptx.context_length or n.policy.context_length
+        shape = batch_shape(c.ptx, c.ppo.minibatches, rows // c.ppo.minibatches, c.ppo.microbatch_size, mesh)
+        ptx = jax.ShapeDtypeStruct((*shape, time + 1), jnp.int32, sharding=batch_sharding(mesh, 2))
+        sequences = c.ppo.epochs * math.prod(shape)
+        ptx_flops, ptx_tokens = 3 * sequences * forward_flops(n.policy, time), sequences * time
+    inner = make_update(c.ppo, n, *p.txs, c.optimizer.clip_norm, c.value_optimizer.clip_norm)
+    resident = () if c.offload else (p.reference, p.reward)
+    jitted = jax.jit(
+        lambda state, experience, ptx, rates, *resident: inner(state, experience, ptx, rates),
+        donate_argnums=0, out_shardings=(p.shardings, None), keep_unused=True,
+    )  # fmt: skip
+    per_text = sum(forward_flops(m, texts) for m in (n.policy, n.value) if m)
+    flops = (3 * c.ppo.epochs * rows * per_text + ptx_flops) / mesh.size
+    state = device_bytes((p.state.policy, p.state.policy_opt, p.state.value, p.state.value_opt))
+    gradients = device_bytes((p.state.policy, p.state.value))
+    work = Work(flops, 0.0, flops, steps * (2 * state + 2 * gradients))
+    parts = _ppo_bytes(p, c.offload) | {"gradients": gradients}
+    arguments = (p.state, experience, ptx, whole(mesh, ((), jnp.float32), ((), jnp.float32)), *resident)
+    return Program(jitted, arguments, {}, mesh, c.ppo.epochs * rows * texts + ptx_tokens, work, parts)
