@@ -40,11 +40,11 @@ def shared_data() -> Path:
 
 
 @pytest.fixture(scope="session")
-def once(tmp_path_factory):
+def once(request, tmp_path_factory):
     """once(make): what make(folder) returned, called once in the session: by the first of pytest-xdist's workers
     that asks; the others wait for it. What it makes is to be read, not written to."""
     root = tmp_path_factory.getbasetemp()
-    root = root.parent if "PYTEST_XDIST_WORKER" in os.environ else root
+    root = root.parent if hasattr(request.config, "workerinput") else root
 
     def made(make):
         folder = root / make.__name__
