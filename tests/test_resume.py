@@ -59,6 +59,16 @@ def one_device(monkeypatch):
     monkeypatch.setattr(stage, "make_mesh", lambda config: make_mesh(config, jax.devices()[:1]))
 
 
+@pytest.fixture(scope="module")
+def uninterrupted(text, tmp_path_factory):
+    """Workdir of tiny(text) on one device."""
+    workdir = tmp_path_factory.mktemp("uninterrupted")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(stage, "make_mesh", lambda config: make_mesh(config, jax.devices()[:1]))
+        assert pretrain(tiny(text), str(workdir)) is True
+    return workdir
+
+
 def interrupted(config, workdir, stop=STOP):
     """The step saved by a run that was sent a SIGTERM while step `stop` was being computed."""
     assert until_sigterm(pretrain, config, workdir, stop) is False
@@ -75,7 +85,7 @@ CASES = {
         "schedule__ramp_tokens": 3000.0, "schedule__ramp_start_batch_tokens": 128.0, "microbatch_size": 4,
         "schedule__warmup_tokens": 1000.0,
     },
-    "5 steps a dispatch": {"steps_per_dispatch": 5, "checkpoint__every": 7, "model__dropout": 0.2},
+    "5 steps a dispatch": {"steps_per_dispatch": 5, "checkpoint__every": 7, "eval__every": 14, "model__dropout": 0.2},
 }  # fmt: skip
 
 
@@ -172,7 +182,7 @@ def test_taken_up_on_another_mesh(text, tmp_path, monkeypatch, first, then):
 # --- divergence -------------------------------------------------------------------------------------------
 
 
-def test_a_loss_that_becomes_nan_stops_the_run(text, tmp_path, monkeypatch, one_device):
+def test_a_loss_that_becomes_nan_stops_the_run(text, tmp_path, monkeypatch, one_device, uninterrupted):
     """An infinite learning rate at step 7 makes the loss of step 8 NaN; the checkpoint of step 5 goes on from there."""
     real = Schedule.learning_rate
     with monkeypatch.context() as patch:
@@ -186,8 +196,7 @@ def test_a_loss_that_becomes_nan_stops_the_run(text, tmp_path, monkeypatch, one_
     assert Checkpointer(tmp_path / "run").steps()[-1] == 5
     assert load_model(tmp_path / "run").step == 5
     assert pretrain(tiny(text), str(tmp_path / "run")) is True
-    pretrain(tiny(text), str(tmp_path / "straight"))
-    assert_same_run(tmp_path / "run", tmp_path / "straight", STEPS)
+    assert_same_run(tmp_path / "run", uninterrupted, STEPS)
 
 
 def test_a_huge_learning_rate_before_any_checkpoint(text, tmp_path, one_device):
@@ -259,14 +268,13 @@ def test_a_full_disk_does_not_stop_training(text, tmp_path, monkeypatch, capsys,
     assert Checkpointer(tmp_path / "run").steps()[-2:] == [20, 25]
 
 
-def test_the_last_checkpoint_does_not_fit(text, tmp_path, monkeypatch, one_device):
+def test_the_last_checkpoint_does_not_fit(text, tmp_path, monkeypatch, one_device, uninterrupted):
     with monkeypatch.context() as patch:
         fill_disk(patch, STEPS)
         with pytest.raises(InputError, match="free some disk space and give the same command again.* step 20"):
             pretrain(tiny(text), str(tmp_path / "run"))
     assert pretrain(tiny(text), str(tmp_path / "run")) is True
-    pretrain(tiny(text), str(tmp_path / "straight"))
-    assert_same_run(tmp_path / "run", tmp_path / "straight", STEPS)
+    assert_same_run(tmp_path / "run", uninterrupted, STEPS)
 
 
 # --- the clock --------------------------------------------------------------------------------------------
