@@ -9,16 +9,23 @@ ACCELERATOR ?= $(shell if nvidia-smi -L >/dev/null 2>&1; then echo 'jax[cuda12]'
 export JAX_COMPILATION_CACHE_DIR ?= $(CURDIR)/.jax_cache
 export JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS ?= 0.5
 
+# Tests run in so many processes, whole files at a time; 0 is one process, as plain `pytest` is.
+WORKERS ?= 2
+PYTEST := $(VENV)/bin/python -m pytest -q -n $(WORKERS) --dist loadfile
+# Quick tests are made of compilation, not arithmetic: `make test` leaves out LLVM's optimisation of XLA's programs,
+# but with OPTIMISED=1. `make test-slow` never does.
+OPTIMISED ?=
+
 .PHONY: demo test test-slow test-peers lint bench clean
 
 demo: $(VENV)/.installed
 	$(VENV)/bin/python -m experiments.docstrings --config=configs/demo.py --workdir=runs/demo $(DEMO_FLAGS)
 
 test: $(VENV)/.installed-test
-	$(VENV)/bin/python -m pytest -q -m "not slow" $(PYTEST_FLAGS)
+	JAX_DISABLE_MOST_OPTIMIZATIONS=$(if $(OPTIMISED),0,1) $(PYTEST) -m "not slow" $(PYTEST_FLAGS)
 
 test-slow: $(VENV)/.installed-test
-	$(VENV)/bin/python -m pytest -q -m slow $(PYTEST_FLAGS)
+	$(PYTEST) -m slow $(PYTEST_FLAGS)
 
 # Parity with torch and transformers, in an environment of its own.
 test-peers: $(PEERS)/.installed

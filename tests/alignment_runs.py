@@ -5,21 +5,15 @@ Demonstrations answer with words of the prompt; in the comparisons a completion 
 
 import contextlib
 import json
-import os
 import random
-import signal
 
 import jax
 import pytest
-from test_resume import arrays, assert_bitwise, lines
 
 from gptjax import ppo, pretrain, reward, sft, workdir
 from gptjax.config import config_dict
 from gptjax.data.chat import Template
 from gptjax.parallel.mesh import make_mesh
-from gptjax.training.loop import Dispatch
-
-__all__ = ["arrays", "assert_bitwise", "lines"]
 
 CONTEXT, RESPONSE = 48, 8
 WORDS = ("ba", "ko", "mi", "ru", "te", "fo", "la", "ni", "zu", "ge")
@@ -133,37 +127,6 @@ def template(workdir) -> Template:
     from gptjax.data.tokenizer import Tokenizer
 
     return Template(Tokenizer.load(workdir / "tokenizer"), "chat")
-
-
-def until_sigterm(run, config, workdir, stop):
-    """A stage of training.loop, sent a SIGTERM while step `stop` is being computed; whether it was finished."""
-    real = Dispatch.__call__
-
-    def call(self, state, batch, rates):
-        result = real(self, state, batch, rates)
-        if int(result[0].step) >= stop:
-            os.kill(os.getpid(), signal.SIGTERM)
-        return result
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Dispatch, "__call__", call)
-        return run(config, str(workdir))
-
-
-def without_times(records):
-    timed = ("tokens_per_second", "prompts_per_second", "mfu", "seconds", "time/")
-    return [{k: v for k, v in r.items() if not k.startswith(timed)} for r in records]
-
-
-def assert_same_run(workdir, other, steps):
-    """Checkpoint, metrics and evaluations, bit for bit."""
-    assert_bitwise(workdir, other, steps)
-    assert [line["step"] for line in lines(workdir)] == list(range(1, steps + 1))
-    assert without_times(lines(workdir)) == without_times(lines(other))
-    there = {e["step"]: e for e in lines(workdir, "evaluations")}
-    assert len(there) == len(lines(workdir, "evaluations"))
-    for e in lines(other, "evaluations"):
-        assert there[e["step"]] == e
 
 
 def files(root) -> dict:

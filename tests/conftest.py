@@ -1,5 +1,7 @@
 """Eight virtual CPU devices, a persistent compilation cache, and the tiny models tests share."""
 
+import fcntl
+import json
 import os
 from pathlib import Path
 
@@ -38,29 +40,58 @@ def shared_data() -> Path:
 
 
 @pytest.fixture(scope="session")
-def alignment(tmp_path_factory):
+def once(request, tmp_path_factory):
+    """once(make): what make(folder) returned, called once in the session: by the first of pytest-xdist's workers
+    that asks; the others wait for it. What it makes is to be read, not written to."""
+    root = tmp_path_factory.getbasetemp()
+    root = root.parent if hasattr(request.config, "workerinput") else root
+
+    def made(make):
+        folder = root / make.__name__
+        with open(root / f"{make.__name__}.lock", "w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            done = folder / "made"
+            if not done.exists():
+                folder.mkdir(exist_ok=True)
+                done.write_text(json.dumps(make(folder), default=str))
+        return json.loads(done.read_text())
+
+    return made
+
+
+@pytest.fixture(scope="session")
+def alignment(once):
     """Files of text, demonstrations, comparisons and prompts: {kind: path}."""
     import alignment_runs
 
-    return alignment_runs.files(tmp_path_factory.mktemp("alignment"))
+    return {kind: Path(path) for kind, path in once(alignment_runs.files).items()}
 
 
 @pytest.fixture(scope="session")
-def pretrained(alignment):
+def pretrained(once, alignment):
     import alignment_runs
 
-    return alignment_runs.make_pretrained(alignment["text"].parent, alignment["text"])
+    def pretrained(root):
+        return alignment_runs.make_pretrained(root, alignment["text"])
+
+    return Path(once(pretrained))
 
 
 @pytest.fixture(scope="session")
-def tuned(alignment, pretrained):
+def tuned(once, alignment, pretrained):
     import alignment_runs
 
-    return alignment_runs.make_tuned(pretrained.parent, pretrained, alignment["demonstrations"])
+    def tuned(root):
+        return alignment_runs.make_tuned(root, pretrained, alignment["demonstrations"])
+
+    return Path(once(tuned))
 
 
 @pytest.fixture(scope="session")
-def judge(alignment, tuned):
+def judge(once, alignment, tuned):
     import alignment_runs
 
-    return alignment_runs.make_judge(tuned.parent, tuned, alignment["comparisons"])
+    def judge(root):
+        return alignment_runs.make_judge(root, tuned, alignment["comparisons"])
+
+    return Path(once(judge))

@@ -166,9 +166,7 @@ def test_published_initialisation(published, config, residual_std):
     assert total / count == pytest.approx(math.log(c.vocab_size) + c.d_model * 0.02**2 / 2, abs=0.06)
 
 
-@pytest.mark.parametrize(
-    "n_layer, std", [(12, 0.0040825), (24, 0.0028868), (36, 0.0023570), (48, 0.0020412), (96, 0.0014434)]
-)
+@pytest.mark.parametrize("n_layer, std", [(48, 0.0020412), (96, 0.0014434)])  # 12: test_published_initialisation
 def test_residual_projections_shrink_with_depth(n_layer, std):
     c = GPTConfig(11, n_layer, 2, 64, 4)
     params = jax.jit(gpt.init, static_argnums=0)(c, jax.random.key(2))
@@ -339,8 +337,10 @@ def test_positions_tell_equal_tokens_apart():
     assert distances[~np.eye(12, dtype=bool)].min() > 0.01
 
 
-@pytest.mark.parametrize("attention", ["reference", "cpu", "xla"])
-@pytest.mark.parametrize("norm, window", [("pre", None), ("post", None), ("pre", 3)])
+@pytest.mark.parametrize(
+    "norm, window, attention",  # with a window dense and banded layers alternate: both, on every path
+    [("pre", 3, "reference"), ("pre", 3, "cpu"), ("pre", 3, "xla"), ("pre", None, "cpu"), ("post", None, "cpu")],
+)
 def test_packed_documents_equal_the_documents_alone(norm, window, attention):
     """Two rows of documents of unequal length, against each document in a row of its own."""
     c = dataclasses.replace(TINY, norm=norm, local_window=window, attention=attention)

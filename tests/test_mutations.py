@@ -19,7 +19,7 @@ CAUGHT_BY = {  # one file that notices; others may too
     "logits_off_by_one": ROLLOUT,
     "k3_in_reward": OBJECTIVE,
     "k2_in_reward": OBJECTIVE,
-    "eos_as_pad": ROLLOUT,
+    "eos_as_pad": f"{ROLLOUT}::test_after_end_of_sequence_there_is_padding_alone",
     "value_after_the_end": OBJECTIVE,
     "min_for_max": OBJECTIVE,
     "integer_rewards": OBJECTIVE,
@@ -31,7 +31,7 @@ CAUGHT_BY = {  # one file that notices; others may too
     "positions_count_padding": ROLLOUT,
     "mean_of_means": f"{UPDATE}::test_micro_batches_are_one_minibatch",
     "value_not_clipped_against_the_old": OBJECTIVE,
-    "missing_eos_forgiven": ROLLOUT,
+    "missing_eos_forgiven": f"{ROLLOUT}::test_only_a_response_without_end_of_sequence_gets_its_penalty",
 }
 
 

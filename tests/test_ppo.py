@@ -15,17 +15,15 @@ import numpy as np
 import pytest
 from alignment_runs import (
     RESPONSE,
-    arrays,
-    lines,
     on_one_device,
     ppo_config,
     pretrain_config,
     sft_config,
     template,
-    without_times,
     write,
 )
 from conftest import ROOT
+from runs import arrays, lines, one_device_environment, without_times
 
 from gptjax import ppo as stage
 from gptjax.data.corpus import text_windows
@@ -330,8 +328,7 @@ def test_kill_9_and_gone_on_with(straight, tuned, judge, alignment, tmp_path):
     options = WHOLE | {"steps": 12}
     text = KILLED.format(policy=str(tuned), reward=str(judge), prompts=str(alignment["prompts"]), options=options)
     (tmp_path / "config.py").write_text(text)
-    flags = os.environ.get("XLA_FLAGS", "").replace("--xla_force_host_platform_device_count=8", "")
-    environment = {**os.environ, "XLA_FLAGS": flags, "PYTHONPATH": f"{ROOT / 'tests'}:{ROOT}"}
+    environment = one_device_environment(PYTHONPATH=f"{ROOT / 'tests'}:{ROOT}")
 
     def start(workdir):
         return subprocess.Popen(
@@ -751,11 +748,10 @@ def test_best_of_n_keeps_the_best_of_the_first_n():
 
 
 def test_best_of_n_on_the_command_line(tuned, judge, alignment):
-    flags = os.environ.get("XLA_FLAGS", "").replace("--xla_force_host_platform_device_count=8", "")
     done = subprocess.run(
         [sys.executable, "-m", "gptjax.rlhf.best_of_n", f"--policy={tuned}", f"--reward={judge}",
          f"--prompts={alignment['prompts']}", "--n=4", "--limit=3", "--max_new_tokens=8"],
-        cwd=ROOT, env={**os.environ, "XLA_FLAGS": flags}, capture_output=True, text=True, timeout=200,
+        cwd=ROOT, env=one_device_environment(), capture_output=True, text=True, timeout=200,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     *rows, last = map(json.loads, done.stdout.splitlines())

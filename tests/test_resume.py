@@ -11,9 +11,9 @@ import time
 
 import jax
 import numpy as np
-import orbax.checkpoint as ocp
 import pytest
 from conftest import ROOT
+from runs import arrays, assert_same_run, lines, one_device_environment, until_sigterm
 
 from gptjax import pretrain as stage
 from gptjax.config import config_dict
@@ -22,12 +22,11 @@ from gptjax.parallel.mesh import make_mesh
 from gptjax.pretrain import PretrainConfig, pretrain
 from gptjax.training import loop
 from gptjax.training.checkpoint import Checkpointer
-from gptjax.training.loop import Dispatch, TrainingDiverged
+from gptjax.training.loop import TrainingDiverged
 from gptjax.training.schedule import Schedule
 from gptjax.workdir import load_model
 
 STEPS, STOP = 25, 13
-TIMES = ("tokens_per_second", "mfu", "seconds")
 
 
 @pytest.fixture(scope="module")
@@ -60,62 +59,21 @@ def one_device(monkeypatch):
     monkeypatch.setattr(stage, "make_mesh", lambda config: make_mesh(config, jax.devices()[:1]))
 
 
-def interrupted(monkeypatch, config, workdir, stop=STOP):
-    """Runs until a SIGTERM that comes while step `stop` is being computed."""
-    real = Dispatch.__call__
+@pytest.fixture(scope="module")
+def uninterrupted(text, tmp_path_factory):
+    """Workdir of tiny(text) on one device."""
+    workdir = tmp_path_factory.mktemp("uninterrupted")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(stage, "make_mesh", lambda config: make_mesh(config, jax.devices()[:1]))
+        assert pretrain(tiny(text), str(workdir)) is True
+    return workdir
 
-    def call(self, state, batch, rates):
-        result = real(self, state, batch, rates)
-        if int(result[0].step) >= stop:
-            os.kill(os.getpid(), signal.SIGTERM)
-        return result
 
-    with monkeypatch.context() as patch:
-        patch.setattr(Dispatch, "__call__", call)
-        assert pretrain(config, str(workdir)) is False
+def interrupted(config, workdir, stop=STOP):
+    """The step saved by a run that was sent a SIGTERM while step `stop` was being computed."""
+    assert until_sigterm(pretrain, config, workdir, stop) is False
     assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
     return Checkpointer(workdir).steps()[-1]
-
-
-# --- what a run left --------------------------------------------------------------------------------------
-
-
-def arrays(workdir, step=STEPS):
-    """{path: numpy array} of a checkpoint: parameters, optimiser state and loss scale, read by Orbax alone."""
-    found = {}
-    for item in ("params", "training"):
-        reader = ocp.Checkpointer(ocp.PyTreeCheckpointHandler())
-        path = (workdir / "checkpoints" / str(step) / item).resolve()
-        names = jax.tree.map(
-            lambda _: ocp.RestoreArgs(restore_type=np.ndarray), dict(reader.metadata(path).item_metadata.tree)
-        )
-        tree = reader.restore(path, args=ocp.args.PyTreeRestore(restore_args=names))
-        found |= {item + jax.tree_util.keystr(k): np.asarray(v) for k, v in jax.tree_util.tree_leaves_with_path(tree)}
-    return found
-
-
-def assert_bitwise(workdir, other, step=STEPS):
-    a, b = arrays(workdir, step), arrays(other, step)
-    assert a.keys() == b.keys() and len(a) > 30
-    assert [k for k in a if a[k].tobytes() != b[k].tobytes()] == []
-
-
-def lines(workdir, name="metrics"):
-    return [json.loads(line) for line in (workdir / f"{name}.jsonl").read_text().splitlines()]
-
-
-def without_times(records):
-    return [{k: v for k, v in r.items() if k not in TIMES} for r in records]
-
-
-def assert_same_run(workdir, other, steps=STEPS):
-    assert_bitwise(workdir, other, steps)
-    assert [line["step"] for line in lines(workdir)] == list(range(1, steps + 1))
-    assert without_times(lines(workdir)) == without_times(lines(other))
-    there = {e["step"]: e for e in lines(workdir, "evaluations")}
-    assert len(there) == len(lines(workdir, "evaluations"))
-    for e in lines(other, "evaluations"):
-        assert there[e["step"]] == e
 
 
 # --- interrupted and taken up again -----------------------------------------------------------------------
@@ -127,7 +85,7 @@ CASES = {
         "schedule__ramp_tokens": 3000.0, "schedule__ramp_start_batch_tokens": 128.0, "microbatch_size": 4,
         "schedule__warmup_tokens": 1000.0,
     },
-    "5 steps a dispatch": {"steps_per_dispatch": 5, "checkpoint__every": 7, "model__dropout": 0.2},
+    "5 steps a dispatch": {"steps_per_dispatch": 5, "checkpoint__every": 7, "eval__every": 14, "model__dropout": 0.2},
 }  # fmt: skip
 
 
@@ -135,11 +93,11 @@ CASES = {
 def test_13_steps_and_12_are_25(text, tmp_path, monkeypatch, one_device, case):
     config = tiny(text, **CASES[case])
     assert pretrain(config, str(tmp_path / "straight")) is True
-    stopped = interrupted(monkeypatch, config, tmp_path / "parts")
+    stopped = interrupted(config, tmp_path / "parts")
     assert stopped == (14 if "5 steps" in case else STOP)  # between two device calls
     assert [line["step"] for line in lines(tmp_path / "parts")] == list(range(1, stopped + 1))
     assert pretrain(config, str(tmp_path / "parts")) is True
-    assert_same_run(tmp_path / "parts", tmp_path / "straight")
+    assert_same_run(tmp_path / "parts", tmp_path / "straight", STEPS)
 
     metrics = lines(tmp_path / "straight")
     assert metrics[-1]["tokens_seen"] == sum(m["batch_tokens"] for m in metrics)
@@ -176,7 +134,7 @@ def test_a_finished_run_can_be_made_longer(text, tmp_path, one_device):
     pretrain(tiny(text, steps=10, **constant), str(tmp_path / "parts"))
     pretrain(tiny(text, steps=25, **constant), str(tmp_path / "parts"))
     pretrain(tiny(text, steps=25, **constant), str(tmp_path / "straight"))
-    assert_same_run(tmp_path / "parts", tmp_path / "straight")
+    assert_same_run(tmp_path / "parts", tmp_path / "straight", STEPS)
 
 
 def test_a_run_goes_on_with_its_own_tokens_whatever_became_of_the_source(text, tmp_path, one_device):
@@ -219,13 +177,13 @@ def test_taken_up_on_another_mesh(text, tmp_path, monkeypatch, first, then):
 
     straight = lambda config, workdir: pretrain(config, str(workdir))
     run("one device", tmp_path / "straight", straight)
-    assert run(first, tmp_path / "parts", lambda c, w: interrupted(monkeypatch, c, w)) == STOP
+    assert run(first, tmp_path / "parts", interrupted) == STOP
     assert run(then, tmp_path / "parts", straight) is True
     a, b = lines(tmp_path / "parts"), lines(tmp_path / "straight")
     assert [m["step"] for m in a] == list(range(1, STEPS + 1))
     np.testing.assert_allclose([m["loss"] for m in a], [m["loss"] for m in b], rtol=1e-5)
-    expected = arrays(tmp_path / "straight")
-    for path, value in arrays(tmp_path / "parts").items():
+    expected = arrays(tmp_path / "straight", STEPS)
+    for path, value in arrays(tmp_path / "parts", STEPS).items():
         if path.startswith("params"):
             limit = 1e-5 * np.abs(expected[path]).max() + 1e-6
             np.testing.assert_allclose(value, expected[path], rtol=0, atol=limit, err_msg=path)
@@ -234,7 +192,7 @@ def test_taken_up_on_another_mesh(text, tmp_path, monkeypatch, first, then):
 # --- divergence -------------------------------------------------------------------------------------------
 
 
-def test_a_loss_that_becomes_nan_stops_the_run(text, tmp_path, monkeypatch, one_device):
+def test_a_loss_that_becomes_nan_stops_the_run(text, tmp_path, monkeypatch, one_device, uninterrupted):
     """An infinite learning rate at step 7 makes the loss of step 8 NaN; the checkpoint of step 5 goes on from there."""
     real = Schedule.learning_rate
     with monkeypatch.context() as patch:
@@ -248,8 +206,7 @@ def test_a_loss_that_becomes_nan_stops_the_run(text, tmp_path, monkeypatch, one_
     assert Checkpointer(tmp_path / "run").steps()[-1] == 5
     assert load_model(tmp_path / "run").step == 5
     assert pretrain(tiny(text), str(tmp_path / "run")) is True
-    pretrain(tiny(text), str(tmp_path / "straight"))
-    assert_same_run(tmp_path / "run", tmp_path / "straight")
+    assert_same_run(tmp_path / "run", uninterrupted, STEPS)
 
 
 def test_a_huge_learning_rate_before_any_checkpoint(text, tmp_path, one_device):
@@ -321,14 +278,13 @@ def test_a_full_disk_does_not_stop_training(text, tmp_path, monkeypatch, capsys,
     assert Checkpointer(tmp_path / "run").steps()[-2:] == [20, 25]
 
 
-def test_the_last_checkpoint_does_not_fit(text, tmp_path, monkeypatch, one_device):
+def test_the_last_checkpoint_does_not_fit(text, tmp_path, monkeypatch, one_device, uninterrupted):
     with monkeypatch.context() as patch:
         fill_disk(patch, STEPS)
         with pytest.raises(InputError, match="free some disk space and give the same command again.* step 20"):
             pretrain(tiny(text), str(tmp_path / "run"))
     assert pretrain(tiny(text), str(tmp_path / "run")) is True
-    pretrain(tiny(text), str(tmp_path / "straight"))
-    assert_same_run(tmp_path / "run", tmp_path / "straight")
+    assert_same_run(tmp_path / "run", uninterrupted, STEPS)
 
 
 # --- the clock --------------------------------------------------------------------------------------------
@@ -379,8 +335,7 @@ class Process:
             sys.executable, "-m", "gptjax.pretrain", "--config=configs/shakespeare_char.py", f"--workdir={workdir}",
             *(f"--config.{k}={v}" for k, v in options.items()),
         ]  # fmt: skip
-        flags = os.environ.get("XLA_FLAGS", "").replace("--xla_force_host_platform_device_count=8", "")
-        self.environment = {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags}
+        self.environment = one_device_environment()
 
     def start(self):
         return subprocess.Popen(

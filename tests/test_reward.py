@@ -8,18 +8,16 @@ import numpy as np
 import pytest
 from alignment_runs import (
     LIKED,
-    assert_same_run,
     comparisons,
     demonstrations,
-    lines,
     on_one_device,
     pretrain_config,
     reward_config,
     sft_config,
     template,
-    until_sigterm,
     write,
 )
+from runs import assert_same_run, lines, until_sigterm
 
 from gptjax import reward as stage
 from gptjax.data.tokenizer import Tokenizer

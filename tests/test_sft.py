@@ -13,16 +13,14 @@ import numpy as np
 import pytest
 from alignment_runs import (
     CONTEXT,
-    assert_same_run,
     demonstrations,
-    lines,
     on_one_device,
     sft_config,
     template,
-    until_sigterm,
     write,
 )
 from conftest import ROOT
+from runs import assert_same_run, lines, until_sigterm
 
 from gptjax import sft as stage
 from gptjax.data.chat import Template, chat_tokenizer

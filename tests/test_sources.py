@@ -312,7 +312,7 @@ def test_rows_of_hugging_face(monkeypatch):
         ("x.json", b'{"a": 1}', "x.json is a JSON dict, not a list of objects"),
         ("x.json", b'{"a": 1}\n{"a": 2}', "x.json isn't one JSON value.*name it .jsonl"),
         ("x.parquet", b"PAR1 but not really", "x.parquet isn't a whole Parquet file"),
-        ("x.jsonl.gz", gzip.compress(b'{"a": 1}\n' * 999)[:-20], "x.jsonl.gz is a damaged gzip"),
+        ("x.jsonl.gz", gzip.compress(b'{"a": 1}\n' * 999, mtime=0)[:-20], "x.jsonl.gz is a damaged gzip"),
         ("x.txt", b"text", "x.txt holds no rows that can be read: rows come from .jsonl"),
     ],
 )
