@@ -69,7 +69,7 @@ def attention(q, k, v, *, path, window=None, segment_ids=None, dropout=0.0, drop
         path = "xla" if path in ("cpu", "cudnn") else path
     if dropout > 0.0 and dropout_keys is not None:
         return reference(q, k, v, window=window, segment_ids=segment_ids, dropout=dropout, dropout_keys=dropout_keys)
-    if path == "cpu" and q.shape[1] > _SHORT:
+    if path == "cpu" and (q.shape[1] > _SHORT or q.dtype == jnp.float16):  # XLA's takes no float16 on a CPU
         return _cpu(q, k, v, segment_ids, window)
     if path == "splash":
         return _splash(q, k, v, window, segment_ids, mesh)
