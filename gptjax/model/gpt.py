@@ -407,8 +407,8 @@ def decode_step(params, config: GPTConfig, tokens, positions, cache, slot, fille
 
     Args:
         tokens, positions: int [B, T]; the T new tokens go to slots slot .. slot+T-1, the same in every row.
-        cache: {'k', 'v'} [L, B, H, S, K], or what `taken_apart` made of it and of the parameters; filled: bool [B, S], the slots each row may look at (the causal
-            mask over slots is applied besides).
+        cache: {'k', 'v'} [L, B, H, S, K], or what `taken_apart` made of it and of the parameters.
+        filled: bool [B, S], the slots each row may look at (the causal mask over slots is applied besides).
     Returns:
         (hidden [B, T, D], the cache with the new keys and values).
     """
