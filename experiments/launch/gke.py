@@ -3,7 +3,7 @@
     python -m experiments.launch.gke --name=gpt3 --project=MINE --zone=us-east5-a --cluster=tpus \\
         --accelerator=v5p-1024 --slices=2 --dry_run -- gptjax.pretrain --config=configs/gpt3.py:175b \\
         --workdir=gs://BUCKET/gpt3 --config.data.source=gs://BUCKET/text --config.data.cache=/tmp/tokens \\
-        --config.mesh.data=2 --config.batch_size=1664 --config.microbatch_size=128
+        --config.mesh.dcn_data=2 --config.mesh.data=2 --config.batch_size=1664 --config.microbatch_size=128
 
 Run it in the checkout: XPK puts the folder into the image (`pip install xpk`; the cluster is made with `xpk cluster
 create`). The packages are installed when a pod starts, unless --docker_image names an image that has them and the
