@@ -145,9 +145,7 @@ def reward(config: mlc.ConfigDict, workdir: str) -> bool:
 
     # --- abstract state, shardings, step ---
     tx = make_optimizer(c.optimizer)
-    abstract, shardings = state_shardings(
-        heads.abstract_scalar_model(model), tx, c.precision, mesh, c.optimizer.offload
-    )
+    abstract, shardings = state_shardings(heads.abstract_scalar_model(model), tx, c.precision, mesh)
     loss = reward_loss(model, c.precision.dtype, c.objective, mesh)
     step = train_step(loss, tx, c.optimizer.clip_norm, c.precision, c.seed, dropout=model.dropout > 0)
     held_out = validation_batches(
