@@ -18,6 +18,7 @@ def trained():
     return {pairs: run.figures(run.train()) for pairs, run in runs.items()}
 
 
+@pytest.mark.slow
 def test_one_epoch_of_rankings_comes_within_two_hundredths_of_the_ceiling(trained):
     f = trained["all"]
     assert f["bayes_accuracy"] == pytest.approx(bed.BAYES, abs=1e-4)
@@ -27,6 +28,7 @@ def test_one_epoch_of_rankings_comes_within_two_hundredths_of_the_ceiling(traine
     assert bed.outside_the_bar(f) == []
 
 
+@pytest.mark.slow
 def test_one_pair_of_a_ranking_teaches_less_than_all(trained):
     one, every = trained["one"], trained["all"]
     assert one["accuracy"] < every["accuracy"] - 0.005
