@@ -29,7 +29,7 @@ from gptjax.model.spec import GPT1, GPT2, GPT3, GPTConfig
 from gptjax.parallel import topology as topologies
 from gptjax.parallel.bounds import bounds
 from gptjax.parallel.hlo import traffic
-from gptjax.parallel.mesh import AXES, MeshConfig
+from gptjax.parallel.mesh import AXES, MeshConfig, batch_ways
 from gptjax.parallel.topology import Topology
 from gptjax.ppo import PPOConfig
 from gptjax.pretrain import PretrainConfig
@@ -67,9 +67,13 @@ def build_program(config: dict, topology: Topology, request: Request) -> program
     mesh = topologies.topology_mesh(c.mesh, topology)
     if request.program == "train":
         return programs.train_program(c, mesh)
-    half = c.model.context_length // 2
+    half, ways = c.model.context_length // 2, batch_ways(mesh.shape)
     return programs.decode_program(
-        c, mesh, rows=request.rows, prompt=request.prompt_length or half, new_tokens=request.new_tokens or half
+        c,
+        mesh,
+        rows=-(-request.rows // ways) * ways,
+        prompt=request.prompt_length or half,
+        new_tokens=request.new_tokens or half,
     )
 
 
@@ -77,12 +81,17 @@ def adjusted(config: dict, topology: Topology, request: Request) -> tuple[dict, 
     """The config on this slice, and what had to change: {key: value}."""
     changes = {}
     mesh = {axis: config["mesh"][axis] for axis in AXES}
+    slices = topology.num_slices
+    if config["mesh"]["dcn_data"] != slices:
+        changes["mesh.dcn_data"] = slices
+        if mesh["data"] != -1 and mesh["data"] % slices:
+            changes["mesh.data"] = mesh["data"] = slices
     fixed = math.prod(size for size in mesh.values() if size != -1)
     if -1 not in mesh.values() and fixed < topology.device_count and topology.device_count % fixed == 0:
         changes["mesh.fsdp"] = mesh["fsdp"] * topology.device_count // fixed
     config = changed(config, changes)
     sizes = configs.build(MeshConfig, config["mesh"]).sizes(topology.device_count)
-    ways = sizes["data"] * sizes["fsdp"]
+    ways = batch_ways(sizes)
     if request.program == "train":
         micro, batch = config["microbatch_size"] or config["batch_size"], config["batch_size"]
         if micro % ways or batch % micro:
@@ -178,29 +187,30 @@ def remedies(config: dict, topology: Topology, request: Request, state_bytes: in
     state_bytes: parameters, moments and gradients of one device: no setting but a wider fsdp makes those smaller.
     """
     mesh = configs.build(MeshConfig, config["mesh"]).sizes(topology.device_count)
-    wider = {"mesh.data": 1, "mesh.fsdp": mesh["data"] * mesh["fsdp"]} if mesh["data"] > 1 else {}
+    slices = topology.num_slices  # between which there are copies of the model and nothing else
+    wider = {"mesh.data": slices, "mesh.fsdp": mesh["data"] * mesh["fsdp"] // slices} if mesh["data"] > slices else {}
     least = {}
     if wider:
         yield topology, wider
-    cut = state_bytes / (mesh["data"] if wider else 1)
+    cut = state_bytes / (mesh["data"] / slices if wider else 1)
     for option in _smaller(config, mesh, request):
         least = option
         if state_bytes < topology.chip.hbm:
             yield topology, option
         if wider and cut < topology.chip.hbm:
             yield topology, wider | option
-    for larger in topologies.slices(topology.generation):
+    for larger in (dataclasses.replace(t, num_slices=slices) for t in topologies.slices(topology.generation)):
         times, rest = divmod(larger.chips, topology.chips)
         if times < 2 or rest or cut / times > topology.chip.hbm:
             continue
-        grown = {"mesh.data": 1, "mesh.fsdp": mesh["data"] * mesh["fsdp"] * times}
+        grown = {"mesh.data": slices, "mesh.fsdp": mesh["data"] * mesh["fsdp"] // slices * times}
         for option in ({}, least):
             yield larger, option | grown
 
 
 def _smaller(config: dict, mesh: dict, request: Request):
     """Settings that need less memory, the gentlest first."""
-    ways = mesh["data"] * mesh["fsdp"]
+    ways = batch_ways(mesh)
     if request.program == "train":
         halves = [{"microbatch_size": n} for n in _halves(config["microbatch_size"] or config["batch_size"], ways)]
         order = ("none", "dots", "full")

@@ -18,6 +18,7 @@ from gptjax.model import gpt, heads
 from gptjax.model.attention import resolve
 from gptjax.model.flops import flops_per_token
 from gptjax.model.spec import GPTConfig, non_embedding_count, parameter_count
+from gptjax.parallel import pipeline
 from gptjax.parallel.bounds import Work, train_work
 from gptjax.parallel.mesh import batch_ways, check_fits
 from gptjax.parallel.rules import parameter_shardings
@@ -102,20 +103,22 @@ def train_program(c: PretrainConfig, mesh) -> Program:
     rates = whole(mesh, ((1,), jnp.float32))[0]
 
     one = {name: jax.ShapeDtypeStruct(x.shape[2:], x.dtype) for name, x in batch.items()}
-    arrays = kept_arrays(loss, state.params, one, mesh, model, rows, dropout=model.dropout > 0)
+    # With stages a tick's arrays are a pipeline micro-batch's: those of the whole rows are not what is kept.
+    staged = mesh.shape["stage"] > 1
+    arrays = () if staged else kept_arrays(loss, state.params, one, mesh, model, rows, dropout=model.dropout > 0)
     params, kept = device_bytes(state.params), sum(size for *_, size in arrays)
     tokens = c.batch_size * time
     work = train_work(
         model, tokens=tokens, devices=mesh.size, micro_batches=micro, ways=mesh.shape["tensor"] * mesh.shape["stage"],
         state_bytes=params + device_bytes(state.opt_state), parameter_bytes=params, kept_bytes=kept,
+        bubble=pipeline.make_plan(model, mesh.shape, rows).bubble,
     )  # fmt: skip
     parts = {
         "params": params,
         "optimizer": device_bytes(state.opt_state),
         "batch": device_bytes(batch),
         "gradients": params,
-        "kept for the backward pass": kept,
-    }
+    } | ({} if staged else {"kept for the backward pass": kept})
     return Program(jit_train_step(step, shardings), (state, batch, rates), {}, mesh, tokens, work, parts, arrays)
 
 

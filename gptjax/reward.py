@@ -119,7 +119,6 @@ def reward(config: mlc.ConfigDict, workdir: str) -> bool:
     options = c.model if c.model.dropout is not None else dataclasses.replace(c.model, dropout=0.0)
     model = options.apply(base.config, vocab_size=max(base.config.vocab_size, tokenizer.vocab_size))
     length = c.data.max_length or model.context_length
-    check_fits(mesh.shape, n_head=model.n_head, batch_size=c.batch_size, microbatch_size=c.microbatch_rows, time=length)
     pipeline.make_plan(model, mesh.shape, c.microbatch_rows)
 
     # --- data ---
@@ -128,7 +127,9 @@ def reward(config: mlc.ConfigDict, workdir: str) -> bool:
     examples = None if c.normalise == "none" else reference_texts(c, of_sft, template, model.context_length)
     here = hosts.batch_rows(batch_sharding(mesh, 0), c.microbatch_rows)
     longest = max(len(x.prompt) + max(map(len, x.completions)) for x in comparisons.train + comparisons.validation)
-    length = min(length, -(-longest // 8) * 8)
+    step_of = 8 * mesh.shape["seq"]
+    length = min(length, -(-longest // step_of) * step_of)
+    check_fits(mesh.shape, n_head=model.n_head, batch_size=c.batch_size, microbatch_size=c.microbatch_rows, time=length)
     batches = ComparisonBatches(
         comparisons.train, c.batch_size, comparisons.k, length, c.seed, pad_id=template.pad_id, here=here
     )

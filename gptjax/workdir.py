@@ -12,7 +12,7 @@ from gptjax.errors import InputError
 from gptjax.model import gpt
 from gptjax.model.attention import resolve
 from gptjax.model.spec import GPTConfig
-from gptjax.parallel.mesh import MeshConfig, make_mesh
+from gptjax.parallel.mesh import MeshConfig, make_mesh, slice_count
 from gptjax.parallel.rules import parameter_shardings
 from gptjax.training.checkpoint import Checkpointer
 from gptjax.training.precision import DTYPES
@@ -48,7 +48,8 @@ def load_model(workdir, *, step: int | None = None, mesh: jax.sharding.Mesh | No
         raise InputError(f"{workdir} is a reward model, which scores texts and writes none: give another workdir.")
     config = configs.build(GPTConfig, run["model"], "model")
     tokenizer = Tokenizer.load(workdir / "tokenizer")
-    config = dataclasses.replace(config, attention=resolve(config.attention, jax.default_backend()), remat="none")
+    config = dataclasses.replace(config, attention=resolve(config.attention, jax.default_backend()), remat="none",
+                                 pipeline_microbatches=None, pipeline_rounds=1)  # fmt: skip
     boxed = gpt.abstract_params(config)
     grid, shardings = _layout(boxed, mesh)
     params, meta = load_params(workdir, run, boxed, shardings, step)
@@ -64,7 +65,8 @@ def template_kind(run: dict) -> str | None:
 def _layout(boxed, mesh):
     if mesh is not None:
         return mesh, parameter_shardings(boxed, mesh)
-    for axes in (MeshConfig(data=1, fsdp=-1), MeshConfig()):
+    slices = slice_count(jax.devices())
+    for axes in (MeshConfig(data=slices, fsdp=-1, dcn_data=slices), MeshConfig(dcn_data=slices)):
         grid = make_mesh(axes)
         try:
             return grid, parameter_shardings(boxed, grid)

@@ -39,8 +39,13 @@ LAUNCHERS = {
 }
 
 
-def dry_run(launcher, options, run=RUN) -> str:
-    return launcher.make([*options, "--dry_run", *run])[1]
+def run_on(options) -> list[str]:
+    """RUN, told of its slices."""
+    return [*RUN, "--config.mesh.dcn_data=2", "--config.mesh.data=2"] if "--slices=2" in options else RUN
+
+
+def dry_run(launcher, options, run=None) -> str:
+    return launcher.make([*options, "--dry_run", *(run or run_on(options))])[1]
 
 
 def commands(script: str, program: str) -> list[list[str]]:
@@ -76,13 +81,13 @@ def test_what_is_printed_is_shell_and_is_the_same_each_time(name):
 def test_the_run_arrives_at_a_tpu_word_for_word(name):
     launcher, options = LAUNCHERS[name]
     last = [words for words in commands(dry_run(launcher, options), "gcloud") if "ssh" in words][-1]
-    assert trained(remote(last)) == RUN[1:]
+    assert trained(remote(last)) == run_on(options)[1:]
 
 
 def test_the_run_arrives_at_gke_and_slurm_word_for_word():
     for name in ("gke", "image"):
         (create,) = commands(dry_run(*LAUNCHERS[name]), "xpk")
-        assert trained(remote(create)) == RUN[1:]
+        assert trained(remote(create)) == run_on(LAUNCHERS[name][1])[1:]
     (srun,) = commands(dry_run(*LAUNCHERS["slurm"]), "srun")
     assert srun[-len(RUN) + 1 :] == RUN[1:] and srun[-len(RUN) - 1 : -len(RUN) + 1] == [".venv/bin/python", "-m"]
 
@@ -141,7 +146,7 @@ def test_a_workload_has_its_slices_its_restarts_and_time_to_save():
     assert create[:3] == ["xpk", "workload", "create"]
     assert {
         "--workload=gpt2", "--cluster=tpus", "--project=mine", "--zone=us-west4-a", "--tpu-type=v5litepod-16",
-        "--num-slices=2", "--script-dir=.", "--max-restarts=20", "--restart-on-exit-codes=75",
+        "--num-slices=2", "--script-dir=.", "--max-restarts=20", "--restart-on-exit-codes=75,134",
         "--termination-grace-period-seconds=300",
     } < set(create)  # fmt: skip
     assert '"jax[tpu]"' in remote(create) and " && exec python -m gptjax.pretrain" in remote(create)
@@ -405,6 +410,7 @@ def changed(*options, **run):
         (changed("--accelerator=a100"), "there are v2, v3, v4"),
         (changed("--accelerator=tpu7x-128"), "through GKE alone"),
         (changed("--slices=0"), "at least 1"),
+        (changed("--slices=2"), "2 slices: .*--config.mesh.dcn_data=2"),
         (changed("--steps=create,instal"), "did you mean install"),
         (changed("--name=My TPU"), "lower-case letters"),
         (changed("--env=FLAGS"), "NAME=VALUE"),
@@ -428,7 +434,7 @@ def test_the_mesh_must_fill_the_devices_when_it_is_given_whole():
     with pytest.raises(InputError, match="takes 8 devices and there are 16"):
         tpu.make(changed(**whole, config__mesh__fsdp=8))
     tpu.make(changed(**whole, config__mesh__fsdp=16))
-    tpu.make(changed("--slices=2", **whole, config__mesh__fsdp=32))
+    tpu.make(changed("--slices=2", **whole, config__mesh__fsdp=32, config__mesh__dcn_data=2))
 
 
 def test_a_spot_machine_keeps_no_local_workdir():
@@ -462,7 +468,7 @@ def test_more_gpus_than_none_and_one_word_a_field():
 def test_a_program_that_is_not_there_is_named_before_anything_runs(name, program, tmp_path):
     launcher, options = LAUNCHERS[name]
     done = subprocess.run(
-        [sys.executable, "-m", launcher.__name__, *options, *RUN], capture_output=True, text=True, cwd=ROOT,
+        [sys.executable, "-m", launcher.__name__, *options, *run_on(options)], capture_output=True, text=True, cwd=ROOT,
         env={**os.environ, "PATH": str(tmp_path)},
     )  # fmt: skip
     assert done.returncode == 2 and done.stdout == ""
@@ -476,7 +482,7 @@ def test_the_launchers_need_no_package_but_python_itself():
         script = subprocess.run(
             [sys.executable, "-I", "-S", "-c", f"import sys; sys.path.insert(0, {str(ROOT)!r})\n"
              f"from {launcher.__name__} import make; print(make(sys.argv[1:])[1], end='')",
-             *options, "--dry_run", *RUN],
+             *options, "--dry_run", *run_on(options)],
             capture_output=True, text=True, check=True,
         )  # fmt: skip
         assert script.stdout == dry_run(launcher, options)

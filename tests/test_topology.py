@@ -75,3 +75,19 @@ def test_only_data_goes_between_slices():
     pytest.importorskip("libtpu")
     with pytest.raises(InputError, match="mesh.data=1 is not a multiple of mesh.dcn_data=2"):
         topology.topology_mesh(MeshConfig(data=1, fsdp=8), Topology("v5e", (2, 2), 2))
+
+
+@pytest.mark.parametrize(
+    "name, sizes",
+    [
+        ("v5p:4x4x4", {"fsdp": 8, "tensor": 4, "stage": 2}),  # no axis of the slice is 8 or 2 long
+        ("v5p-256", {"fsdp": 64, "tensor": 2}),
+        ("v6e:8x8", {"fsdp": 32, "tensor": 2}),
+        ("v4-128", {"data": 2, "fsdp": 32}),
+    ],
+)
+def test_a_mesh_may_split_an_axis_of_the_slice(name, sizes):
+    pytest.importorskip("libtpu")
+    mesh = topology.topology_mesh(MeshConfig(**{"data": 1, **sizes}), parse(name))
+    assert {k: v for k, v in mesh.shape.items() if v > 1} == sizes
+    assert len({d.id for d in mesh.devices.flat}) == math.prod(sizes.values())

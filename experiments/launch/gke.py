@@ -40,7 +40,7 @@ def script(a: argparse.Namespace, run: job.Job) -> str:
     if a.slices < 1 or a.max_restarts < 0:
         raise InputError(f"--slices={a.slices} --max_restarts={a.max_restarts}: at least 1 and 0.")
     devices = machine.devices * a.slices
-    run.check(devices, keeps_disk=False)
+    run.check(devices, keeps_disk=False, slices=a.slices)
     # exec: SIGTERM, which XPK hands to its child, must reach Python for the run to save
     command = f"exec {run.shell('python')}"
     image = [f"--docker-image={a.docker_image}"]
@@ -50,7 +50,7 @@ def script(a: argparse.Namespace, run: job.Job) -> str:
     create = [
         "xpk", "workload", "create", f"--workload={a.name}", f"--project={job.project_of(a)}", f"--zone={a.zone}",
         f"--cluster={a.cluster}", f"--tpu-type={a.accelerator}", f"--num-slices={a.slices}", *image,
-        f"--max-restarts={a.max_restarts}", f"--restart-on-exit-codes={job.LOST}",
+        f"--max-restarts={a.max_restarts}", f"--restart-on-exit-codes={job.LOST},134",
         f"--termination-grace-period-seconds={GRACE}",
         *(["--spot"] if a.spot else []), f"--command={command}",
     ]  # fmt: skip

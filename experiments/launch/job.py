@@ -49,7 +49,7 @@ class Job:
         assignments = [f"{name}={shlex.quote(value)}" for name, value in self.env]
         return " ".join([*(["env", *assignments] if assignments else []), python, "-m", shlex.join(self.words)])
 
-    def check(self, devices: int, *, keeps_disk: bool):
+    def check(self, devices: int, *, keeps_disk: bool, slices: int = 1):
         """Raises InputError for what would fail on `devices` devices, once they are there and are paid for.
 
         keeps_disk: whether a local workdir is one disk, and is still there after a preemption.
@@ -64,6 +64,8 @@ class Job:
                 "Token shards are memory-mapped, so they are on a local disk while the workdir is not: "
                 "add --config.data.cache=/tmp/tokens."
             )
+        if slices > 1 and self.flag("config.mesh.dcn_data") != str(slices):
+            raise InputError(f"{slices} slices: say so to the run too, with --config.mesh.dcn_data={slices}.")
         sizes = [int(size) for axis in MESH_AXES if (size := self.flag(f"config.mesh.{axis}"))]
         fixed = math.prod(size for size in sizes if size != -1)
         exact = len(sizes) == len(MESH_AXES) and -1 not in sizes

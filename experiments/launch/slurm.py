@@ -45,7 +45,12 @@ time_is_up() {{  # the run saves and ends, and the job begins again where it was
   exit 0
 }}
 trap time_is_up USR1
-wait "$running"
+code=0
+wait "$running" || code=$?
+if [[ $code = {lost} || $code = 134 ]] && [ "${{SLURM_RESTART_COUNT:-0}}" -lt {tries} ]; then  # a host was lost
+  scontrol requeue "$SLURM_JOB_ID"
+fi
+exit "$code"
 """
 
 
@@ -79,7 +84,7 @@ def sbatch(a: argparse.Namespace, run: job.Job) -> str:
     return SBATCH.format(
         devices=a.nodes * a.gpus_per_node, processes=f"one process for each {a.process_per}", name=a.name,
         nodes=a.nodes, tasks=tasks, gpus=a.gpus_per_node, cpus=a.cpus_per_gpu * a.gpus_per_node // tasks, time=a.time,
-        warning=WARNING, run=run.shell(shlex.quote(a.python)),
+        warning=WARNING, lost=job.LOST, tries=20, run=run.shell(shlex.quote(a.python)),
         optional="".join(f"#SBATCH --{k}={v}\n" for k in ("partition", "account") if (v := getattr(a, k))),
         environment=f"export JAX_LOCAL_DEVICE_IDS={devices}\n" if per_node else "",
     )  # fmt: skip

@@ -98,7 +98,7 @@ while true; do
     echo "{name} was taken away (${{now:-gone}}): asking for another"
     create
     install
-  elif [[ $code = 255 || $code = {lost} ]] && [ $((tries += 1)) -le {tries} ]; then  # ssh's code, a lost host's
+  elif [[ $code = 255 || $code = {lost} || $code = 134 ]] && [ $((tries += 1)) -le {tries} ]; then
     echo "the connection or a host was lost: taking the run up again"
   else
     break
@@ -134,7 +134,7 @@ def script(a: argparse.Namespace, run: job.Job) -> str:
     if unknown := [step for step in steps if step not in STEPS]:
         raise InputError(f"--steps: there is no {unknown[0]!r}: {job.nearest(unknown[0], STEPS)}")
     devices, hosts = machine.devices * a.slices, machine.hosts * a.slices
-    run.check(devices, keeps_disk=hosts == 1 and not a.spot)
+    run.check(devices, keeps_disk=hosts == 1 and not a.spot, slices=a.slices)
 
     # The queue makes one slice and several alike; afterwards one is a tpu-vm to gcloud, and several are its nodes.
     where = [f"--project={job.project_of(a)}", f"--zone={a.zone}"]

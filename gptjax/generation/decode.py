@@ -4,7 +4,6 @@ Prompts of unequal length are padded on the left, so that every row writes the s
 segment of their own, which nothing else sees, and positions count from each row's first real token.
 """
 
-import dataclasses
 import functools
 from collections.abc import Sequence
 
@@ -49,7 +48,7 @@ def decode(params, config: GPTConfig, prompts, lengths, limits, key, *, new_toke
     x, kv = gpt.prefill(params, config, prompts, positions, real.astype(jnp.int32), dtype=dtype, mesh=mesh)
     cache = jax.tree.map(lambda a: jnp.pad(a, ((0, 0), (0, 0), (0, 0), (0, new_tokens), (0, 0))), kv)
     step_params = params
-    if config.unroll == config.n_layer:
+    if _takes_layers_apart(mesh):
         step_params, cache = gpt.taken_apart(params, cache, config)
     filled = jnp.concatenate([real, jnp.ones((B, new_tokens), bool)], axis=1)  # causality hides the rest
     fill = next(i for i in (pad_id, eot_id, 0) if i is not None)
@@ -85,6 +84,12 @@ def decode(params, config: GPTConfig, prompts, lengths, limits, key, *, new_toke
     carry = (jnp.int32(1), token, cache, *rest)
     *_, out, log_probs, count, _ = lax.while_loop(lambda c: (c[0] < new_tokens) & ~jnp.all(c[-1]), body, carry)
     return out, count, log_probs
+
+
+def _takes_layers_apart(mesh) -> bool:
+    """On a CPU: see gpt.taken_apart. Stages keep their layers to themselves."""
+    platform = jax.default_backend() if mesh is None else mesh.devices.flat[0].platform
+    return platform == "cpu" and (mesh is None or mesh.shape["stage"] == 1)
 
 
 def bucket(n: int, limit: int) -> int:
@@ -123,8 +128,6 @@ def generate(params, config: GPTConfig, prompts: Sequence[Sequence[int]], *, max
             )
         if wrong := [token for token in prompt if not 0 <= token < config.vocab_size]:
             raise InputError(f"Prompt {i} has token {wrong[0]}; the model's vocabulary is 0..{config.vocab_size - 1}.")
-    if jax.default_backend() == "cpu":
-        config = dataclasses.replace(config, unroll=config.n_layer)  # twice as fast: see gpt.taken_apart
     lengths = np.array([len(p) for p in prompts], np.int32)
     width = bucket(int(lengths.max()), config.context_length)
     # The last context position can still predict: a prompt of the full context gets one new token.

@@ -95,7 +95,7 @@ def _softmax(x, w, targets, temperature, vocab):
         return logits, top, e, e.sum(-1, keepdims=True), jnp.take_along_axis(logits, targets[..., None], axis=-1), ids
     ids = ids + first_row(w.shape[0])
     logits = jnp.where(ids < vocab, logits, _ABSENT)
-    top = maximum(logits.max(-1, keepdims=True), "tensor")
+    top = maximum(lax.stop_gradient(logits.max(-1, keepdims=True)), "tensor")
     e = jnp.exp(logits - top)
     chosen = jnp.where(targets[..., None] == ids, logits, 0).sum(-1, keepdims=True)
     z, chosen = total((e.sum(-1, keepdims=True), chosen), "tensor")

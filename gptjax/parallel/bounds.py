@@ -19,18 +19,20 @@ from gptjax.parallel.topology import Chip
 @dataclasses.dataclass(frozen=True)
 class Work:
     """What one device does in one run of a program. model_flops: attention as the causal mask leaves it;
-    palm_flops: as PaLM and metrics.jsonl's mfu count it; flops: model_flops and what is computed again; 0 = no such."""
+    palm_flops: as PaLM and metrics.jsonl's mfu count it; flops: model_flops and what is computed again; 0 = no such.
+    bubble: the share of the time that a pipeline's stages wait."""
 
     model_flops: float
     palm_flops: float
     flops: float
     hbm_bytes: float
+    bubble: float = 0.0
 
 
 def bounds(work: Work, ici_bytes: float, dcn_bytes: float, chip: Chip) -> dict:
     """Seconds of each, the binding one, and the MFU that is left if all else is perfect."""
     seconds = {
-        "compute": work.flops / chip.peak,
+        "compute": work.flops / chip.peak / (1 - work.bubble),
         "hbm": work.hbm_bytes / chip.hbm_bandwidth,
         "ici": ici_bytes / chip.ici,
     }
@@ -63,7 +65,7 @@ def recomputed_flops_per_token(c: GPTConfig) -> float:
 
 
 def train_work(c: GPTConfig, *, tokens: int, devices: int, micro_batches: int, ways: int, state_bytes: int,
-               parameter_bytes: int, kept_bytes: float) -> Work:  # fmt: skip
+               parameter_bytes: int, kept_bytes: float, bubble: float = 0.0) -> Work:  # fmt: skip
     """One training step of `tokens` tokens over all devices.
 
     ways: over how many devices a matrix stays cut up while it is multiplied (tensor x stage). state_bytes,
@@ -75,6 +77,7 @@ def train_work(c: GPTConfig, *, tokens: int, devices: int, micro_batches: int, w
         palm_flops=f.palm * share,
         flops=(f.causal + recomputed_flops_per_token(c)) * share,
         hbm_bytes=train_bytes(c, micro_batches, ways, state_bytes, parameter_bytes, kept_bytes),
+        bubble=bubble,
     )
 
 

@@ -4,7 +4,7 @@ import dataclasses
 import math
 
 import jax
-from jax.experimental.mesh_utils import create_hybrid_device_mesh
+from jax.experimental.mesh_utils import create_device_mesh, create_hybrid_device_mesh
 from jax.sharding import AxisType, Mesh
 
 from gptjax.errors import InputError
@@ -59,22 +59,38 @@ class MeshConfig:
         return sizes
 
 
+def slice_count(devices) -> int:
+    """Of how many slices, joined by the data-centre network, the devices are."""
+    return len({getattr(d, "slice_index", 0) for d in devices})
+
+
 def make_mesh(config: MeshConfig, devices=None) -> Mesh:
     """A Mesh over all devices (or those given), with Auto axes: jax.make_mesh would make Explicit ones."""
     devices = jax.devices() if devices is None else devices
     sizes = config.sizes(len(devices))
     axis_types = (AxisType.Auto,) * len(AXES)
-    slices = len({getattr(d, "slice_index", 0) for d in devices})
+    slices = slice_count(devices)
     if config.dcn_data != slices and (config.dcn_data > 1 or devices[0].platform == "tpu"):
         raise InputError(
             f"mesh.dcn_data={config.dcn_data}, but these devices are of {slices} slice{'s' * (slices > 1)}: "
             f"set it to {slices}."
         )
-    if config.dcn_data > 1:
-        within = sizes | {"data": sizes["data"] // slices}
+    shape = tuple(sizes[a] for a in AXES)
+    if devices[0].platform != "tpu":
+        return jax.make_mesh(shape, AXES, axis_types=axis_types, devices=devices)
+    # On a TPU each axis lies along the slice's own; where none fits, one of those is split between two of ours.
+    split = {"allow_split_physical_axes": True}
+    try:
+        if slices == 1:
+            return Mesh(create_device_mesh(shape, devices, **split), AXES, axis_types=axis_types)
+        within = [n // slices if a == "data" else n for a, n in zip(AXES, shape, strict=True)]
         between = [slices if axis == "data" else 1 for axis in AXES]
-        return Mesh(create_hybrid_device_mesh([within[a] for a in AXES], between, devices), AXES, axis_types=axis_types)
-    return jax.make_mesh(tuple(sizes[a] for a in AXES), AXES, axis_types=axis_types, devices=devices)
+        return Mesh(create_hybrid_device_mesh(within, between, devices, **split), AXES, axis_types=axis_types)
+    except NotImplementedError as error:
+        raise InputError(
+            f"The mesh {' x '.join(f'{k}={s}' for k, s in sizes.items() if s > 1)} does not lie on this slice: {error} "
+            "Give its axes sizes that divide the slice's own."
+        ) from error
 
 
 def batch_ways(sizes) -> int:

@@ -47,12 +47,12 @@ def evaluator(c: EvaluationConfig, n: Networks, prompts, slots: int, template: T
         tokens, lengths = (hosts.place(batch[k], batch_sharding(mesh, 0)) for k in ("tokens", "lengths"))
         tokens, mask, _ = sample(averaged.policy, tokens, lengths, jax.random.key(seed))
         judged, score = judge(averaged, tokens, lengths, mask)
-        score = rule_score(tokens, lengths, mask, texts, score)
+        score = hosts.whole(rule_score(tokens, lengths, mask, texts, score))
         _, metrics = finish(judged, score, state.kl_coefficient)
         ids, responses = rewards.split_rows(*map(hosts.whole, (tokens, lengths, mask)))
         record = {
             "score": float(metrics["objective/score"]),
-            "raw_score": float(np.mean(np.asarray(score))),
+            "raw_score": float(np.mean(score)),
             "kl": float(metrics["objective/kl"]),
             "entropy": float(metrics["objective/entropy"]),
             "length": float(metrics["response/length"]),
@@ -64,7 +64,6 @@ def evaluator(c: EvaluationConfig, n: Networks, prompts, slots: int, template: T
         if len(lm_batches):
             total, count, _ = loop.evaluation_sums(lm_step, averaged.policy, lm_batches, batch_sharding(mesh, 0))
             record["lm_loss"] = total / count
-        score = hosts.whole(score)
         table = [
             {"prompt": texts[i], "text": template.decode(responses[i]), "score": float(score[i])}
             | ({"gold": float(of_gold[i])} if gold else {})

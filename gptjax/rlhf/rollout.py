@@ -16,6 +16,7 @@ import jax.numpy as jnp
 from gptjax.generation.decode import decode
 from gptjax.generation.sampling import Sampling
 from gptjax.objectives import ppo
+from gptjax.parallel.mesh import batch_ways
 from gptjax.rlhf import networks
 from gptjax.rlhf.networks import Networks
 
@@ -63,7 +64,9 @@ def by_rows(function, rows: int | None, *arrays):
     batch = arrays[0].shape[0]
     if rows is None or rows >= batch:
         return function(*arrays)
-    rows = next(n for n in range(rows, 0, -1) if batch % n == 0)
+    mesh = jax.sharding.get_abstract_mesh()
+    ways = 1 if mesh.empty else batch_ways(mesh.shape)
+    rows = next((n for n in range(rows, 0, -1) if batch % n == 0 and n % ways == 0), batch)
     split = tuple(a.reshape(batch // rows, rows, *a.shape[1:]) for a in arrays)
     out = jax.lax.map(lambda parts: function(*parts), split)
     return jax.tree.map(lambda a: a.reshape(batch, *a.shape[2:]), out)

@@ -161,7 +161,7 @@ def train(
     clock = _Clock(seconds_before)
     bar = tqdm(
         total=schedule.steps, initial=start_step, unit="step", dynamic_ncols=True, file=sys.stderr,
-        disable=jax.process_index() != 0, mininterval=0.5,
+        disable=not hosts.first(), mininterval=0.5,
     )  # fmt: skip
 
     def record(first, count, metrics):
