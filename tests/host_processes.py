@@ -135,4 +135,9 @@ def assert_same_figures(workdir, other, relative=1e-6):
         for mine, theirs in zip(a, b, strict=True):
             assert mine.keys() == theirs.keys()
             for key in [k for k in mine if not k.startswith(timed)]:
-                assert mine[key] == pytest.approx(theirs[key], rel=relative, abs=relative), (mine["step"], key)
+                assert mine[key] == pytest.approx(theirs[key], rel=relative, abs=relative), (
+                    mine["step"],
+                    key,
+                    mine[key],
+                    theirs[key],
+                )
