@@ -3,9 +3,9 @@
     python -m experiments.docstrings --config=configs/demo.py --workdir=runs/demo
 
 `make demo` runs it. The pre-trained model is the workdir itself, the other stages lie in it: sft/, reward/, ppo/
-(without pre-training gradients) and ppo_ptx/ (with them). A stopped demo goes on where it was. By the rates of its
-parts it takes about 12 minutes on 2 CPU cores that pre-train 4,000 tokens a second; the whole was not timed. The gold
-score of a summary is experiments/docstrings/labeller.py's.
+(without pre-training gradients) and ppo_ptx/ (with them). A stopped demo goes on where it was. It took 20 minutes on 2
+cores of a busy machine, 24 minutes of processor time (experiments/README.md). The gold score of a summary is
+experiments/docstrings/labeller.py's.
 --scale shortens the stages after pre-training (0.05 for a smoke test).
 """
 
