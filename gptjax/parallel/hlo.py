@@ -28,8 +28,7 @@ KINDS = ("all-gather", "reduce-scatter", "all-reduce", "all-to-all", "collective
 @dataclasses.dataclass(frozen=True)
 class Collective:
     """One collective of the text. sent: bytes that a chip sends each time; times: how often it runs; crosses:
-    whether it goes to other slices, over the data-centre network; source: the op's JAX name; channel: its number in
-    the program, where it has one."""
+    whether it goes to other slices, over the data-centre network; source: the op's JAX name."""
 
     kind: str
     group: int
@@ -37,7 +36,6 @@ class Collective:
     times: int
     crosses: bool
     source: str
-    channel: str | None = None
 
     @property
     def total(self) -> float:
@@ -89,10 +87,7 @@ def traffic(text: str, num_slices: int = 1) -> Traffic:
     """
     program = _Program(text)
     found, endless = program.walk(program.entry, num_slices)
-    # A gather that the TPU compiler overlaps with computation stands in the text once for each piece of that
-    # (AsyncCollectiveStart ... Done), whole each time, under one channel number: it is sent once.
-    once = {(c.kind, c.channel) if c.channel else i: c for i, c in reversed(list(enumerate(found)))}
-    return Traffic(tuple(reversed(once.values())), tuple(dict.fromkeys(endless)))
+    return Traffic(tuple(found), tuple(dict.fromkeys(endless)))
 
 
 def array_bytes(type_text: str) -> float:
@@ -145,6 +140,10 @@ class _Program:
                 names = re.findall(r"%?([\w.\-]+)", branches[1]) if branches else _branches(op.rest)
                 inner = max((self.walk(n, num_slices, times) for n in names), key=lambda w: sum(c.total for c in w[0]))
             elif op.opcode in ("fusion", "call", "async-start") and (called := _CALLED.search(op.rest)):
+                # A gather that the TPU compiler overlaps with computation stands whole in each piece of it: it is
+                # counted where it starts.
+                if op.name.startswith("async-collective-done") or called[1].startswith("async_collective_fusion"):
+                    continue
                 inner = self.walk(called[1], num_slices, times)
             else:
                 continue
@@ -233,10 +232,7 @@ def _collective(op, kind, size, group, times, crosses) -> Collective:
     ring = (group - 1) / group
     factor = {"all-gather": group - 1, "all-reduce": 2 * ring, "collective-permute": 1, "one-to-one": 1}.get(kind, ring)
     source = re.search(r'op_name="([^"]*)"', op.rest)
-    channel = re.search(r"channel_id=(\d+)", op.rest)
-    return Collective(
-        kind, group, size * factor, times, crosses, source[1] if source else op.name, channel and channel[1]
-    )
+    return Collective(kind, group, size * factor, times, crosses, source[1] if source else op.name)
 
 
 def _through(program, call, inner, outer):
