@@ -43,9 +43,9 @@ def test_slices():
         parse("v5e:2x2", num_slices=0)
 
 
-def test_every_chip_has_a_peak():
+def test_every_chip_has_a_peak_and_a_bandwidth():
     for name, chip in CHIPS.items():
-        assert chip.peak > 1e14 and chip.hbm > 15 * 2**30, name
+        assert chip.peak > 1e14 and chip.hbm_bandwidth > 5e11 and chip.hbm > 15 * 2**30, name
         assert sorted(math.prod(s) for s in chip.shapes) == [math.prod(s) for s in chip.shapes]
 
 

@@ -91,7 +91,7 @@ MEMORY_BANDWIDTH = {
     "tpu v5": 2765e9,
     "tpu v6 lite": 1638e9,
     "tpu v6e": 1638e9,
-    "tpu7x": 3690e9,
+    "tpu7x": 3690e9,  # a device is a core: half a chip
     "nvidia a100": 1555e9,  # 40 GB
     "nvidia a100 sxm4 80gb": 2039e9,
     "nvidia a100 80gb pcie": 1935e9,

@@ -15,7 +15,7 @@ import re
 from jax.sharding import Mesh
 
 from gptjax.errors import InputError
-from gptjax.model.flops import peak_flops
+from gptjax.model.flops import memory_bandwidth, peak_flops
 from gptjax.parallel.mesh import MeshConfig, make_mesh
 
 _GIB = 2**30
@@ -28,14 +28,13 @@ _3D = (
 
 @dataclasses.dataclass(frozen=True)
 class Chip:
-    """One JAX device. kind: its jax.Device.device_kind, whose peak model/flops.py knows. hbm: bytes a program may use;
-    hbm_bandwidth, ici over all its links one way, and dcn, its share of its host's: bytes/s, None = not published.
+    """One JAX device. kind: its jax.Device.device_kind, whose peak and bandwidth model/flops.py knows. hbm: bytes a
+    program may use; ici over all its links one way, and dcn, its share of its host's: bytes/s, None = not published.
     per_chip: JAX devices of a chip. cores: what the number in a Cloud name counts of each chip. options: what libtpu
     has to be told besides."""
 
     kind: str
     hbm: int
-    hbm_bandwidth: float
     ici: float
     dcn: float | None
     shapes: tuple[tuple[int, ...], ...]
@@ -48,15 +47,20 @@ class Chip:
         """bf16 FLOP/s."""
         return peak_flops(self.kind)
 
+    @property
+    def hbm_bandwidth(self) -> float:
+        """Bytes/s."""
+        return memory_bandwidth(self.kind)
+
 
 CHIPS = {
-    "v4": Chip("TPU v4", int(30.75 * _GIB), 1200e9, 300e9, None, _3D[:-1], cores=2,
+    "v4": Chip("TPU v4", int(30.75 * _GIB), 300e9, None, _3D[:-1], cores=2,
                options=(("chip_config_name", "megacore"),)),
-    "v5e": Chip("TPU v5 lite", int(15.75 * _GIB), 819e9, 200e9, 25e9 / 8, _2D),
-    "v5p": Chip("TPU v5", int(95.74 * _GIB), 2765e9, 600e9, 50e9 / 8, _3D, cores=2),
-    "v6e": Chip("TPU v6 lite", int(31.25 * _GIB), 1638e9, 400e9, 100e9 / 8, _2D),
-    # a device is half a chip: 7,380 GB/s, 600 GB/s and 100 Gb/s a chip
-    "tpu7x": Chip("TPU7x", int(94.75 * _GIB), 3690e9, 300e9, 50e9 / 8, _3D, per_chip=2, cores=2),
+    "v5e": Chip("TPU v5 lite", int(15.75 * _GIB), 200e9, 25e9 / 8, _2D),
+    "v5p": Chip("TPU v5", int(95.74 * _GIB), 600e9, 50e9 / 8, _3D, cores=2),
+    "v6e": Chip("TPU v6 lite", int(31.25 * _GIB), 400e9, 100e9 / 8, _2D),
+    # a device is half a chip: 600 GB/s and 100 Gb/s a chip
+    "tpu7x": Chip("TPU7x", int(94.75 * _GIB), 300e9, 50e9 / 8, _3D, per_chip=2, cores=2),
 }  # fmt: skip
 _CLOUD = {"v5litepod": "v5e", "v5lite": "v5e", "v5e": "v5e", "v6e": "v6e", "v4": "v4", "v5p": "v5p", "tpu7x": "tpu7x"}
 
