@@ -114,11 +114,6 @@ def reference(q, k, v, *, window=None, segment_ids=None, dropout=0.0, dropout_ke
     mask = visible(t, t, window)[None, None]
     if segment_ids is not None:
         mask = mask & (segment_ids[:, None, :, None] == segment_ids[:, None, None, :])
-    return masked_attention(q, k, v, mask, dropout=dropout, dropout_keys=dropout_keys)
-
-
-def masked_attention(q, k, v, mask, *, dropout=0.0, dropout_keys=None):
-    """Attention under any mask, bool [batch | 1, head | 1, query, key]."""
     scores = jnp.einsum("bqhd,bkhd->bhqk", q, k, preferred_element_type=jnp.float32) * q.shape[-1] ** -0.5
     probs = jax.nn.softmax(jnp.where(mask, scores, NEG_INF), axis=-1)
     if dropout > 0.0 and dropout_keys is not None:
