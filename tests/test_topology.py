@@ -4,6 +4,7 @@ import math
 
 import pytest
 
+from experiments.launch import accelerators
 from gptjax.errors import InputError
 from gptjax.parallel import topology
 from gptjax.parallel.mesh import MeshConfig
@@ -47,6 +48,19 @@ def test_every_chip_has_a_peak_and_a_bandwidth():
     for name, chip in CHIPS.items():
         assert chip.peak > 1e14 and chip.hbm_bandwidth > 5e11 and chip.hbm > 15 * 2**30, name
         assert sorted(math.prod(s) for s in chip.shapes) == [math.prod(s) for s in chip.shapes]
+
+
+def test_the_launchers_know_the_same_slices():
+    """experiments/launch/accelerators.py has names and sizes of its own, for a launcher must do without JAX."""
+    names = {parse(f"{name}-8").generation: name for name in accelerators.GENERATIONS if name not in ("v2", "v3")}
+    assert names.keys() == CHIPS.keys()
+    for generation, name in names.items():
+        for here in slices(generation):
+            there = accelerators.parse(f"{name}-{here.chips * here.chip.cores}")
+            assert (there.chips, there.devices) == (here.chips, here.device_count), there.name
+            assert parse(there.name) == here
+        sizes = accelerators.GENERATIONS[name].sizes
+        assert isinstance(sizes, int) or len(sizes) == len(slices(generation)), name
 
 
 def test_without_libtpu(monkeypatch):
