@@ -12,7 +12,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 NOTEBOOK = ROOT / "experiments" / "colab" / "quickstart.ipynb"
-# The demo at its smallest, for two CPU cores. GPTJAX_FLAGS and GPTJAX_WORKDIR, where set, take their places (.ci/run).
+# The demo at its smallest, for two CPU cores. GPTJAX_FLAGS, where set (as in .ci/run), takes its place.
 SMALLEST = (
     "--config.model.n_layer=2 --config.model.n_head=2 --config.model.d_model=64 --config.data.tokenizer=bpe:1024 "
     "--config.steps=20 --config.eval.every=20 --config.checkpoint.every=20 --config.eval.batches=2 "
@@ -70,7 +70,7 @@ def test_a_command_that_fails_stops_it_and_what_it_printed_is_seen(notebook, cap
 @pytest.mark.slow
 def test_it_runs_from_top_to_bottom(notebook, tmp_path, monkeypatch):
     nbclient = pytest.importorskip("nbclient", reason="needs requirements-test.txt")
-    workdir = Path(os.environ.get("GPTJAX_WORKDIR", tmp_path / "run")).resolve()
+    workdir = tmp_path / "run"
     monkeypatch.setenv("GPTJAX_WORKDIR", str(workdir))
     monkeypatch.setenv("GPTJAX_FLAGS", os.environ.get("GPTJAX_FLAGS", SMALLEST))
     for name in ("NPROC", "XLA_FLAGS"):  # conftest.py's eight devices are not for it

@@ -72,7 +72,7 @@ def serve_gptjax(directory: str):
 def model_config():
     from gptjax.model.spec import GPTConfig
 
-    return GPTConfig(**SHAPE, attention="cpu", unroll=SHAPE["n_layer"])
+    return GPTConfig(**SHAPE, attention="cpu")
 
 
 def export(directory: str):
