@@ -115,6 +115,17 @@ def run(main):
     app.run(guarded, flags_parser=parse)
 
 
+def run_stage(stage):
+    """A training stage from the command line, on this host and those that join it. stage: (config, workdir)."""
+    define_flags()
+
+    def main(_):
+        with hosts.join(flags.FLAGS.config, flags.FLAGS.workdir, flags.FLAGS.join_limit):
+            stage(flags.FLAGS.config, flags.FLAGS.workdir)
+
+    run(main)
+
+
 def define_flags():
     """--config, --workdir and --join_limit, as every training stage has them."""
     config_flags.DEFINE_config_file("config", None, "A config file, as configs/gpt2.py:124m.", lock_config=True)

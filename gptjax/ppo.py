@@ -16,7 +16,6 @@ from collections.abc import Callable
 
 import jax
 import numpy as np
-from absl import flags
 from etils import epath
 from ml_collections import config_dict as mlc
 from tqdm import tqdm
@@ -99,11 +98,6 @@ class PPOConfig:
             raise InputError("PPO computes in float32 or bfloat16: set --config.precision.compute to one of them.")
         if self.reward_on not in ("text", "tokens"):
             raise InputError(f"reward_on={self.reward_on!r}: choose text or tokens.")
-
-
-def main(_):
-    with hosts.join(FLAGS.config, FLAGS.workdir, FLAGS.join_limit):
-        ppo(FLAGS.config, FLAGS.workdir)
 
 
 def ppo(config: mlc.ConfigDict, workdir: str, reward_fn: Callable | None = None) -> bool:
@@ -209,16 +203,11 @@ def ppo(config: mlc.ConfigDict, workdir: str, reward_fn: Callable | None = None)
     with jax.set_mesh(mesh), contextlib.ExitStack() as kept:
         # --- where the state comes from: the newest good checkpoint of this run, else the SFT and reward models ---
         checkpointer = kept.enter_context(contextlib.closing(Checkpointer(workdir, c.checkpoint)))
-        restored = checkpointer.restore(abstract, shardings) if known else None
-        if restored:
-            state, meta = restored
-            checkpointer.drop_after(int(state.step))
-            if meta["data"] != prompts.fingerprint:
-                raise InputError(
-                    f"{c.data.source} has changed since the run began: put it back or take another --workdir."
-                )
-            hosts.say(f"going on from iteration {int(state.step)} of {iterations}")
-        else:
+        state, seconds = checkpointer.take_up(
+            abstract, shardings, data=prompts.fingerprint, total=iterations, unit="iteration",
+            changed=f"{c.data.source} has changed since the run began: put it back or take another --workdir.",
+        )  # fmt: skip
+        if state is None:
 
             def make(policy, reward):
                 trunk = reward or heads.scalar_model(policy, policy_config, None)
@@ -227,8 +216,6 @@ def ppo(config: mlc.ConfigDict, workdir: str, reward_fn: Callable | None = None)
 
             state = jax.jit(make, out_shardings=shardings)(base.params, judge_model and judge_model.params)
         start = int(state.step)
-        if start > iterations:
-            raise InputError(f"{workdir} has done {start} iterations, more than the {iterations} asked for.")
         freeze = jax.jit(lambda p: networks.frozen(p, n.dtype))
         reference, reward = freeze(base.params), judge_model and freeze(judge_model.params)
         base = judge_model = None
@@ -296,7 +283,6 @@ def ppo(config: mlc.ConfigDict, workdir: str, reward_fn: Callable | None = None)
 
         bar = tqdm(total=iterations, initial=start, unit="it", dynamic_ncols=True, file=sys.stderr,
                    disable=not hosts.first())  # fmt: skip
-        seconds = 0.0 if not restored else meta.get("seconds", 0.0)
         saved = start if start else -1
         with loop.stop_on_sigterm() as asked_to_stop, loop.ends_when_stuck(c.log.stuck_after) as alive:
             if start % c.eval.every == 0 or start == iterations:
@@ -365,6 +351,4 @@ def steer_kl(state, kl, c: PPOConfig):
 
 
 if __name__ == "__main__":
-    FLAGS = flags.FLAGS
-    configs.define_flags()
-    configs.run(main)
+    configs.run_stage(ppo)

@@ -9,7 +9,6 @@ import dataclasses
 import time
 
 import jax
-from absl import flags
 from etils import epath
 from ml_collections import config_dict as mlc
 
@@ -92,11 +91,6 @@ class PretrainConfig:
         return self.microbatch_size or self.batch_size
 
 
-def main(_):
-    with hosts.join(FLAGS.config, FLAGS.workdir, FLAGS.join_limit):
-        pretrain(FLAGS.config, FLAGS.workdir)
-
-
 def pretrain(config: mlc.ConfigDict, workdir: str) -> bool:
     """The whole stage. Returns whether the run is finished (False after a SIGTERM)."""
     began = time.perf_counter()
@@ -167,27 +161,17 @@ def pretrain(config: mlc.ConfigDict, workdir: str) -> bool:
         #   2. the weights of another workdir (init_from)
         #   3. random numbers
         checkpointer = Checkpointer(workdir, c.checkpoint)
-        restored = checkpointer.restore(abstract, shardings)
-        meta = {}
-        if restored:
-            state, meta = restored
-            checkpointer.drop_after(int(state.step))
-            if meta["data"] != corpus.fingerprint:
-                raise InputError(
-                    f"The tokens in {shards_directory(c.data, workdir)} are not those this run was trained on: "
-                    "put them back, or start anew in another --workdir."
-                )
-            hosts.say(f"going on from step {int(state.step)} of {schedule.steps}")
-        else:
+        state, seconds = checkpointer.take_up(
+            abstract, shardings, data=corpus.fingerprint, total=schedule.steps,
+            changed=f"The tokens in {shards_directory(c.data, workdir)} are not those this run was trained on: "
+            "put them back, or start anew in another --workdir.",
+        )  # fmt: skip
+        if state is None:
             state = init_state(model, tx, c.precision, shardings, c.seed)
             if c.init_from:
                 params = load_weights(c.init_from, model, abstract.params, shardings.params)
                 state = dataclasses.replace(state, params=params)
         start = int(state.step)
-        if start > schedule.steps:
-            raise InputError(
-                f"{workdir} has done {start} steps, more than the {schedule.steps} asked for: raise --config.steps."
-            )
         writer = MetricWriter(workdir, c.log, start, configs.to_json(c))
 
         # --- loop ---
@@ -195,27 +179,9 @@ def pretrain(config: mlc.ConfigDict, workdir: str) -> bool:
         if start == 0:
             write_samples(workdir, 0, state.params, model, corpus.tokenizer, c, mesh)
         state, finished = loop.train(
-            state,
-            feed=loop.device_feed(
-                lambda a, b: lm.iterate(batches, a, b), c.microbatch_rows, batch_sharding(mesh, 2), start,
-                schedule.steps,
-            ),
-            dispatch=loop.Dispatch(jit_train_step(step, shardings)),
-            schedule=schedule,
-            checkpointer=checkpointer,
-            writer=writer,
-            evaluate=evaluate,
-            checkpoint_every=c.checkpoint.every,
-            eval_every=c.eval.every,
-            log=c.log,
-            workdir=workdir,
-            start_step=start,
-            # under the ramp the number of rows changes from step to step
-            steps_per_dispatch=1 if schedule.ramping else c.steps_per_dispatch,
+            c, state, jit_train_step(step, shardings), batches, mesh=mesh, schedule=schedule, checkpointer=checkpointer,
+            writer=writer, evaluate=evaluate, data=corpus.fingerprint, seconds_before=seconds,
             train_flops_per_token=flops_per_token(model).palm,
-            stops_on_overflow=not c.precision.scaled,
-            seconds_before=meta.get("seconds", 0.0),
-            meta={"data": corpus.fingerprint},
         )  # fmt: skip
         if finished:
             write_samples(workdir, schedule.steps, state.params, model, corpus.tokenizer, c, mesh)
@@ -319,6 +285,4 @@ def write_samples(workdir, step, params, model, tokenizer, c: PretrainConfig, me
 
 
 if __name__ == "__main__":
-    FLAGS = flags.FLAGS
-    configs.define_flags()
-    configs.run(main)
+    configs.run_stage(pretrain)

@@ -13,12 +13,10 @@ import time
 
 import jax
 import numpy as np
-from absl import flags
 from etils import epath
 from ml_collections import config_dict as mlc
 
 from gptjax import config as configs
-from gptjax.data import lm
 from gptjax.data.chat import Template, chat_tokenizer
 from gptjax.data.comparisons import ComparisonBatches, ComparisonConfig, load_comparisons, validation_batches
 from gptjax.data.demonstrations import DemonstrationConfig, load_demonstrations
@@ -90,11 +88,6 @@ class RewardConfig:
         return self.microbatch_size or self.batch_size
 
 
-def main(_):
-    with hosts.join(FLAGS.config, FLAGS.workdir, FLAGS.join_limit):
-        reward(FLAGS.config, FLAGS.workdir)
-
-
 def reward(config: mlc.ConfigDict, workdir: str) -> bool:
     """The whole stage. Returns whether the run is finished (False after a SIGTERM)."""
     began = time.perf_counter()
@@ -140,7 +133,6 @@ def reward(config: mlc.ConfigDict, workdir: str) -> bool:
         learning_rate=c.optimizer.learning_rate, steps=c.steps if c.steps is not None else batches.steps(c.epochs),
     )  # fmt: skip
     hosts.agree("The comparisons", comparisons.fingerprint)
-    known = hosts.from_first((workdir / "config.json").exists)
     configs.claim_workdir(workdir, "reward", dataclasses.replace(c, template=kind), model=model)
     hosts.only_first(lambda: tokenizer.save(workdir / "tokenizer"))
 
@@ -158,17 +150,11 @@ def reward(config: mlc.ConfigDict, workdir: str) -> bool:
     with jax.set_mesh(mesh):
         # --- where the state comes from: the newest good checkpoint of this run, else init_from's trunk ---
         checkpointer = Checkpointer(workdir, c.checkpoint)
-        restored = checkpointer.restore(abstract, shardings) if known else None
-        meta = {}
-        if restored:
-            state, meta = restored
-            checkpointer.drop_after(int(state.step))
-            if meta["data"] != comparisons.fingerprint:
-                raise InputError(
-                    f"{c.data.source} has changed since the run began: put it back or take another --workdir."
-                )
-            hosts.say(f"going on from step {int(state.step)} of {schedule.steps}")
-        else:
+        state, seconds = checkpointer.take_up(
+            abstract, shardings, data=comparisons.fingerprint, total=schedule.steps,
+            changed=f"{c.data.source} has changed since the run began: put it back or take another --workdir.",
+        )  # fmt: skip
+        if state is None:
 
             def make(params, key):
                 params = heads.scalar_model(heads.grow_vocabulary(params, model.vocab_size), model, key)
@@ -177,8 +163,6 @@ def reward(config: mlc.ConfigDict, workdir: str) -> bool:
             state = jax.jit(make, out_shardings=shardings)(base.params, jax.random.key(c.seed))
         del base
         start = int(state.step)
-        if start > schedule.steps:
-            raise InputError(f"{workdir} has done {start} steps, more than the {schedule.steps} asked for.")
         writer = MetricWriter(workdir, c.log, start, configs.to_json(c))
 
         # --- loop ---
@@ -186,27 +170,9 @@ def reward(config: mlc.ConfigDict, workdir: str) -> bool:
         if start < schedule.steps and hosts.first():
             (workdir / "reward.json").unlink(missing_ok=True)  # of a shorter run: it tells of other weights
         state, finished = loop.train(
-            state,
-            feed=loop.device_feed(
-                lambda a, b: lm.iterate(batches, a, b), c.microbatch_rows, batch_sharding(mesh, 2), start,
-                schedule.steps,
-            ),
-            dispatch=loop.Dispatch(jit_train_step(step, shardings)),
-            schedule=schedule,
-            checkpointer=checkpointer,
-            writer=writer,
-            evaluate=evaluate,
-            checkpoint_every=c.checkpoint.every,
-            eval_every=c.eval.every,
-            log=c.log,
-            workdir=workdir,
-            start_step=start,
-            steps_per_dispatch=c.steps_per_dispatch,
-            figures=figures,
-            unit="prompts",
-            stops_on_overflow=not c.precision.scaled,
-            seconds_before=meta.get("seconds", 0.0),
-            meta={"data": comparisons.fingerprint},
+            c, state, jit_train_step(step, shardings), batches, mesh=mesh, schedule=schedule, checkpointer=checkpointer,
+            writer=writer, evaluate=evaluate, data=comparisons.fingerprint, seconds_before=seconds,
+            figures=figures, unit="prompts",
         )  # fmt: skip
         writer.close()
         checkpointer.close()
@@ -345,6 +311,4 @@ def describe_run(c: RewardConfig, model: GPTConfig, comparisons, length: int, sc
 
 
 if __name__ == "__main__":
-    FLAGS = flags.FLAGS
-    configs.define_flags()
-    configs.run(main)
+    configs.run_stage(reward)

@@ -11,12 +11,10 @@ import dataclasses
 import time
 
 import jax
-from absl import flags
 from etils import epath
 from ml_collections import config_dict as mlc
 
 from gptjax import config as configs
-from gptjax.data import lm
 from gptjax.data.chat import Template, chat_tokenizer
 from gptjax.data.corpus import text_windows
 from gptjax.data.demonstrations import (
@@ -123,11 +121,6 @@ class SFTConfig:
         return self.microbatch_size or self.batch_size
 
 
-def main(_):
-    with hosts.join(FLAGS.config, FLAGS.workdir, FLAGS.join_limit):
-        sft(FLAGS.config, FLAGS.workdir)
-
-
 def sft(config: mlc.ConfigDict, workdir: str) -> bool:
     """The whole stage. Returns whether the run is finished (False after a SIGTERM)."""
     began = time.perf_counter()
@@ -193,23 +186,15 @@ def sft(config: mlc.ConfigDict, workdir: str) -> bool:
     with jax.set_mesh(mesh):
         # --- where the state comes from: the newest good checkpoint of this run, else init_from's weights ---
         checkpointer = Checkpointer(workdir, c.checkpoint)
-        restored = checkpointer.restore(abstract, shardings) if known else None
-        meta = {}
-        if restored:
-            state, meta = restored
-            checkpointer.drop_after(int(state.step))
-            if meta["data"] != demonstrations.fingerprint:
-                raise InputError(
-                    f"{c.data.source} has changed since the run began: put it back or take another --workdir."
-                )
-            hosts.say(f"going on from step {int(state.step)} of {schedule.steps}")
-        else:
+        state, seconds = checkpointer.take_up(
+            abstract, shardings, data=demonstrations.fingerprint, total=schedule.steps,
+            changed=f"{c.data.source} has changed since the run began: put it back or take another --workdir.",
+        )  # fmt: skip
+        if state is None:
             make = lambda params: new_state(heads.grow_vocabulary(params, model.vocab_size), tx, c.precision)
             state = jax.jit(make, out_shardings=shardings)(base.params)
         del base
         start = int(state.step)
-        if start > schedule.steps:
-            raise InputError(f"{workdir} has done {start} steps, more than the {schedule.steps} asked for.")
         writer = MetricWriter(workdir, c.log, start, configs.to_json(c))
 
         # --- loop ---
@@ -217,26 +202,9 @@ def sft(config: mlc.ConfigDict, workdir: str) -> bool:
         if start == 0:
             write_samples(workdir, 0, state.params, model, demonstrations, template, c, mesh)
         state, finished = loop.train(
-            state,
-            feed=loop.device_feed(
-                lambda a, b: lm.iterate(batches, a, b), c.microbatch_rows, batch_sharding(mesh, 2), start,
-                schedule.steps,
-            ),
-            dispatch=loop.Dispatch(jit_train_step(step, shardings)),
-            schedule=schedule,
-            checkpointer=checkpointer,
-            writer=writer,
-            evaluate=evaluate,
-            checkpoint_every=c.checkpoint.every,
-            eval_every=c.eval.every,
-            log=c.log,
-            workdir=workdir,
-            start_step=start,
-            steps_per_dispatch=c.steps_per_dispatch,
+            c, state, jit_train_step(step, shardings), batches, mesh=mesh, schedule=schedule, checkpointer=checkpointer,
+            writer=writer, evaluate=evaluate, data=demonstrations.fingerprint, seconds_before=seconds,
             train_flops_per_token=None if mix is None and c.data.loss_on == "response" else flops_per_token(model).palm,
-            stops_on_overflow=not c.precision.scaled,
-            seconds_before=meta.get("seconds", 0.0),
-            meta={"data": demonstrations.fingerprint},
         )  # fmt: skip
         if finished:
             write_samples(workdir, schedule.steps, state.params, model, demonstrations, template, c, mesh)
@@ -335,6 +303,4 @@ def describe_run(c: SFTConfig, model: GPTConfig, demonstrations, packed: PackedR
 
 
 if __name__ == "__main__":
-    FLAGS = flags.FLAGS
-    configs.define_flags()
-    configs.run(main)
+    configs.run_stage(sft)

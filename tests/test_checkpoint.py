@@ -1,5 +1,6 @@
 """Checkpoints that are damaged, half-written, too many, on a full disk or wanted on another mesh."""
 
+import contextlib
 import json
 import os
 import shutil
@@ -64,7 +65,7 @@ def written(tmp_path_factory, one_device):
     workdir = tmp_path_factory.mktemp("written")
     checkpointer = Checkpointer(workdir)
     for step in (1, 2):
-        checkpointer.save(step, make_state(step, one_device), {"seconds": step / 2})
+        checkpointer.save(step, make_state(step, one_device), {"seconds": step / 2, "data": "these"})
     checkpointer.close()
     return workdir
 
@@ -167,7 +168,7 @@ def test_a_digest_does_not_depend_on_the_sharding(mesh, one_device):
 def test_what_was_saved_is_restored(workdir, one_device):
     state, meta = restore(workdir, one_device)
     assert_bitwise(state, make_state(2, one_device))
-    assert meta == {"step": 2, "seconds": 1.0}
+    assert meta == {"step": 2, "seconds": 1.0, "data": "these"}
 
 
 def test_nothing_saved_is_none(tmp_path, one_device):
@@ -295,6 +296,39 @@ def test_weights_alone_can_be_saved(tmp_path, one_device):
     assert_bitwise(got, params)
     assert meta == {"step": 0, "from": "elsewhere"}
     checkpointer.close()
+
+
+# --- taken up again ---------------------------------------------------------------------------------------
+
+
+def take_up(workdir, where, **given):
+    with contextlib.closing(Checkpointer(workdir, CheckpointConfig())) as checkpointer:
+        of_run = {"data": "these", "changed": "The data changed.", "total": 2}
+        return checkpointer.take_up(abstract(), where, **{**of_run, **given})
+
+
+def test_a_run_goes_on_from_its_newest_good_checkpoint_and_puts_a_damaged_one_away(workdir, one_device, capsys):
+    damage(workdir)
+    state, seconds = take_up(workdir, one_device, total=9, unit="iteration")
+    assert (int(state.step), seconds) == (1, 0.5)
+    assert "going on from iteration 1 of 9" in capsys.readouterr().out
+    assert (workdir / "checkpoints-damaged" / "2").exists() and not (workdir / "checkpoints" / "2").exists()
+
+
+def test_a_new_run_has_nothing_to_take_up(tmp_path, one_device):
+    assert take_up(tmp_path, one_device) == (None, 0.0)
+
+
+@pytest.mark.parametrize(
+    "given, match",
+    [
+        ({"data": "others"}, "The data changed"),
+        ({"total": 1}, "has done 2 steps, more than the 1 asked for: raise --config.steps"),
+    ],
+)
+def test_other_data_and_too_few_steps_are_refused(workdir, one_device, given, match):
+    with pytest.raises(InputError, match=match):
+        take_up(workdir, one_device, **given)
 
 
 # --- another mesh -----------------------------------------------------------------------------------------

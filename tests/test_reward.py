@@ -198,7 +198,7 @@ def test_the_selected_checkpoint_is_the_one_that_is_zeroed(tuned, alignment, mes
 def test_a_longer_run_has_no_scale_until_it_is_finished(judge, mesh, tmp_path, monkeypatch, tuned, alignment):
     """reward.json of the shorter run tells of other weights: stopped on the way, the workdir is no reward model."""
     copy = shutil.copytree(judge, tmp_path / "longer")
-    monkeypatch.setattr(stage.loop, "train", lambda state, **_: (state, False))
+    monkeypatch.setattr(stage.loop, "train", lambda c, state, *_, **__: (state, False))
     c = reward_config(tuned, alignment["comparisons"], steps=240)
     assert reward(c, str(copy)) is False
     with pytest.raises(InputError, match="no reward.json"):

@@ -111,7 +111,8 @@ class Checkpointer:
 
     def __init__(self, workdir, config: CheckpointConfig | None = None):
         logging.set_verbosity(logging.ERROR)  # orbax's progress notes would drown ours
-        self.directory = epath.Path(workdir).resolve() / "checkpoints"
+        self.workdir = epath.Path(workdir)
+        self.directory = self.workdir.resolve() / "checkpoints"
         self._owner = config is not None
         self._config = config or CheckpointConfig()
         self._keep = _Keep(self._config)
@@ -222,6 +223,31 @@ class Checkpointer:
             return abstract.join(step, restored["params"], restored["training"]), meta
 
         return self._newest_good(load)
+
+    def take_up(self, abstract, shardings, *, data: str, changed: str, total: int, unit: str = "step") -> tuple:
+        """The state that a run goes on from and its seconds of training so far; (None, 0.0) where it is a new run.
+        What is newer than the state is dropped.
+
+        Args:
+            data: fingerprint of the data, as `meta` of each save has it; changed: what to say where it is another.
+            total: how many `unit`s the run is to have.
+        Raises:
+            InputError: other data, or more steps done than asked for.
+        """
+        restored = self.restore(abstract, shardings)
+        if restored is None:
+            return None, 0.0
+        state, meta = restored
+        done = int(state.step)
+        self.drop_after(done)
+        if meta["data"] != data:
+            raise InputError(changed)
+        hosts.say(f"going on from {unit} {done} of {total}")
+        if done > total:
+            raise InputError(
+                f"{self.workdir} has done {done} {unit}s, more than the {total} asked for: raise --config.steps."
+            )
+        return state, meta.get("seconds", 0.0)
 
     def restore_params(self, abstract, shardings, step: int | None = None) -> tuple[dict, dict] | None:
         """Parameters alone and the meta, of the newest good checkpoint or of a given step."""

@@ -18,15 +18,16 @@ import jax
 import numpy as np
 from tqdm import tqdm
 
+from gptjax.data import lm
 from gptjax.errors import InputError
 from gptjax.model.flops import mfu
 from gptjax.objectives.language import bits_per_byte
 from gptjax.parallel import hosts
 from gptjax.training.checkpoint import Checkpointer
-from gptjax.training.metrics import LogConfig, MetricWriter
+from gptjax.training.metrics import MetricWriter
 from gptjax.training.schedule import Schedule
 from gptjax.training.state import TrainState
-from gptjax.training.step import memory_needed
+from gptjax.training.step import batch_sharding, memory_needed
 
 
 @dataclasses.dataclass(frozen=True)
@@ -120,47 +121,44 @@ def ends_when_stuck(seconds: float | None):
 
 
 def train(
+    c,
     state: TrainState,
+    step_fn,
+    batches,
     *,
-    feed: Callable[[Iterator[tuple[int, int]]], Iterator[tuple[int, int, object]]],
-    dispatch: Dispatch,
+    mesh,
     schedule: Schedule,
     checkpointer: Checkpointer,
     writer: MetricWriter,
     evaluate: Callable[[object], dict] | None,
-    checkpoint_every: int,
-    eval_every: int,
-    log: LogConfig,
-    workdir,
-    start_step: int = 0,
-    steps_per_dispatch: int = 1,
+    data: str,
+    seconds_before: float,
     train_flops_per_token: float | None = None,
     figures: Callable[[dict], dict] | None = None,
     unit: str = "tokens",
-    stops_on_overflow: bool = True,
-    seconds_before: float = 0.0,
-    meta: dict | None = None,
 ) -> tuple[TrainState, bool]:
-    """Runs steps start_step .. schedule.steps - 1.
+    """Runs steps state.step .. schedule.steps - 1.
 
     Args:
-        feed: turns (first step, steps) chunks into (first, steps, device batch). Without target_bytes in the batch
-            there is no bits_per_byte.
+        c: a stage's config; read are its checkpoint, eval, log, precision, microbatch_rows and steps_per_dispatch.
+        step_fn: jitted (state, stacked batches, learning rates [steps]) -> (state, metrics [steps]): jit_train_step.
+        batches: batches[t] is step t's, numpy arrays of this host's rows (hosts.batch_rows) and scalars. Without
+            target_bytes there is no bits_per_byte.
         evaluate: params -> {'loss', ...}; its record goes to evaluations.jsonl. Where it has a 'selection', that is
             what the best checkpoint has lowest, else the loss.
+        data, seconds_before: fingerprint of the data and training time of earlier starts: Checkpointer.take_up.
         figures: the step's further sums (step.py) -> {name: figure} for metrics.jsonl.
         unit: what the loss counts: batch_<unit>, <unit>_per_second.
-        stops_on_overflow: a step that is not finite ends the run (float16 skips it instead).
-        seconds_before: training time of earlier starts. meta: kept in each checkpoint besides.
     Returns:
         (state, whether the run is finished): False after a SIGTERM, with everything saved.
     Raises:
         TrainingDiverged: naming the step and the checkpoint to go back to.
     """
-    devices = jax.devices()
+    devices, dispatch, log, start = jax.devices(), Dispatch(step_fn), c.log, int(state.step)
+    stops_on_overflow = not c.precision.scaled  # float16 skips a step that is not finite instead
     clock = _Clock(seconds_before)
     bar = tqdm(
-        total=schedule.steps, initial=start_step, unit="step", dynamic_ncols=True, file=sys.stderr,
+        total=schedule.steps, initial=start, unit="step", dynamic_ncols=True, file=sys.stderr,
         disable=not hosts.first(), mininterval=0.5,
     )  # fmt: skip
 
@@ -214,18 +212,20 @@ def train(
     def save(step):
         with clock.paused():
             writer.flush()
-            return checkpointer.save(step, state, {"seconds": clock.total(), **(meta or {})})
+            return checkpointer.save(step, state, {"seconds": clock.total(), "data": data})
 
     evaluated = {line["step"] for line in writer.evaluations()}
-    if start_step not in evaluated and start_step % eval_every == 0:
-        assess(start_step)
+    if start not in evaluated and start % c.eval.every == 0:
+        assess(start)
 
-    profiler = _Profiler(workdir, start_step + log.profile_start, log.profile_steps)
-    pending, step, saved = None, start_step, start_step if start_step else -1
+    profiler = _Profiler(checkpointer.workdir, start + log.profile_start, log.profile_steps)
+    pending, step, saved = None, start, start if start else -1
+    rows, by_row = c.microbatch_rows, batch_sharding(mesh, 2)
+    at_once = 1 if schedule.ramping else c.steps_per_dispatch  # under the ramp the rows change from step to step
     with stop_on_sigterm() as asked_to_stop, ends_when_stuck(log.stuck_after) as alive, profiler:
-        plan = chunks(start_step, schedule.steps, steps_per_dispatch, checkpoint_every, eval_every, at=profiler.ends)
+        plan = chunks(start, schedule.steps, at_once, c.checkpoint.every, c.eval.every, at=profiler.ends)
         clock.lap()
-        for first, count, batch in feed(plan):
+        for first, count, batch in device_batches(batches, plan, rows, by_row, start, schedule.steps):
             profiler.before(first)
             rates = np.array([schedule.learning_rate(s) for s in range(first, first + count)], np.float32)
             compiling = dispatch.seconds_compiling
@@ -237,14 +237,14 @@ def train(
             stopping = asked_to_stop()
             alive()
             at_end = step == schedule.steps or stopping
-            if at_end or step % checkpoint_every == 0 or step % eval_every == 0 or step >= profiler.stop_at:
+            if at_end or step % c.checkpoint.every == 0 or step % c.eval.every == 0 or step >= profiler.stop_at:
                 record(*pending)
                 pending = None
             profiler.after(step)
-            if at_end or step % checkpoint_every == 0:
+            if at_end or step % c.checkpoint.every == 0:
                 if save(step):
                     saved = step
-            if step % eval_every == 0 or step == schedule.steps:
+            if step % c.eval.every == 0 or step == schedule.steps:
                 assess(step)
             if stopping:
                 break
@@ -341,25 +341,20 @@ def micro_batches(batch: dict[str, np.ndarray], microbatch_rows: int) -> dict[st
     return {k: v.reshape(-1, microbatch_rows, *v.shape[1:]) for k, v in batch.items()}
 
 
-def device_feed(read: Callable[[int, int], Iterator[tuple[int, dict]]], microbatch_rows: int, sharding, start, stop):
-    """The `feed` of `train` for batches read one step at a time.
+def device_batches(batches, plan: Iterator[tuple[int, int]], microbatch_rows: int, sharding, start: int, stop: int):
+    """(first step, steps, arrays on the devices [steps, micro-batches, rows, ...]) for each (first, steps) of `plan`.
 
     Args:
-        read: (start, stop) -> iterator of (step, batch of numpy arrays and scalars), this host's rows only
-            (hosts.batch_rows).
+        batches: as `train` takes them; read ahead from `start` to `stop`.
         microbatch_rows: of one micro-batch, over all hosts.
-        sharding: of arrays [steps, micro-batches, rows, ...].
+        sharding: of the arrays.
     """
     rows_here = len(hosts.rows_here(sharding, microbatch_rows))
-
-    def feed(plan):
-        batches = read(start, stop)
-        for first, count in plan:
-            arrays = []
-            for step, batch in itertools.islice(batches, count):
-                assert step == first + len(arrays), "the loader and the loop disagree on the step"
-                arrays.append(micro_batches({k: v for k, v in batch.items() if isinstance(v, np.ndarray)}, rows_here))
-            stacked = jax.tree.map(lambda *xs: np.stack(xs), *arrays)
-            yield first, count, jax.tree.map(lambda a: hosts.global_array(a, sharding), stacked)
-
-    return feed
+    read = lm.iterate(batches, start, stop)
+    for first, count in plan:
+        arrays = []
+        for step, batch in itertools.islice(read, count):
+            assert step == first + len(arrays), "the loader and the loop disagree on the step"
+            arrays.append(micro_batches({k: v for k, v in batch.items() if isinstance(v, np.ndarray)}, rows_here))
+        stacked = jax.tree.map(lambda *xs: np.stack(xs), *arrays)
+        yield first, count, jax.tree.map(lambda a: hosts.global_array(a, sharding), stacked)
