@@ -9,7 +9,7 @@ import pytest
 from configs import demo
 from experiments.docstrings import labeller, task
 from experiments.docstrings.labeller import gold_score, pair_accuracy_ceiling, plackett_luce_ranks
-from gptjax.data import tokens
+from gptjax.data import sources, splits
 from gptjax.errors import InputError
 
 SIGNATURE = "class TarFile: def extract_member(self, path, mode='r') -> bytes:"
@@ -180,10 +180,10 @@ def test_no_file_is_in_two_parts_and_evaluation_is_what_pretraining_holds_out(ex
     assert list(files) == ["demonstrations", "comparisons", "prompts", "evaluation"]
     assert sum(map(len, files.values())) == len(set().union(*files.values()))
     data = demo.get_config().data
-    pretraining = tokens._splitter(data.source, float(data.validation), data.text_field, SEED)
+    pretraining = splits.splitter(data.source, float(data.validation), data.text_field, SEED)
     unseen = {text for split, text in pretraining() if split == "validation"}
-    held_out = tokens.held_out("stdlib", task.VALIDATION, seed=SEED)
-    assert {d.text for d in tokens.sources.documents("stdlib") if d.name in held_out} == unseen
+    held_out = splits.held_out("stdlib", task.VALIDATION, seed=SEED)
+    assert {d.text for d in sources.documents("stdlib") if d.name in held_out} == unseen
     assert files["evaluation"] <= held_out and not held_out & set().union(*(files[n] for n in task.SHARES))
 
     prompts = {e.prompt for name in task.SHARES for e in parts[name]}

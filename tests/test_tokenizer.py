@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from tokenizers import decoders, models, pre_tokenizers
 
 from gptjax.data import tokenizer as tok
+from gptjax.data.gpt1_words import _spacy_english, gpt1_words
 from gptjax.data.tokenizer import (
     Tokenizer,
     character_tokenizer,
@@ -116,16 +117,16 @@ def test_gpt1_saved_loaded_and_its_bytes(tmp_path):
 def test_gpt1_words():
     pytest.importorskip("spacy", reason="GPT-1's words need spaCy")
     # by openai/finetune-transformer-lm's text_utils.py: dashes, ellipsis, spacing, clitics, mojibake
-    assert tok.gpt1_words("The—END… don't") == ["the", "-", "end", "...", "do", "n't"]
-    assert tok.gpt1_words(" a \n\n  b,,c(d)\t e ") == ["a", "\n", "b", ",", ",", "c", "(", "d", ")", "e"]
-    assert tok.gpt1_words("schÃ¶n") == ["schön"]
+    assert gpt1_words("The—END… don't") == ["the", "-", "end", "...", "do", "n't"]
+    assert gpt1_words(" a \n\n  b,,c(d)\t e ") == ["a", "\n", "b", ",", ",", "c", "(", "d", ")", "e"]
+    assert gpt1_words("schÃ¶n") == ["schön"]
 
 
 def test_gpt1_without_spacy(monkeypatch):
-    tok._spacy_english.cache_clear()
+    _spacy_english.cache_clear()
     monkeypatch.setitem(sys.modules, "spacy", None)
     with pytest.raises(InputError, match="pip install spacy"):
-        tok.gpt1_words("text")
+        gpt1_words("text")
 
 
 @settings(max_examples=200, deadline=None)

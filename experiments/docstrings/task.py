@@ -19,7 +19,7 @@ from itertools import accumulate
 from pathlib import Path
 from typing import NamedTuple
 
-from gptjax.data import sources, tokens
+from gptjax.data import sources, splits
 
 VALIDATION = 0.05  # of the files, as configs/demo.py holds them out
 SHARES = {"demonstrations": 55, "comparisons": 25, "prompts": 15}  # of the examples in the other files
@@ -94,7 +94,7 @@ def split(examples: list[Example], seed: int) -> dict[str, list[Example]]:
     seed holds out, less the few examples whose signature also is in another file. The other files are put in
     order of a hash of seed and name and cut by SHARES of the examples.
     """
-    held_out = tokens.held_out("stdlib", VALIDATION, seed=seed)
+    held_out = splits.held_out("stdlib", VALIDATION, seed=seed)
     sizes = Counter(e.file for e in examples if e.file not in held_out)
     elsewhere = {e.prompt for e in examples if e.file not in held_out}
     total, before, side = sum(sizes.values()), 0, {}

@@ -7,37 +7,23 @@ is installed. Documents come in a fixed order, one in memory at a time.
 from __future__ import annotations
 
 import difflib
-import gzip
 import hashlib
 import json
 import os
 import platform
 import sysconfig
-import tempfile
 import warnings
-import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any, NamedTuple
 
 import fsspec
 
+from gptjax.data.formats import Document, File, NotText, document_reader, row_reader, text_of
 from gptjax.errors import InputError
 
-_JSON_LINES = (".jsonl", ".ndjson", ".jsonl.gz", ".ndjson.gz", ".json.gz")  # .json.gz as C4 names them
-_PARQUET = (".parquet",)
-_ARRAY_RECORD = (".arrayrecord", ".array_record")
 _STDLIB_SUFFIXES = (".py", ".txt", ".rst")
 _STDLIB_SKIPPED = "test tests idle_test site-packages dist-packages lib-dynload __pycache__".split()
-_SNIFFED = 8192  # bytes in which a NUL marks a file as binary, as git does
-_RECORDS = 256  # ArrayRecord records read at a time
-
-
-class Document(NamedTuple):
-    """name: path relative to the source's root, and `:line` or `:row` (from 1) for rows; text: its text."""
-
-    name: str
-    text: str
 
 
 class Row(NamedTuple):
@@ -45,14 +31,6 @@ class Row(NamedTuple):
 
     where: str
     value: dict
-
-
-class _File(NamedTuple):
-    fs: Any  # fsspec.AbstractFileSystem
-    path: str
-    name: str
-    size: int
-    stamp: str  # modification time or etag, whatever the file system keeps
 
 
 def documents(source: str, *, text_field: str = "text") -> Iterator[Document]:
@@ -113,11 +91,11 @@ def _file_documents(source: str, text_field: str) -> Iterator[Document]:
     files, skip_binary = _files(source)
     skipped = []
     for file in files:
-        reader = _reader(file.name)
+        reader = document_reader(file.name)
         try:
             with _readable(file):
                 yield from reader(file, text_field)
-        except _NotText as error:
+        except NotText as error:
             if not skip_binary:
                 raise InputError(
                     f"{file.path} is not text: byte offset {error.offset} {error.reason}; convert it to "
@@ -134,7 +112,7 @@ def _file_documents(source: str, text_field: str) -> Iterator[Document]:
 def _file_rows(source: str) -> Iterator[tuple[str, Any]]:
     """(where, row), not yet known to be an object."""
     files, in_directory = _files(source)
-    readers = [(file, _row_reader(file.name)) for file in files]
+    readers = [(file, row_reader(file.name)) for file in files]
     other = [file for file, reader in readers if reader is None]
     if other and (not in_directory or len(other) == len(files)):
         raise InputError(
@@ -152,14 +130,14 @@ def _file_rows(source: str) -> Iterator[tuple[str, Any]]:
 
 
 @contextmanager
-def _readable(file: _File) -> Iterator[None]:
+def _readable(file: File) -> Iterator[None]:
     try:
         yield
     except OSError as error:
         raise InputError(f"can't read {file.path} ({error}); check its permissions and disk") from None
 
 
-def _files(source: str) -> tuple[list[_File], bool]:
+def _files(source: str) -> tuple[list[File], bool]:
     """The files of a source, sorted by name, and whether binary files among them may be skipped."""
     if source == "stdlib":
         return _stdlib_files(), True
@@ -188,13 +166,13 @@ def _files(source: str) -> tuple[list[_File], bool]:
     raise InputError(f"source {source!r} doesn't exist; {_nearest(fs, path)}")
 
 
-def _file(fs: Any, path: str, info: dict, root: str) -> _File:
+def _file(fs: Any, path: str, info: dict, root: str) -> File:
     stamp = next((info[k] for k in ("mtime", "updated", "LastModified", "ETag", "created") if k in info), "")
     name = path[len(root) :].lstrip("/") if path.startswith(root) else path
-    return _File(fs, path, name, info["size"], str(stamp))
+    return File(fs, path, name, info["size"], str(stamp))
 
 
-def _stdlib_files() -> list[_File]:
+def _stdlib_files() -> list[File]:
     root = sysconfig.get_paths()["stdlib"]
     fs = fsspec.filesystem("file")
     files = []
@@ -204,7 +182,7 @@ def _stdlib_files() -> list[_File]:
             path = os.path.join(folder, name)
             if name.endswith(_STDLIB_SUFFIXES) and os.path.isfile(path):
                 relative = os.path.relpath(path, root).replace(os.sep, "/")
-                files.append(_File(fs, path, relative, os.path.getsize(path), ""))
+                files.append(File(fs, path, relative, os.path.getsize(path), ""))
     return sorted(files, key=lambda f: f.name)
 
 
@@ -223,186 +201,9 @@ def _nearest(fs: Any, path: str) -> str:
     return f"there is nothing like {name!r} in {parent or '/'}; check the path"
 
 
-def _reader(name: str) -> Callable[[_File, str], Iterator[Document]]:
-    name = name.lower()
-    if name.endswith(_JSON_LINES):
-        return _json_lines
-    if name.endswith(_PARQUET):
-        return _parquet
-    return _array_record if name.endswith(_ARRAY_RECORD) else _text_file
-
-
-def _row_reader(name: str) -> Callable[[_File], Iterator[tuple[int, str, Any]]] | None:
-    """What yields (number, where, row) of a file of that name, None where it has no rows."""
-    name = name.lower()
-    if name.endswith(_JSON_LINES):
-        return _json_line_rows
-    if name.endswith(_PARQUET):
-        return _parquet_rows
-    return _json_list_rows if name.endswith(".json") else None
-
-
-class _NotText(Exception):
-    def __init__(self, offset: int, reason: str):
-        super().__init__(offset, reason)
-        self.offset, self.reason = offset, reason
-
-
-def _decode(data: bytes) -> str:
-    nul = data.find(b"\0")
-    if nul >= 0:
-        raise _NotText(nul, "is a NUL")
-    try:
-        return data.decode()  # no newline translation: the text is what the file holds
-    except UnicodeDecodeError as error:
-        raise _NotText(error.start, f"isn't UTF-8 ({error.reason})") from None
-
-
-@contextmanager
-def _opened(file: _File) -> Iterator[BinaryIO]:
-    with file.fs.open(file.path, "rb") as stream:
-        if not file.name.lower().endswith(".gz"):
-            yield stream
-            return
-        try:
-            with gzip.open(stream) as unpacked:
-                yield unpacked
-        except (gzip.BadGzipFile, EOFError, zlib.error) as error:
-            raise InputError(f"{file.path} is a damaged gzip file ({error}); get it again") from None
-
-
-def _text_file(file: _File, text_field: str) -> Iterator[Document]:
-    with _opened(file) as stream:
-        head = stream.read(_SNIFFED)
-        if b"\0" in head:  # before a large binary file is read whole
-            raise _NotText(head.index(b"\0"), "is a NUL")
-        data = head + stream.read()
-    yield Document(file.name, _decode(data))
-
-
-def _json_lines(file: _File, text_field: str) -> Iterator[Document]:
-    for number, where, row in _json_line_rows(file):
-        yield Document(f"{file.name}:{number}", _field(row, text_field, where))
-
-
-def _json_line_rows(file: _File) -> Iterator[tuple[int, str, Any]]:
-    with _opened(file) as stream:
-        for number, line in enumerate(stream, 1):
-            if not line.strip():
-                continue
-            where = f"{file.path}:{number}"
-            try:
-                row = json.loads(line)
-            except ValueError as error:  # also bytes that aren't UTF-8
-                raise InputError(f"{where}: the line isn't JSON ({error}); mend or remove it") from None
-            yield number, where, row
-
-
-def _json_list_rows(file: _File) -> Iterator[tuple[int, str, Any]]:
-    with _opened(file) as stream:
-        try:
-            values = json.load(stream)
-        except ValueError as error:
-            raise InputError(
-                f"{file.path} isn't one JSON value ({error}); mend it, or name it .jsonl where each line is a row"
-            ) from None
-    if not isinstance(values, list):
-        raise InputError(f"{file.path} is a JSON {type(values).__name__}, not a list of objects; make it one")
-    for number, value in enumerate(values, 1):
-        yield number, f"{file.path}: row {number}", value
-
-
-def _field(row: Any, text_field: str, where: str) -> str:
-    if not isinstance(row, dict):
-        raise InputError(f"{where}: the row is a JSON {type(row).__name__}, not an object with a field {text_field!r}")
-    if text_field not in row:
-        raise InputError(
-            f"{where}: no field {text_field!r}; the row has {', '.join(map(repr, row)) or 'none'}: "
-            "name one of them as the text field"
-        )
-    text = row[text_field]
-    if not isinstance(text, str):
-        kind = type(text).__name__
-        raise InputError(f"{where}: field {text_field!r} is {kind}, not text; mend or remove the row")
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        raise InputError(f"{where}: field {text_field!r} has half a surrogate pair; mend or remove the row") from None
-    return text
-
-
-def _parquet(file: _File, text_field: str) -> Iterator[Document]:
-    for number, where, row in _parquet_rows(file, text_field):
-        yield Document(f"{file.name}:{number}", _field(row, text_field, where))
-
-
-def _parquet_rows(file: _File, column: str | None = None) -> Iterator[tuple[int, str, dict]]:
-    """Rows with one column, or with all."""
-    import pyarrow
-    import pyarrow.parquet
-
-    with file.fs.open(file.path, "rb") as stream:
-        try:
-            table = pyarrow.parquet.ParquetFile(stream)
-            names = table.schema_arrow.names
-            if column is not None and column not in names:
-                raise InputError(
-                    f"{file.path}: no column {column!r}; the file has "
-                    f"{', '.join(map(repr, names))}: name one of them as the text field"
-                )
-            number = 0
-            for batch in table.iter_batches(batch_size=1024, columns=None if column is None else [column]):
-                for row in batch.to_pylist():
-                    number += 1
-                    yield number, f"{file.path}: row {number}", row
-        except pyarrow.ArrowException as error:
-            raise InputError(f"{file.path} isn't a whole Parquet file ({error}); get it again") from None
-
-
-def _array_record(file: _File, text_field: str) -> Iterator[Document]:
-    """Records of UTF-8 text, or of JSON objects with the field: the first record says which."""
-    try:
-        from array_record.python.array_record_module import ArrayRecordReader
-    except ImportError:
-        raise InputError(f"{file.path} needs a reader; run `pip install array-record`") from None
-    with tempfile.TemporaryDirectory() as temporary:
-        path = file.path
-        if "file" not in file.fs.protocol:  # the reader opens local files only
-            path = os.path.join(temporary, "copy")
-            file.fs.get(file.path, path)
-        try:
-            reader = ArrayRecordReader(path)
-            is_json = None
-            for first in range(0, reader.num_records(), _RECORDS):
-                last = min(first + _RECORDS, reader.num_records())
-                for number, record in enumerate(reader.read(first, last), first + 1):
-                    where = f"{file.path}: record {number}"
-                    text, row = _record(record, where)
-                    is_json = row is not None if is_json is None else is_json
-                    text = _field(row, text_field, where) if is_json else text
-                    yield Document(f"{file.name}:{number}", text)
-            reader.close()
-        except (RuntimeError, ValueError) as error:
-            if isinstance(error, InputError):
-                raise
-            raise InputError(f"{file.path} is not a whole ArrayRecord file ({error}); get it again") from None
-
-
-def _record(record: bytes, where: str) -> tuple[str, dict | None]:
-    try:
-        text = record.decode()
-    except UnicodeDecodeError as error:
-        raise InputError(f"{where} isn't UTF-8 at byte offset {error.start}; write it as text") from None
-    try:
-        row = json.loads(text) if text.startswith("{") else None
-    except ValueError:
-        row = None
-    return text, row if isinstance(row, dict) else None
-
-
 def _hub_documents(source: str, text_field: str) -> Iterator[Document]:
     for number, (where, row) in enumerate(_hub_rows(source), 1):
-        yield Document(f"{source}:{number}", _field(row, text_field, where))
+        yield Document(f"{source}:{number}", text_of(row, text_field, where))
 
 
 def _hub_rows(source: str) -> Iterator[tuple[str, Any]]:

@@ -6,7 +6,6 @@ Sources: GPT-2 §2.2 and openai/gpt-2 encoder.py; openai/finetune-transformer-lm
 
 from __future__ import annotations
 
-import functools
 import hashlib
 import json
 import os
@@ -14,13 +13,13 @@ import re
 import unicodedata
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any
 
 import numpy as np
 import tokenizers
 from etils import epath
 from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
 
+from gptjax.data.gpt1_words import gpt1_words
 from gptjax.errors import InputError
 
 END_OF_TEXT = "<|endoftext|>"
@@ -302,30 +301,6 @@ def make_tokenizer(spec: str, texts: Callable[[], Iterable[str]]) -> Tokenizer:
         vocabulary, *_ = _read_vocabulary(directory, ("vocab.json", "merges.txt"))
         return (load_gpt1 if f"the{END_OF_WORD}" in vocabulary else load_gpt2)(directory)
     raise InputError(f"{spec} holds no tokenizer files; {FORMS}")
-
-
-def gpt1_words(text: str) -> list[str]:
-    """GPT-1's text preparation: ftfy, punctuation spaced out, spaCy's English word rules, lower case."""
-    import ftfy
-
-    text = ftfy.fix_text(text)
-    for old, new in (("—", "-"), ("–", "-"), ("―", "-"), ("…", "..."), ("´", "'")):
-        text = text.replace(old, new)
-    text = re.sub(r"""(-+|~+|!+|"+|;+|\?+|\++|,+|\)+|\(+|\\+|\/+|\*+|\[+|\]+|}+|{+|\|+|_+)""", r" \1 ", text)
-    text = re.sub(r"\s*\n\s*", " \n ", text)
-    text = re.sub(r"[^\S\n]+", " ", text).strip()
-    words = (token.text.lower() for token in _spacy_english()(text))
-    return ["\n" if "\n" in word and word.isspace() else word for word in words]
-
-
-@functools.cache
-def _spacy_english() -> Any:
-    """spaCy's English rule tokenizer; it needs no model download."""
-    try:
-        import spacy
-    except ImportError:
-        raise InputError("GPT-1's tokenizer needs spaCy's word rules; run `pip install spacy`") from None
-    return spacy.blank("en").tokenizer
 
 
 def _byte_level(vocabulary: dict[str, int], merges: list[tuple[str, str]]) -> Tokenizer:

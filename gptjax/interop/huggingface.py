@@ -13,7 +13,6 @@ import json
 import os
 import re
 import shutil
-import warnings
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -24,18 +23,13 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from gptjax.errors import InputError
+from gptjax.interop.hf_config import ARCHITECTURES, HEAD, embedding_names, model_config, settings_of
 from gptjax.interop.hf_tokenizer import dump, write_tokenizer
-from gptjax.model.gpt import INIT_STD, LAYER_NORM_EPS
 from gptjax.model.spec import GPTConfig
 
-MODEL_TYPES = {"gpt2": "pre", "openai-gpt": "post"}
-ARCHITECTURES = {"pre": "GPT2LMHeadModel", "post": "OpenAIGPTLMHeadModel"}
 _PREFIX = "transformer."  # of every tensor but the head; files of the bare model leave it out
-_HEAD = "lm_head.weight"
 _BUFFERS = re.compile(r"h\.\d+\.attn\.(bias|masked_bias)|position_ids")  # masks and a range, not weights
-_LAYER = re.compile(r"h\.(\d+)\.")
 _FLOATS = ("F64", "F32", "F16", "BF16")
-_TANH_GELU = ("gelu_new", "gelu_pytorch_tanh", "gelu_fast")  # three ways to write one function
 
 
 class Row(NamedTuple):
@@ -50,7 +44,7 @@ class Row(NamedTuple):
 def table(config: GPTConfig) -> list[Row]:
     """Every parameter of a model: our path, its Hugging Face name, and the shapes on both sides."""
     V, T, D, F = config.vocab_size, config.context_length, config.d_model, config.d_ff
-    wte, wpe = _embedding_names(config.norm)
+    wte, wpe = embedding_names(config.norm)
 
     def row(ours, theirs, shape, shape_here=None):
         return Row(ours, theirs, shape, shape_here or shape)
@@ -74,13 +68,8 @@ def table(config: GPTConfig) -> list[Row]:
     if config.norm == "pre":
         rows += [row("ln_f/scale", "ln_f.weight", (D,)), row("ln_f/bias", "ln_f.bias", (D,))]
     if not config.tied_head:
-        rows.append(row("lm_head", _HEAD, (V, D)))
+        rows.append(row("lm_head", HEAD, (V, D)))
     return rows
-
-
-def _embedding_names(norm):
-    names = {"pre": ("wte", "wpe"), "post": ("tokens_embed", "positions_embed")}[norm]
-    return tuple(f"{name}.weight" for name in names)
 
 
 # --- In ---------------------------------------------------------------------------------------------------
@@ -115,9 +104,9 @@ def read(source: str | os.PathLike) -> tuple[GPTConfig, dict]:
     files, settings, where = _locate(_local(source))
     with contextlib.ExitStack() as stack:
         tensors = _open(files, stack)
-        config = _config(settings, tensors, where)
+        config = model_config(settings, tensors, where)
         if config.tied_head:
-            tensors.pop(_HEAD, None)  # a copy of the embedding
+            tensors.pop(HEAD, None)  # a copy of the embedding
         rows = table(config)
         layers = {row.ours: range(config.n_layer) if "{}" in row.theirs else (0,) for row in rows}
         expected = {row.theirs.format(i): row.shape for row in rows for i in layers[row.ours]}
@@ -219,98 +208,6 @@ def _open(files, stack) -> dict[str, _Tensor]:
     return tensors
 
 
-def _config(settings, tensors, where) -> GPTConfig:
-    """The configuration that config.json gives, completed from the tensors' shapes."""
-    norm = _norm(settings, tensors, where)
-    settings = settings or {}
-    sizes = _sizes(settings, tensors, norm)
-    if unknown := [key for key, value in sizes.items() if value is None]:
-        raise InputError(
-            f"{where}: the tensors do not tell {', '.join(unknown)}. Put the model's config.json beside them."
-        )
-    _refuse_other_architectures(settings, norm, sizes["n_embd"], where)
-    usual = 0.1 if settings else 0.0  # transformers' own, where config.json leaves it out
-    rates = {key: settings.get(key, usual) for key in ("resid_pdrop", "embd_pdrop", "attn_pdrop")}
-    if len(set(rates.values())) > 1:
-        warnings.warn(f"{where} has dropout {rates}; resid_pdrop becomes model.dropout", stacklevel=3)
-    try:
-        return GPTConfig(
-            sizes["vocab_size"], sizes["n_layer"], sizes["n_head"], sizes["n_embd"], sizes["n_positions"],
-            norm=norm, tied_head=_tied(settings, tensors, norm), dropout=rates["resid_pdrop"],
-        )  # fmt: skip
-    except (InputError, TypeError) as error:
-        raise InputError(f"{where}: config.json has a value that cannot be: {error}") from None
-
-
-def _norm(settings, tensors, where):
-    if settings and "model_type" in settings:
-        if settings["model_type"] not in MODEL_TYPES:
-            raise InputError(
-                f"{where}: config.json has model_type={settings['model_type']!r}; this model computes "
-                f"{' and '.join(MODEL_TYPES)} only."
-            )
-        return MODEL_TYPES[settings["model_type"]]
-    for norm in MODEL_TYPES.values():
-        if _embedding_names(norm)[0] in tensors:
-            return norm
-    first = ", ".join(sorted(tensors)[:3]) or "no tensor"
-    raise InputError(
-        f"{where} holds {first} ..., but neither wte.weight (GPT-2) nor tokens_embed.weight (OpenAI-GPT): "
-        "give a checkpoint of one of these."
-    )
-
-
-def _sizes(settings, tensors, norm) -> dict[str, int | None]:
-    wte, wpe = (tensors[n].shape if n in tensors else () for n in _embedding_names(norm))
-    shapes = {
-        "vocab_size": wte[0] if len(wte) == 2 else None,
-        "n_embd": wte[1] if len(wte) == 2 else None,
-        "n_positions": wpe[0] if len(wpe) == 2 else None,
-        # Counted, not the highest: a stray h.99 is then one extra layer, not 90 missing ones.
-        "n_layer": len({match[1] for name in tensors if (match := _LAYER.match(name))}) or None,
-    }
-    sizes = {key: settings.get(key, value) for key, value in shapes.items()}
-    sizes["n_head"] = settings.get("n_head", settings.get("num_attention_heads"))
-    width = sizes["n_embd"]
-    if sizes["n_head"] is None and isinstance(width, int) and width % 64 == 0:
-        sizes["n_head"] = width // 64
-    return sizes
-
-
-def _refuse_other_architectures(settings, norm, width, where):
-    known = {"layer_norm_epsilon": (LAYER_NORM_EPS,), "quantization_config": (None,)}  # first: if left out
-    if norm == "pre":
-        known |= {
-            "activation_function": _TANH_GELU,
-            "n_inner": (None, 4 * width),
-            "scale_attn_weights": (True,),
-            "scale_attn_by_inverse_layer_idx": (False,),
-            "add_cross_attention": (False,),
-            # reorder_and_upcast_attn is the same function; our scores are float32 either way.
-        }
-    else:
-        known |= {"afn": ("gelu", "gelu_new")}  # 'gelu' means the tanh form there
-    faults = [
-        f"{key}={settings[key]!r} (known: {' or '.join(map(repr, values))})"
-        for key, values in known.items()
-        if key in settings and settings[key] not in values
-    ]
-    if faults:
-        raise InputError(
-            f"{where}: config.json describes a model that this one does not compute: {'; '.join(faults)}. "
-            "Use a checkpoint without these."
-        )
-
-
-def _tied(settings, tensors, norm):
-    if settings.get("tie_word_embeddings") is False:
-        return False
-    head, wte = tensors.get(_HEAD), tensors.get(_embedding_names(norm)[0])
-    if head is None or wte is None:
-        return True
-    return head.shape == wte.shape and np.array_equal(head.load(), wte.load())
-
-
 def _differences(expected, found) -> list[str]:
     """What is wrong with a set of shapes by name: one line per missing, mis-shaped or extra tensor."""
     missing = [f"missing {name}: expected shape {list(shape)}" for name, shape in expected.items() if name not in found]
@@ -348,7 +245,7 @@ def write(directory: str | os.PathLike, config: GPTConfig, params, tokenizer=Non
     for row in table(config):
         stacked = "{}" in row.theirs
         expected[row.ours] = ((config.n_layer,) if stacked else ()) + row.shape_here
-        name = row.theirs if row.theirs == _HEAD else _PREFIX + row.theirs
+        name = row.theirs if row.theirs == HEAD else _PREFIX + row.theirs
         if tuple(np.shape(flat.get(row.ours))) == expected[row.ours]:
             array = np.asarray(flat[row.ours], np.float32)
             for i, tensor in enumerate(array if stacked else [array]):
@@ -364,7 +261,7 @@ def write(directory: str | os.PathLike, config: GPTConfig, params, tokenizer=Non
         temporary.mkdir(parents=True)
         save_file(tensors, temporary / "model.safetensors", metadata={"format": "pt"})
         eot = None if tokenizer is None else tokenizer.eot_id
-        dump(temporary / "config.json", _settings(config, eot))
+        dump(temporary / "config.json", settings_of(config, eot))
         generation = {"bos_token_id": eot, "eos_token_id": eot, "pad_token_id": eot}
         dump(temporary / "generation_config.json", {k: v for k, v in generation.items() if v is not None})
         if tokenizer is not None:
@@ -394,29 +291,3 @@ def _check_export(directory, config, tokenizer):
         )
     if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
         raise InputError(f"{directory} exists and is not an empty directory: name another, or remove it.")
-
-
-def _settings(c: GPTConfig, eot) -> dict:
-    """config.json, with every key that transformers would otherwise fill with GPT-2's own value."""
-    model_type = next(name for name, norm in MODEL_TYPES.items() if norm == c.norm)
-    activation = {"activation_function": "gelu_new", "n_inner": None} if c.norm == "pre" else {"afn": "gelu"}
-    return {
-        "architectures": [ARCHITECTURES[c.norm]],
-        "model_type": model_type,
-        "vocab_size": c.vocab_size,
-        "n_positions": c.context_length,
-        "n_ctx": c.context_length,
-        "n_embd": c.d_model,
-        "n_layer": c.n_layer,
-        "n_head": c.n_head,
-        **activation,
-        "layer_norm_epsilon": LAYER_NORM_EPS,
-        "initializer_range": INIT_STD,
-        "embd_pdrop": c.dropout,
-        "resid_pdrop": c.dropout,
-        "attn_pdrop": c.dropout,
-        "tie_word_embeddings": c.tied_head,
-        "bos_token_id": eot,
-        "eos_token_id": eot,
-        "torch_dtype": "float32",
-    }

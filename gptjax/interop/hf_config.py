@@ -1,0 +1,148 @@
+"""config.json of a Hugging Face GPT-2 or OpenAI-GPT: to and from our GPTConfig, other architectures refused."""
+
+import re
+import warnings
+
+import numpy as np
+
+from gptjax.errors import InputError
+from gptjax.model.gpt import INIT_STD, LAYER_NORM_EPS
+from gptjax.model.spec import GPTConfig
+
+MODEL_TYPES = {"gpt2": "pre", "openai-gpt": "post"}
+ARCHITECTURES = {"pre": "GPT2LMHeadModel", "post": "OpenAIGPTLMHeadModel"}
+HEAD = "lm_head.weight"
+_LAYER = re.compile(r"h\.(\d+)\.")
+_TANH_GELU = ("gelu_new", "gelu_pytorch_tanh", "gelu_fast")  # three ways to write one function
+
+
+def embedding_names(norm: str) -> tuple[str, str]:
+    """Token and position embedding of a layout ('pre' or 'post'), without prefix."""
+    names = {"pre": ("wte", "wpe"), "post": ("tokens_embed", "positions_embed")}[norm]
+    return tuple(f"{name}.weight" for name in names)
+
+
+def model_config(settings, tensors, where) -> GPTConfig:
+    """The configuration that config.json gives, completed from the tensors' shapes.
+
+    Args:
+        settings: what config.json holds, or None where there is none.
+        tensors: by name without prefix, each with its shape and load().
+        where: the checkpoint, for messages.
+    Raises:
+        InputError: an architecture that this model does not compute, or sizes that neither of them tells.
+    """
+    norm = _norm(settings, tensors, where)
+    settings = settings or {}
+    sizes = _sizes(settings, tensors, norm)
+    if unknown := [key for key, value in sizes.items() if value is None]:
+        raise InputError(
+            f"{where}: the tensors do not tell {', '.join(unknown)}. Put the model's config.json beside them."
+        )
+    _refuse_other_architectures(settings, norm, sizes["n_embd"], where)
+    usual = 0.1 if settings else 0.0  # transformers' own, where config.json leaves it out
+    rates = {key: settings.get(key, usual) for key in ("resid_pdrop", "embd_pdrop", "attn_pdrop")}
+    if len(set(rates.values())) > 1:
+        warnings.warn(f"{where} has dropout {rates}; resid_pdrop becomes model.dropout", stacklevel=3)
+    try:
+        return GPTConfig(
+            sizes["vocab_size"], sizes["n_layer"], sizes["n_head"], sizes["n_embd"], sizes["n_positions"],
+            norm=norm, tied_head=_tied(settings, tensors, norm), dropout=rates["resid_pdrop"],
+        )  # fmt: skip
+    except (InputError, TypeError) as error:
+        raise InputError(f"{where}: config.json has a value that cannot be: {error}") from None
+
+
+def _norm(settings, tensors, where):
+    if settings and "model_type" in settings:
+        if settings["model_type"] not in MODEL_TYPES:
+            raise InputError(
+                f"{where}: config.json has model_type={settings['model_type']!r}; this model computes "
+                f"{' and '.join(MODEL_TYPES)} only."
+            )
+        return MODEL_TYPES[settings["model_type"]]
+    for norm in MODEL_TYPES.values():
+        if embedding_names(norm)[0] in tensors:
+            return norm
+    first = ", ".join(sorted(tensors)[:3]) or "no tensor"
+    raise InputError(
+        f"{where} holds {first} ..., but neither wte.weight (GPT-2) nor tokens_embed.weight (OpenAI-GPT): "
+        "give a checkpoint of one of these."
+    )
+
+
+def _sizes(settings, tensors, norm) -> dict[str, int | None]:
+    wte, wpe = (tensors[n].shape if n in tensors else () for n in embedding_names(norm))
+    shapes = {
+        "vocab_size": wte[0] if len(wte) == 2 else None,
+        "n_embd": wte[1] if len(wte) == 2 else None,
+        "n_positions": wpe[0] if len(wpe) == 2 else None,
+        # Counted, not the highest: a stray h.99 is then one extra layer, not 90 missing ones.
+        "n_layer": len({match[1] for name in tensors if (match := _LAYER.match(name))}) or None,
+    }
+    sizes = {key: settings.get(key, value) for key, value in shapes.items()}
+    sizes["n_head"] = settings.get("n_head", settings.get("num_attention_heads"))
+    width = sizes["n_embd"]
+    if sizes["n_head"] is None and isinstance(width, int) and width % 64 == 0:
+        sizes["n_head"] = width // 64
+    return sizes
+
+
+def _refuse_other_architectures(settings, norm, width, where):
+    known = {"layer_norm_epsilon": (LAYER_NORM_EPS,), "quantization_config": (None,)}  # first: if left out
+    if norm == "pre":
+        known |= {
+            "activation_function": _TANH_GELU,
+            "n_inner": (None, 4 * width),
+            "scale_attn_weights": (True,),
+            "scale_attn_by_inverse_layer_idx": (False,),
+            "add_cross_attention": (False,),
+            # reorder_and_upcast_attn is the same function; our scores are float32 either way.
+        }
+    else:
+        known |= {"afn": ("gelu", "gelu_new")}  # 'gelu' means the tanh form there
+    faults = [
+        f"{key}={settings[key]!r} (known: {' or '.join(map(repr, values))})"
+        for key, values in known.items()
+        if key in settings and settings[key] not in values
+    ]
+    if faults:
+        raise InputError(
+            f"{where}: config.json describes a model that this one does not compute: {'; '.join(faults)}. "
+            "Use a checkpoint without these."
+        )
+
+
+def _tied(settings, tensors, norm):
+    if settings.get("tie_word_embeddings") is False:
+        return False
+    head, wte = tensors.get(HEAD), tensors.get(embedding_names(norm)[0])
+    if head is None or wte is None:
+        return True
+    return head.shape == wte.shape and np.array_equal(head.load(), wte.load())
+
+
+def settings_of(c: GPTConfig, eot) -> dict:
+    """config.json, with every key that transformers would otherwise fill with GPT-2's own value."""
+    model_type = next(name for name, norm in MODEL_TYPES.items() if norm == c.norm)
+    activation = {"activation_function": "gelu_new", "n_inner": None} if c.norm == "pre" else {"afn": "gelu"}
+    return {
+        "architectures": [ARCHITECTURES[c.norm]],
+        "model_type": model_type,
+        "vocab_size": c.vocab_size,
+        "n_positions": c.context_length,
+        "n_ctx": c.context_length,
+        "n_embd": c.d_model,
+        "n_layer": c.n_layer,
+        "n_head": c.n_head,
+        **activation,
+        "layer_norm_epsilon": LAYER_NORM_EPS,
+        "initializer_range": INIT_STD,
+        "embd_pdrop": c.dropout,
+        "resid_pdrop": c.dropout,
+        "attn_pdrop": c.dropout,
+        "tie_word_embeddings": c.tied_head,
+        "bos_token_id": eot,
+        "eos_token_id": eot,
+        "torch_dtype": "float32",
+    }
