@@ -29,7 +29,7 @@ from gptjax.model.spec import ModelOptions
 from gptjax.objectives.ppo import adaptive_kl_coefficient
 from gptjax.parallel import hosts, pipeline
 from gptjax.parallel.mesh import MeshConfig, batch_ways, check_fits, make_mesh
-from gptjax.rlhf import networks, ptx, rewards, rollout
+from gptjax.rlhf import ptx, rewards, rollout
 from gptjax.rlhf.alarms import check_iteration
 from gptjax.rlhf.clock import Clock
 from gptjax.rlhf.config import EvaluationConfig, KLConfig, PtxConfig, RateConfig, RolloutConfig
@@ -43,7 +43,7 @@ from gptjax.training import loop, report
 from gptjax.training.checkpoint import CheckpointConfig, Checkpointer
 from gptjax.training.metrics import LogConfig, MetricWriter
 from gptjax.training.optimizer import OptimizerConfig, make_optimizer
-from gptjax.training.precision import PrecisionConfig
+from gptjax.training.precision import PrecisionConfig, frozen
 from gptjax.training.step import batch_sharding
 from gptjax.workdir import load_model
 
@@ -216,7 +216,7 @@ def ppo(config: mlc.ConfigDict, workdir: str, reward_fn: Callable | None = None)
 
             state = jax.jit(make, out_shardings=shardings)(base.params, judge_model and judge_model.params)
         start = int(state.step)
-        freeze = jax.jit(lambda p: networks.frozen(p, n.dtype))
+        freeze = jax.jit(lambda p: frozen(p, n.dtype))
         reference, reward = freeze(base.params), judge_model and freeze(judge_model.params)
         base = judge_model = None
         if c.offload:

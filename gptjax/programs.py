@@ -28,6 +28,7 @@ from gptjax.rlhf import networks, rollout
 from gptjax.rlhf import state as ppo_state
 from gptjax.rlhf.ptx import batch_shape
 from gptjax.rlhf.update import make_update
+from gptjax.training import precision
 from gptjax.training.optimizer import make_optimizer
 from gptjax.training.state import state_shardings
 from gptjax.training.step import batch_sharding, causal_lm_loss, jit_train_step, train_step
@@ -237,7 +238,7 @@ def ppo_parts(c: PPOConfig, policy: GPTConfig, reward: GPTConfig | None, mesh) -
     boxed_value = heads.abstract_scalar_model(value) if value else {"head": heads.abstract_head(policy)}
     abstract, shardings = ppo_state.state_shardings(boxed, boxed_value, *txs, mesh)
     frozen = lambda boxed: placed(
-        jax.eval_shape(lambda p: networks.frozen(p, n.dtype), _shapes(boxed)), parameter_shardings(boxed, mesh)
+        jax.eval_shape(lambda p: precision.frozen(p, n.dtype), _shapes(boxed)), parameter_shardings(boxed, mesh)
     )
     judge = frozen(heads.abstract_scalar_model(reward)) if reward else None
     return PPOParts(n, placed(abstract, shardings), shardings, frozen(boxed), judge, txs, slots)

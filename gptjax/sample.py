@@ -20,7 +20,7 @@ from gptjax.errors import InputError
 from gptjax.generation.decode import generate
 from gptjax.generation.sampling import Sampling
 from gptjax.generation.speed import describe_speed
-from gptjax.rlhf.networks import frozen
+from gptjax.training.precision import frozen
 from gptjax.workdir import Model, load_model
 
 

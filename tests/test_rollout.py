@@ -17,6 +17,7 @@ from gptjax.objectives.language import token_log_probs, token_log_probs_and_entr
 from gptjax.rlhf import networks, rollout
 from gptjax.rlhf.networks import Networks
 from gptjax.rlhf.state import phase_keys
+from gptjax.training.precision import frozen
 
 # The model has an id that is never sampled (VOCAB) besides the padding's.
 VOCAB, EOS, PAD = 6, 5, 7
@@ -243,7 +244,7 @@ def test_a_frozen_copy_computes_the_same_bits():
     """In bfloat16 its matrices are held at 16 bits and the KL is still exactly 0."""
     tokens, mask, _ = sampled()
     n = at(1.0, dtype=jnp.bfloat16)
-    reference = networks.frozen(jax.tree.map(jnp.asarray, policy()), jnp.bfloat16)
+    reference = frozen(jax.tree.map(jnp.asarray, policy()), jnp.bfloat16)
     assert reference["blocks"]["mlp"]["c_fc"]["kernel"].dtype == jnp.bfloat16
     assert reference["wte"].dtype == jnp.float32
     found = rollout.judge(policy(), scalar_params(5), reference, None, tokens, LENGTHS, mask, n)

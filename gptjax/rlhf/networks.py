@@ -9,7 +9,6 @@ response token t is position Q + t - 1.
 import dataclasses
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 
 from gptjax.model import gpt, heads
@@ -93,13 +92,3 @@ def scores(reward, tokens, real, mask, n: Networks):
     x = _hidden(reward["trunk"], n.reward, tokens, real, n)[:, -n.response :]
     last = jnp.argmax(last_action(mask), axis=1)
     return heads.scalar(reward["head"], jnp.take_along_axis(x, last[:, None, None], axis=1)[:, 0])
-
-
-def frozen(params, dtype):
-    """Parameters as a model that is never trained holds them: matrices in the compute dtype, the rest as it is.
-
-    A matmul casts its matrix to the compute dtype anyway, so the forward pass is the same bit for bit, and at 16
-    bits the model takes half the memory. Embeddings are looked up in float32 before they are cast: they stay.
-    """
-    cast = lambda path, p: p.astype(dtype) if path[-1].key == "kernel" and p.ndim > 1 else p
-    return jax.tree_util.tree_map_with_path(cast, params)

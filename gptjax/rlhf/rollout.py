@@ -19,6 +19,7 @@ from gptjax.objectives import ppo
 from gptjax.parallel.mesh import batch_ways
 from gptjax.rlhf import networks
 from gptjax.rlhf.networks import Networks
+from gptjax.training.precision import frozen
 
 
 @jax.tree_util.register_dataclass
@@ -98,7 +99,7 @@ def judge(policy, value, reference, reward, tokens, lengths, mask, n: Networks, 
     return result
 
 
-_as_frozen = jax.jit(networks.frozen, static_argnums=1)
+_as_frozen = jax.jit(frozen, static_argnums=1)
 
 
 @functools.partial(jax.jit, static_argnames=("n", "rows"))

@@ -1,4 +1,4 @@
-"""Compute precision: float32, bfloat16, or float16 with dynamic loss scaling. Parameters stay float32.
+"""Compute precision: float32, bfloat16, or float16 with dynamic loss scaling. Parameters in training stay float32.
 
 bfloat16 has float32's exponent and needs no scaling. float16 gradients vanish below 6e-8, so the loss is
 multiplied by a scale that halves when a gradient overflows (that step is skipped) and doubles after 2,000
@@ -55,3 +55,13 @@ def next_loss_scale(c: PrecisionConfig, state: LossScale, finite) -> LossScale:
     grow = clean >= c.growth_interval
     scale = jnp.where(finite, jnp.where(grow, state.scale * 2, state.scale), state.scale / 2)
     return LossScale(jnp.maximum(scale, 1.0), jnp.where(grow, 0, clean))
+
+
+def frozen(params, dtype):
+    """Parameters as a model that is never trained holds them: matrices in the compute dtype, the rest as it is.
+
+    A matmul casts its matrix to the compute dtype anyway, so the forward pass is the same bit for bit, and at 16
+    bits the model takes half the memory. Embeddings are looked up in float32 before they are cast: they stay.
+    """
+    cast = lambda path, p: p.astype(dtype) if path[-1].key == "kernel" and p.ndim > 1 else p
+    return jax.tree_util.tree_map_with_path(cast, params)
