@@ -1,13 +1,11 @@
 """Comparisons: both forms of a row, ties, the batch of each step and hosts, and every refusal."""
 
-import functools
-import json
 
 import numpy as np
 import pytest
+from rows_files import template, write
 
 from gptjax.data import lm
-from gptjax.data.chat import Template, chat_tokenizer
 from gptjax.data.comparisons import (
     Comparison,
     ComparisonBatches,
@@ -15,20 +13,9 @@ from gptjax.data.comparisons import (
     load_comparisons,
     validation_batches,
 )
-from gptjax.data.tokenizer import character_tokenizer
 from gptjax.errors import InputError
 
 LENGTH, PAD = 12, 99
-
-
-@functools.cache
-def template(kind="chat"):
-    return Template(chat_tokenizer(character_tokenizer(["abcdefghijklmnopqrstuvwxyz 0123456789"])), kind)
-
-
-def write(path, rows):
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return str(path)
 
 
 def load(source, length=LENGTH, kind="chat", seed=0, **options):

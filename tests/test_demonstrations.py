@@ -1,7 +1,6 @@
 """Demonstrations: loading, holding out, packing, the batch of each step and hosts, and every refusal."""
 
 import dataclasses
-import functools
 import gzip
 import json
 
@@ -9,9 +8,9 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from rows_files import template, write
 
 from gptjax.data import lm
-from gptjax.data.chat import Template, chat_tokenizer
 from gptjax.data.demonstrations import (
     Demonstration,
     DemonstrationBatches,
@@ -20,23 +19,11 @@ from gptjax.data.demonstrations import (
     load_demonstrations,
     validation_batches,
 )
-from gptjax.data.tokenizer import character_tokenizer
 from gptjax.errors import InputError
 
 LENGTH = 24
 PAD = 999
 BYTES = np.arange(1000, dtype=np.int32) % 7  # UTF-8 bytes of each token, so that sums tell tokens apart
-
-
-@functools.cache
-def template(kind="chat"):
-    letters = character_tokenizer(["abcdefghijklmnopqrstuvwxyz 0123456789"])
-    return Template(chat_tokenizer(letters), kind)
-
-
-def write(path, rows):
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return str(path)
 
 
 def load(source, length=LENGTH, kind="chat", seed=0, **options):

@@ -1,27 +1,14 @@
 """Prompts: loading, left padding, the endless stream, and every refusal."""
 
-import functools
-import json
 
 import numpy as np
 import pytest
+from rows_files import template, write
 
-from gptjax.data.chat import Template, chat_tokenizer
 from gptjax.data.prompts import PromptBatches, PromptConfig, load_prompts
-from gptjax.data.tokenizer import character_tokenizer
 from gptjax.errors import InputError
 
 LENGTH, PAD = 10, 99
-
-
-@functools.cache
-def template(kind="chat"):
-    return Template(chat_tokenizer(character_tokenizer(["abcdefghijklmnopqrstuvwxyz 0123456789"])), kind)
-
-
-def write(path, rows):
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return str(path)
 
 
 def load(source, length=LENGTH, kind="chat", **options):

@@ -33,6 +33,8 @@ from gptjax.generation.sampling import Sampling
 from gptjax.model import gpt, heads
 from gptjax.sft import sft, sft_loss, weigher
 from gptjax.training.checkpoint import Checkpointer
+from gptjax.training.loop import device_batches
+from gptjax.training.step import batch_sharding
 from gptjax.workdir import load_model
 
 
@@ -67,9 +69,10 @@ def state_and_batches(config, workdir, monkeypatch, steps=0):
     """(state before the first step, the first batches) of a run that is not run: what the loop was given."""
     seen = {}
 
-    def train(state, *, feed, **_):
+    def train(c, state, step_fn, batches, *, mesh, **_):
+        plan, by_row = ((i, 1) for i in range(steps)), batch_sharding(mesh, 2)
         seen["params"] = jax.device_get(state.params)
-        seen["batches"] = [b for _, (_, _, b) in zip(range(steps), feed((i, 1) for i in range(steps)), strict=True)]
+        seen["batches"] = [b for *_, b in device_batches(batches, plan, c.microbatch_rows, by_row, 0, steps)]
         raise Stop
 
     with monkeypatch.context() as patch:
