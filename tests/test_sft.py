@@ -23,6 +23,7 @@ from conftest import ROOT
 from runs import assert_same_run, lines, until_sigterm
 
 from gptjax import sft as stage
+from gptjax.data import lm
 from gptjax.data.chat import Template, chat_tokenizer
 from gptjax.data.corpus import pretraining_split
 from gptjax.data.demonstrations import DemonstrationConfig, PackedRows, load_demonstrations
@@ -180,7 +181,7 @@ def test_the_first_step_by_hand(pretrained, alignment, start, some, tmp_path, mo
     settings = {"batch_size": 4, "steps": 1, "samples__count": 0, **options}
     assert sft(sft_config(pretrained, alignment["demonstrations"], **settings), str(tmp_path / "run")) is True
     rows = PackedRows(some, CONTEXT, options.get("data__packing", True), t.pad_id)
-    index = stage.lm.shuffled(np.arange(4), len(rows), 0)
+    index = lm.shuffled(np.arange(4), len(rows), 0)
     demos = [some[i] for row in index for i in rows._rows[row]]
     assert len({int(d.response.sum()) for d in demos}) > 1
     kind = options.get("data__loss_on", "response")
