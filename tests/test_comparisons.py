@@ -1,6 +1,5 @@
 """Comparisons: both forms of a row, ties, the batch of each step and hosts, and every refusal."""
 
-
 import numpy as np
 import pytest
 from rows_files import template, write

@@ -1,6 +1,5 @@
 """Prompts: loading, left padding, the endless stream, and every refusal."""
 
-
 import numpy as np
 import pytest
 from rows_files import template, write
