@@ -4,19 +4,24 @@ benchmark from top to bottom at toy size. Lowering says that cuDNN is called and
 import dataclasses
 import json
 import re
+import subprocess
+import sys
 import types
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from conftest import ROOT
 from jax._src.cudnn import fused_attention_stablehlo
 from jax._src.interpreters import mlir
 from jax.sharding import NamedSharding, PartitionSpec
+from runs import one_device_environment
 
 from gptjax import programs
 from gptjax.model.attention import attention, visible
 from gptjax.model.spec import GPTConfig
+from gptjax.parallel import gpu
 from gptjax.parallel.mesh import MeshConfig, make_mesh
 from gptjax.ppo import PPOConfig
 from gptjax.pretrain import PretrainConfig
@@ -188,3 +193,66 @@ def test_ppo_for_cuda(cudnn, model):
     )  # fmt: skip
     assert lowered(programs.collect_program(c, model, model, one_device())) == {(MASKED, 0)}
     assert lowered(programs.update_program(c, model, model, one_device())) == forward_and_backward(MASKED, 0)
+
+
+# --- what is set before JAX starts -----------------------------------------------------------------------------
+
+
+@pytest.fixture
+def a_gpu(monkeypatch, tmp_path):
+    (tmp_path / "nvidia0").touch()
+    monkeypatch.setattr(gpu, "DEVICES", (tmp_path / "nvidia0",))
+
+
+def test_flags_are_set_where_there_is_a_gpu_and_said_once(a_gpu, capsys):
+    environment = {}
+    gpu.prepare(environment=environment)
+    assert environment == {
+        "XLA_FLAGS": " ".join(f"--{name}={value}" for name, value in gpu.FLAGS.items()),
+        "XLA_PYTHON_CLIENT_MEM_FRACTION": "0.9",
+    }
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1 and "latency_hiding" in said and "0.9" in said
+    gpu.prepare(environment=environment)
+    assert capsys.readouterr().err == ""
+
+
+def test_what_a_user_has_set_stands(a_gpu, capsys):
+    first, second, third = gpu.FLAGS
+    environment = {"XLA_FLAGS": f"--{first}=false --xla_dump_to=x", "XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
+    gpu.prepare(say=False, environment=environment)
+    assert environment == {
+        "XLA_FLAGS": f"--{first}=false --xla_dump_to=x --{second}=true --{third}=true",
+        "XLA_PYTHON_CLIENT_PREALLOCATE": "false",
+    }
+    assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize("platforms, expected", [("", True), ("cuda,cpu", True), ("gpu", True), ("cpu", False)])
+def test_another_platform_asked_for_is_no_gpu(a_gpu, platforms, expected):
+    assert gpu.is_there({"JAX_PLATFORMS": platforms} if platforms else {}) == expected
+
+
+def test_without_a_gpu_nothing_is_set(monkeypatch, tmp_path):
+    monkeypatch.setattr(gpu, "DEVICES", (tmp_path / "nvidia0",))
+    environment = {}
+    gpu.prepare(environment=environment)
+    assert environment == {}
+
+
+def test_a_main_sets_them_before_xla_reads_them_and_jaxlib_knows_each():
+    """An unknown flag would abort this process; of one device more or less the device count tells."""
+    code = (
+        "import pathlib, jax, gptjax.pretrain\n"
+        "from gptjax.parallel import gpu, hosts\n"
+        "gpu.DEVICES = (pathlib.Path('/'),)\n"
+        "gpu.FLAGS = {**gpu.FLAGS, 'xla_force_host_platform_device_count': '3'}\n"
+        "with hosts.join({}, 'x'):\n"
+        "    jax.config.update('jax_platforms', 'cpu')\n"
+        "    print(jax.device_count(), jax.jit(lambda: 1 + 1)())\n"
+    )
+    environment = one_device_environment(JAX_NUM_CPU_DEVICES="")
+    environment = {k: v for k, v in environment.items() if v and k != "JAX_PLATFORMS"}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split() == ["3", "2"] and "NVIDIA GPU: XLA_FLAGS=" in done.stderr
