@@ -2,10 +2,12 @@
 benchmark from top to bottom at toy size. Lowering says that cuDNN is called and with what; not that it runs."""
 
 import dataclasses
+import importlib.util
 import json
 import re
 import subprocess
 import sys
+import time
 import types
 
 import jax
@@ -18,20 +20,24 @@ from jax._src.interpreters import mlir
 from jax.sharding import NamedSharding, PartitionSpec
 from runs import one_device_environment
 
+import experiments.benchmarks.gpu.__main__ as benchmark
+from experiments.benchmarks.gpu import check, common
 from gptjax import programs
+from gptjax.errors import InputError
 from gptjax.model.attention import attention, visible
 from gptjax.model.spec import GPTConfig
 from gptjax.parallel import gpu
 from gptjax.parallel.mesh import MeshConfig, make_mesh
 from gptjax.ppo import PPOConfig
 from gptjax.pretrain import PretrainConfig
+from gptjax.rlhf import rollout
 from gptjax.rlhf.config import RolloutConfig
 from gptjax.rlhf.update import UpdateConfig
 from gptjax.training.precision import PrecisionConfig
 
 MODEL = GPTConfig(256, n_layer=2, n_head=2, d_model=32, context_length=64, attention="cudnn", unroll=1)
 BANDED = dataclasses.replace(MODEL, local_window=16)
-CALLS = re.compile(r'custom_call @(__cudnn\$\w+)\(.*?sliding_window_length\\22: (\d+)')
+CALLS = re.compile(r"custom_call @(__cudnn\$\w+)\(.*?sliding_window_length\\22: (\d+)")
 
 
 @pytest.fixture
@@ -165,7 +171,7 @@ def test_cudnns_partitioner_takes_our_shardings(cudnn_on_cpu, window, packed):
 
         return jax.jit(run)
 
-    expected = value_and_gradients("reference")(*arrays, segments)
+    expected = jax.block_until_ready(value_and_gradients("reference")(*arrays, segments))
     rows = jax.device_put(arrays, NamedSharding(mesh, PartitionSpec(("data", "fsdp"), None, "tensor")))
     with jax.set_mesh(mesh):
         compiled = value_and_gradients("cudnn").lower(*rows, segments).compile()
@@ -173,15 +179,6 @@ def test_cudnns_partitioner_takes_our_shardings(cudnn_on_cpu, window, packed):
     assert "all-gather" not in compiled.as_text()  # each device its own rows and heads
     for a, b in zip(found, expected, strict=True):
         np.testing.assert_allclose(a.astype(jnp.float32), b.astype(jnp.float32), atol=4e-2)
-
-
-@pytest.mark.parametrize("packed", [False, True], ids=["", "packed"])
-def test_the_train_step_for_eight_gpus(cudnn_on_cpu, packed):
-    """data, fsdp and tensor parallel, compiled whole with that partitioner in it, and run."""
-    c = PretrainConfig(BANDED, precision=PrecisionConfig("bfloat16"), batch_size=8)
-    c = dataclasses.replace(c, data=dataclasses.replace(c.data, isolate_documents=packed))
-    program = programs.train_program(c, make_mesh(MeshConfig(data=2, fsdp=2, tensor=2)))
-    program.compile()
 
 
 @pytest.mark.parametrize("model", [MODEL, BANDED], ids=["dense", "banded"])
@@ -256,3 +253,66 @@ def test_a_main_sets_them_before_xla_reads_them_and_jaxlib_knows_each():
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 0, done.stderr
     assert done.stdout.split() == ["3", "2"] and "NVIDIA GPU: XLA_FLAGS=" in done.stderr
+
+
+# --- the benchmark ---------------------------------------------------------------------------------------------
+
+
+def test_without_a_gpu_the_benchmark_is_one_clear_error(monkeypatch, tmp_path):
+    monkeypatch.setattr(gpu, "DEVICES", (tmp_path / "nvidia0",))
+    with pytest.raises(InputError, match="No NVIDIA GPU.*--tiny"):
+        benchmark.main(["--only=train", f"--output={tmp_path}"])
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_part_that_is_not_there(capsys):
+    with pytest.raises(SystemExit):
+        benchmark.main(["--only=decoding", "--tiny"])
+    assert "there is no part 'decoding': choose of check, train, decode, ppo, attention" in capsys.readouterr().err
+
+
+def test_a_part_that_does_not_end_costs_no_other(monkeypatch, tmp_path, capsys):
+    """The time is up in the second of two; the first is in the file, and the status tells."""
+    started = time.perf_counter()
+    clock = iter([started, started, started, started + 600] + [started + 600] * 9)
+    figures = {"about": {"device": "NVIDIA H100 80GB HBM3"}, "own": "cudnn"}
+
+    def run(command, timeout, **_):
+        if timeout < 60:
+            raise subprocess.TimeoutExpired(command, timeout)
+        return types.SimpleNamespace(returncode=0, stdout=f"noise\n{json.dumps(figures)}\n")
+
+    monkeypatch.setattr(benchmark.subprocess, "run", run)
+    monkeypatch.setattr(benchmark.time, "perf_counter", lambda: next(clock))
+    args = types.SimpleNamespace(minutes=5, output=str(tmp_path), tiny=False, torch_python="x")
+    with pytest.raises(SystemExit, match="1"):
+        benchmark.measure(args, ["attention", "check"])
+    written = json.loads((tmp_path / "gpu-h100-80gb-hbm3.json").read_text())
+    assert written["attention"]["own"] == "cudnn" and "--minutes" in written["check"]["left out"]
+    assert "check: left out" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_the_benchmark_from_top_to_bottom(tmp_path):
+    command = [sys.executable, "-m", "experiments.benchmarks.gpu", "--tiny", f"--output={tmp_path}"]
+    done = subprocess.run(command, env=one_device_environment(), capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0, done.stderr
+    assert ("no peer: " in done.stderr) == (importlib.util.find_spec("torch") is None)
+    result = json.loads((tmp_path / "gpu-tiny-cpu.json").read_text())
+    assert (tmp_path / "gpu-tiny-cpu.png").stat().st_size > 5_000
+    check, train, decode, ppo, paths = (result[k] for k in benchmark.names(benchmark.KINDS, tiny=True))
+    assert len(check["checks"]) == 16 and check["wrong"] == [] and check["path"] == "cpu"
+    assert train["tokens_per_second"] > 0 and train["mfu_palm"] is None and train["about"]["device"] == "cpu"
+    assert decode["batch 2"]["tokens_per_second"] > 0 and decode["batch 2"]["bound_tokens_per_second"] is None
+    assert ppo["seconds"][1] == pytest.approx(ppo["rollout"][1] + ppo["score"][1] + ppo["update"][1], rel=0.5)
+    assert paths["dense"]["own"]["ms_quartiles"][1] > 0
+
+
+def test_a_wrong_result_is_named(monkeypatch):
+    """A sampler whose log-probabilities are another distribution's, on this machine's CPU."""
+    real = rollout.sampler_difference
+    monkeypatch.setattr(rollout, "sampler_difference", lambda sampled, scored, mask: real(1.01 * sampled, scored, mask))
+    found = check.sampler_and_ppo(common.TINY, "float32")
+    assert [what for what, (value, bound) in found.items() if not value <= bound] == [
+        "float32 sampler's log-probabilities beside teacher forcing"
+    ]

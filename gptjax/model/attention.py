@@ -89,7 +89,8 @@ def _shards_of_time() -> int:
 def _cudnn_takes(q) -> bool:
     """What jax asks of cuDNN's flash attention: 16 bits, heads of a multiple of 8 up to 128, even time."""
     # Even time under a mask alone, says its message; its check takes the lack of a bias for one (0.10.2).
-    return q.dtype in (jnp.bfloat16, jnp.float16) and q.shape[-1] % 8 == 0 and q.shape[-1] <= 128 and q.shape[1] % 2 == 0
+    half, width = q.dtype in (jnp.bfloat16, jnp.float16), q.shape[-1]
+    return half and width % 8 == 0 and width <= 128 and q.shape[1] % 2 == 0
 
 
 def _flash_capable_gpu() -> bool:
