@@ -308,6 +308,7 @@ def test_the_benchmark_from_top_to_bottom(tmp_path):
     assert paths["dense"]["own"]["ms_quartiles"][1] > 0
 
 
+@pytest.mark.slow
 def test_a_wrong_result_is_named(monkeypatch):
     """A sampler whose log-probabilities are another distribution's, on this machine's CPU."""
     real = rollout.sampler_difference
