@@ -16,7 +16,7 @@ PYTEST := $(VENV)/bin/python -m pytest -q -n $(WORKERS) --dist loadfile
 # but with OPTIMISED=1. `make test-slow` never does.
 OPTIMISED ?=
 
-.PHONY: demo test test-slow test-peers lint bench clean
+.PHONY: demo test test-slow test-peers lint bench bench-gpu clean
 
 demo: $(VENV)/.installed
 	$(VENV)/bin/python -m experiments.docstrings --config=configs/demo.py --workdir=runs/demo $(DEMO_FLAGS)
@@ -37,6 +37,10 @@ lint: $(VENV)/.installed-test
 # Each beside its peer, in turns: torch and transformers in one environment, TRL in one of its own.
 bench: $(PEERS)/.installed $(TRL)/.installed
 	$(PEERS)/bin/python -m experiments.benchmarks --trl_python=$(TRL)/bin/python $(BENCH_FLAGS)
+
+# On an NVIDIA GPU, in .venv with jax[cuda12]; beside torch where BENCH_FLAGS=--torch_python=PYTHON has one with CUDA.
+bench-gpu: $(VENV)/.installed
+	$(VENV)/bin/python -m experiments.benchmarks.gpu $(BENCH_FLAGS)
 
 clean:
 	rm -rf $(VENV) $(PEERS) $(TRL) .jax_cache

@@ -25,7 +25,7 @@ from gptjax import config as configs
 from gptjax.model import gpt, heads
 from gptjax.model.spec import GPTConfig
 from gptjax.rlhf import rollout
-from gptjax.rlhf.networks import Networks
+from gptjax.rlhf.networks import Networks, frozen
 from gptjax.rlhf.state import new_state, phase_keys
 from gptjax.rlhf.update import UpdateConfig, make_update
 from gptjax.training.optimizer import OptimizerConfig, make_optimizer
@@ -45,39 +45,41 @@ def flops(m: GPTConfig, epochs: int) -> float:
 
 
 class Ours:
-    """The phases of gptjax/ppo.py on random weights."""
+    """The phases of gptjax/ppo.py on random weights: policy, reference, value and reward all of one shape. The last id
+    of the vocabulary is PAD."""
 
-    def __init__(self, epochs: int = 4):
-        self.model = GPTConfig(VOCAB + 1, 4, 4, 128, context_length=64, attention="cpu", unroll=4)  # the last id is PAD
+    def __init__(self, model: GPTConfig, prompt: int, response: int, batch: int, epochs: int = 4,
+                 microbatch: int | None = None, dtype=jnp.float32):  # fmt: skip
+        self.model, self.prompt, self.batch = model, prompt, batch
         self.n = Networks(
-            policy=self.model, value=self.model, reward=self.model, response=RESPONSE, eos_id=None, pad_id=VOCAB,
-            vocab=VOCAB,
+            policy=model, value=model, reward=model, response=response, eos_id=None, pad_id=model.vocab_size - 1,
+            vocab=model.vocab_size - 1, dtype=dtype,
         )  # fmt: skip
-        policy = jax.jit(lambda k: gpt.init(self.model, k))(jax.random.key(0))
-        self.reference = jax.tree.map(jnp.copy, policy)
-        self.reward = heads.scalar_model(policy, self.model, jax.random.key(1))
+        policy = jax.jit(lambda k: gpt.init(model, k))(jax.random.key(0))
+        self.reward = heads.scalar_model(policy, model, jax.random.key(1))
         tx = make_optimizer(OptimizerConfig(weight_decay=0.0))
         self.state = new_state(policy, self.reward, tx, tx, 0.05, 0)
-        self.update = jax.jit(
-            make_update(UpdateConfig(epochs=epochs, minibatches=1), self.n, tx, tx, 0.0, 0.0), donate_argnums=0
-        )
+        self.reference, self.reward = frozen(policy, dtype), frozen(self.reward, dtype)
+        update = make_update(UpdateConfig(epochs, minibatches=1, microbatch_size=microbatch), self.n, tx, tx, 0.0, 0.0)
+        self.update = jax.jit(update, donate_argnums=0)
         self.rng = np.random.default_rng(0)
 
     def iterate(self) -> dict:
         began = time.perf_counter()
         laps, s = [began], self.state
-        prompts = self.rng.integers(0, VOCAB, (BATCH, PROMPT)).astype(np.int32)
-        lengths = np.full(BATCH, PROMPT, np.int32)
-        tokens, mask, _ = rollout.sample(s.policy, prompts, lengths, phase_keys(s)[1], self.n)
+        prompts = self.rng.integers(0, self.n.vocab, (self.batch, self.prompt)).astype(np.int32)
+        lengths = np.full(self.batch, self.prompt, np.int32)
+        tokens, mask, sampled = rollout.sample(s.policy, prompts, lengths, phase_keys(s)[1], self.n)
         laps.append(_done(mask))
         judged = rollout.judge(s.policy, s.value, self.reference, self.reward, tokens, lengths, mask, self.n)
-        experience, _ = rollout.finish(
+        experience, self.measured = rollout.finish(
             judged, judged["score"], s.kl_coefficient, eos_id=None, missing_eos=None, gamma=1.0, lam=0.95
         )
         laps.append(_done(experience))
         rate = np.float32(1e-5)
         self.state, metrics = self.update(s, experience, None, (rate, rate))
         laps.append(_done((self.state, metrics)))
+        self.measured |= metrics | {"sampler": rollout.sampler_difference(sampled, judged["log_prob"], mask)}
         parts = dict(zip(("rollout", "score", "update"), np.diff(laps).tolist(), strict=True))
         return {"seconds": laps[-1] - began, **parts}
 
@@ -88,7 +90,8 @@ def _done(arrays) -> float:
 
 
 def main(_):
-    ours = Ours()
+    model = GPTConfig(VOCAB + 1, 4, 4, 128, context_length=64, attention="cpu", unroll=4)
+    ours = Ours(model, PROMPT, RESPONSE, BATCH)
     for _ in range(2):
         ours.iterate()
     peer = None

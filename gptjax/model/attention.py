@@ -73,7 +73,7 @@ def attention(q, k, v, *, path, window=None, segment_ids=None, dropout=0.0, drop
         return _cpu(q, k, v, segment_ids, window)
     if path == "splash":
         return _splash(q, k, v, window, segment_ids, mesh)
-    if path == "cudnn" and _cudnn_takes(q, segment_ids):
+    if path == "cudnn" and _cudnn_takes(q):
         return _dot_product(q, k, v, window, segment_ids, "cudnn")
     if path in ("xla", "cpu", "cudnn"):  # shapes and dtypes that the kernels do not take
         return _dot_product(q, k, v, window, segment_ids, "xla")
@@ -86,10 +86,11 @@ def _shards_of_time() -> int:
     return 1 if mesh.empty else mesh.shape["seq"]
 
 
-def _cudnn_takes(q, segment_ids) -> bool:
-    """What jax asks of cuDNN's flash attention: 16 bits, heads of a multiple of 8 up to 128, even time under a mask."""
-    half = q.dtype in (jnp.bfloat16, jnp.float16)
-    return half and q.shape[-1] % 8 == 0 and q.shape[-1] <= 128 and (segment_ids is None or q.shape[1] % 2 == 0)
+def _cudnn_takes(q) -> bool:
+    """What jax asks of cuDNN's flash attention: 16 bits, heads of a multiple of 8 up to 128, even time."""
+    # Even time under a mask alone, says its message; its check takes the lack of a bias for one (0.10.2).
+    half, width = q.dtype in (jnp.bfloat16, jnp.float16), q.shape[-1]
+    return half and width % 8 == 0 and width <= 128 and q.shape[1] % 2 == 0
 
 
 def _flash_capable_gpu() -> bool:
@@ -140,6 +141,13 @@ def _dot_product(q, k, v, window, segment_ids, implementation):
     mask = None
     if segment_ids is not None:
         mask = segment_ids[:, None, :, None] == segment_ids[:, None, None, :]
+        if implementation == "cudnn":
+            # A mask is a bias to cuDNN, and before 9.10.2 it takes a band or a bias: "Left and right bounds are only
+            # supported with is_dropout=False, is_bias=False" (cudnn-frontend). So the band goes into the mask.
+            if window is not None:
+                t = jnp.arange(q.shape[1])
+                mask, window = mask & visible(t, t, window), None
+            mask = constrain(mask, "batch", None, None, None)  # its partitioner wants rows as those of q, or whole
     local = None if window is None else (window - 1, 0)
     return jax.nn.dot_product_attention(
         q, k, v, mask=mask, is_causal=True, local_window_size=local, implementation=implementation

@@ -24,7 +24,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import NamedSharding, PartitionSpec
 
 from gptjax.errors import InputError
-from gptjax.parallel import roll
+from gptjax.parallel import gpu, roll
 
 _LONG = 7 * 24 * 3600 * 1000  # ms. Host 0 may tokenise for days; if it dies, the open connection tells
 
@@ -37,6 +37,7 @@ def join(config, workdir, limit: int = 300):
     limit: seconds to wait for the others. Raises InputError naming who is missing or differs.
     """
     job = roll.find_job(limit)
+    gpu.prepare(say=job is None or job.index == 0)
     if job is None:
         yield
         return
