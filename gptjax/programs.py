@@ -23,6 +23,7 @@ from gptjax.parallel.bounds import Work, train_work
 from gptjax.parallel.mesh import batch_ways, check_fits
 from gptjax.parallel.rules import parameter_shardings
 from gptjax.ppo import PPOConfig
+from gptjax.peak import training_peak
 from gptjax.pretrain import PretrainConfig
 from gptjax.rlhf import networks, rollout
 from gptjax.rlhf import state as ppo_state
@@ -102,54 +103,20 @@ def train_program(c: PretrainConfig, mesh) -> Program:
     }
     rates = whole(mesh, ((1,), jnp.float32))[0]
 
-    one = {name: jax.ShapeDtypeStruct(x.shape[2:], x.dtype) for name, x in batch.items()}
-    # With stages a tick's arrays are a pipeline micro-batch's: those of the whole rows are not what is kept.
-    staged = mesh.shape["stage"] > 1
-    arrays = () if staged else kept_arrays(loss, state.params, one, mesh, model, rows, dropout=model.dropout > 0)
-    params, kept = device_bytes(state.params), sum(size for *_, size in arrays)
+    state_bytes = {
+        "params": device_bytes(state.params), "optimizer": device_bytes(state.opt_state), "batch": device_bytes(batch)
+    }  # fmt: skip
+    parts, kept, arrays = training_peak(
+        model, mesh.shape, rows=rows, micro_batches=micro, chunk=c.loss_chunk, dtype=c.precision.dtype,
+        state=state_bytes,
+    )  # fmt: skip
     tokens = c.batch_size * time
     work = train_work(
         model, tokens=tokens, devices=mesh.size, micro_batches=micro, ways=mesh.shape["tensor"] * mesh.shape["stage"],
-        state_bytes=params + device_bytes(state.opt_state), parameter_bytes=params, kept_bytes=kept,
-        bubble=pipeline.make_plan(model, mesh.shape, rows).bubble,
+        state_bytes=state_bytes["params"] + state_bytes["optimizer"], parameter_bytes=state_bytes["params"],
+        kept_bytes=kept, bubble=pipeline.make_plan(model, mesh.shape, rows).bubble,
     )  # fmt: skip
-    parts = {
-        "params": params,
-        "optimizer": device_bytes(state.opt_state),
-        "batch": device_bytes(batch),
-        "gradients": params,
-    } | ({} if staged else {"kept for the backward pass": kept})
     return Program(jit_train_step(step, shardings), (state, batch, rates), {}, mesh, tokens, work, parts, arrays)
-
-
-def kept_arrays(loss, params, batch, mesh, model: GPTConfig, rows: int, dropout: bool):
-    """What the forward pass of one micro-batch keeps for the backward pass, as JAX traces it, largest first:
-    ((name, shape, bytes on one device), ...). The compiler may keep less."""
-    seen = {x.shape for x in jax.tree.leaves(params)}
-    key = jax.random.key(0) if dropout else None
-
-    def residuals(params, batch):
-        return jax.vjp(lambda p: loss(p, batch, key)[0], params)[1]
-
-    with jax.set_mesh(mesh):
-        leaves = jax.tree.leaves(jax.eval_shape(residuals, params, batch))
-    ways = batch_ways(mesh.shape)
-    found = []
-    for x in leaves:
-        if x.shape in seen or rows not in x.shape or not hasattr(x.dtype, "itemsize"):
-            continue
-        cut = ways * mesh.shape["tensor"] * mesh.shape["seq"]  # heads, MLP features, or the residual stream's time
-        found.append((_name(x.shape, model), x.shape, math.prod(x.shape) * x.dtype.itemsize // cut))
-    return tuple(sorted(found, key=lambda a: -a[2]))
-
-
-def _name(shape, model) -> str:
-    where = "every layer: " if shape[0] == model.n_layer and len(shape) > 3 else ""
-    if model.d_ff in shape:
-        return where + "MLP features"
-    if shape[-2:] == (3, model.d_model) or shape[-1] == model.d_head:
-        return where + "queries, keys, values"
-    return where + ("residual stream" if shape[-1] == model.d_model else "activations")
 
 
 # --- generation -------------------------------------------------------------------------------------------
