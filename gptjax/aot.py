@@ -2,15 +2,15 @@
 
     python -m gptjax.aot --config=configs/gpt3.py:175b --topology=v5p:8x8x16 [--json]
 
---topology: libtpu's name or Cloud's (v5p-1024, v5litepod-16; --num_slices for several). --program: train or decode, and
-with a PPO config ppo_collect or ppo_update, both of which have to fit; --policy and --reward name the models, no workdir
-is needed:
+--topology: libtpu's name or Cloud's (v5p-1024, v5litepod-16; --num_slices for several). --program: train or decode,
+and with a PPO config ppo_collect or ppo_update, which both have to fit; --policy and --reward name the models, and no
+workdir is needed:
 
     python -m gptjax.aot --config=configs/instructgpt/ppo.py:1.3b --policy=gpt3:1.3b --reward=gpt3:6.7b \
         --program=ppo_update --topology=v5p:2x2x2 --config.precision.compute=bfloat16
 
-A mesh smaller than the slice grows along fsdp, and rows that do not divide over it are rounded: `adjusted` lists what was
-changed.
+A mesh smaller than the slice grows along fsdp, and rows that do not divide over it are rounded: `adjusted` lists what
+was changed.
 
 Exit code 0: it fits. 3: it does not; then the largest buffers, and the nearest change under which it compiles. FLOPs
 are counted by model/flops.py, collectives from the compiled program (parallel/hlo.py), bounds by parallel/bounds.py.
@@ -37,8 +37,8 @@ from gptjax.parallel.bounds import bounds
 from gptjax.parallel.hlo import traffic
 from gptjax.parallel.mesh import AXES, MeshConfig, batch_ways
 from gptjax.parallel.topology import Topology
-from gptjax.ppo import PPOConfig
 from gptjax.peak import KEPT, STATE
+from gptjax.ppo import PPOConfig
 from gptjax.pretrain import PretrainConfig
 
 PROGRAMS = ("train", "decode", "ppo_collect", "ppo_update")
@@ -85,7 +85,7 @@ def build_program(config: dict, topology: Topology, request: Request) -> program
 
 
 def adjusted(config: dict, topology: Topology, request: Request) -> tuple[dict, dict]:
-    """The config on this slice, and what had to change: {key: value}. InputError where the program is another config's."""
+    """The config on this slice, and what had to change: {key: value}. InputError where the program is not its own."""
     of_ppo = "rollout" in config
     if request.program.startswith("ppo") != of_ppo:
         suits = "ppo_collect or --program=ppo_update" if of_ppo else "train or --program=decode"
@@ -115,12 +115,15 @@ def adjusted(config: dict, topology: Topology, request: Request) -> tuple[dict, 
 
 
 def _ppo_rows(config: dict, ways: int) -> dict:
-    """A minibatch's rows rounded up to a multiple of `ways`, and what of it and of the batch goes at a time likewise."""
+    """A minibatch's rows rounded up to a multiple of `ways`, and what of it and of the batch goes at a time."""
     batch, minibatches = config["batch_size"], config["ppo"]["minibatches"]
     up = lambda n: -(-n // ways) * ways
     minibatch = up(batch // minibatches)
     changes = {"batch_size": minibatch * minibatches} if minibatch * minibatches != batch else {}
-    for first, name, of in (("ppo", "microbatch_size", minibatch), ("rollout", "forward_rows", minibatch * minibatches)):
+    for first, name, of in (
+        ("ppo", "microbatch_size", minibatch),
+        ("rollout", "forward_rows", minibatch * minibatches),
+    ):
         rows = config[first][name]
         if rows is not None and (rows % ways or of % rows):
             changes[f"{first}.{name}"] = next(n for n in range(up(rows), of + 1, ways) if of % n == 0)

@@ -2,8 +2,8 @@
 
     python -m gptjax.describe --config=configs/gpt3.py:175b [--json]
 
-Nothing is allocated and no accelerator is needed; the mesh is the config's (mesh axes of -1 count as 1). How many bytes a
-step needs on a TPU is our own count (peak.py), within 10 % of the TPU compiler's, which `aot` asks.
+Nothing is allocated and no accelerator is needed; the mesh is the config's (mesh axes of -1 count as 1). How many
+bytes a step needs on a TPU is our own count (peak.py), within 10 % of the TPU compiler's, which `aot` asks.
 """
 
 import dataclasses

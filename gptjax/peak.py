@@ -1,29 +1,32 @@
 """How many bytes of a TPU chip a training step has in use when it has the most: our own count, from shapes alone.
 
 In memory whatever the order of the operations: parameters and moments (float32), the batch, where there are several
-micro-batches the float32 sum of their gradients, and the matrices in 16 bits, cast once for all layers and micro-batches.
-On top of that comes the fullest of these moments (`moments`), all of one micro-batch:
+micro-batches the float32 sum of their gradients, and the matrices in 16 bits, cast once for all layers and rows. On top
+of that comes the fullest of these moments, all of one micro-batch:
 
     a layer's backward pass   what the forward pass keeps, the micro-batch's own gradients, one layer worked on
-    a chunk of the loss       what the forward pass keeps, a chunk of logits in float32 and 16 bits, the table's gradient
+    a chunk of the loss       what the forward pass keeps, a chunk of logits in float32 and 16 bits, the gradient of
+                              the token table
     the embedding's gradient  the micro-batch's gradients, the token table's once more, whole
-    the embedding             under fsdp the token table, gathered in float32, once more as it is turned to be looked up
-                              in, and in 16 bits for the loss; beside it the compiler has set aside already what the
-                              layers will keep and the table's gradient
+    the embedding             under fsdp the token table, gathered in float32, once more as it is turned to be looked
+                              up in, and in 16 bits for the loss; beside it the compiler has set aside already what
+                              the layers will keep and the table's gradient
 
-What is kept is what JAX's trace of the forward pass says, a head's features padded to 128 lanes (`layer_arrays`). With u
-for a chip's tokens x d_model in the compute dtype and h for the same cut into padded heads, a layer worked on is the most of
+What is kept is what JAX's trace of the forward pass says, a head's features padded to 128 lanes (`layer_arrays`). With
+u for a chip's tokens x d_model in the compute dtype and h for the same cut into padded heads, a layer worked on is the
+most of
 
     MLP         4 u each for the features before and after GELU and their gradient (those that remat has kept are not
                 counted twice), the heads q, k, v and the output, 4 u of the residual stream
-    kernel      q, k, v, the output and the gradient of each (k and v of all the context: mesh.seq times as many), 4 u of
-                the MLP's features waiting for their weight's gradient, 4 u of the residual stream
-    projection  d_q, d_k, d_v as they are put into one array, twice 3 u + h, the heads, and as before 4 u + 4 u
+    kernel      q, k, v, the output and the gradient of each (k and v of all the context: mesh.seq times as many), 4 u
+                of the MLP's features waiting for their weight's gradient, 4 u of the residual stream
+    projection  d_q, d_k, d_v as they are put into one array, twice 3 u, and h, the heads, and as before 4 u + 4 u
 
-and with fsdp the layer's matrices gathered in 16 bits, the largest one's gradient in float32, and the token table's
-gradient, which is cut up only after the layers. What is left is the compiler's choice: in which order it
-takes the operations, what it prefetches, and what it computes again where memory is short (it can come out
-lower than this count by what the layer takes). Beside it: experiments/tpu_fit.
+and with fsdp three times d_model x d_ff of the layer's matrices gathered in 16 bits and the gradient of one such matrix
+in float32. The rest is the compiler's choice: in which order it takes the operations, what it prefetches, and what it
+computes again where memory is short. A pipeline keeps that of every tick, and beside it a turn's layers computed again,
+its gradients and its matrices. With remat 'none' in a pipeline the compiler keeps up to twice what is counted here.
+Beside the compiler's: experiments/tpu_fit.
 """
 
 import dataclasses
@@ -64,7 +67,12 @@ def layer_arrays(c: GPTConfig, sizes, rows: int, dtype) -> tuple[tuple[str, tupl
     cut = sizes["data"] * sizes["fsdp"] * sizes["tensor"] * sizes["seq"]
     found = []
     for x in jax.tree.leaves(jax.eval_shape(residuals, params, tokens, None)):
-        if x.shape in seen or x.shape[:1] != (c.n_layer,) or rows not in x.shape[1:] or not hasattr(x.dtype, "itemsize"):
+        if (
+            x.shape in seen
+            or x.shape[:1] != (c.n_layer,)
+            or rows not in x.shape[1:]
+            or not hasattr(x.dtype, "itemsize")
+        ):
             continue
         shape = (*x.shape[:-1], lanes(c.d_head)) if x.shape[-1] == c.d_head else x.shape
         found.append((_name(x.shape, c), x.shape, math.prod(shape) * x.dtype.itemsize // cut))
@@ -104,10 +112,13 @@ def training_peak(c: GPTConfig, sizes, *, rows: int, micro_batches: int, chunk: 
         again = everything / turns + (kept / turns if c.remat == "dots" else 0)
         kept = plan.ticks * kept / (c.n_layer if c.remat in ("full", "offload") else turns)
     params, whole_table = state["params"], 4 * c.vocab_size * c.d_model // sizes["tensor"]
-    # They lie like the parameters, but the table's is cut up over fsdp only after the layers.
-    gradients = {"gradients": params, "the table's gradient, whole": whole_table - whole_table // sizes["fsdp"]}
+    # They lie like the parameters, but that of the table of the loss is cut up over tensor as well, as the loss leaves
+    # it, and the micro-batch's is cut up over fsdp only after the layers.
+    parts_of_table = 4 * c.vocab_size * c.d_model // sizes["fsdp"]
+    summed = params - parts_of_table + parts_of_table // sizes["tensor"]
+    gradients = {"gradients": summed, "the table's gradient, whole": whole_table - whole_table // sizes["fsdp"]}
     base = state | {
-        "gradients summed": params if micro_batches > 1 else 0,
+        "gradients summed": summed if micro_batches > 1 else 0,
         "matrices in 16 bits": params // 2 if itemsize == 2 else 0,
     }
     backward = gradients | {KEPT: int(kept), "a layer's backward pass": int(_layer(c, sizes, rows_at_once, dtype))}
@@ -151,8 +162,8 @@ def _layer(c: GPTConfig, sizes, rows: int, dtype) -> float:
 
 
 def _loss(c: GPTConfig, sizes, rows: int, chunk: int, dtype) -> float:
-    """A chunk of logits in float32, their gradient in the compute dtype, the table and its gradient, the residual stream
-    three times: as it is, cut into chunks, and its gradient."""
+    """A chunk of logits in float32, their gradient in the compute dtype, the table and its gradient, the residual
+    stream three times: as it is, cut into chunks, and its gradient."""
     u, _ = _units(c, sizes, rows, dtype)
     itemsize, alone = jnp.dtype(dtype).itemsize, math.prod(sizes.values()) == 1
     vocab = c.vocab_size / sizes["tensor"]

@@ -3,10 +3,10 @@
     python -m experiments.tpu_fit.peak [--cases=gpt2:1] [--out=FILE]       asks about what is not in peak.jsonl yet
     python -m experiments.tpu_fit.peak --nocompile                         the table, from the count as it is now
 
-One line of peak.jsonl a case: the settings and the compiler's peak. To have many of them, a compiler is stopped as soon as
-it has assigned buffers, before it writes code, and the peak is read off the assignment it dumps; those of results.jsonl
-and compiled.jsonl, also in the table, are peak_memory_in_bytes of whole compilations. Where a case is in both they agree
-to .05 %. tests/test_aot.py holds the count to 10 % of every line.
+One line of peak.jsonl a case: the settings and the compiler's peak. To have many of them, a compiler is stopped as soon
+as it has assigned buffers, before it writes code, and the peak is read off the assignment it dumps; those of
+results.jsonl and compiled.jsonl, also in the table, are peak_memory_in_bytes of whole compilations. Where a case was
+had both ways they agree to .05 %. tests/test_aot.py holds the count to 10 % of every line.
 """
 
 import json
@@ -118,23 +118,25 @@ def table() -> str:
 # --- the compiler's buffer assignment -------------------------------------------------------------------------
 
 
-def assigned_peak(folder: Path) -> int | None:
-    """Bytes in use when most are, from the dump of the train step's buffer assignment; None while it is not there: the
+def assigned_peak(folder: Path, module: str = "jit_steps") -> int | None:
+    """Bytes in use when most are, from the dump of a module's buffer assignment; None while it is not there: the
     arguments, and of the temporaries' one allocation what is taken by values alive at the same time."""
-    if not list(folder.glob("*jit_steps*memory-usage-report.txt")):
+    if not list(folder.glob(f"*{module}*memory-usage-report.txt")):
         return None
     spans = {}
-    text = next(folder.glob("*jit_steps*live-range.txt")).read_text()
+    text = next(folder.glob(f"*{module}*live-range.txt")).read_text()
     for name, index, first, last in re.findall(r"^ +(\S+?)\{([\d,]*)\}:(\d+)-(\d+)$", text, re.M):
         spans[name, index] = int(first), int(last)
     arguments, of_temporaries, values = 0, False, []
-    for line in next(folder.glob("*jit_steps*optimizations-buffer-assignment.txt")).read_text().splitlines():
+    for line in next(folder.glob(f"*{module}*optimizations-buffer-assignment.txt")).read_text().splitlines():
         if found := re.match(r"allocation \d+: size (\d+), (.*)", line):
             in_hbm = "color" not in found[2]  # the other colours are memories on the chip
             arguments += int(found[1]) if in_hbm and "parameter" in found[2] else 0
             of_temporaries = in_hbm and "preallocated-temp" in found[2]
         elif of_temporaries and (
-            found := re.match(r" value: <\d+ (\S+?)(?:\{([\d,]*)\})?(?: \(phi\))? @\d+> \(size=(\d+),offset=(\d+)\)", line)
+            found := re.match(
+                r" value: <\d+ (\S+?)(?:\{([\d,]*)\})?(?: \(phi\))? @\d+> \(size=(\d+),offset=(\d+)\)", line
+            )
         ):
             values.append((*spans[found[1], found[2] or ""], int(found[4]), int(found[4]) + int(found[3])))
 
@@ -147,16 +149,18 @@ def assigned_peak(folder: Path) -> int | None:
     return arguments + max(in_use(first) for first in {v[0] for v in values})
 
 
-def ask(case, limit: int = 600) -> int:
-    """The peak of one case, from a compiler in a process of its own."""
+def ask(arguments: list[str], module: str = "jit_steps", limit: int = 600) -> int:
+    """The peak by a compiler in a process of its own, `python -m` these arguments, also of what does not fit."""
     with tempfile.TemporaryDirectory() as folder:
-        command = [sys.executable, "-m", "experiments.tpu_fit.peak", f"--one={CASES.index(case)}"]
-        env = os.environ | {"XLA_FLAGS": f"--xla_dump_to={folder} --xla_dump_hlo_module_re=jit_steps"}
-        child, began = subprocess.Popen(command, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE), time.time()
+        env = os.environ | {"XLA_FLAGS": f"--xla_dump_to={folder} --xla_dump_hlo_module_re={module}"}
+        log = Path(folder) / "log"
+        with log.open("w") as file:
+            child = subprocess.Popen([sys.executable, "-m", *arguments], env=env, stdout=file, stderr=file)
+        began = time.time()
         try:
-            while (peak := assigned_peak(Path(folder))) is None:
+            while (peak := assigned_peak(Path(folder), module)) is None:
                 if child.poll() is not None or time.time() - began > limit:
-                    raise RuntimeError(f"{case}: {child.communicate()[1].decode()[-2000:] if child.poll() else 'no end'}")
+                    raise RuntimeError(f"{arguments}: {log.read_text()[-2000:]}")
                 time.sleep(2)  # and then the dump is whole
             return peak
         finally:
@@ -175,7 +179,8 @@ def main(_):
     done = [(r["preset"], r["topology"], r["settings"]) for r in read(out)]
     todo = [c for c in CASES if c[0].startswith(FLAGS.cases) and (c[0], c[1], settings(c)) not in done]
     for case in tqdm(todo if FLAGS.compile else [], file=sys.stderr, dynamic_ncols=True):
-        row = {"preset": case[0], "topology": case[1], "settings": settings(case), "bytes_per_chip": ask(case)}
+        peak = ask(["experiments.tpu_fit.peak", f"--one={CASES.index(case)}"])
+        row = {"preset": case[0], "topology": case[1], "settings": settings(case), "bytes_per_chip": peak}
         with out.open("a") as file:
             file.write(json.dumps(row) + "\n")
     print(table())
