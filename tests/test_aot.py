@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import statistics
 import subprocess
 import sys
 
@@ -292,22 +293,25 @@ RECORDED = recorded()
 QUICK = [i for i, r in enumerate(RECORDED) if r[0] in ("gpt2:124m", "gpt2:355m")]
 
 
-def agrees(preset, topology, settings, compiler):
-    assert count(preset, settings) == pytest.approx(compiler, rel=0.1), (preset, topology, settings)
+def ratios(lines):
+    found = {(p, t, *s.values()): count(p, s) / compiler for p, t, s, compiler in lines}
+    assert {k: r for k, r in found.items() if not 0.9 < r < 1.1} == {}
+    return list(found.values())
 
 
 def test_the_count_of_the_peak_agrees_with_the_compilers_to_10_percent():
-    """Recorded lines of the smaller models: every remat, data, fsdp, tensor and stage."""
-    assert {s["model.remat"] for _, _, s, _ in map(RECORDED.__getitem__, QUICK)} == {"none", "dots", "full", "offload"}
-    for i in QUICK:
-        agrees(*RECORDED[i])
+    """Recorded lines of the smaller models: every remat, data, fsdp, tensor and stage. Half of them agree much better:
+    without a term all would be off, if not by a tenth."""
+    lines = [RECORDED[i] for i in QUICK]
+    assert {s["model.remat"] for _, _, s, _ in lines} == {"none", "dots", "full", "offload"}
+    assert statistics.median(abs(r - 1) for r in ratios(lines)) < 0.02
 
 
 @pytest.mark.slow
 def test_the_count_of_the_peak_agrees_for_larger_models_too():
-    assert len(RECORDED) > 50 and any(s.get("mesh.seq", 1) > 1 for _, _, s, _ in RECORDED)
-    for i in set(range(len(RECORDED))) - set(QUICK):
-        agrees(*RECORDED[i])
+    lines = [RECORDED[i] for i in set(range(len(RECORDED))) - set(QUICK)]
+    assert len(lines) > 35 and any(s.get("mesh.seq", 1) > 1 for _, _, s, _ in lines)
+    assert statistics.median(abs(r - 1) for r in ratios(lines)) < 0.02
 
 
 @pytest.mark.slow
