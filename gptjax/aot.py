@@ -2,9 +2,15 @@
 
     python -m gptjax.aot --config=configs/gpt3.py:175b --topology=v5p:8x8x16 [--json]
 
---topology: libtpu's name or Cloud's (v5p-1024, v5litepod-16; --num_slices for several). --program: train, decode,
-or with a PPO config ppo_collect and ppo_update (--policy=gpt3:1.3b --reward=gpt3:6.7b name the models). A mesh smaller
-than the slice grows along fsdp, and rows that do not divide over it are rounded: `adjusted` lists what was changed.
+--topology: libtpu's name or Cloud's (v5p-1024, v5litepod-16; --num_slices for several). --program: train or decode,
+and with a PPO config ppo_collect or ppo_update, which both have to fit; --policy and --reward name the models, and no
+workdir is needed:
+
+    python -m gptjax.aot --config=configs/instructgpt/ppo.py:1.3b --policy=gpt3:1.3b --reward=gpt3:6.7b \
+        --program=ppo_update --topology=v5p:2x2x2 --config.precision.compute=bfloat16
+
+A mesh smaller than the slice grows along fsdp, and rows that do not divide over it are rounded: `adjusted` lists what
+was changed.
 
 Exit code 0: it fits. 3: it does not; then the largest buffers, and the nearest change under which it compiles. FLOPs
 are counted by model/flops.py, collectives from the compiled program (parallel/hlo.py), bounds by parallel/bounds.py.
@@ -31,6 +37,7 @@ from gptjax.parallel.bounds import bounds
 from gptjax.parallel.hlo import traffic
 from gptjax.parallel.mesh import AXES, MeshConfig, batch_ways
 from gptjax.parallel.topology import Topology
+from gptjax.peak import KEPT, STATE
 from gptjax.ppo import PPOConfig
 from gptjax.pretrain import PretrainConfig
 
@@ -78,7 +85,11 @@ def build_program(config: dict, topology: Topology, request: Request) -> program
 
 
 def adjusted(config: dict, topology: Topology, request: Request) -> tuple[dict, dict]:
-    """The config on this slice, and what had to change: {key: value}."""
+    """The config on this slice, and what had to change: {key: value}. InputError where the program is not its own."""
+    of_ppo = "rollout" in config
+    if request.program.startswith("ppo") != of_ppo:
+        suits = "ppo_collect or --program=ppo_update" if of_ppo else "train or --program=decode"
+        raise InputError(f"program={request.program} is not of this config: give --program={suits}.")
     changes = {}
     mesh = {axis: config["mesh"][axis] for axis in AXES}
     slices = topology.num_slices
@@ -98,7 +109,25 @@ def adjusted(config: dict, topology: Topology, request: Request) -> tuple[dict, 
             groups = -(-batch // ways)  # rows that a device has of a step
             at_once = max(n for n in range(1, max(1, micro // ways) + 1) if groups % n == 0)
             changes |= {"microbatch_size": at_once * ways, "batch_size": groups * ways}
+    elif of_ppo:
+        changes |= _ppo_rows(config, ways)
     return changed(config, changes), changes
+
+
+def _ppo_rows(config: dict, ways: int) -> dict:
+    """A minibatch's rows rounded up to a multiple of `ways`, and what of it and of the batch goes at a time."""
+    batch, minibatches = config["batch_size"], config["ppo"]["minibatches"]
+    up = lambda n: -(-n // ways) * ways
+    minibatch = up(batch // minibatches)
+    changes = {"batch_size": minibatch * minibatches} if minibatch * minibatches != batch else {}
+    for first, name, of in (
+        ("ppo", "microbatch_size", minibatch),
+        ("rollout", "forward_rows", minibatch * minibatches),
+    ):
+        rows = config[first][name]
+        if rows is not None and (rows % ways or of % rows):
+            changes[f"{first}.{name}"] = next(n for n in range(up(rows), of + 1, ways) if of % n == 0)
+    return changes
 
 
 def changed(config: dict, changes: dict) -> dict:
@@ -173,8 +202,9 @@ def bytes_wanted(message: str) -> int | None:
 def largest(program: programs.Program) -> list[dict]:
     """The largest buffers of a device, by our own count, as the compiler lists none: what is in memory whatever the
     order of the operations, and the largest arrays that the forward pass keeps."""
-    rows = [{"what": k, "shape": "", "bytes": v} for k, v in program.parts.items() if k != "kept for the backward pass"]
-    rows += [{"what": f"kept, {w}", "shape": "x".join(map(str, s)), "bytes": v} for w, s, v in program.arrays[:6]]
+    arrays = program.arrays
+    rows = [{"what": k, "shape": "", "bytes": v} for k, v in program.parts.items() if not (arrays and k == KEPT)]
+    rows += [{"what": f"kept, every layer: {w}", "shape": "x".join(map(str, s)), "bytes": v} for w, s, v in arrays[:6]]
     return sorted(rows, key=lambda row: -row["bytes"])
 
 
@@ -241,7 +271,8 @@ def find_remedy(config: dict, topology: Topology, request: Request, result: dict
     """The first candidate that the compiler accepts, as {topology, changes, bytes_per_chip, tried}; None if none."""
     config, before = adjusted(config, topology, request)
     ours = result["ours_per_chip"]
-    state = sum(v for k, v in ours.items() if k not in ("kept for the backward pass", "key-value cache", "batch"))
+    of_ppo = "rollout" in config
+    state = sum(v for k, v in ours.items() if (k != "key-value cache" if of_ppo else k in STATE))
     for tried, (larger, changes) in enumerate(remedies(config, topology, request, state), 1):
         try:
             answer = check(changed(config, changes), larger, request, status)
@@ -286,7 +317,8 @@ def table(r: dict) -> str:
         ("fits", f"yes: {gib(r['bytes_per_chip'])} of {gib(r['hbm_per_chip'])} per {per}"),
         ("  arguments", gib(r["argument_bytes_per_chip"])),
         ("  temporaries", gib(r["temporary_bytes_per_chip"])),
-        ("our own count", ", ".join(f"{k} {gib(v)}" for k, v in r["ours_per_chip"].items())),
+        ("our own count", f"{gib(sum(r['ours_per_chip'].values()))}"),
+        *((f"  {gib(v)}", k) for k, v in r["ours_per_chip"].items()),
         ("FLOPs per " + per, f"{r['flops_per_chip']:.4g}"),
         ("sent per " + per, gib(r["collective_bytes_per_chip"])),
     ]

@@ -22,6 +22,7 @@ from gptjax.parallel import pipeline
 from gptjax.parallel.bounds import Work, train_work
 from gptjax.parallel.mesh import batch_ways, check_fits
 from gptjax.parallel.rules import parameter_shardings
+from gptjax.peak import lanes, training_peak
 from gptjax.ppo import PPOConfig
 from gptjax.pretrain import PretrainConfig
 from gptjax.rlhf import networks, rollout
@@ -103,54 +104,20 @@ def train_program(c: PretrainConfig, mesh) -> Program:
     }
     rates = whole(mesh, ((1,), jnp.float32))[0]
 
-    one = {name: jax.ShapeDtypeStruct(x.shape[2:], x.dtype) for name, x in batch.items()}
-    # With stages a tick's arrays are a pipeline micro-batch's: those of the whole rows are not what is kept.
-    staged = mesh.shape["stage"] > 1
-    arrays = () if staged else kept_arrays(loss, state.params, one, mesh, model, rows, dropout=model.dropout > 0)
-    params, kept = device_bytes(state.params), sum(size for *_, size in arrays)
+    state_bytes = {
+        "params": device_bytes(state.params), "optimizer": device_bytes(state.opt_state), "batch": device_bytes(batch)
+    }  # fmt: skip
+    parts, kept, arrays = training_peak(
+        model, mesh.shape, rows=rows, micro_batches=micro, chunk=c.loss_chunk, dtype=c.precision.dtype,
+        state=state_bytes,
+    )  # fmt: skip
     tokens = c.batch_size * time
     work = train_work(
         model, tokens=tokens, devices=mesh.size, micro_batches=micro, ways=mesh.shape["tensor"] * mesh.shape["stage"],
-        state_bytes=params + device_bytes(state.opt_state), parameter_bytes=params, kept_bytes=kept,
-        bubble=pipeline.make_plan(model, mesh.shape, rows).bubble,
+        state_bytes=state_bytes["params"] + state_bytes["optimizer"], parameter_bytes=state_bytes["params"],
+        kept_bytes=kept, bubble=pipeline.make_plan(model, mesh.shape, rows).bubble,
     )  # fmt: skip
-    parts = {
-        "params": params,
-        "optimizer": device_bytes(state.opt_state),
-        "batch": device_bytes(batch),
-        "gradients": params,
-    } | ({} if staged else {"kept for the backward pass": kept})
     return Program(jit_train_step(step, shardings), (state, batch, rates), {}, mesh, tokens, work, parts, arrays)
-
-
-def kept_arrays(loss, params, batch, mesh, model: GPTConfig, rows: int, dropout: bool):
-    """What the forward pass of one micro-batch keeps for the backward pass, as JAX traces it, largest first:
-    ((name, shape, bytes on one device), ...). The compiler may keep less."""
-    seen = {x.shape for x in jax.tree.leaves(params)}
-    key = jax.random.key(0) if dropout else None
-
-    def residuals(params, batch):
-        return jax.vjp(lambda p: loss(p, batch, key)[0], params)[1]
-
-    with jax.set_mesh(mesh):
-        leaves = jax.tree.leaves(jax.eval_shape(residuals, params, batch))
-    ways = batch_ways(mesh.shape)
-    found = []
-    for x in leaves:
-        if x.shape in seen or rows not in x.shape or not hasattr(x.dtype, "itemsize"):
-            continue
-        cut = ways * mesh.shape["tensor"] * mesh.shape["seq"]  # heads, MLP features, or the residual stream's time
-        found.append((_name(x.shape, model), x.shape, math.prod(x.shape) * x.dtype.itemsize // cut))
-    return tuple(sorted(found, key=lambda a: -a[2]))
-
-
-def _name(shape, model) -> str:
-    where = "every layer: " if shape[0] == model.n_layer and len(shape) > 3 else ""
-    if model.d_ff in shape:
-        return where + "MLP features"
-    if shape[-2:] == (3, model.d_model) or shape[-1] == model.d_head:
-        return where + "queries, keys, values"
-    return where + ("residual stream" if shape[-1] == model.d_model else "activations")
 
 
 # --- generation -------------------------------------------------------------------------------------------
@@ -177,18 +144,24 @@ def decode_program(c: PretrainConfig, mesh, *, rows: int, prompt: int, new_token
         mesh, ((rows, prompt), jnp.int32), ((rows,), jnp.int32), ((rows,), jnp.int32), (key.shape, key.dtype)
     )
     tensor, ways = mesh.shape["tensor"], batch_ways(mesh.shape)
-    cache = 2 * model.n_layer * rows * (prompt + new_tokens) * model.d_model * jnp.dtype(c.precision.dtype).itemsize
+    cache = _cache_bytes(model, rows * (prompt + new_tokens), c.precision.dtype) // (ways * tensor)
     flops = rows * forward_flops(model, prompt + new_tokens) / mesh.size
     matrices = 2 * (non_embedding_count(model) + model.vocab_size * model.d_model) / tensor
-    mean_cache = cache / (ways * tensor) * (prompt + new_tokens / 2) / (prompt + new_tokens)
+    mean_cache = cache * (prompt + new_tokens / 2) / (prompt + new_tokens)
     work = Work(flops, 0.0, flops, (new_tokens + 1) * matrices + new_tokens * mean_cache)
     options = dict(
         new_tokens=new_tokens, sampling=Sampling(0.8, top_p=0.95), eot_id=0, vocab=model.vocab_size,
         dtype=c.precision.dtype, mesh=mesh,
     )  # fmt: skip
-    parts = {"params": device_bytes(params), "key-value cache": cache // (ways * tensor)}
+    parts = {"params": device_bytes(params), "key-value cache": cache + cache * prompt // (prompt + new_tokens) // 2}
     arguments = (params, model, prompts, lengths, limits, keys)
     return Program(decode, arguments, options, mesh, rows * (prompt + new_tokens), work, parts)
+
+
+def _cache_bytes(c: GPTConfig, tokens: int, dtype) -> int:
+    """Keys and values of all layers, heads padded to lanes. Beside them lie for a moment the prompts' values alone, as
+    first the keys and then they are put into the longer cache."""
+    return 2 * c.n_layer * tokens * c.n_head * lanes(c.d_head) * jnp.dtype(dtype).itemsize
 
 
 def _shapes(boxed):
@@ -270,13 +243,12 @@ def collect_program(c: PPOConfig, policy: GPTConfig, reward: GPTConfig | None, m
     models = [n.policy, n.policy] + [m for m in (n.value, n.reward) if m]  # policy, reference, value, reward
     flops = rows * (forward_flops(n.policy, texts) + sum(forward_flops(m, texts) for m in models)) / mesh.size
     tensor, ways = mesh.shape["tensor"], batch_ways(mesh.shape)
-    itemsize = jnp.dtype(n.dtype).itemsize
-    cache = 2 * n.policy.n_layer * rows * texts * n.policy.d_model * itemsize // (ways * tensor)
+    cache = _cache_bytes(n.policy, rows * texts, n.dtype) // (ways * tensor)
     matrices = 2 * parameter_count(n.policy) / tensor
     work = Work(
         flops, 0.0, flops, (n.response + 1) * matrices + n.response * cache * (p.slots + n.response / 2) / texts
     )
-    parts = _ppo_bytes(p, offload=False) | {"key-value cache": cache}
+    parts = _ppo_bytes(p, offload=False) | {"key-value cache": cache + cache * p.slots // texts // 2}
     return Program(jitted, (p.state, p.reference, p.reward, prompts, lengths, key), {}, mesh, rows * texts, work, parts)
 
 

@@ -221,6 +221,7 @@ def test_describe_json():
     assert d["params"] == 174_604_259_328 and d["tokens"] == 300_000_000_000
     assert {"causal_halved", "palm", "6n"} <= d["flops_per_token"].keys()
     assert {"params", "optimizer", "gradients"} == d["bytes_per_device"].keys()
+    assert {"params", "optimizer", "gradients", "kept for the backward pass"} <= d["peak_per_tpu_chip"].keys()
     assert d["pf_days"] == pytest.approx(3637, rel=2e-3)  # the paper's table says 3,640
     ways = d["mesh"]["fsdp"] * d["mesh"]["tensor"]
     assert d["devices"] == ways and d["bytes_per_device"]["params"] == pytest.approx(
