@@ -25,10 +25,11 @@ from gptjax import config as configs
 from gptjax.model import gpt, heads
 from gptjax.model.spec import GPTConfig
 from gptjax.rlhf import rollout
-from gptjax.rlhf.networks import Networks, frozen
+from gptjax.rlhf.networks import Networks
 from gptjax.rlhf.state import new_state, phase_keys
 from gptjax.rlhf.update import UpdateConfig, make_update
 from gptjax.training.optimizer import OptimizerConfig, make_optimizer
+from gptjax.training.precision import frozen
 
 VOCAB, PROMPT, RESPONSE, BATCH = 4096, 16, 24, 64
 HERE = Path(__file__).resolve().parent

@@ -12,7 +12,7 @@ from gptjax.generation.sampling import Sampling
 from gptjax.generation.speed import bytes_per_token
 from gptjax.model import gpt
 from gptjax.model.flops import memory_bandwidth
-from gptjax.rlhf.networks import frozen
+from gptjax.training.precision import frozen
 
 
 def run(scale: Scale, name: str, torch=None) -> dict:
