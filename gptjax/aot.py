@@ -112,6 +112,7 @@ def changed(config: dict, changes: dict) -> dict:
 # --- one answer ---------------------------------------------------------------------------------------------
 
 
+@configs.by_its_rules
 def check(config: dict, topology: Topology, request: Request = Request(), status=lambda text: None) -> dict:
     """Compiles a program for a slice. Returns the figures as JSON types; per chip means per JAX device, which on
     tpu7x is half a chip."""

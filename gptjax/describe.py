@@ -26,6 +26,7 @@ from gptjax.training.schedule import Schedule
 from gptjax.training.state import state_shardings
 
 
+@configs.by_its_rules
 def describe(config: dict) -> dict:
     """The figures as JSON types, for a config as a nested dict."""
     c = configs.build(PretrainConfig, with_vocabulary(config))

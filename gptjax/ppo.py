@@ -106,6 +106,7 @@ def main(_):
         ppo(FLAGS.config, FLAGS.workdir)
 
 
+@configs.by_its_rules
 def ppo(config: mlc.ConfigDict, workdir: str, reward_fn: Callable | None = None) -> bool:
     """The whole stage. Returns whether the run is finished (False after a SIGTERM).
 

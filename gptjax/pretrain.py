@@ -97,6 +97,7 @@ def main(_):
         pretrain(FLAGS.config, FLAGS.workdir)
 
 
+@configs.by_its_rules
 def pretrain(config: mlc.ConfigDict, workdir: str) -> bool:
     """The whole stage. Returns whether the run is finished (False after a SIGTERM)."""
     began = time.perf_counter()

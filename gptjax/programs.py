@@ -21,7 +21,7 @@ from gptjax.model.spec import GPTConfig, non_embedding_count, parameter_count
 from gptjax.parallel import pipeline
 from gptjax.parallel.bounds import Work, train_work
 from gptjax.parallel.mesh import batch_ways, check_fits
-from gptjax.parallel.rules import parameter_shardings
+from gptjax.parallel.rules import cut_over, parameter_shardings
 from gptjax.ppo import PPOConfig
 from gptjax.pretrain import PretrainConfig
 from gptjax.rlhf import networks, rollout
@@ -133,23 +133,24 @@ def kept_arrays(loss, params, batch, mesh, model: GPTConfig, rows: int, dropout:
 
     with jax.set_mesh(mesh):
         leaves = jax.tree.leaves(jax.eval_shape(residuals, params, batch))
-    ways = batch_ways(mesh.shape)
     found = []
     for x in leaves:
         if x.shape in seen or rows not in x.shape or not hasattr(x.dtype, "itemsize"):
             continue
-        cut = ways * mesh.shape["tensor"] * mesh.shape["seq"]  # heads, MLP features, or the residual stream's time
-        found.append((_name(x.shape, model), x.shape, math.prod(x.shape) * x.dtype.itemsize // cut))
+        name, axes = _name(x.shape, model)
+        cut = batch_ways(mesh.shape) * cut_over(mesh.shape, *axes)
+        found.append((name, x.shape, math.prod(x.shape) * x.dtype.itemsize // cut))
     return tuple(sorted(found, key=lambda a: -a[2]))
 
 
-def _name(shape, model) -> str:
+def _name(shape, model) -> tuple[str, tuple[str, ...]]:
+    """What such an array is, and the logical names of its axes behind the rows."""
     where = "every layer: " if shape[0] == model.n_layer and len(shape) > 3 else ""
     if model.d_ff in shape:
-        return where + "MLP features"
+        return where + "MLP features", ("time", "mlp")
     if shape[-2:] == (3, model.d_model) or shape[-1] == model.d_head:
-        return where + "queries, keys, values"
-    return where + ("residual stream" if shape[-1] == model.d_model else "activations")
+        return where + "queries, keys, values", ("time", "heads")
+    return where + ("residual stream" if shape[-1] == model.d_model else "activations"), ("residual",)
 
 
 # --- generation -------------------------------------------------------------------------------------------
@@ -175,17 +176,17 @@ def decode_program(c: PretrainConfig, mesh, *, rows: int, prompt: int, new_token
     prompts, lengths, limits, keys = whole(
         mesh, ((rows, prompt), jnp.int32), ((rows,), jnp.int32), ((rows,), jnp.int32), (key.shape, key.dtype)
     )
-    tensor, ways = mesh.shape["tensor"], batch_ways(mesh.shape)
+    tensor, ways = mesh.shape["tensor"], batch_ways(mesh.shape) * cut_over(mesh.shape, "heads")
     cache = 2 * model.n_layer * rows * (prompt + new_tokens) * model.d_model * jnp.dtype(c.precision.dtype).itemsize
     flops = rows * forward_flops(model, prompt + new_tokens) / mesh.size
     matrices = 2 * (non_embedding_count(model) + model.vocab_size * model.d_model) / tensor
-    mean_cache = cache / (ways * tensor) * (prompt + new_tokens / 2) / (prompt + new_tokens)
+    mean_cache = cache / ways * (prompt + new_tokens / 2) / (prompt + new_tokens)
     work = Work(flops, 0.0, flops, (new_tokens + 1) * matrices + new_tokens * mean_cache)
     options = dict(
         new_tokens=new_tokens, sampling=Sampling(0.8, top_p=0.95), eot_id=0, vocab=model.vocab_size,
         dtype=c.precision.dtype, mesh=mesh,
     )  # fmt: skip
-    parts = {"params": device_bytes(params), "key-value cache": cache // (ways * tensor)}
+    parts = {"params": device_bytes(params), "key-value cache": cache // ways}
     arguments = (params, model, prompts, lengths, limits, keys)
     return Program(decode, arguments, options, mesh, rows * (prompt + new_tokens), work, parts)
 
@@ -268,9 +269,9 @@ def collect_program(c: PPOConfig, policy: GPTConfig, reward: GPTConfig | None, m
     texts = p.slots + n.response
     models = [n.policy, n.policy] + [m for m in (n.value, n.reward) if m]  # policy, reference, value, reward
     flops = rows * (forward_flops(n.policy, texts) + sum(forward_flops(m, texts) for m in models)) / mesh.size
-    tensor, ways = mesh.shape["tensor"], batch_ways(mesh.shape)
+    tensor, ways = mesh.shape["tensor"], batch_ways(mesh.shape) * cut_over(mesh.shape, "heads")
     itemsize = jnp.dtype(n.dtype).itemsize
-    cache = 2 * n.policy.n_layer * rows * texts * n.policy.d_model * itemsize // (ways * tensor)
+    cache = 2 * n.policy.n_layer * rows * texts * n.policy.d_model * itemsize // ways
     matrices = 2 * parameter_count(n.policy) / tensor
     work = Work(
         flops, 0.0, flops, (n.response + 1) * matrices + n.response * cache * (p.slots + n.response / 2) / texts

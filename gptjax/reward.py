@@ -95,6 +95,7 @@ def main(_):
         reward(FLAGS.config, FLAGS.workdir)
 
 
+@configs.by_its_rules
 def reward(config: mlc.ConfigDict, workdir: str) -> bool:
     """The whole stage. Returns whether the run is finished (False after a SIGTERM)."""
     began = time.perf_counter()

@@ -128,6 +128,7 @@ def main(_):
         sft(FLAGS.config, FLAGS.workdir)
 
 
+@configs.by_its_rules
 def sft(config: mlc.ConfigDict, workdir: str) -> bool:
     """The whole stage. Returns whether the run is finished (False after a SIGTERM)."""
     began = time.perf_counter()
