@@ -135,13 +135,6 @@ def test_ppo(tmp_path, alignment, tuned, judge):
     assert all(end.code == 0 for end in ends) and "going on from iteration 2 of 3" in ends[0].text
 
 
-def test_ppo_on_the_reward_model_alone(tmp_path, alignment, tuned, judge):
-    """No rule: nothing passes through the first host's Python."""
-    config = runs.ppo_config(tuned, judge, alignment["prompts"])
-    two, one = both("ppo", tmp_path, PPOConfig, config, 1e-4, steps=2, seed=1)
-    assert [s["text"] for s in lines(two, "samples")] == [s["text"] for s in lines(one, "samples")]
-
-
 def test_an_error_on_one_host_ends_all(tmp_path, alignment, tuned):
     config = config_file(tmp_path / "ppo.py", PPOConfig, runs.ppo_config(tuned, None, alignment["prompts"]))
     with Processes("ppo", config, tmp_path / "w", 2, reward_fn="host_rewards:no_number", steps=1) as run:
