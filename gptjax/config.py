@@ -162,7 +162,7 @@ def _fail(error):
 _MAY_CHANGE = (
     "mesh", "checkpoint", "eval", "log", "steps", "tokens", "epochs", "episodes", "steps_per_dispatch", "samples",
     "offload", "microbatch_size", "loss_chunk", "rollout.forward_rows", "ppo.microbatch_size", "model.remat",
-    "model.pipeline_microbatches", "model.pipeline_rounds",
+    "model.pipeline_microbatches", "model.pipeline_rounds", "optimizer.offload",
 )  # fmt: skip
 
 

@@ -28,6 +28,7 @@ from gptjax.rlhf import networks, rollout
 from gptjax.rlhf import state as ppo_state
 from gptjax.rlhf.ptx import batch_shape
 from gptjax.rlhf.update import make_update
+from gptjax.training.offload import MEMORY
 from gptjax.training.optimizer import make_optimizer
 from gptjax.training.state import state_shardings
 from gptjax.training.step import batch_sharding, causal_lm_loss, jit_train_step, train_step
@@ -61,8 +62,9 @@ class Program:
 
 
 def device_bytes(tree) -> int:
-    """Bytes on one device of abstract arrays with shardings."""
-    return sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(tree))
+    """Bytes in the memory of one device of abstract arrays with shardings."""
+    here = [x for x in jax.tree.leaves(tree) if x.sharding.memory_kind != MEMORY]
+    return sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in here)
 
 
 def placed(tree, shardings):

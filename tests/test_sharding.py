@@ -44,16 +44,16 @@ WIDE = MeshConfig(
 WHOLE = MeshConfig(data=2, fsdp=2, tensor=2, rules=Rules(embed="data,fsdp", heads="none", residual="none"))
 
 
-def train(config, devices):
+def train(config, devices, optimizer=OPTIMIZER):
     with use(config.rules):
-        return _train(config, devices)
+        return _train(config, devices, optimizer)
 
 
-def _train(config, devices):
+def _train(config, devices, optimizer):
     """(state at birth, compiled text, final state, metrics) of 3 steps of 2 micro-batches on a mesh."""
     mesh = make_mesh(config, devices)
     model = dataclasses.replace(MODEL, attention="xla")
-    tx = make_optimizer(OPTIMIZER)
+    tx = make_optimizer(optimizer)
     _, shardings = state_shardings(gpt.abstract_params(model), tx, F32, mesh)
     step = train_step(causal_lm_loss(model, jnp.float32, 8, mesh), tx, 1.0, F32, seed=0, dropout=False)
     rng = np.random.default_rng(0)
