@@ -9,6 +9,7 @@ live in the dataclasses alone: `config_dict` makes the ConfigDict from them.
 
 import dataclasses
 import difflib
+import functools
 import json
 import os
 import socket
@@ -22,7 +23,7 @@ from ml_collections import config_dict as mlc
 from ml_collections import config_flags
 
 from gptjax.errors import InputError
-from gptjax.parallel import hosts
+from gptjax.parallel import hosts, rules
 
 # --- dataclass <-> ConfigDict -----------------------------------------------------------------------------
 
@@ -72,6 +73,17 @@ def build(cls, section, path="config"):
         return cls(**values)
     except TypeError as error:
         raise InputError(f"{path}: {error}.") from error
+
+
+def by_its_rules(stage):
+    """Of a function whose first argument is a config: called with that config's mesh.rules in force."""
+
+    @functools.wraps(stage)
+    def under_rules(config, *args, **kwargs):
+        with rules.use(build(rules.Rules, config["mesh"]["rules"], "config.mesh.rules")):
+            return stage(config, *args, **kwargs)
+
+    return under_rules
 
 
 def _is_optional(kind):
@@ -161,7 +173,7 @@ def _fail(error):
 _MAY_CHANGE = (
     "mesh", "checkpoint", "eval", "log", "steps", "tokens", "epochs", "episodes", "steps_per_dispatch", "samples",
     "offload", "microbatch_size", "loss_chunk", "rollout.forward_rows", "ppo.microbatch_size", "model.remat",
-    "model.pipeline_microbatches", "model.pipeline_rounds",
+    "model.pipeline_microbatches", "model.pipeline_rounds", "optimizer.offload",
 )  # fmt: skip
 
 

@@ -24,11 +24,13 @@ from gptjax.model.spec import non_embedding_count, parameter_count
 from gptjax.parallel.mesh import AXES, batch_ways
 from gptjax.peak import training_peak
 from gptjax.pretrain import PretrainConfig
+from gptjax.training.offload import MEMORY
 from gptjax.training.optimizer import make_optimizer
 from gptjax.training.schedule import Schedule
 from gptjax.training.state import state_shardings
 
 
+@configs.by_its_rules
 def describe(config: dict) -> dict:
     """The figures as JSON types, for a config as a nested dict."""
     c = configs.build(PretrainConfig, with_vocabulary(config))
@@ -81,8 +83,9 @@ def with_vocabulary(config: dict) -> dict:
 
 
 def _bytes(tree, shardings) -> int:
-    """Bytes on one device."""
-    sizes = jax.tree.map(lambda x, s: math.prod(s.shard_shape(x.shape)) * x.dtype.itemsize, tree, shardings)
+    """Bytes in the memory of one device."""
+    size = lambda x, s: 0 if s.memory_kind == MEMORY else math.prod(s.shard_shape(x.shape)) * x.dtype.itemsize
+    sizes = jax.tree.map(size, tree, shardings)
     return sum(jax.tree.leaves(sizes))
 
 

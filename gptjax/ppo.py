@@ -100,6 +100,7 @@ class PPOConfig:
             raise InputError(f"reward_on={self.reward_on!r}: choose text or tokens.")
 
 
+@configs.by_its_rules
 def ppo(config: mlc.ConfigDict, workdir: str, reward_fn: Callable | None = None) -> bool:
     """The whole stage. Returns whether the run is finished (False after a SIGTERM).
 

@@ -91,6 +91,7 @@ class PretrainConfig:
         return self.microbatch_size or self.batch_size
 
 
+@configs.by_its_rules
 def pretrain(config: mlc.ConfigDict, workdir: str) -> bool:
     """The whole stage. Returns whether the run is finished (False after a SIGTERM)."""
     began = time.perf_counter()

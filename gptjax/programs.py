@@ -21,7 +21,7 @@ from gptjax.model.spec import GPTConfig, non_embedding_count, parameter_count
 from gptjax.parallel import pipeline
 from gptjax.parallel.bounds import Work, train_work
 from gptjax.parallel.mesh import batch_ways, check_fits
-from gptjax.parallel.rules import parameter_shardings
+from gptjax.parallel.rules import cut_over, parameter_shardings
 from gptjax.peak import lanes, training_peak
 from gptjax.ppo import PPOConfig
 from gptjax.pretrain import PretrainConfig
@@ -30,6 +30,7 @@ from gptjax.rlhf import state as ppo_state
 from gptjax.rlhf.ptx import batch_shape
 from gptjax.rlhf.update import make_update
 from gptjax.training import precision
+from gptjax.training.offload import MEMORY
 from gptjax.training.optimizer import make_optimizer
 from gptjax.training.state import state_shardings
 from gptjax.training.step import batch_sharding, causal_lm_loss, jit_train_step, train_step
@@ -63,8 +64,9 @@ class Program:
 
 
 def device_bytes(tree) -> int:
-    """Bytes on one device of abstract arrays with shardings."""
-    return sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(tree))
+    """Bytes in the memory of one device of abstract arrays with shardings."""
+    here = [x for x in jax.tree.leaves(tree) if x.sharding.memory_kind != MEMORY]
+    return sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in here)
 
 
 def placed(tree, shardings):
@@ -143,8 +145,8 @@ def decode_program(c: PretrainConfig, mesh, *, rows: int, prompt: int, new_token
     prompts, lengths, limits, keys = whole(
         mesh, ((rows, prompt), jnp.int32), ((rows,), jnp.int32), ((rows,), jnp.int32), (key.shape, key.dtype)
     )
-    tensor, ways = mesh.shape["tensor"], batch_ways(mesh.shape)
-    cache = _cache_bytes(model, rows * (prompt + new_tokens), c.precision.dtype) // (ways * tensor)
+    tensor, ways = mesh.shape["tensor"], batch_ways(mesh.shape) * cut_over(mesh.shape, "heads")
+    cache = _cache_bytes(model, rows * (prompt + new_tokens), c.precision.dtype) // ways
     flops = rows * forward_flops(model, prompt + new_tokens) / mesh.size
     matrices = 2 * (non_embedding_count(model) + model.vocab_size * model.d_model) / tensor
     mean_cache = cache * (prompt + new_tokens / 2) / (prompt + new_tokens)
@@ -242,8 +244,8 @@ def collect_program(c: PPOConfig, policy: GPTConfig, reward: GPTConfig | None, m
     texts = p.slots + n.response
     models = [n.policy, n.policy] + [m for m in (n.value, n.reward) if m]  # policy, reference, value, reward
     flops = rows * (forward_flops(n.policy, texts) + sum(forward_flops(m, texts) for m in models)) / mesh.size
-    tensor, ways = mesh.shape["tensor"], batch_ways(mesh.shape)
-    cache = _cache_bytes(n.policy, rows * texts, n.dtype) // (ways * tensor)
+    tensor, ways = mesh.shape["tensor"], batch_ways(mesh.shape) * cut_over(mesh.shape, "heads")
+    cache = _cache_bytes(n.policy, rows * texts, n.dtype) // ways
     matrices = 2 * parameter_count(n.policy) / tensor
     work = Work(
         flops, 0.0, flops, (n.response + 1) * matrices + n.response * cache * (p.slots + n.response / 2) / texts

@@ -56,6 +56,15 @@ def answer(libtpu):
         return check(tiny(), parse("v5e-4"))
 
 
+def test_moments_in_host_memory_are_not_in_the_chips(answer):
+    """And they are not fetched all at once: then the peak would be what it is without."""
+    away, moments = check(tiny(optimizer__offload=True), parse("v5e-4")), answer["ours_per_chip"]["optimizer"]
+    assert away["host_bytes_per_chip"] == pytest.approx(moments, rel=0.05) and answer["host_bytes_per_chip"] == 0
+    saved = answer["argument_bytes_per_chip"] - away["argument_bytes_per_chip"]
+    assert saved == pytest.approx(moments, rel=0.05) and away["ours_per_chip"]["optimizer"] < 100
+    assert away["bytes_per_chip"] < answer["bytes_per_chip"] - moments / 4
+
+
 def test_the_keys_scripts_rely_on(answer):
     for key in ("fits", "chips", "bytes_per_chip", "hbm_per_chip", "flops_per_chip", "collective_bytes_per_chip",
                 "compile_seconds", "mesh"):  # fmt: skip

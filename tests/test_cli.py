@@ -231,6 +231,16 @@ def test_describe_json():
     assert d["bytes_per_device"]["optimizer"] == pytest.approx(2 * d["bytes_per_device"]["params"], rel=0.01)
 
 
+def test_describe_goes_by_the_rules():
+    flags = ("--config=configs/gpt2.py:124m", "--config.mesh.fsdp=4", "--json")
+    cut, whole = (
+        json.loads(command("describe", *flags, *more))["bytes_per_device"]
+        for more in ((), ("--config.mesh.rules.embed=none",))
+    )
+    assert whole["params"] == 4 * 124_439_808
+    assert cut["params"] < 0.26 * whole["params"] and cut["optimizer"] < 0.26 * whole["optimizer"]
+
+
 def test_describe_is_a_table_too():
     printed = command("describe", "--config=configs/gpt1.py")
     assert "116,534,784" in printed and "per device" in printed
@@ -328,6 +338,7 @@ BAD = {
     "heads over mesh": (
         write(b"abc def " * 500), {"mesh__data": 1, "mesh__tensor": 8}, "n_head=4 is not divisible by mesh.tensor=8",
     ),
+    "rules": (write(b"abc def " * 500), {"mesh__rules__mlp": "tensr"}, "mesh.rules.mlp='tensr': there is no mesh axis"),
     "mesh over devices": (write(b"abc def " * 500), {"mesh__data": 3}, "needs 3 devices and there are 8"),
     "vocabulary": (write(b"abc def " * 500), {"model__vocab_size": 3}, "tokenizer has .* tokens and the model 3"),
     "no length": (write(b"abc def " * 500), {"steps": None}, "--config.steps"),

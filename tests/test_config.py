@@ -1,6 +1,7 @@
 """Configs: keys that scripts rely on, misspelt keys and presets, workdirs of another run, the command line."""
 
 import dataclasses
+import functools
 import importlib.util
 import json
 import re
@@ -107,11 +108,16 @@ def test_an_unknown_key_names_the_nearest():
 
 @pytest.mark.parametrize(
     "section, key, nearest",
-    [("model", "n_layers", "n_layer"), ("optimizer", "learning_rat", "learning_rate"), ("mesh", "fdsp", "fsdp")],
+    [
+        ("model", "n_layers", "n_layer"),
+        ("optimizer", "learning_rat", "learning_rate"),
+        ("mesh", "fdsp", "fsdp"),
+        ("mesh.rules", "mpl", "mlp"),
+    ],
 )
 def test_an_unknown_key_deeper_down(config, section, key, nearest):
     tree = config.to_dict()
-    tree[section][key] = 1
+    functools.reduce(dict.get, section.split("."), tree)[key] = 1
     with pytest.raises(InputError, match=f"Unknown key config.{section}.{key}: did you mean '{nearest}'"):
         build(PretrainConfig, tree)
 

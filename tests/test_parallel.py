@@ -16,7 +16,7 @@ from gptjax.generation.sampling import Sampling
 from gptjax.model import gpt, heads
 from gptjax.model.spec import GPTConfig
 from gptjax.parallel.mesh import MeshConfig, make_mesh
-from gptjax.parallel.rules import parameter_shardings
+from gptjax.parallel.rules import Rules, parameter_shardings, use
 from gptjax.reward import reward_loss
 from gptjax.sft import sft_loss
 from gptjax.training.step import batch_sharding
@@ -29,6 +29,9 @@ MESHES = {
     "data 2 seq 2 tensor 2": MeshConfig(data=2, seq=2, tensor=2),
     "fsdp 2 tensor 4": MeshConfig(data=1, fsdp=2, tensor=4),
     "stage 2 fsdp 2 tensor 2": MeshConfig(data=1, stage=2, fsdp=2, tensor=2),
+    "stage 2 fsdp 2 tensor 2, other rules": MeshConfig(
+        data=1, stage=2, fsdp=2, tensor=2, rules=Rules(embed="none", residual="none", heads="none", norm="tensor")
+    ),
 }
 
 
@@ -101,7 +104,8 @@ def expected(stage):
 @pytest.mark.parametrize("stage", STAGES)
 def test_a_stage_on_eight_devices_is_one_device(stage, mesh):
     total, count, grads = expected(stage)
-    found, found_count, found_grads = gradient(stage, make_mesh(MESHES[mesh]))
+    with use(MESHES[mesh].rules):
+        found, found_count, found_grads = gradient(stage, make_mesh(MESHES[mesh]))
     assert found == pytest.approx(total, rel=1e-5) and found_count == count
     largest = max(np.abs(g).max() for g in jax.tree.leaves(grads))
     for (path, a), b in zip(jax.tree_util.tree_leaves_with_path(found_grads), jax.tree.leaves(grads), strict=True):
@@ -111,16 +115,17 @@ def test_a_stage_on_eight_devices_is_one_device(stage, mesh):
 
 
 def test_sampling_on_a_mesh_is_sampling_on_one_device():
-    """Prompts of a length that divides over nothing, then one token at a time."""
+    """Prompts of a length that divides over nothing, then one token at a time; under other rules too."""
     params = jax.tree.map(lambda a: 5 * a, init(MODEL, jax.random.key(0)))
     options = {"max_new_tokens": 7, "sampling": Sampling(0.8), "seed": 3}
     prompts = [[1, 2, 3], [4], [5, 6, 7, 8, 9]]
     texts = []
-    for mesh in (alone(), make_mesh(MESHES["data 2 seq 2 tensor 2"])):
-        with jax.set_mesh(mesh):
+    on = make_mesh(MESHES["data 2 seq 2 tensor 2"])
+    for mesh, rules in ((alone(), Rules()), (on, Rules()), (on, Rules(embed="fsdp,seq", residual="seq", heads="none"))):
+        with jax.set_mesh(mesh), use(rules):
             placed = jax.device_put(params, parameter_shardings(gpt.abstract_params(MODEL), mesh))
             texts.append(generate(placed, MODEL, prompts, mesh=mesh, **options))
-    assert texts[0] == texts[1] and len(set(map(tuple, texts[0]))) == 3
+    assert texts[0] == texts[1] == texts[2] and len(set(map(tuple, texts[0]))) == 3
 
 
 # --- what is told -----------------------------------------------------------------------------------------

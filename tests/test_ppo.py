@@ -534,6 +534,10 @@ MESHES = {
     "data 8": {"mesh__data": 8}, "fsdp 8": {"mesh__data": 1, "mesh__fsdp": 8},
     "data 2 fsdp 2 tensor 2": {"mesh__data": 2, "mesh__fsdp": 2, "mesh__tensor": 2},
     "stage 2 fsdp 2 tensor 2": {"mesh__data": 1, "mesh__stage": 2, "mesh__fsdp": 2, "mesh__tensor": 2},
+    "data 2 fsdp 2 tensor 2, other rules": {
+        "mesh__data": 2, "mesh__fsdp": 2, "mesh__tensor": 2, "mesh__rules__embed": "data,fsdp",
+        "mesh__rules__heads": "none", "mesh__rules__residual": "seq",
+    },
 }  # fmt: skip
 
 

@@ -158,7 +158,7 @@ def test_another_seed_is_another_run(text, tmp_path, one_device):
     "first, then",
     [
         ("fsdp 8", "one device"), ("one device", "fsdp 8"),
-        ("stage 2 fsdp 4", "one device"), ("one device", "stage 2 fsdp 4"),
+        ("stage 2 fsdp 4", "one device"), ("one device", "stage 2 fsdp 4"), ("fsdp 8", "fsdp 4 seq 2, other rules"),
     ],
 )  # fmt: skip
 def test_taken_up_on_another_mesh(text, tmp_path, monkeypatch, first, then):
@@ -167,7 +167,9 @@ def test_taken_up_on_another_mesh(text, tmp_path, monkeypatch, first, then):
         "one device": {"mesh__data": 1, "mesh__fsdp": 1},
         "fsdp 8": {"mesh__data": 1, "mesh__fsdp": 8},
         "stage 2 fsdp 4": {"mesh__data": 1, "mesh__stage": 2, "mesh__fsdp": 4},
-    }
+        "fsdp 4 seq 2, other rules": {"mesh__data": 1, "mesh__fsdp": 4, "mesh__seq": 2,
+                                      "mesh__rules__embed": "fsdp,seq", "mesh__rules__residual": "none"},
+    }  # fmt: skip
 
     def run(mesh, workdir, how):
         with monkeypatch.context() as patch:

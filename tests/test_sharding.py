@@ -7,13 +7,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import NamedSharding, PartitionSpec
 
 from gptjax.errors import InputError
-from gptjax.model import gpt
+from gptjax.model import gpt, heads
 from gptjax.model.spec import GPTConfig
 from gptjax.parallel.hosts import global_array
 from gptjax.parallel.mesh import MeshConfig, batch_ways, check_fits, make_mesh
-from gptjax.parallel.rules import RULES, parameter_shardings, partition_spec
+from gptjax.parallel.rules import ARRAYS, Rules, constrain, parameter_shardings, partition_spec, use
+from gptjax.rlhf import state as ppo_state
 from gptjax.training.optimizer import OptimizerConfig, make_optimizer
 from gptjax.training.precision import PrecisionConfig
 from gptjax.training.state import init_state, state_shardings
@@ -35,11 +37,23 @@ MESHES = {
 }
 
 
-def train(config, devices):
+# Other rules: parameters over a second axis, a residual stream or heads that tensor does not cut up, gains that are.
+WIDE = MeshConfig(
+    data=1, fsdp=2, seq=2, tensor=2, rules=Rules(embed="fsdp,seq", residual="seq", norm="fsdp", position="tensor")
+)
+WHOLE = MeshConfig(data=2, fsdp=2, tensor=2, rules=Rules(embed="data,fsdp", heads="none", residual="none"))
+
+
+def train(config, devices, optimizer=OPTIMIZER):
+    with use(config.rules):
+        return _train(config, devices, optimizer)
+
+
+def _train(config, devices, optimizer):
     """(state at birth, compiled text, final state, metrics) of 3 steps of 2 micro-batches on a mesh."""
     mesh = make_mesh(config, devices)
     model = dataclasses.replace(MODEL, attention="xla")
-    tx = make_optimizer(OPTIMIZER)
+    tx = make_optimizer(optimizer)
     _, shardings = state_shardings(gpt.abstract_params(model), tx, F32, mesh)
     step = train_step(causal_lm_loss(model, jnp.float32, 8, mesh), tx, 1.0, F32, seed=0, dropout=False)
     rng = np.random.default_rng(0)
@@ -131,6 +145,89 @@ def test_the_compiled_step_communicates_as_it_should(spread):
         assert "all-gather" not in text  # every device has the whole model
 
 
+# --- rules ---
+
+
+RULED = {
+    "wide": (WIDE, {
+        "['wte']": (61, 8), "['wpe']": (8, 8), "['ln_f']['bias']": (16,), "['blocks']['ln_1']['scale']": (2, 16),
+        "['blocks']['attn']['c_attn']['kernel']": (2, 8, 3, 16), "['blocks']['attn']['c_proj']['bias']": (2, 16),
+        "['blocks']['mlp']['c_proj']['kernel']": (2, 64, 8),
+    }),
+    "whole": (WHOLE, {
+        "['wte']": (61, 8), "['wpe']": (16, 8), "['ln_f']['bias']": (32,), "['blocks']['ln_1']['scale']": (2, 32),
+        "['blocks']['attn']['c_attn']['kernel']": (2, 8, 3, 32), "['blocks']['attn']['c_attn']['bias']": (2, 3, 32),
+        "['blocks']['mlp']['c_fc']['kernel']": (2, 8, 64),
+    }),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", RULED)
+def test_other_rules_are_another_layout_of_the_same_run(alone, name):
+    config, shapes = RULED[name]
+    ruled = train(config, jax.devices())
+    test_sharded_is_unsharded(alone, (name, *ruled))
+    test_born_sharded_is_born_whole(alone, (name, *ruled))
+    adam = ruled[2].opt_state[0]
+    for tree in (ruled[2].params, adam.mu, adam.nu):
+        found = leaves(tree)
+        for path, shape in shapes.items():
+            assert {s.data.shape for s in found[path].addressable_shards} == {shape}, path
+
+
+def test_one_jitted_function_under_two_rules():
+    """Activations lie by the rules in force, also where the function was compiled under others before."""
+    mesh = make_mesh(MeshConfig(data=1, fsdp=2, tensor=2, seq=2))
+    function = jax.jit(lambda x: constrain(x + 1, "batch", "time", "mlp"))
+    with jax.set_mesh(mesh):
+        for rules, last in ((Rules(), "tensor"), (Rules(mlp="none"), None), (Rules(), "tensor")):
+            with use(rules):
+                found = function(jnp.zeros((4, 4, 4))).sharding
+            expected = NamedSharding(mesh, PartitionSpec(("data", "fsdp"), "seq", last))
+            assert found.is_equivalent_to(expected, 3), found
+
+
+def test_the_rules_reach_all_of_ppos_models():
+    """Policy, average, value network and both optimisers' moments."""
+    mesh, tx = make_mesh(WIDE), make_optimizer(OPTIMIZER)
+    with use(WIDE.rules):
+        boxed = gpt.abstract_params(MODEL), heads.abstract_scalar_model(MODEL)
+        _, places = ppo_state.state_shardings(*boxed, tx, tx, mesh)
+    kernels = [p["blocks"]["mlp"]["c_fc"]["kernel"] for p in (places.policy, places.average, places.value["trunk"])]
+    kernels += [places.policy_opt[0].mu["blocks"]["mlp"]["c_fc"]["kernel"]]
+    kernels += [places.value_opt[0].nu["trunk"]["blocks"]["mlp"]["c_fc"]["kernel"]]
+    assert {k.spec for k in kernels} == {PartitionSpec("stage", ("fsdp", "seq"), "tensor")}
+    assert places.value["head"]["kernel"].spec == PartitionSpec("fsdp")
+
+
+@pytest.mark.parametrize(
+    "rules, says",
+    [
+        ({"mlp": "tensr"}, "mesh.rules.mlp='tensr': there is no mesh axis 'tensr'; there are data, fsdp"),
+        ({"embed": "fsdp seq"}, "there is no mesh axis 'fsdp seq'"),
+        ({"embed": None}, "mesh.rules.embed=None: write mesh axes"),
+        ({"embed": "fsdp,tensor"}, r"tensor twice on attn/c_attn/kernel \[.*embed=fsdp,tensor and heads=tensor"),
+        ({"mlp": "seq"}, "seq twice on the MLP's features .*time=seq and mlp=seq"),
+        ({"vocab": "tensor,tensor"}, r"tensor twice on wte \[vocab, embed\]: vocab=tensor,tensor\."),
+        ({"residual": "seq,fsdp"}, "fsdp twice on the residual stream"),
+        ({"batch": "data"}, "mesh.rules.batch must stay 'data,fsdp,stage': hosts load"),
+        ({"time": "none"}, "mesh.rules.time must stay 'seq': attention gathers"),
+        ({"features": "tensor"}, "mesh.rules.features must stay 'none': a matmul's inputs"),
+        ({"layers": "none"}, "mesh.rules.layers must stay 'stage': the pipeline's stages"),
+    ],
+)  # fmt: skip
+def test_rules_that_can_not_be(rules, says):
+    with pytest.raises(InputError, match=says):
+        Rules(**rules)
+
+
+def test_rules_that_do_not_go_with_a_mesh():
+    with pytest.raises(InputError, match="mesh.rules.embed has data in it, and mesh.dcn_data=2"):
+        MeshConfig(data=4, dcn_data=2, rules=Rules(embed="fsdp,data"))
+    with use(Rules(vocab="tensor")), pytest.raises(InputError, match="wte has an axis of 61, which mesh.tensor = 2"):
+        parameter_shardings(gpt.abstract_params(MODEL), make_mesh(MeshConfig(tensor=2)))
+
+
 # --- meshes -----------------------------------------------------------------------------------------------
 
 
@@ -215,16 +312,18 @@ def test_rows_that_do_not_divide_over_the_context():
 def test_an_axis_without_a_rule():
     with pytest.raises(InputError, match="'colour'.*parallel/rules.py"):
         partition_spec(("embed", "colour"))
-    with pytest.raises(InputError, match="'embed'"):
-        parameter_shardings(
-            gpt.abstract_params(MODEL), make_mesh(MeshConfig()), {k: v for k, v in RULES.items() if k != "embed"}
-        )
+    boxed = {"extra": nn.LogicallyPartitioned(jax.ShapeDtypeStruct((4,), jnp.float32), ("colour",))}
+    with pytest.raises(InputError, match="'colour'"):
+        parameter_shardings(boxed, make_mesh(MeshConfig()))
 
 
 def test_every_logical_axis_of_the_model_has_a_rule_and_every_rule_a_use():
     boxed = jax.tree.leaves(gpt.abstract_params(MODEL), is_leaf=lambda x: isinstance(x, nn.LogicallyPartitioned))
     named = {name for leaf in boxed for name in leaf.names}
-    assert named <= set(RULES) and {"embed", "heads", "mlp", "vocab", "layers", "qkv", "norm", "position"} == named
+    assert named <= vars(Rules()).keys()
+    assert {"embed", "heads", "mlp", "vocab", "layers", "qkv", "norm", "position"} == named
+    # and what rules are checked against are the arrays there are
+    assert {leaf.names for leaf in boxed} <= set(ARRAYS.values()) | {("norm",)}
 
 
 @pytest.mark.parametrize(

@@ -28,7 +28,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from gptjax.parallel.collectives import gather
-from gptjax.parallel.rules import RULES, constrain
+from gptjax.parallel.rules import Rules, constrain
 
 NEG_INF = -1e30  # finite, so that a fully masked row gives no NaN
 
@@ -301,7 +301,7 @@ def _splash(q, k, v, window, segment_ids, mesh, interpret=False):
 
     if mesh is not None and mesh.size > 1:
         manual = jax.sharding.get_abstract_mesh().manual_axes  # within a stage of a pipeline: that axis
-        ways = tuple(axis for axis in RULES["batch"] if axis not in manual)
+        ways = tuple(axis for axis in Rules().axes("batch") if axis not in manual)
         heads, rows = P(ways, "tensor", "seq"), P(ways, "seq")
         of_mask = kernel.manual_sharding_spec(NamedSharding(mesh, P(None, "seq")))
         local = jax.shard_map(

@@ -8,8 +8,7 @@ from jax.experimental.mesh_utils import create_device_mesh, create_hybrid_device
 from jax.sharding import AxisType, Mesh
 
 from gptjax.errors import InputError
-
-AXES = ("data", "fsdp", "tensor", "stage", "seq")
+from gptjax.parallel.rules import AXES, Rules
 
 
 @dataclasses.dataclass(frozen=True)
@@ -22,6 +21,7 @@ class MeshConfig:
     device could not hold the activations.
     dcn_data: slices of a multislice job, each of which has data / dcn_data copies of the model: between slices, over
     the data-centre network, there are gradients to add once a step and nothing else.
+    rules: which axes of the model's arrays lie on which of these axes; `use` of rules.py puts them in force.
     """
 
     data: int = -1
@@ -30,6 +30,7 @@ class MeshConfig:
     stage: int = 1
     seq: int = 1
     dcn_data: int = 1
+    rules: Rules = dataclasses.field(default=Rules(), repr=False)
 
     def __post_init__(self):
         sizes = [getattr(self, axis) for axis in AXES]
@@ -37,6 +38,12 @@ class MeshConfig:
             raise InputError(f"mesh.dcn_data is the number of slices, at least 1; got {self.dcn_data}.")
         if any(s == 0 or s < -1 for s in sizes) or sizes.count(-1) > 1:
             raise InputError(f"mesh sizes are positive, with -1 on at most one axis; got {self}.")
+        spread = [f.name for f in dataclasses.fields(Rules) if f.name != "batch" and "data" in self.rules.axes(f.name)]
+        if self.dcn_data > 1 and spread:
+            raise InputError(
+                f"mesh.rules.{spread[0]} has data in it, and mesh.dcn_data={self.dcn_data}: no array but the batch is "
+                "cut up between slices. Use fsdp."
+            )
 
     def sizes(self, devices: int) -> dict[str, int]:
         """Size of each axis on this many devices. Raises InputError if they do not multiply out."""

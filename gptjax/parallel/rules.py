@@ -1,10 +1,10 @@
 """Which logical axis of a parameter or activation lies on which mesh axis.
 
-The model names the axes of its arrays ('embed', 'heads', ...); these rules alone say where they go, so a
-new layout is a change here and nowhere else. A name without a rule is an error, never a silent copy on
-every device.
+The model names the axes of its arrays ('embed', 'heads', ...); the rules alone say where they go, and a config may
+change them (mesh.rules). A name without a rule is an error, never a silent copy on every device.
 """
 
+import dataclasses
 import functools
 import math
 
@@ -14,37 +14,117 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from gptjax.errors import InputError
 
-# logical axis -> mesh axis, axes, or None (whole on every device)
-RULES = {
-    # activations
-    "batch": ("data", "fsdp", "stage"),  # within a pipeline's layers, where stage is manual: data, fsdp
-    "time": "seq",
-    "residual": ("seq", "tensor"),  # time of the residual stream: else every tensor-parallel device held all of it
-    "heads": "tensor",
-    "mlp": "tensor",
-    "features": None,  # the residual stream's width
-    # parameters
-    "layers": "stage",
-    "embed": "fsdp",  # gathered just before use, layer by layer
-    "vocab": None,
-    "position": None,
-    "qkv": None,
-    "norm": None,  # gains and biases of width d_model: too small to shard
-}
+AXES = ("data", "fsdp", "tensor", "stage", "seq")
 
 RESIDUAL = ("batch", "residual", "features")  # the residual stream, [batch, time, d_model]
 
+# The arrays of the model by the logical names of their axes: in none of them may a mesh axis appear twice.
+ARRAYS = {
+    "the residual stream": RESIDUAL,
+    "queries, keys and values": ("batch", "time", "qkv", "heads"),
+    "the MLP's features": ("batch", "time", "mlp"),
+    "attn/c_attn/kernel": ("layers", "embed", "qkv", "heads"),
+    "attn/c_proj/kernel": ("layers", "heads", "embed"),
+    "mlp/c_fc/kernel": ("layers", "embed", "mlp"),
+    "mlp/c_proj/kernel": ("layers", "mlp", "embed"),
+    "attn/c_attn/bias": ("layers", "qkv", "heads"),
+    "mlp/c_fc/bias": ("layers", "mlp"),
+    "gains and biases": ("layers", "norm"),
+    "wte": ("vocab", "embed"),
+    "wpe": ("position", "embed"),
+}
 
-def partition_spec(names: tuple, rules=RULES) -> PartitionSpec:
-    """PartitionSpec of an array whose axes have these logical names."""
-    for name in names:
-        if name is not None and name not in rules:
+# What the code between the arrays takes for granted.
+_FIXED = {
+    "batch": "hosts load the rows of a batch by it, and the loss adds them up over it",
+    "time": "attention gathers keys and values over seq",
+    "features": "a matmul's inputs are gathered along it, layer by layer",
+    "layers": "the pipeline's stages are cut out along it",
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Rules:
+    """logical axis: mesh axis, several with commas between them ('fsdp,seq'), or 'none' (whole on every device).
+
+    mesh.rules of a config. They decide where arrays lie, never what is computed: a run may be taken up again under
+    others. The vocabulary is cut up over tensor in embedding and loss whatever they say (vocabulary.py).
+    """
+
+    # activations
+    batch: str = "data,fsdp,stage"  # within a pipeline's layers, where stage is manual: data, fsdp
+    time: str = "seq"
+    residual: str = "seq,tensor"  # time of the residual stream: else every tensor-parallel device held all of it
+    heads: str = "tensor"
+    mlp: str = "tensor"
+    features: str = "none"  # the residual stream's width
+    # parameters
+    layers: str = "stage"
+    embed: str = "fsdp"  # gathered just before use, layer by layer
+    vocab: str = "none"
+    position: str = "none"
+    qkv: str = "none"
+    norm: str = "none"  # gains and biases of width d_model: too small to shard
+
+    def __post_init__(self):
+        for field in dataclasses.fields(self):
+            name, value = field.name, getattr(self, field.name)
+            if not isinstance(value, str):
+                raise InputError(f"mesh.rules.{name}={value!r}: write mesh axes, as 'fsdp' or 'fsdp,seq', or 'none'.")
+            for axis in self.axes(name):
+                if axis not in AXES:
+                    raise InputError(
+                        f"mesh.rules.{name}={value!r}: there is no mesh axis {axis!r}; there are {', '.join(AXES)}, "
+                        "and none."
+                    )
+            if name in _FIXED and self.axes(name) != _split(field.default):
+                raise InputError(f"mesh.rules.{name} must stay {field.default!r}: {_FIXED[name]}.")
+        for array, names in ARRAYS.items():
+            found = {}
+            for name in names:
+                for axis in self.axes(name):
+                    if axis in found:
+                        one, other = found[axis], name
+                        raise InputError(
+                            f"mesh.rules puts {axis} twice on {array} [{', '.join(names)}]: "
+                            f"{one}={getattr(self, one)}"
+                            + (f" and {other}={getattr(self, other)}. Change one of them." if one != other else ".")
+                        )
+                    found[axis] = name
+
+    def axes(self, name: str) -> tuple[str, ...]:
+        """Mesh axes of a logical axis. Raises InputError if no rule covers it."""
+        if name not in Rules.__dataclass_fields__:
             raise InputError(f"No sharding rule covers the logical axis {name!r}: add it to parallel/rules.py.")
-    return PartitionSpec(*(None if name is None else rules[name] for name in names))
+        return _split(getattr(self, name))
 
 
-def parameter_shardings(boxed, mesh, rules=RULES):
-    """NamedSharding of every parameter.
+def _split(value: str) -> tuple[str, ...]:
+    return () if value in ("", "none") else tuple(value.split(","))
+
+
+# The rules in force. What is jitted under other rules is another program, as with the mesh of jax.set_mesh.
+_IN_FORCE = jax.make_user_context(Rules())
+
+
+def use(rules: Rules):
+    """Context manager: these rules are in force."""
+    return _IN_FORCE(rules)
+
+
+def cut_over(sizes, *names: str) -> int:
+    """Over how many devices of a mesh (its sizes) arrays with these logical axes are cut up."""
+    return math.prod(sizes[axis] for name in names for axis in _IN_FORCE.value.axes(name))
+
+
+def partition_spec(names: tuple) -> PartitionSpec:
+    """PartitionSpec of an array whose axes have these logical names, by the rules in force."""
+    places = [() if name is None else _IN_FORCE.value.axes(name) for name in names]
+    return PartitionSpec(*(axes[0] if len(axes) == 1 else axes or None for axes in places))
+
+
+def parameter_shardings(boxed, mesh):
+    """NamedSharding of every parameter, by the rules in force.
 
     Args:
         boxed: the abstract parameters as the model's init returns them, with logical names attached.
@@ -57,7 +137,7 @@ def parameter_shardings(boxed, mesh, rules=RULES):
         name = "/".join(str(k.key) for k in path if isinstance(k, jax.tree_util.DictKey))
         if not isinstance(leaf, nn.LogicallyPartitioned):
             raise InputError(f"The parameter {name} has no logical axis names: give it some in model/gpt.py.")
-        spec = partition_spec(leaf.names, rules)
+        spec = partition_spec(leaf.names)
         for size, axis in zip(leaf.value.shape, spec, strict=True):
             axes = (axis,) if isinstance(axis, str) else (axis or ())
             ways = math.prod(mesh.shape[a] for a in axes)
@@ -71,7 +151,7 @@ def parameter_shardings(boxed, mesh, rules=RULES):
     return jax.tree_util.tree_map_with_path(place, boxed, is_leaf=lambda x: isinstance(x, nn.LogicallyPartitioned))
 
 
-def constrain(x, *names, rules=RULES):
+def constrain(x, *names):
     """Say how an activation is sharded, by logical names; a no-op without a mesh (jax.set_mesh). An axis is cut up
     over as many of its mesh axes as divide it: one new token is on every device, the residual stream of many is not.
     Within a shard_map, the axes that it has made manual are left out.
@@ -79,7 +159,7 @@ def constrain(x, *names, rules=RULES):
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or mesh.size == 1:
         return x
-    spec = partition_spec(names, rules)
+    spec = partition_spec(names)
     return jax.lax.with_sharding_constraint(
         x, PartitionSpec(*(_dividing(size, axes, mesh) for size, axes in zip(x.shape, spec, strict=True)))
     )

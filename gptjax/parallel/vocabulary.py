@@ -13,9 +13,10 @@ from jax.sharding import PartitionSpec as P
 
 from gptjax.parallel.collectives import gather, scatter, total
 from gptjax.parallel.mesh import batch_ways
-from gptjax.parallel.rules import RULES
+from gptjax.parallel.rules import Rules
 
-ROWS, TIME = RULES["batch"], RULES["residual"]
+# The layout of what is computed here, whatever rules are in force: of those, the batch's alone is taken for granted.
+ROWS, TIME = Rules().axes("batch"), ("seq", "tensor")
 TABLE = P("tensor", "fsdp")
 
 

@@ -9,7 +9,9 @@ import optax
 from flax.linen import meta
 from jax.sharding import NamedSharding, PartitionSpec
 
+from gptjax.errors import InputError
 from gptjax.parallel.rules import parameter_shardings
+from gptjax.training.offload import Offloaded
 
 
 @jax.tree_util.register_dataclass
@@ -66,6 +68,10 @@ def new_state(policy, value, policy_tx, value_tx, kl_coefficient: float, seed: i
 
 def state_shardings(boxed_policy, boxed_value, policy_tx, value_tx, mesh) -> tuple[PPOState, PPOState]:
     """(abstract state, its shardings): optimiser moments lie like their parameters, scalars everywhere."""
+    if isinstance(policy_tx, Offloaded) or isinstance(value_tx, Offloaded):
+        raise InputError(
+            "optimizer.offload is not for PPO, whose update is one program of many steps: set it to False."
+        )
     shapes = lambda boxed: jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), meta.unbox(boxed))
     policy, value = shapes(boxed_policy), shapes(boxed_value)
     abstract = jax.eval_shape(lambda p, v: new_state(p, v, policy_tx, value_tx, 0.0, 0), policy, value)

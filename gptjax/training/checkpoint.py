@@ -66,6 +66,7 @@ def _digests(leaves):
     changes of several show but for one chance in 2^32. Integer sums do not depend on the sharding."""
 
     def one(x):
+        x = jax.device_put(x, jax.memory.Space.Device)  # moments may be in host memory
         x = x.astype(jnp.int32) if x.dtype == jnp.bool_ else x
         bits = lax.bitcast_convert_type(x, jnp.dtype(f"uint{8 * x.dtype.itemsize}")).astype(jnp.uint32)
         index, stride = jnp.zeros((), jnp.uint32), 1

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import optax
 
 from gptjax.errors import InputError
+from gptjax.training.offload import Offloaded
 
 DECAYED = r"(^|/)(kernel|wte|wpe|lm_head)$"  # never biases or gains, whatever their stacked rank
 
@@ -21,7 +22,8 @@ DECAYED = r"(^|/)(kernel|wte|wpe|lm_head)$"  # never biases or gains, whatever t
 class OptimizerConfig:
     """name: 'adamw' (Loshchilov & Hutter 2019) or 'gpt1_adam'. weight_decay applies to the parameters whose
     path matches `decayed`; GPT-3 says only "weight decay of 0.1", the choice of parameters is ours (nanoGPT's:
-    matrices and embeddings). clip_norm: global norm the gradient is cut to; 0 = no clipping."""
+    matrices and embeddings). clip_norm: global norm the gradient is cut to; 0 = no clipping. offload: the moments in
+    host memory, a layer's at a time on the device (offload.py): the same steps, slower by what the transfers take."""
 
     name: str = "adamw"
     learning_rate: float = 6e-4
@@ -31,6 +33,7 @@ class OptimizerConfig:
     weight_decay: float = 0.1
     decayed: str = DECAYED
     clip_norm: float = 1.0
+    offload: bool = False
 
     def __post_init__(self):
         if self.name not in ("adamw", "gpt1_adam"):
@@ -57,8 +60,10 @@ def make_optimizer(c: OptimizerConfig) -> optax.GradientTransformation:
     """Updates to be multiplied by the learning rate and added to the parameters. Clipping is the step's."""
     mask = lambda params: decay_mask(params, c.decayed)
     if c.name == "gpt1_adam":
-        return gpt1_adam(c.b1, c.b2, c.eps, c.weight_decay, mask)
-    return optax.adamw(1.0, b1=c.b1, b2=c.b2, eps=c.eps, weight_decay=c.weight_decay, mask=mask)
+        tx = gpt1_adam(c.b1, c.b2, c.eps, c.weight_decay, mask)
+    else:
+        tx = optax.adamw(1.0, b1=c.b1, b2=c.b2, eps=c.eps, weight_decay=c.weight_decay, mask=mask)
+    return Offloaded(tx.init, tx.update) if c.offload else tx
 
 
 class Gpt1AdamState(NamedTuple):

@@ -8,9 +8,11 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import NamedSharding, PartitionSpec
 
+from gptjax.errors import InputError
 from gptjax.model import gpt
 from gptjax.model.spec import GPTConfig
 from gptjax.parallel.rules import parameter_shardings
+from gptjax.training.offload import MEMORY, Offloaded, moments
 from gptjax.training.precision import LossScale, PrecisionConfig, initial_loss_scale
 
 
@@ -49,6 +51,14 @@ def state_shardings(boxed_params, tx, precision: PrecisionConfig, mesh) -> tuple
     opt = optax.tree.map_params(
         tx, lambda _, s: s, abstract.opt_state, param_shardings, transform_non_params=lambda _: whole
     )
+    if isinstance(tx, Offloaded):
+        if mesh.shape["stage"] > 1:
+            raise InputError(
+                "optimizer.offload needs mesh.stage=1: a layer at a time comes from the host, and each stage has "
+                "layers of its own. Use mesh.fsdp."
+            )
+        to_host = lambda s, moment: s.with_memory_kind(MEMORY) if moment else s
+        opt = jax.tree.map(to_host, opt, moments(tx, abstract.opt_state))
     scale = jax.tree.map(lambda _: whole, abstract.loss_scale)
     return abstract, TrainState(whole, param_shardings, opt, scale)
 

@@ -5,7 +5,6 @@ sum}). Gradients of the sums are accumulated over micro-batches in float32 and d
 whole global batch, so that one big batch and many small ones give the same step however their tokens are spread.
 """
 
-import functools
 import math
 
 import jax
@@ -17,6 +16,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from gptjax.model import gpt
 from gptjax.model.spec import GPTConfig
 from gptjax.objectives.language import cross_entropy_sum
+from gptjax.training.offload import Offloaded, part_by_part
 from gptjax.training.precision import PrecisionConfig, next_loss_scale
 from gptjax.training.state import TrainState
 
@@ -81,13 +81,20 @@ def train_step(loss_fn, tx, clip_norm: float, precision: PrecisionConfig, seed: 
         if clip_norm:
             shrink = jnp.minimum(1.0, clip_norm / jnp.maximum(grad_norm, 1e-12))
             grads = jax.tree.map(lambda g: g * shrink, grads)
-        updates, opt_state = tx.update(grads, state.opt_state, state.params)
-        params = jax.tree.map(lambda p, u: p + learning_rate * u, state.params, updates)
-        keep = functools.partial(jax.tree.map, lambda new, old: jnp.where(finite, new, old))
+
+        def optimise(params, opt_state, grads):
+            updates, new_opt = tx.update(grads, opt_state, params)
+            new = jax.tree.map(lambda p, u: p + learning_rate * u, params, updates)
+            return jax.tree.map(lambda new, old: jnp.where(finite, new, old), (new, new_opt), (params, opt_state))
+
+        if isinstance(tx, Offloaded):
+            params, opt_state = part_by_part(tx, optimise, state.params, state.opt_state, grads)
+        else:
+            params, opt_state = optimise(state.params, state.opt_state, grads)
         new = TrainState(
             step=state.step + 1,
-            params=keep(params, state.params),
-            opt_state=keep(opt_state, state.opt_state),
+            params=params,
+            opt_state=opt_state,
             loss_scale=next_loss_scale(precision, state.loss_scale, finite),
         )
         metrics = {
@@ -144,6 +151,8 @@ def memory_needed(compiled) -> dict[str, int] | None:
     analysis = compiled.memory_analysis()
     if analysis is None:
         return None
-    arguments, temporaries = analysis.argument_size_in_bytes, analysis.temp_size_in_bytes
+    # temporaries have in them what lies in host memory from beginning to end
+    arguments = analysis.argument_size_in_bytes
+    temporaries = analysis.temp_size_in_bytes - analysis.host_argument_size_in_bytes
     outputs = analysis.output_size_in_bytes - analysis.alias_size_in_bytes
     return {"state and batch": arguments, "temporaries": temporaries, "outputs": max(outputs, 0)}
