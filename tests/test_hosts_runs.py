@@ -136,7 +136,7 @@ def test_ppo(tmp_path, alignment, tuned, judge):
 
 
 def test_ppo_on_a_reward_model_alone(tmp_path, tuned, judge):
-    """No Python between the models and the update; and prompts of two lengths: each batch has one width on all hosts."""
+    """No Python between models and update; prompts of two lengths, each batch of one width on all hosts."""
     rows = [{"prompt": "ko mi ru te ko mi ru" if i == 5 else "ba"} for i in range(24)]
     config = runs.ppo_config(tuned, judge, runs.write(tmp_path / "prompts.jsonl", rows), eval__lm_batches=0)
     two, _ = both("ppo", tmp_path, PPOConfig, config, 1e-4, steps=3)
