@@ -17,7 +17,7 @@ def config(tuned, judge, tmp_path_factory):
     source = write(tmp_path_factory.mktemp("prompts") / "rows.jsonl", ROWS)
     held_out = write(source.parent / "held_out.jsonl", ROWS[1:5])
     options = {"steps": STEPS, "batch_size": 4, "eval__source": str(held_out), "eval__lm_batches": 0,
-               "eval__every": STEPS, "checkpoint__every": 2, "ppo__epochs": 1}  # fmt: skip
+               "eval__every": 1, "checkpoint__every": 2, "ppo__epochs": 1}  # fmt: skip
     return lambda **more: ppo_config(tuned, judge, source, **options | more)
 
 
@@ -56,20 +56,21 @@ def widths(workdir):
     return [int(line["prompt/width"]) for line in lines(workdir)]
 
 
-def test_each_width_is_compiled_once_and_said(straight, config, tmp_path, capfd):
+def test_each_width_is_compiled_once_and_said(straight, config, tmp_path, capfd, monkeypatch):
     workdir, traced, _ = straight
     assert sorted(traced) == sorted(set(widths(workdir))) == [8, 16]
-    assert len(lines(workdir)) == STEPS
-    # A run taken up again compiles what it needs, in its own order.
-    first = widths(workdir)
-    for steps in (2, STEPS):
+    planned, plan = [], stage.memory_plan
+    monkeypatch.setattr(stage, "memory_plan", lambda *args: planned.append(args[5]) or plan(*args))
+    for steps in (1, STEPS):
         run(config(steps=steps), tmp_path / "parts")
+    assert planned == [16, 16]  # the widest, though the first run needs but 8
+    # A run taken up again compiles what it needs, in its own order,
+    there = widths(workdir)
     said = [line for line in capfd.readouterr().out.splitlines() if "compiling for" in line]
-    expected = []
-    for begin, end in ((0, 2), (2, STEPS)):
-        expected += [(first.index(w, begin) + 1, w) for w in dict.fromkeys(first[begin:end])]
+    expected = [(1, 8)] + [(there.index(w, 1) + 1, w) for w in dict.fromkeys(there[1:])]
+    assert there[0] == 8 and len(expected) == 3
     assert said == [f"iteration {i}: compiling for prompts padded to {w} of 16" for i, w in expected]
-    # and is the same run, bit for bit
+    # and is the same run, bit for bit.
     a, b = arrays(workdir, STEPS), arrays(tmp_path / "parts", STEPS)
     assert a.keys() == b.keys() and [k for k in a if a[k].tobytes() != b[k].tobytes()] == []
     for name in ("metrics", "evaluations", "samples"):
@@ -81,17 +82,10 @@ def test_the_same_run_at_one_width(straight, config, tmp_path):
     workdir, _, responses = straight
     traced, at_one = run(config(data__buckets=1), tmp_path / "one")
     assert traced == [16] and set(widths(tmp_path / "one")) == {16}
-    assert responses[0].shape == (4, 8)  # of the evaluation
+    assert len(responses) == len(at_one) == 2 * STEPS + 1  # iterations and evaluations
     for a, b in zip(responses, at_one, strict=True):
         np.testing.assert_array_equal(a, b)
     for name in ("metrics", "evaluations"):
         for a, b in zip(lines(workdir, name), lines(tmp_path / "one", name), strict=True):
             for k in without_times([a])[0].keys() - {"prompt/width"}:
                 assert a[k] == pytest.approx(b[k], rel=1e-4, abs=1e-4), (name, a["step"], k)
-
-
-def test_the_plan_of_memory_is_for_the_widest(config, tmp_path, monkeypatch):
-    planned, real = [], stage.memory_plan
-    monkeypatch.setattr(stage, "memory_plan", lambda *args: planned.append(args[5]) or real(*args))
-    run(config(steps=1), tmp_path / "run")
-    assert planned == [16] and widths(tmp_path / "run") == [8]
