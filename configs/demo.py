@@ -31,7 +31,7 @@ def get_config():
         c.model.update(n_layer=4, n_head=4, d_model=256, context_length=128)
         c.optimizer.learning_rate = 2e-3
         c.steps, c.batch_size = 450, 16
-        c.eval.update(every=150, batches=40)
+        c.eval.update(every=150, batches=16)
     else:
         c.data.tokenizer = "bpe:8192"
         c.model.update(n_layer=8, n_head=8, d_model=512, context_length=512, dropout=0.1)

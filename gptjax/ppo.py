@@ -22,7 +22,7 @@ from tqdm import tqdm
 
 from gptjax import config as configs
 from gptjax.data.chat import Template
-from gptjax.data.prompts import PromptBatches, PromptConfig, load_prompts
+from gptjax.data.prompts import PromptBatches, PromptConfig, bucket_widths, load_prompts, longest_of
 from gptjax.errors import InputError
 from gptjax.model import gpt, heads
 from gptjax.model.spec import ModelOptions
@@ -159,9 +159,10 @@ def ppo(config: mlc.ConfigDict, workdir: str, reward_fn: Callable | None = None)
             f"more than the context of {shortest}: lower one of them."
         )
     prompts = load_prompts(c.data, template, room)
-    slots = min(room, -(-max(map(len, prompts.ids)) // 8) * 8)
-    batches = PromptBatches(prompts, c.batch_size, slots, c.seed, template.pad_id)
+    widths = bucket_widths(longest_of(prompts), c.data.buckets, room)
+    batches = PromptBatches(prompts, c.batch_size, widths, c.seed, template.pad_id)
     held_out = load_prompts(dataclasses.replace(c.data, source=c.eval.source or c.data.source), template, room)
+    eval_widths = sorted({*widths, *bucket_widths(longest_of(held_out), 1, room)})
     n = Networks(
         policy=policy_config, value=value_config, reward=judge_model.config if judge_model else None,
         response=c.rollout.max_new_tokens, eos_id=template.eos_id, pad_id=template.pad_id,
@@ -224,14 +225,14 @@ def ppo(config: mlc.ConfigDict, workdir: str, reward_fn: Callable | None = None)
             reference, reward = offloaded(reference), offloaded(reward)
         writer = kept.enter_context(contextlib.closing(MetricWriter(workdir, c.log, start, configs.to_json(c))))
         if hosts.first():
-            print(memory_plan(state, reference, reward, n, c.batch_size, slots, c.offload))
+            print(memory_plan(state, reference, reward, n, c.batch_size, widths[-1], c.offload))
             print(
                 f"policy and reference: {c.policy} at step {origin['policy_step']:,}"
                 + (f"; reward model: {c.reward} at step {origin['reward_step']:,}" if reward else "")
             )
             print(
-                f"{len(prompts.ids):,} prompts of up to {slots} tokens, responses of up to {n.response}; {iterations} "
-                f"iterations of {c.batch_size} episodes, {c.ppo.epochs} x {c.ppo.minibatches} steps each"
+                f"{len(prompts.ids):,} prompts of up to {widths[-1]} tokens, responses of up to {n.response}; "
+                f"{iterations} iterations of {c.batch_size} episodes, {c.ppo.epochs} x {c.ppo.minibatches} steps each"
                 f"{pipeline.describe(policy_config, mesh.shape, c.ppo.microbatch_size or rows)}"
             )
 
@@ -268,7 +269,7 @@ def ppo(config: mlc.ConfigDict, workdir: str, reward_fn: Callable | None = None)
             return text.batch(int(state.ptx_position), shape, mesh)
 
         evaluate = evaluator(
-            c.eval, n, held_out, slots, template, text, (sample, judge, rule_score, finish), mesh, c.seed
+            c.eval, n, held_out, eval_widths, template, text, (sample, judge, rule_score, finish), mesh, c.seed
         )
 
         # --- the loop ---
@@ -284,13 +285,18 @@ def ppo(config: mlc.ConfigDict, workdir: str, reward_fn: Callable | None = None)
 
         bar = tqdm(total=iterations, initial=start, unit="it", dynamic_ncols=True, file=sys.stderr,
                    disable=not hosts.first())  # fmt: skip
-        saved = start if start else -1
+        saved, compiled = start if start else -1, set()
         with loop.stop_on_sigterm() as asked_to_stop, loop.ends_when_stuck(c.log.stuck_after) as alive:
             if start % c.eval.every == 0 or start == iterations:
                 assess(start)  # at the beginning, or where a kill came between saving and evaluating
             for iteration in range(start, iterations):
                 clock = Clock()
                 batch = batches.at(int(state.prompt_position))
+                width = batch["tokens"].shape[1]
+                if width not in compiled:
+                    compiled.add(width)
+                    bar.clear()
+                    hosts.say(f"iteration {iteration + 1}: compiling for prompts padded to {width} of {widths[-1]}")
                 tokens, lengths = (hosts.place(batch[k], by_row) for k in ("tokens", "lengths"))
                 tokens, mask, sampled = sample(state.policy, tokens, lengths, phase_keys(state)[1])
                 clock.lap("rollout", mask)
@@ -312,6 +318,7 @@ def ppo(config: mlc.ConfigDict, workdir: str, reward_fn: Callable | None = None)
                 line = {k: float(v) for k, v in jax.device_get(metrics | more).items()}
                 seconds += clock.total
                 line |= clock.figures(mask, tokens) | {"learning_rate": float(rates[0]), "seconds": seconds}
+                line["prompt/width"] = width
                 step = iteration + 1
                 writer.train({"step": step, "episodes": step * c.batch_size, **line})
                 check_iteration(line, iteration, n.dtype, checkpointer, writer)

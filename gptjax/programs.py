@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec
 
+from gptjax.data.prompts import bucket_widths
 from gptjax.errors import InputError
 from gptjax.generation.decode import decode
 from gptjax.generation.sampling import Sampling
@@ -177,7 +178,7 @@ def _shapes(boxed):
 
 @dataclasses.dataclass(frozen=True)
 class PPOParts:
-    """The abstract models of PPO on a mesh, as ppo.py sets them up."""
+    """The abstract models of PPO on a mesh, as ppo.py sets them up. slots: the widest that prompts are padded to."""
 
     n: networks.Networks
     state: Any
@@ -198,11 +199,12 @@ def ppo_parts(c: PPOConfig, policy: GPTConfig, reward: GPTConfig | None, mesh) -
     reward = reward and options.apply(reward)
     value = None if c.shared_trunk else reward or policy
     shortest = min(m.context_length for m in (policy, value) if m)
-    slots = min(c.data.max_length or shortest, shortest - c.rollout.max_new_tokens)
-    if slots < 1:
+    room = shortest - c.rollout.max_new_tokens
+    if room < 1:
         raise InputError(
             f"rollout.max_new_tokens={c.rollout.max_new_tokens} leaves no room for a prompt in a context of {shortest}."
         )
+    slots = bucket_widths(c.data.max_length or room, c.data.buckets, room)[-1]
     n = networks.Networks(
         policy=policy, value=value, reward=reward, response=c.rollout.max_new_tokens, eos_id=0, pad_id=1,
         vocab=policy.vocab_size, temperature=c.rollout.temperature, loss_chunk=c.loss_chunk, dtype=c.precision.dtype,

@@ -135,6 +135,14 @@ def test_ppo(tmp_path, alignment, tuned, judge):
     assert all(end.code == 0 for end in ends) and "going on from iteration 2 of 3" in ends[0].text
 
 
+def test_ppo_on_a_reward_model_alone(tmp_path, tuned, judge):
+    """No Python between models and update; prompts of two lengths, each batch of one width on all hosts."""
+    rows = [{"prompt": "ko mi ru te ko mi ru" if i == 5 else "ba"} for i in range(24)]
+    config = runs.ppo_config(tuned, judge, runs.write(tmp_path / "prompts.jsonl", rows), eval__lm_batches=0)
+    two, _ = both("ppo", tmp_path, PPOConfig, config, 1e-4, steps=3)
+    assert {line["prompt/width"] for line in lines(two)} == {8, 16}
+
+
 def test_an_error_on_one_host_ends_all(tmp_path, alignment, tuned):
     config = config_file(tmp_path / "ppo.py", PPOConfig, runs.ppo_config(tuned, None, alignment["prompts"]))
     with Processes("ppo", config, tmp_path / "w", 2, reward_fn="host_rewards:no_number", steps=1) as run:

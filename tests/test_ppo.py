@@ -443,7 +443,7 @@ def test_prompts_come_in_the_order_of_the_stream(ruled, alignment, tuned, tmp_pa
 
     ppo(ruled(steps=3, eval__lm_batches=0, eval__every=3), str(tmp_path / "run"), rule)
     loaded = load_prompts(PromptConfig(str(alignment["prompts"])), template(tuned), 40)
-    batches = PromptBatches(loaded, 16, 40, 0, 0)
+    batches = PromptBatches(loaded, 16, (40,), 0, 0)
     expected = [[loaded.texts[i] for i in batches.at(16 * n)["index"]] for n in range(3)]
     assert seen[1:4] == expected
     assert sorted(itertools.chain(*expected)) == sorted(2 * loaded.texts)

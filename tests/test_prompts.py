@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from rows_files import template, write
 
-from gptjax.data.prompts import PromptBatches, PromptConfig, load_prompts
+from gptjax.data.prompts import PromptBatches, PromptConfig, Prompts, bucket_widths, load_prompts
 from gptjax.errors import InputError
 
 LENGTH, PAD = 10, 99
@@ -64,7 +64,7 @@ def prompts(tmp_path):
 
 
 def test_left_padding(prompts):
-    batch = PromptBatches(prompts, 6, LENGTH, 3, PAD).at(8)
+    batch = PromptBatches(prompts, 6, (LENGTH,), 3, PAD).at(8)
     assert {name: (a.shape, a.dtype) for name, a in batch.items()} == {
         "tokens": ((6, LENGTH), np.int32),
         "lengths": ((6,), np.int32),
@@ -78,7 +78,7 @@ def test_left_padding(prompts):
 
 def test_the_stream(prompts):
     def stream(batch, seed, places=66):
-        batches = PromptBatches(prompts, batch, LENGTH, seed, PAD)
+        batches = PromptBatches(prompts, batch, (LENGTH,), seed, PAD)
         return np.concatenate([batches.at(p)["index"] for p in range(0, places, batch)])
 
     epochs = stream(1, 3).reshape(6, 11).tolist()
@@ -86,10 +86,56 @@ def test_the_stream(prompts):
     assert len(set(map(tuple, epochs))) == 6
     for batch in (2, 6, 33):  # a batch may be longer than an epoch, and lie across two
         np.testing.assert_array_equal(stream(batch, 3), stream(1, 3))
-    np.testing.assert_array_equal(PromptBatches(prompts, 5, LENGTH, 3, PAD).at(9)["index"], stream(1, 3)[9:14])
+    np.testing.assert_array_equal(PromptBatches(prompts, 5, (LENGTH,), 3, PAD).at(9)["index"], stream(1, 3)[9:14])
     assert (stream(1, 4) != stream(1, 3)).any()
 
 
 def test_prompts_that_do_not_fit(prompts):
     with pytest.raises(InputError, match="a prompt of 10 tokens doesn't fit 9"):
-        PromptBatches(prompts, 2, 9, 0, PAD)
+        PromptBatches(prompts, 2, (4, 9), 0, PAD)
+
+
+def of_lengths(*lengths):
+    return Prompts([list(range(n)) for n in lengths], ["a"] * len(lengths), 0, "")
+
+
+@pytest.mark.parametrize(
+    "longest, buckets, length, widths",
+    [
+        (1000, 4, 1048, (256, 512, 768, 1000)),
+        (100, 4, 200, (32, 64, 96, 104)),
+        (30, 4, 200, (8, 16, 24, 32)),
+        (30, 1, 200, (32,)),
+        (9, 4, 200, (8, 16)),  # no width less than another by under 8
+        (3, 4, 200, (8,)),
+        (30, 4, 31, (8, 16, 24, 31)),  # 32 would not fit beside a response
+        (30, 3, 200, (16, 32)),
+    ],
+)
+def test_bucket_widths(longest, buckets, length, widths):
+    assert bucket_widths(longest, buckets, length) == widths
+    assert len(widths) <= buckets and widths[-1] <= length
+
+
+def test_a_batch_is_as_wide_as_its_longest_prompt_needs():
+    """By what is in it alone, from any place on; the rows are what they are at the widest, less padding."""
+    prompts = of_lengths(2, 3, 2, 4, 9, 3, 2, 20, 3, 8)
+    widths = bucket_widths(20, 3, 100)
+    of_one, of_many = (PromptBatches(prompts, 2, w, 3, PAD) for w in (widths[-1:], widths))
+    seen = []
+    for place in range(0, 40, 2):
+        batch, widest = PromptBatches(prompts, 2, widths, 3, PAD).at(place), of_one.at(place)
+        width, longest = batch["tokens"].shape[1], batch["lengths"].max()
+        assert width == min(w for w in widths if w >= longest)
+        np.testing.assert_array_equal(batch["tokens"], widest["tokens"][:, -width:])
+        assert (widest["tokens"][:, :-width] == PAD).all()
+        np.testing.assert_array_equal(batch["lengths"], widest["lengths"])
+        np.testing.assert_array_equal(batch["index"], widest["index"])
+        np.testing.assert_array_equal(batch["tokens"], of_many.at(place)["tokens"])  # whatever came before
+        seen.append(width)
+    assert set(seen) == set(widths) == {8, 16, 24}
+
+
+def test_no_width_at_all():
+    with pytest.raises(InputError, match="data.buckets=0: batches are padded to at least 1 width"):
+        PromptConfig(buckets=0)

@@ -3,9 +3,8 @@
     python -m experiments.docstrings --config=configs/demo.py --workdir=runs/demo
 
 `make demo` runs it. The pre-trained model is the workdir itself, the other stages lie in it: sft/, reward/, ppo/
-(without pre-training gradients) and ppo_ptx/ (with them). A stopped demo goes on where it was. It took 20 minutes on 2
-cores of a busy machine, 24 minutes of processor time (experiments/README.md). The gold score of a summary is
-experiments/docstrings/labeller.py's.
+(without pre-training gradients) and ppo_ptx/ (with them). A stopped demo goes on where it was. How long it takes is in
+experiments/README.md. The gold score of a summary is experiments/docstrings/labeller.py's.
 --scale shortens the stages after pre-training (0.05 for a smoke test).
 """
 
@@ -102,7 +101,7 @@ def ppo_config(workdir: Path, data: Path, scale: float, ptx_coefficient: float):
     c = config_dict(PPOConfig)
     c.policy, c.reward = str(workdir / "sft"), str(workdir / "reward")
     c.data.update(source=str(data / "prompts.jsonl"), max_length=PROMPT, drop_long=True)
-    c.steps, c.batch_size = max(2, round(18 * scale)), 64
+    c.steps, c.batch_size = max(2, round(12 * scale)), 64
     c.rollout.update(max_new_tokens=RESPONSE, missing_eos=-3.0)
     c.ppo.update(epochs=2, minibatches=2, ptx_coefficient=ptx_coefficient, ema_decay=0.5)
     c.ptx.update(per_episode=0.5, context_length=128)

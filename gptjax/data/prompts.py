@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -20,15 +20,19 @@ _FIELDS = ("prompt",)
 class PromptConfig:
     """source: rows with `prompt`, a text or messages. fields: our name → the rows' name.
     max_length: tokens of a prompt, None = the model's context without the response.
-    drop_long: leave longer prompts out, rather than stop."""
+    drop_long: leave longer prompts out, rather than stop.
+    buckets: at most so many widths that batches are padded to, each compiled once when a batch first needs it."""
 
     source: str | None = None
     fields: Mapping[str, str] = dataclasses.field(default_factory=lambda: {name: name for name in _FIELDS})
     max_length: int | None = None
     drop_long: bool = False
+    buckets: int = 4
 
     def __post_init__(self):
         check_config(self, _FIELDS)
+        if self.buckets < 1:
+            raise InputError(f"data.buckets={self.buckets}: batches are padded to at least 1 width.")
 
 
 class Prompts(NamedTuple):
@@ -65,27 +69,51 @@ def load_prompts(c: PromptConfig, template: Template, length: int) -> Prompts:
     return Prompts(ids, texts, dropped, fingerprint(np.array(i, np.int32) for i in ids))
 
 
-class PromptBatches:
-    """Batches of an endless stream of the prompts, in a new order each epoch; all is arithmetic on (seed, place).
+def bucket_widths(longest: int, buckets: int, length: int) -> tuple[int, ...]:
+    """The widths batches are padded to, ascending: at most `buckets` equal steps of whole eights, the last one for the
+    longest prompt. length: no width is more.
 
-    InputError: no prompts, or one longer than `length`.
+    Equal steps, not powers of two: the longest of many prompts drawn lies mostly in the upper half.
+    """
+    widest = min(length, _eights(longest))
+    step = _eights(-(-widest // buckets))
+    return (*range(step, widest, step), widest)
+
+
+def longest_of(prompts: Prompts) -> int:
+    return max(map(len, prompts.ids), default=0)
+
+
+def _eights(n: int) -> int:
+    return -(-n // 8) * 8
+
+
+class PromptBatches:
+    """Batches of an endless stream of the prompts, in a new order each epoch; all is arithmetic on (seed, place), the
+    width of a batch too: the first of `widths` (ascending) that its longest prompt fits.
+
+    InputError: no prompts, or one longer than the last of `widths`.
     """
 
-    def __init__(self, prompts: Prompts, batch: int, length: int, seed: int, pad_id: int):
-        longest = max(map(len, prompts.ids), default=0)
-        if not 0 < longest <= length:
-            raise InputError(f"a prompt of {longest} tokens doesn't fit {length}; load the prompts with that length")
-        self._ids, self._batch, self._length, self._seed, self._pad_id = prompts.ids, batch, length, seed, pad_id
+    def __init__(self, prompts: Prompts, batch: int, widths: Sequence[int], seed: int, pad_id: int):
+        longest = longest_of(prompts)
+        if not 0 < longest <= widths[-1]:
+            raise InputError(
+                f"a prompt of {longest} tokens doesn't fit {widths[-1]}; load the prompts with that length"
+            )
+        self._ids, self._batch, self._widths, self._seed, self._pad_id = prompts.ids, batch, widths, seed, pad_id
 
     def at(self, position: int) -> dict[str, np.ndarray]:
         """The prompts at places position to position + batch - 1.
 
-        tokens: int32 [batch, length], left-padded with pad_id; lengths: int32 [batch], without padding;
+        tokens: int32 [batch, width], left-padded with pad_id; lengths: int32 [batch], without padding;
         index: int64 [batch], which prompts they are.
         """
         index = lm.shuffled(position + np.arange(self._batch), len(self._ids), self._seed)
         chosen = [self._ids[i] for i in index]
-        tokens = np.full((self._batch, self._length), self._pad_id, np.int32)
+        lengths = np.array([len(ids) for ids in chosen], np.int32)
+        width = next(w for w in self._widths if w >= lengths.max())
+        tokens = np.full((self._batch, width), self._pad_id, np.int32)
         for row, ids in zip(tokens, chosen, strict=True):
-            row[self._length - len(ids) :] = ids
-        return {"tokens": tokens, "lengths": np.array([len(ids) for ids in chosen], np.int32), "index": index}
+            row[width - len(ids) :] = ids
+        return {"tokens": tokens, "lengths": lengths, "index": index}

@@ -19,18 +19,17 @@ from gptjax.training.metrics import JsonLines
 from gptjax.training.step import batch_sharding, causal_lm_loss, jit_eval_step
 
 
-def evaluator(c: EvaluationConfig, n: Networks, prompts, slots: int, template: Template, text, phases, mesh, seed):
+def evaluator(c: EvaluationConfig, n: Networks, prompts, widths, template: Template, text, phases, mesh, seed):
     """state -> (record, table of samples) of the policy's moving average, always with the same noise.
 
     record: score (reward model and rules, as trained on), raw_score (the same before `missing_eos`), gold, kl, entropy,
     length, eos_rate, and lm_loss on pre-training text where there is some (`text`, rlhf/ptx.py). phases: ppo.py's
-    (sample, judge, rule_score, finish).
+    (sample, judge, rule_score, finish). widths: that the prompts may be padded to (data/prompts.py).
     """
     sample, judge, rule_score, finish = phases
     ways = batch_ways(mesh.shape)
     rows = -(-min(c.prompts, len(prompts.ids)) // ways) * ways
-    slots = max(slots, -(-max(map(len, prompts.ids)) // 8) * 8)
-    batch = PromptBatches(prompts, rows, min(slots, n.policy.context_length - n.response), 0, template.pad_id).at(0)
+    batch = PromptBatches(prompts, rows, widths, 0, template.pad_id).at(0)
     texts = [prompts.texts[i] for i in batch["index"]]
     gold = c.gold_fn and rewards.load_callable(c.gold_fn)
     lm_step = jit_eval_step(causal_lm_loss(n.policy, n.dtype, n.loss_chunk, mesh), mesh)
