@@ -104,6 +104,8 @@ def test_cpu_path_at_odd_lengths(time):
         (384, 64, 128, False),  # three blocks of 128
         (384, 64, 129, True),
         (384, 64, 384, False),
+        (130, 64, None, False),  # not whole blocks
+        (200, 64, 100, True),
     ],
 )
 def test_splash_equals_the_oracle(time, d_head, window, packed):
@@ -292,7 +294,7 @@ def test_resolve():
 
 @pytest.mark.parametrize("path", ["splash", "cudnn"])
 def test_shapes_and_dtypes_that_a_kernel_does_not_take_go_to_xla(path):
-    """Splash wants a multiple of 128 positions, cuDNN 16 bits."""
+    """Splash wants at least 128 positions, cuDNN 16 bits."""
     q, k, v, _ = inputs(2, 100, 2, 8)
     segments = some_segments(2, 100)
     options = dict(window=9, segment_ids=segments)

@@ -60,7 +60,7 @@ def attention(q, k, v, *, path, window=None, segment_ids=None, dropout=0.0, drop
     if window is not None and window >= q.shape[1]:
         window = None
     shards = _shards_of_time()
-    if path == "splash" and q.shape[1] % (128 * shards):
+    if path == "splash" and (q.shape[1] < 128 or q.shape[1] % (128 * shards) and shards > 1):
         path = "xla"
     if shards > 1 and (dropout > 0.0 or path != "splash"):
         # The keys and values of all the context beside a part of its queries. The blocks of `cpu` and cuDNN's causal
@@ -283,7 +283,10 @@ def _splash_kernel(time, n_head, window, shards, interpret):
 def _splash(q, k, v, window, segment_ids, mesh, interpret=False):
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as sk
 
-    scale = jnp.asarray(q.shape[-1] ** -0.5, q.dtype)
+    time, scale = q.shape[1], jnp.asarray(q.shape[-1] ** -0.5, q.dtype)
+    if more := -time % 128:  # whole blocks: what is added lies behind every query, where none looks
+        q, k, v = (jnp.pad(a, ((0, 0), (0, more), (0, 0), (0, 0))) for a in (q, k, v))
+        segment_ids = None if segment_ids is None else jnp.pad(segment_ids, ((0, 0), (0, more)), mode="edge")
     q, k, v = _by_head(q * scale, k, v)
     shards, tensor = (mesh.shape["seq"], mesh.shape["tensor"]) if mesh is not None else (1, 1)
     # Whole heads on each device: the mask is the same for all of them.
@@ -312,4 +315,4 @@ def _splash(q, k, v, window, segment_ids, mesh, interpret=False):
             out_specs=heads,
             check_vma=False,
         )
-    return jnp.swapaxes(local(kernel, q, k, v, segment_ids), 1, 2)
+    return jnp.swapaxes(local(kernel, q, k, v, segment_ids), 1, 2)[:, :time]
