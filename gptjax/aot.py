@@ -126,7 +126,7 @@ def _ppo_rows(config: dict, ways: int) -> dict:
     ):
         rows = config[first][name]
         if rows is not None and (rows % ways or of % rows):
-            changes[f"{first}.{name}"] = next(n for n in range(up(rows), of + 1, ways) if of % n == 0)
+            changes[f"{first}.{name}"] = next((n for n in range(up(rows), of, ways) if of % n == 0), of)
     return changes
 
 
@@ -321,6 +321,7 @@ def table(r: dict) -> str:
         ("fits", f"yes: {gib(r['bytes_per_chip'])} of {gib(r['hbm_per_chip'])} per {per}"),
         ("  arguments", gib(r["argument_bytes_per_chip"])),
         ("  temporaries", gib(r["temporary_bytes_per_chip"])),
+        *((("  in host memory", gib(r["host_bytes_per_chip"])),) if r["host_bytes_per_chip"] else ()),
         ("our own count", f"{gib(sum(r['ours_per_chip'].values()))}"),
         *((f"  {gib(v)}", k) for k, v in r["ours_per_chip"].items()),
         ("FLOPs per " + per, f"{r['flops_per_chip']:.4g}"),

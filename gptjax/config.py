@@ -80,7 +80,8 @@ def by_its_rules(stage):
 
     @functools.wraps(stage)
     def under_rules(config, *args, **kwargs):
-        with rules.use(build(rules.Rules, config["mesh"]["rules"], "config.mesh.rules")):
+        section = (config.get("mesh") or {}).get("rules") or {}  # a config may leave out what it takes as it is
+        with rules.use(build(rules.Rules, section, "config.mesh.rules")):
             return stage(config, *args, **kwargs)
 
     return under_rules
@@ -213,12 +214,20 @@ def _claim(workdir, stage, config, sections) -> bool:
     path = workdir / "config.json"
     new = {"stage": stage, **to_json(config), **{name: to_json(section) for name, section in sections.items()}}
     if not path.exists():
+        if any((workdir / "checkpoints").glob("[0-9]*")):
+            raise InputError(
+                f"{workdir} has checkpoints but no config.json to say of which run: put it back or take another "
+                "--workdir."
+            )
         write_json(path, new)
         return False
     old = read_config(workdir)
     a, b = _flatten(old), _flatten(new)
     different = [k for k in sorted(a.keys() | b.keys()) if a.get(k) != b.get(k)]
-    fatal = [k for k in different if not any(k == m or k.startswith(f"{m}.") for m in _MAY_CHANGE)]
+    within = lambda k, names: any(k == n or k.startswith(f"{n}.") for n in names)
+    # A key that the run has no word of came with a later version; where it had None for the section, that is a change.
+    later = {k for k in b.keys() - a.keys() if not within(k, a)}
+    fatal = [k for k in different if k not in later and not within(k, _MAY_CHANGE)]
     if fatal:
         lines = "\n".join(f"  {k}: there {a.get(k)!r}, now {b.get(k)!r}" for k in fatal)
         raise InputError(
@@ -226,6 +235,10 @@ def _claim(workdir, stage, config, sections) -> bool:
             "Take another --workdir, or give the same config to go on with that run."
         )
     for k in different:
+        if k in later:
+            if not within(k, _MAY_CHANGE):
+                print(f"config.{k} is newer than this run, which goes on with {b[k]!r}")
+            continue
         print(f"config.{k} changed from {a.get(k)!r} to {b.get(k)!r} since this run began")
     write_json(path, new)
     return True

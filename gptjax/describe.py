@@ -3,7 +3,8 @@
     python -m gptjax.describe --config=configs/gpt3.py:175b [--json]
 
 Nothing is allocated and no accelerator is needed; the mesh is the config's (mesh axes of -1 count as 1). How many
-bytes a step needs on a TPU is our own count (peak.py), within 10 % of the TPU compiler's, which `aot` asks.
+bytes a step needs on a TPU is our own count (peak.py), by the default mesh.rules, within 10 % of the TPU
+compiler's, which `aot` asks.
 """
 
 import dataclasses
@@ -48,7 +49,7 @@ def describe(config: dict) -> dict:
     abstract, shardings = state_shardings(gpt.abstract_params(m), make_optimizer(c.optimizer), c.precision, mesh)
     params, optimizer = _bytes(abstract.params, shardings.params), _bytes(abstract.opt_state, shardings.opt_state)
     peak, *_ = training_peak(
-        dataclasses.replace(m, attention=resolve(m.attention, "tpu")), sizes, rows=c.microbatch_rows,
+        dataclasses.replace(m, attention=resolve("auto", "tpu")), sizes, rows=c.microbatch_rows,
         micro_batches=c.batch_size // c.microbatch_rows, chunk=c.loss_chunk, dtype=c.precision.dtype,
         state={"params": params, "optimizer": optimizer,
                "batch": 8 * c.batch_size * m.context_length // batch_ways(sizes)},
@@ -67,6 +68,7 @@ def describe(config: dict) -> dict:
         "mesh": sizes,
         "devices": math.prod(sizes.values()),
         "bytes_per_device": {"params": params, "optimizer": optimizer, "gradients": params},
+        "host_bytes_per_device": _bytes(abstract.opt_state, shardings.opt_state, host=True),  # optimizer.offload
         "peak_per_tpu_chip": peak,
         "model": dataclasses.asdict(m),
     }  # fmt: skip
@@ -74,6 +76,11 @@ def describe(config: dict) -> dict:
 
 def with_vocabulary(config: dict) -> dict:
     """The config with a vocabulary: what the tokenizer would decide, its config says how large it is asked to be."""
+    if "vocab_size" not in config.get("model", {}):
+        raise InputError(
+            "This config says nothing of the model: it is of a stage that begins with another's workdir. Give a "
+            "pre-training config, as configs/gpt2.py:124m; for PPO's memory there is gptjax.aot."
+        )
     if config["model"]["vocab_size"] is not None:
         return config
     spec = config["data"]["tokenizer"]
@@ -82,11 +89,10 @@ def with_vocabulary(config: dict) -> dict:
     return {**config, "model": {**config["model"], "vocab_size": int(spec.removeprefix("bpe:"))}}
 
 
-def _bytes(tree, shardings) -> int:
-    """Bytes in the memory of one device."""
-    size = lambda x, s: 0 if s.memory_kind == MEMORY else math.prod(s.shard_shape(x.shape)) * x.dtype.itemsize
-    sizes = jax.tree.map(size, tree, shardings)
-    return sum(jax.tree.leaves(sizes))
+def _bytes(tree, shardings, host=False) -> int:
+    """Bytes of one device's part in its own memory, or in its host's."""
+    size = lambda x, s: math.prod(s.shard_shape(x.shape)) * x.dtype.itemsize * ((s.memory_kind == MEMORY) == host)
+    return sum(jax.tree.leaves(jax.tree.map(size, tree, shardings)))
 
 
 def main(_):
@@ -116,6 +122,8 @@ def main(_):
     axes = ", ".join(f"{k} {v}" for k, v in d["mesh"].items() if v > 1) or "one device"
     rows.append(("mesh", f"{axes} ({d['devices']:,} devices)"))
     rows += [(f"{k} per device", gib(v)) for k, v in d["bytes_per_device"].items()]
+    if d["host_bytes_per_device"]:
+        rows.append(("  in host memory", gib(d["host_bytes_per_device"])))
     rows.append(("a step, per TPU chip", f"{gib(sum(d['peak_per_tpu_chip'].values()))} at its fullest:"))
     rows += [(f"  {gib(v)}", k) for k, v in d["peak_per_tpu_chip"].items()]
     for name, value in rows:

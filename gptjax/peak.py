@@ -25,8 +25,8 @@ most of
 and with fsdp three times d_model x d_ff of the layer's matrices gathered in 16 bits and the gradient of one such matrix
 in float32. The rest is the compiler's choice: in which order it takes the operations, what it prefetches, and what it
 computes again where memory is short. A pipeline keeps that of every tick, and beside it a turn's layers computed again,
-its gradients and its matrices. With remat 'none' in a pipeline the compiler keeps up to twice what is counted here.
-Beside the compiler's: experiments/tpu_fit.
+its gradients and its matrices. Under other mesh.rules the count is still that of the default ones. Beside the
+compiler's: experiments/tpu_fit.
 """
 
 import dataclasses
@@ -48,6 +48,14 @@ LANES = 128  # of a TPU's registers: the last axis of an array is padded to it
 
 def lanes(n: int) -> int:
     return -(-n // LANES) * LANES
+
+
+def cache_bytes(c: GPTConfig, tokens: int, dtype, platform: str = "tpu") -> int:
+    """Keys and values of all layers for so many tokens of all rows, on a TPU with heads padded to lanes. As decoding
+    begins there lie beside them for a moment the prompts' values alone: first the keys, then they are put into the
+    longer cache."""
+    head = lanes(c.d_head) if platform == "tpu" else c.d_head
+    return 2 * c.n_layer * tokens * c.n_head * head * jnp.dtype(dtype).itemsize
 
 
 def layer_arrays(c: GPTConfig, sizes, rows: int, dtype) -> tuple[tuple[str, tuple[int, ...], int], ...]:
@@ -79,10 +87,6 @@ def layer_arrays(c: GPTConfig, sizes, rows: int, dtype) -> tuple[tuple[str, tupl
     return tuple(sorted(found, key=lambda a: -a[2]))
 
 
-def _remat(c: GPTConfig, remat: str) -> GPTConfig:
-    return dataclasses.replace(c, remat=remat)
-
-
 def _name(shape, c: GPTConfig) -> str:
     if c.d_ff in shape:
         return "MLP features"
@@ -102,12 +106,13 @@ def training_peak(c: GPTConfig, sizes, *, rows: int, micro_batches: int, chunk: 
     """
     plan = pipeline.make_plan(c, sizes, rows)
     rows_at_once = -(-rows // plan.microbatches)
+    of = lambda remat: layer_arrays(dataclasses.replace(c, remat=remat), sizes, rows_at_once, dtype)
     # What is offloaded is the host's: on the chip there is as much as with full remat.
-    arrays = layer_arrays(_remat(c, "full") if c.remat == "offload" else c, sizes, rows_at_once, dtype)
+    arrays = of("full" if c.remat == "offload" else c.remat)
     kept = sum(size for *_, size in arrays)
     staged, itemsize = plan.stages > 1, jnp.dtype(dtype).itemsize
     if staged:  # for each tick the layers of one turn, of which full remat keeps the first one's input alone
-        everything = sum(size for *_, size in layer_arrays(_remat(c, "none"), sizes, rows_at_once, dtype))
+        everything = sum(size for *_, size in of("none"))
         turns = plan.stages * plan.rounds
         again = everything / turns + (kept / turns if c.remat == "dots" else 0)
         kept = plan.ticks * kept / (c.n_layer if c.remat in ("full", "offload") else turns)

@@ -225,7 +225,7 @@ def ppo(config: mlc.ConfigDict, workdir: str, reward_fn: Callable | None = None)
             reference, reward = offloaded(reference), offloaded(reward)
         writer = kept.enter_context(contextlib.closing(MetricWriter(workdir, c.log, start, configs.to_json(c))))
         if hosts.first():
-            print(memory_plan(state, reference, reward, n, c.batch_size, widths[-1], c.offload))
+            print(memory_plan(state, reference, reward, n, c.batch_size, max(eval_widths), c.offload))
             print(
                 f"policy and reference: {c.policy} at step {origin['policy_step']:,}"
                 + (f"; reward model: {c.reward} at step {origin['reward_step']:,}" if reward else "")
@@ -297,6 +297,7 @@ def ppo(config: mlc.ConfigDict, workdir: str, reward_fn: Callable | None = None)
                     compiled.add(width)
                     bar.clear()
                     hosts.say(f"iteration {iteration + 1}: compiling for prompts padded to {width} of {widths[-1]}")
+                    alive()
                 tokens, lengths = (hosts.place(batch[k], by_row) for k in ("tokens", "lengths"))
                 tokens, mask, sampled = sample(state.policy, tokens, lengths, phase_keys(state)[1])
                 clock.lap("rollout", mask)

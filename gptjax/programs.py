@@ -23,7 +23,7 @@ from gptjax.parallel import pipeline
 from gptjax.parallel.bounds import Work, train_work
 from gptjax.parallel.mesh import batch_ways, check_fits
 from gptjax.parallel.rules import cut_over, parameter_shardings
-from gptjax.peak import lanes, training_peak
+from gptjax.peak import cache_bytes, training_peak
 from gptjax.ppo import PPOConfig
 from gptjax.pretrain import PretrainConfig
 from gptjax.rlhf import networks, rollout
@@ -147,7 +147,7 @@ def decode_program(c: PretrainConfig, mesh, *, rows: int, prompt: int, new_token
         mesh, ((rows, prompt), jnp.int32), ((rows,), jnp.int32), ((rows,), jnp.int32), (key.shape, key.dtype)
     )
     tensor, ways = mesh.shape["tensor"], batch_ways(mesh.shape) * cut_over(mesh.shape, "heads")
-    cache = _cache_bytes(model, rows * (prompt + new_tokens), c.precision.dtype) // ways
+    cache = cache_bytes(model, rows * (prompt + new_tokens), c.precision.dtype) // ways
     flops = rows * forward_flops(model, prompt + new_tokens) / mesh.size
     matrices = 2 * (non_embedding_count(model) + model.vocab_size * model.d_model) / tensor
     mean_cache = cache * (prompt + new_tokens / 2) / (prompt + new_tokens)
@@ -159,12 +159,6 @@ def decode_program(c: PretrainConfig, mesh, *, rows: int, prompt: int, new_token
     parts = {"params": device_bytes(params), "key-value cache": cache + cache * prompt // (prompt + new_tokens) // 2}
     arguments = (params, model, prompts, lengths, limits, keys)
     return Program(decode, arguments, options, mesh, rows * (prompt + new_tokens), work, parts)
-
-
-def _cache_bytes(c: GPTConfig, tokens: int, dtype) -> int:
-    """Keys and values of all layers, heads padded to lanes. Beside them lie for a moment the prompts' values alone, as
-    first the keys and then they are put into the longer cache."""
-    return 2 * c.n_layer * tokens * c.n_head * lanes(c.d_head) * jnp.dtype(dtype).itemsize
 
 
 def _shapes(boxed):
@@ -247,7 +241,7 @@ def collect_program(c: PPOConfig, policy: GPTConfig, reward: GPTConfig | None, m
     models = [n.policy, n.policy] + [m for m in (n.value, n.reward) if m]  # policy, reference, value, reward
     flops = rows * (forward_flops(n.policy, texts) + sum(forward_flops(m, texts) for m in models)) / mesh.size
     tensor, ways = mesh.shape["tensor"], batch_ways(mesh.shape) * cut_over(mesh.shape, "heads")
-    cache = _cache_bytes(n.policy, rows * texts, n.dtype) // ways
+    cache = cache_bytes(n.policy, rows * texts, n.dtype) // ways
     matrices = 2 * parameter_count(n.policy) / tensor
     work = Work(
         flops, 0.0, flops, (n.response + 1) * matrices + n.response * cache * (p.slots + n.response / 2) / texts

@@ -227,6 +227,41 @@ def test_where_and_how_fast_it_runs_may(config, tmp_path, capsys):
     assert read_config(tmp_path)["mesh"]["fsdp"] == -1
 
 
+def test_a_run_of_an_earlier_version_goes_on(config, tmp_path, capsys):
+    """Keys that it has no word of are taken as they are now; a section that was None then is a change."""
+    c = built(config)
+    claim_workdir(tmp_path, "pretrain", c)
+    path = tmp_path / "config.json"
+    whole = json.loads(path.read_text())
+    earlier = json.loads(path.read_text())
+    del earlier["optimizer"]["offload"], earlier["mesh"]["rules"], earlier["optimizer"]["eps"]
+    write_json(path, earlier)
+    assert claim_workdir(tmp_path, "pretrain", c) is True
+    assert (
+        capsys.readouterr().out
+        == f"config.optimizer.eps is newer than this run, which goes on with {c.optimizer.eps}\n"
+    )
+    assert json.loads(path.read_text()) == whole
+    write_json(path, {**whole, "optimizer": None})
+    with pytest.raises(InputError, match="optimizer.eps: there None"):
+        claim_workdir(tmp_path, "pretrain", c)
+
+
+def test_checkpoints_without_the_config_that_made_them(config, tmp_path):
+    (tmp_path / "checkpoints" / "100").mkdir(parents=True)
+    with pytest.raises(InputError, match="has checkpoints but no config.json"):
+        claim_workdir(tmp_path, "pretrain", built(config))
+    assert not (tmp_path / "config.json").exists()
+
+
+def test_a_config_may_leave_out_its_mesh():
+    seen = []
+    stage = configs.by_its_rules(lambda config: seen.append(configs.rules.partition_spec(("embed",))))
+    for config in ({}, {"mesh": None}, {"mesh": {"data": 1}}, {"mesh": {"rules": {"embed": "none"}}}):
+        stage(config)
+    assert [spec[0] for spec in seen] == ["fsdp", "fsdp", "fsdp", None]
+
+
 def test_no_workdir_and_a_damaged_one(tmp_path):
     with pytest.raises(InputError, match="is not a workdir"):
         read_config(tmp_path)

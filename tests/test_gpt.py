@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from gptjax.model import gpt
+from gptjax.model import gpt, layers
 from gptjax.model.spec import GPT1, GPT2, GPTConfig
 from gptjax.objectives.language import cross_entropy_sum, log_probs
 from gptjax.training.step import causal_lm_loss
@@ -115,7 +115,7 @@ def test_bfloat16_weight_gradients_are_not_rounded():
     x = jnp.asarray(np.random.default_rng(0).standard_normal((4, 64, 8)), jnp.bfloat16)
     w = jnp.asarray(np.random.default_rng(1).standard_normal((8, 3, 5)), jnp.float32)
     d_y = jnp.asarray(np.random.default_rng(2).standard_normal((4, 64, 3, 5)), jnp.bfloat16)
-    y, pull = jax.vjp(lambda x, w: gpt._matmul(x, w, ("embed", "qkv", "heads")), x, w)
+    y, pull = jax.vjp(lambda x, w: layers._matmul(x, w, ("embed", "qkv", "heads")), x, w)
     d_x, d_w = pull(d_y)
     assert (y.dtype, d_x.dtype, d_w.dtype) == (jnp.bfloat16, jnp.bfloat16, jnp.float32)
     exact = lambda *names_and_arrays: np.einsum(
@@ -208,7 +208,7 @@ def test_layer_norm_epsilon_is_1e_5():
     """On an input of variance 1e-5 it halves the variance; 1e-6, Flax's default, would leave 91 %."""
     x = jnp.float32(1e-5**0.5) * jnp.tile(jnp.array([1.0, -1.0]), 8)
     params = {"params": {"scale": jnp.ones(16), "bias": jnp.zeros(16)}}
-    y = gpt.LayerNorm().apply(params, x)
+    y = layers.LayerNorm().apply(params, x)
     np.testing.assert_allclose(y, np.sign(x) * 0.5**0.5, rtol=1e-5)
 
 
@@ -217,7 +217,7 @@ def test_layer_norm_of_bfloat16_is_taken_in_float32():
     x = jnp.asarray(np.random.default_rng(0).standard_normal(64) + 30, jnp.bfloat16)
     x64 = np.asarray(x, np.float64)
     expected = (x64 - x64.mean()) / np.sqrt(x64.var() + 1e-5) * 3 - 2
-    y = gpt.LayerNorm().apply({"params": {"scale": jnp.full(64, 3.0), "bias": jnp.full(64, -2.0)}}, x)
+    y = layers.LayerNorm().apply({"params": {"scale": jnp.full(64, 3.0), "bias": jnp.full(64, -2.0)}}, x)
     assert y.dtype == jnp.bfloat16
     np.testing.assert_allclose(np.asarray(y, np.float64), expected, rtol=2**-8, atol=1e-6)
 
@@ -226,10 +226,10 @@ def test_gelu_is_the_tanh_form():
     x = np.linspace(-5, 5, 2001)
     tanh = 0.5 * x * (1 + np.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3)))
     erf = 0.5 * x * (1 + np.vectorize(math.erf)(x / math.sqrt(2)))
-    found = np.asarray(gpt.gelu(jnp.asarray(x, jnp.float32)))
+    found = np.asarray(layers.gelu(jnp.asarray(x, jnp.float32)))
     np.testing.assert_allclose(found, tanh, atol=1e-6)
     assert np.abs(found - erf).max() > 4e-4
-    slope = jax.vmap(jax.grad(gpt.gelu))(jnp.asarray(x, jnp.float32))
+    slope = jax.vmap(jax.grad(layers.gelu))(jnp.asarray(x, jnp.float32))
     np.testing.assert_allclose(slope[1:-1], (tanh[2:] - tanh[:-2]) / (x[2:] - x[:-2]), atol=1e-4)
 
 

@@ -21,7 +21,7 @@ from safetensors.numpy import load_file, save_file
 from gptjax.data.tokenizer import Tokenizer, character_tokenizer, train_bpe
 from gptjax.errors import InputError
 from gptjax.interop import huggingface
-from gptjax.model import gpt
+from gptjax.model import gpt, layers
 from gptjax.model.attention import reference, visible
 from gptjax.model.spec import GPTConfig
 
@@ -439,7 +439,7 @@ def test_trained_weights_reproduce_every_intermediate_tensor(sort_model, path):
             "attnResid": seen["embedding"][0] + projected,
             "ln2": out(block["ln_2"]),
             "fc": mlp_hidden,
-            "gelu": gpt.gelu(mlp_hidden),
+            "gelu": layers.gelu(mlp_hidden),
             "mlp": out(block["mlp"]),
             "mlpResid": block["block"][0],
             **{f"block{i}": seen["blocks"]["block"][0][i] for i in range(config.n_layer)},

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import math
 import re
 
 import jax
@@ -31,7 +32,7 @@ ROWS = 16
 
 def mesh_of(**sizes):
     config = MeshConfig(**{"data": 1} | sizes)
-    return make_mesh(config, jax.devices()[: int(np.prod(dataclasses.astuple(config)))])
+    return make_mesh(config, jax.devices()[: math.prod(getattr(config, axis) for axis in AXES)])
 
 
 def slow(value):

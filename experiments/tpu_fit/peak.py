@@ -48,6 +48,7 @@ CASES = [  # preset, slice, remat, rows of a micro-batch, rows of a step, mesh
     ("gpt2:355m", "v5e:2x2", "dots", 32, 64, {"fsdp": 2, "stage": 2}),
     ("gpt2:355m", "v5p:2x2x1", "full", 32, 64, {"fsdp": 2, "stage": 2, "rounds": 2}),
     ("gpt2:355m", "v5p:2x2x1", "dots", 32, 64, {"stage": 4}),
+    ("gpt2:355m", "v5p:2x2x1", "none", 16, 32, {"fsdp": 2, "stage": 2}),
     ("gpt2:774m", "v5e:2x2", "none", 8, 64, {"fsdp": 4}),
     ("gpt2:774m", "v5e:2x2", "dots", 8, 64, {"fsdp": 2, "tensor": 2}),
     ("gpt2:774m", "v5e:2x4", "full", 64, 128, {"fsdp": 8}),

@@ -6,7 +6,7 @@ import warnings
 import numpy as np
 
 from gptjax.errors import InputError
-from gptjax.model.gpt import INIT_STD, LAYER_NORM_EPS
+from gptjax.model.layers import INIT_STD, LAYER_NORM_EPS
 from gptjax.model.spec import GPTConfig
 
 MODEL_TYPES = {"gpt2": "pre", "openai-gpt": "post"}

@@ -9,113 +9,19 @@ c_attn is [in, 3, out] so that a tensor-parallel shard holds whole heads of q, k
 Shape letters: B batch, T time, D d_model, H head, K d_head, F d_ff, V vocab, L layer, S cache slots.
 """
 
-import functools
-import math
 from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.ad_checkpoint import checkpoint_name
 
 from gptjax.model.attention import attention, cached_attention, visible
+from gptjax.model.layers import INIT_STD, LayerNorm, Linear, gelu, normal
 from gptjax.model.spec import GPTConfig
-from gptjax.objectives.language import dot_over_tokens
 from gptjax.parallel import pipeline
 from gptjax.parallel.rules import RESIDUAL, constrain, reshard
 from gptjax.parallel.vocabulary import embed
-
-LAYER_NORM_EPS = 1e-5  # all three papers' code; Flax's own default is 1e-6
-INIT_STD = 0.02
-
-
-def _normal(std, *names):
-    return nn.with_logical_partitioning(nn.initializers.normal(std), names)
-
-
-def _constant(value, *names):
-    return nn.with_logical_partitioning(nn.initializers.constant(value), names)
-
-
-class LayerNorm(nn.Module):
-    @nn.compact
-    def __call__(self, x):
-        scale = self.param("scale", _constant(1.0, "norm"), (x.shape[-1],))
-        bias = self.param("bias", _constant(0.0, "norm"), (x.shape[-1],))
-        x32 = x.astype(jnp.float32)
-        mean = x32.mean(-1, keepdims=True)
-        centred = x32 - mean
-        variance = jnp.mean(centred * centred, -1, keepdims=True)
-        return (centred * lax.rsqrt(variance + LAYER_NORM_EPS) * scale + bias).astype(x.dtype)
-
-
-def _flat(a, lead: int):
-    """[..., features...] -> [tokens, features] on one device, where XLA:CPU multiplies 2-D operands a quarter
-    faster; unchanged on a mesh, where merging sharded axes would move data."""
-    mesh = jax.sharding.get_abstract_mesh()
-    if mesh.empty or mesh.size == 1:
-        return a.reshape(math.prod(a.shape[:lead]), math.prod(a.shape[lead:]))
-    return a
-
-
-def _dot(a, b, a_axes, b_axes):
-    return lax.dot_general(a, b, ((a_axes, b_axes), ((), ())), preferred_element_type=jnp.float32)
-
-
-def _to_multiply(w, dtype, names):
-    """A weight as it is multiplied by: in the dtype of the activations, and whole but for the tensor axis. FSDP's
-    gather is here, layer by layer: left to itself the compiler moves activations where the context is cut up too."""
-    return constrain(w.astype(dtype), *("features" if name == "embed" else name for name in names))
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
-def _matmul(x, w, names):
-    """x [..., in] @ w [in, ...]: in the dtype of x, accumulated in float32; w is the float32 master, its axes' logical
-    names are `names`."""
-    x2, w2 = _flat(x, x.ndim - 1), _flat(_to_multiply(w, x.dtype, names), 1)
-    y = _dot(x2, w2, (x2.ndim - 1,), (0,)).astype(x.dtype)
-    return y.reshape(*x.shape[:-1], *w.shape[1:])
-
-
-def _matmul_backward(names, residuals, d_y):
-    x, w = residuals
-    lead = x.ndim - 1
-    x2, d_y2, w2 = _flat(x, lead), _flat(d_y, lead), _flat(_to_multiply(w, d_y.dtype, names), 1)
-    tokens, out = tuple(range(x2.ndim - 1)), tuple(range(x2.ndim - 1, d_y2.ndim))
-    d_x = _dot(d_y2, w2, out, tuple(range(1, w2.ndim))).astype(x.dtype)
-    # The weight's gradient stays float32: rounding it to bf16 would lose what accumulation adds up.
-    d_w = dot_over_tokens(x2, d_y2, len(tokens)).astype(w.dtype)
-    return d_x.reshape(x.shape), constrain(d_w.reshape(w.shape), *names)
-
-
-_matmul.defvjp(lambda x, w, names: (_matmul(x, w, names), (x, w)), _matmul_backward)
-
-
-class Linear(nn.Module):
-    features: tuple[int, ...]
-    names: tuple[str, ...]  # logical axes: input, then one for each of features
-    std: float = INIT_STD
-
-    @nn.compact
-    def __call__(self, x):
-        kernel = self.param("kernel", _normal(self.std, *self.names), (x.shape[-1], *self.features))
-        # A bias as wide as the residual stream is as small as a LayerNorm's: never sharded.
-        bias_names = tuple("norm" if n == "embed" else n for n in self.names[1:])
-        bias = self.param("bias", _constant(0.0, *bias_names), self.features)
-        # Named, because a remat policy cannot see the dot inside a custom VJP.
-        y = checkpoint_name(_matmul(x, kernel, self.names), "matmul")
-        return (y.astype(jnp.float32) + bias).astype(x.dtype)  # the bias's gradient sums in float32
-
-
-@jax.checkpoint
-def gelu(x):
-    """The tanh form (GPT-1 to 3): 0.5 x (1 + tanh(sqrt(2/pi) (x + 0.044715 x^3))), in float32 inside.
-
-    Its backward pass recomputes from x, so that a layer keeps one [B, T, F] array, not four.
-    """
-    return jax.nn.gelu(x.astype(jnp.float32), approximate=True).astype(x.dtype)
-
 
 # Between sub-layers the residual stream is cut up along time over the tensor axis, inside them the features are
 # (Korthikanti et al. 2022): one all-gather in and one reduce-scatter out, forward and backward alike.
@@ -275,10 +181,10 @@ class GPT(nn.Module):
     @nn.compact
     def __call__(self, tokens, positions, segment_ids=None, keys=None, cache=None, slot=None, filled=None):
         c = self.config
-        wte = self.param("wte", _normal(INIT_STD, "vocab", "embed"), (c.vocab_size, c.d_model))
-        wpe = self.param("wpe", _normal(INIT_STD, "position", "embed"), (c.context_length, c.d_model))
+        wte = self.param("wte", normal(INIT_STD, "vocab", "embed"), (c.vocab_size, c.d_model))
+        wpe = self.param("wpe", normal(INIT_STD, "position", "embed"), (c.context_length, c.d_model))
         if not c.tied_head:
-            self.param("lm_head", _normal(INIT_STD, "vocab", "embed"), (c.vocab_size, c.d_model))
+            self.param("lm_head", normal(INIT_STD, "vocab", "embed"), (c.vocab_size, c.d_model))
         x = embed(wte, wpe, tokens, positions, self.dtype)
         self.sow("intermediates", "embedding", x)
         if c.dropout_sites == "all":

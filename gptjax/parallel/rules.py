@@ -75,7 +75,7 @@ class Rules:
                 if axis not in AXES:
                     raise InputError(
                         f"mesh.rules.{name}={value!r}: there is no mesh axis {axis!r}; there are {', '.join(AXES)}, "
-                        "and none."
+                        "and 'none' by itself."
                     )
             if name in _FIXED and self.axes(name) != _split(field.default):
                 raise InputError(f"mesh.rules.{name} must stay {field.default!r}: {_FIXED[name]}.")
@@ -100,7 +100,7 @@ class Rules:
 
 
 def _split(value: str) -> tuple[str, ...]:
-    return () if value in ("", "none") else tuple(value.split(","))
+    return () if value.strip() in ("", "none") else tuple(axis.strip() for axis in value.split(","))
 
 
 # The rules in force. What is jitted under other rules is another program, as with the mesh of jax.set_mesh.

@@ -5,6 +5,8 @@ import math
 import jax
 
 from gptjax.parallel.mesh import batch_ways
+from gptjax.parallel.rules import cut_over
+from gptjax.peak import cache_bytes
 from gptjax.rlhf.networks import Networks
 from gptjax.rlhf.state import PPOState
 
@@ -16,9 +18,11 @@ def bytes_per_device(tree) -> int:
 
 def memory_plan(state: PPOState, reference, reward, n: Networks, batch: int, prompt_slots: int, offload: bool) -> str:
     """A table of what PPO keeps on each device between and during iterations; activations come on top."""
-    rows = batch / (1 if n.mesh is None else batch_ways(n.mesh.shape))
-    p = n.policy
-    cache = 2 * p.n_layer * rows * (prompt_slots + n.response) * p.d_model * jax.numpy.dtype(n.dtype).itemsize
+    rows, heads, platform = batch, 1, jax.default_backend()
+    if n.mesh is not None:
+        rows, heads = batch / batch_ways(n.mesh.shape), cut_over(n.mesh.shape, "heads")
+        platform = n.mesh.devices.flat[0].platform
+    cache = cache_bytes(n.policy, batch * (prompt_slots + n.response), n.dtype, platform) * rows / batch / heads
     logits = rows * min(n.loss_chunk, n.response) * n.vocab * 4
     where = "host" if offload else "device"
     parts = [

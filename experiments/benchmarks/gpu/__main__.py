@@ -90,7 +90,7 @@ def run(name: str, args, torch_python: str | None, left: float) -> dict:
 
 
 def file_name(results: dict, tiny: bool) -> str:
-    kind = next((r["about"]["device"] for r in results.values() if "about" in r), "unknown")
+    kind = next(r["about"]["device"] for r in results.values() if "about" in r)
     words = re.sub(r"[^a-z0-9]+", "-", kind.lower().replace("nvidia", "")).strip("-")
     return f"gpu-{'tiny-' if tiny else ''}{words}"
 
@@ -125,12 +125,14 @@ def measure(args, kinds):
     why = without_torch(args.torch_python, args.tiny) if {"train", "decode"} & set(kinds) else None
     if why:
         print(f"no peer: {why}; give --torch_python of an environment that has it", file=sys.stderr)
-    results, wrong = {}, False
+    results, wrong, path = {}, False, None
     for name in names(kinds, args.tiny):
         print(f"{name} …", file=sys.stderr, flush=True)
         results[name] = run(name, args, None if why else args.torch_python, ends - time.perf_counter())
         say(name, results[name])
         wrong |= bool(results[name].get("wrong"))
+        if not any("about" in r for r in results.values()):
+            continue  # which chip it is, the first part that ends says
         path = output / file_name(results, args.tiny)
         earlier = json.loads(path.with_suffix(".json").read_text()) if path.with_suffix(".json").exists() else {}
         whole = {
@@ -142,7 +144,7 @@ def measure(args, kinds):
         }
         path.with_suffix(".json").write_text(json.dumps(whole, indent=1) + "\n")
         plot(whole, path.with_suffix(".png"))
-    print(path.with_suffix(".json"))
+    print(path.with_suffix(".json") if path else "no part ended: nothing is written")
     if wrong or any("left out" in r for r in results.values()):
         sys.exit(1)
 
