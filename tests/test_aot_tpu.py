@@ -113,6 +113,7 @@ def test_gpt2_124m_train_step_on_eight_v5e_chips(chips):
         assert shape.count(time) < 2, shape  # and no [time, time] scores
 
 
+@pytest.mark.slow
 def test_gpt3_banded_and_packed_train_step_over_heads_too(chips):
     """Two layers of GPT-3 125M, one dense and one of its band, documents apart, whole heads on each chip."""
     mesh = make_mesh(MeshConfig(data=2, fsdp=2, tensor=2), chips)

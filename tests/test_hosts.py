@@ -304,6 +304,7 @@ def test_each_micro_batch_lies_over_all_hosts(monkeypatch):
 # --- real processes -----------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_sigterm_on_one_host_saves_on_all_and_one_process_goes_on(tmp_path):
     """2 processes x 2 devices, stopped by a SIGTERM to the second, then 1 x 8: as an uninterrupted run of 1 x 8."""
     options = {"steps": 400, "checkpoint.every": 100}

@@ -72,6 +72,7 @@ def test_training_with_the_moments_on_the_host():
         assert a.sharding.spec == b.sharding.spec
 
 
+@pytest.mark.slow
 def test_saved_and_taken_up_again(text, tmp_path):  # noqa: F811
     """Bit for bit; and a run may begin without and go on with it, for the checkpoints are the same."""
     options = {"mesh__data": 2, "mesh__fsdp": 4, "optimizer__eps": 1e-4}

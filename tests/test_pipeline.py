@@ -232,6 +232,7 @@ def test_reward_models_loss():
     same(run(mesh_of(stage=4, fsdp=2)), run(ALONE))
 
 
+@pytest.mark.slow
 def test_ppo_samples_judges_and_learns():
     """A rollout by the policy, its judgement by the four models, and the gradients of policy and value."""
     n = Networks(policy=MODEL, value=MODEL, reward=MODEL, response=6, eos_id=5, pad_id=7, vocab=60)

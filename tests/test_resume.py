@@ -89,7 +89,11 @@ CASES = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("case", CASES)
+def slow(*values):
+    return pytest.param(*values, marks=pytest.mark.slow)
+
+
+@pytest.mark.parametrize("case", ["float16", "ramp", slow("dropout"), slow("5 steps a dispatch")])
 def test_13_steps_and_12_are_25(text, tmp_path, monkeypatch, one_device, case):
     config = tiny(text, **CASES[case])
     assert pretrain(config, str(tmp_path / "straight")) is True
@@ -157,8 +161,8 @@ def test_another_seed_is_another_run(text, tmp_path, one_device):
 @pytest.mark.parametrize(
     "first, then",
     [
-        ("fsdp 8", "one device"), ("one device", "fsdp 8"),
-        ("stage 2 fsdp 4", "one device"), ("one device", "stage 2 fsdp 4"), ("fsdp 8", "fsdp 4 seq 2, other rules"),
+        slow("fsdp 8", "one device"), slow("one device", "fsdp 8"), slow("stage 2 fsdp 4", "one device"),
+        slow("one device", "stage 2 fsdp 4"), ("fsdp 8", "fsdp 4 seq 2, other rules"),
     ],
 )  # fmt: skip
 def test_taken_up_on_another_mesh(text, tmp_path, monkeypatch, first, then):
@@ -413,6 +417,7 @@ def test_a_corrupted_newest_checkpoint_goes_on_from_the_older_one(text, tmp_path
     assert_same_run(again, straight, LONG)
 
 
+@pytest.mark.slow
 def test_kill_9_in_the_middle_of_a_save(text, tmp_path, straight):
     run = Process(text, tmp_path)
     saving = lambda names: any(n.endswith("-tmp") and n.split(".")[0] >= "30" for n in names if n[0] in "3456789")
