@@ -225,8 +225,9 @@ def _claim(workdir, stage, config, sections) -> bool:
     a, b = _flatten(old), _flatten(new)
     different = [k for k in sorted(a.keys() | b.keys()) if a.get(k) != b.get(k)]
     within = lambda k, names: any(k == n or k.startswith(f"{n}.") for n in names)
-    # A key that the run has no word of came with a later version; where it had None for the section, that is a change.
-    later = {k for k in b.keys() - a.keys() if not within(k, a)}
+    # A key that the run has no word of came with a later version, which takes it to be what it is by default.
+    defaults = _flatten(config_dict(type(config)).to_dict()) if dataclasses.is_dataclass(config) else {}
+    later = {k for k in b.keys() - a.keys() if not within(k, a) and k in defaults and b[k] == defaults[k]}
     fatal = [k for k in different if k not in later and not within(k, _MAY_CHANGE)]
     if fatal:
         lines = "\n".join(f"  {k}: there {a.get(k)!r}, now {b.get(k)!r}" for k in fatal)
@@ -258,7 +259,7 @@ def read_config(workdir) -> dict:
 def _flatten(d, prefix=""):
     flat = {}
     for key, value in d.items():
-        if isinstance(value, dict):
+        if isinstance(value, dict) and value:
             flat |= _flatten(value, f"{prefix}{key}.")
         else:
             flat[f"{prefix}{key}"] = value

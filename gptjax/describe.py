@@ -4,7 +4,7 @@
 
 Nothing is allocated and no accelerator is needed; the mesh is the config's (mesh axes of -1 count as 1). How many
 bytes a step needs on a TPU is our own count (peak.py), by the default mesh.rules, within 10 % of the TPU
-compiler's, which `aot` asks.
+compiler's with Splash, which `aot` asks.
 """
 
 import dataclasses
@@ -48,8 +48,9 @@ def describe(config: dict) -> dict:
     mesh = AbstractMesh(tuple(sizes[a] for a in AXES), AXES, axis_types=(AxisType.Auto,) * len(AXES))
     abstract, shardings = state_shardings(gpt.abstract_params(m), make_optimizer(c.optimizer), c.precision, mesh)
     params, optimizer = _bytes(abstract.params, shardings.params), _bytes(abstract.opt_state, shardings.opt_state)
+    path = resolve("auto" if m.attention in ("cpu", "cudnn") else m.attention, "tpu")
     peak, *_ = training_peak(
-        dataclasses.replace(m, attention=resolve("auto", "tpu")), sizes, rows=c.microbatch_rows,
+        dataclasses.replace(m, attention=path), sizes, rows=c.microbatch_rows,
         micro_batches=c.batch_size // c.microbatch_rows, chunk=c.loss_chunk, dtype=c.precision.dtype,
         state={"params": params, "optimizer": optimizer,
                "batch": 8 * c.batch_size * m.context_length // batch_ways(sizes)},
@@ -76,7 +77,7 @@ def describe(config: dict) -> dict:
 
 def with_vocabulary(config: dict) -> dict:
     """The config with a vocabulary: what the tokenizer would decide, its config says how large it is asked to be."""
-    if "vocab_size" not in config.get("model", {}):
+    if "vocab_size" not in (config.get("model") or {}):
         raise InputError(
             "This config says nothing of the model: it is of a stage that begins with another's workdir. Give a "
             "pre-training config, as configs/gpt2.py:124m; for PPO's memory there is gptjax.aot."

@@ -225,7 +225,9 @@ def ppo(config: mlc.ConfigDict, workdir: str, reward_fn: Callable | None = None)
             reference, reward = offloaded(reference), offloaded(reward)
         writer = kept.enter_context(contextlib.closing(MetricWriter(workdir, c.log, start, configs.to_json(c))))
         if hosts.first():
-            print(memory_plan(state, reference, reward, n, c.batch_size, max(eval_widths), c.offload))
+            at_once = ((c.batch_size, widths[-1]), (min(c.eval.prompts, len(held_out.ids)), eval_widths[-1]))
+            most = max(at_once, key=lambda rows_slots: rows_slots[0] * (rows_slots[1] + n.response))
+            print(memory_plan(state, reference, reward, n, *most, c.offload))
             print(
                 f"policy and reference: {c.policy} at step {origin['policy_step']:,}"
                 + (f"; reward model: {c.reward} at step {origin['reward_step']:,}" if reward else "")

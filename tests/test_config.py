@@ -242,6 +242,14 @@ def test_a_run_of_an_earlier_version_goes_on(config, tmp_path, capsys):
         == f"config.optimizer.eps is newer than this run, which goes on with {c.optimizer.eps}\n"
     )
     assert json.loads(path.read_text()) == whole
+    write_json(path, earlier)  # no word of it, and now other than by default
+    with pytest.raises(InputError, match="optimizer.eps: there None, now 0.5"):
+        claim_workdir(tmp_path, "pretrain", built(config, optimizer__eps=0.5))
+    write_json(path, whole)  # a mapping that was empty
+    with pytest.raises(InputError, match="data.mixture.wiki: there None, now 1"):
+        claim_workdir(
+            tmp_path, "pretrain", dataclasses.replace(c, data=dataclasses.replace(c.data, mixture={"wiki": 1.0}))
+        )
     write_json(path, {**whole, "optimizer": None})
     with pytest.raises(InputError, match="optimizer.eps: there None"):
         claim_workdir(tmp_path, "pretrain", c)

@@ -233,7 +233,10 @@ def test_reward_models_loss():
 
 
 @pytest.mark.slow
-def test_ppo_samples_judges_and_learns():
+@pytest.mark.parametrize(
+    "sizes", [dict(stage=2, fsdp=2, tensor=2), dict(data=2, tensor=2, seq=2), dict(fsdp=8)], ids=str
+)
+def test_ppo_samples_judges_and_learns(sizes):
     """A rollout by the policy, its judgement by the four models, and the gradients of policy and value."""
     n = Networks(policy=MODEL, value=MODEL, reward=MODEL, response=6, eos_id=5, pad_id=7, vocab=60)
     scalar = lambda seed: {
@@ -260,7 +263,7 @@ def test_ppo_samples_judges_and_learns():
             gradients = jax.jit(lambda p, v, b: update.ppo_gradients(update.UpdateConfig(), here, p, v, b))
             return jax.device_get((tokens, mask, log_prob, judged, gradients(policy, value, made)))
 
-    found, expected = run(mesh_of(stage=2, fsdp=2, tensor=2)), run(ALONE)
+    found, expected = run(mesh_of(**sizes)), run(ALONE)
     np.testing.assert_array_equal(found[0], expected[0])
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), found[1:4], expected[1:4])
     same((found[4][1]["loss/policy"] + 1, found[4][0]), (expected[4][1]["loss/policy"] + 1, expected[4][0]))

@@ -607,17 +607,23 @@ def test_bytes_per_device():
     assert memory.bytes_per_device({"cut": cut}) == 2 * 4 * 4
 
 
-def plan(offload, reward=True):
+def plan(offload, reward=True, mesh=None):
     """Sizes in MiB by name, of a state whose parts are 1, 2, 3, ... MiB."""
     scalar = jnp.int32(0)
     state = PPOState(
         step=scalar, policy=mebibytes(1), policy_opt=mebibytes(2), average=mebibytes(3), value=mebibytes(4),
         value_opt=mebibytes(5), kl_coefficient=scalar, key=scalar, prompt_position=scalar, ptx_position=scalar,
     )  # fmt: skip
-    n = dataclasses.replace(N, response=12, vocab=1024, loss_chunk=4)
+    n = dataclasses.replace(N, response=12, vocab=1024, loss_chunk=4, mesh=mesh)
     table = memory.memory_plan(state, mebibytes(6), mebibytes(7) if reward else None, n, 512, 20, offload)
     lines = re.findall(r"  (.+?) +([\d.,]+) MiB  (\w+)", table)
     return {name.strip(): (float(size.replace(",", "")), place) for name, size, place in lines}
+
+
+def test_the_plans_cache_is_cut_up_over_rows_and_heads():
+    whole, cut = (plan(False, mesh=make_mesh(MeshConfig(data=1, **sizes), jax.devices()[:ways]))["KV cache"][0]
+                  for sizes, ways in (({}, 1), ({"fsdp": 2, "tensor": 2}, 4)))  # fmt: skip
+    assert cut == pytest.approx(whole / 4, rel=0.01)
 
 
 @pytest.mark.parametrize("offload", [False, True])

@@ -137,7 +137,7 @@ def measure(args, kinds):
         earlier = json.loads(path.with_suffix(".json").read_text()) if path.with_suffix(".json").exists() else {}
         whole = {
             **earlier,
-            **results,
+            **{k: r for k, r in results.items() if "left out" not in r or "left out" in earlier.get(k, r)},
             "machine": machine(),
             "no peer": why,
             **({"tiny": "says nothing of speed"} if args.tiny else {}),
