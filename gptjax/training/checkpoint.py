@@ -298,7 +298,7 @@ class Checkpointer:
 
     def drop_after(self, step: int):
         """Put checkpoints newer than the one that was restored out of the way, into checkpoints-damaged."""
-        newer = [s for s in self.steps() if s > step]
+        newer = hosts.from_first(lambda: [s for s in self.steps() if s > step])  # none looks while the first one moves
         hosts.only_first(lambda: [self._put_aside(s) for s in newer])
         if self._keep.best in newer:
             self._best = self._keep.best = None
