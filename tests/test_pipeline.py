@@ -234,7 +234,7 @@ def test_reward_models_loss():
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "sizes", [dict(stage=2, fsdp=2, tensor=2), dict(data=2, tensor=2, seq=2), dict(fsdp=8)], ids=str
+    "sizes", [dict(stage=2, fsdp=2, tensor=2), dict(fsdp=4, seq=2), dict(fsdp=8)], ids=str
 )
 def test_ppo_samples_judges_and_learns(sizes):
     """A rollout by the policy, its judgement by the four models, and the gradients of policy and value."""
