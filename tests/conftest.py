@@ -1,8 +1,11 @@
 """Eight virtual CPU devices, a persistent compilation cache, and the tiny models tests share."""
 
+import ctypes
 import fcntl
+import gc
 import json
 import os
+import sys
 from pathlib import Path
 
 # Before JAX starts: with fewer pool threads than this, collectives of 8 devices deadlock on 2 cores.
@@ -34,6 +37,24 @@ def shared_data() -> Path:
     if not SHARED_DATA.exists():
         pytest.skip("needs ../shared/data, real data that is not part of this repository")
     return SHARED_DATA
+
+
+@pytest.fixture(scope="module", autouse=True)
+def forget_programs():
+    """Compiled programs, a megabyte or two each and hundreds in a file, are kept by JAX for good and were most of a
+    worker's memory (above 5 GB at the end). They go at the end of a file, as soon as the process is large; glibc gives
+    back what was freed only when told to."""
+    yield
+    if resident_bytes() > 1e9:
+        jax.clear_caches()
+        gc.collect()
+        if sys.platform == "linux" and hasattr(ctypes.CDLL(None), "malloc_trim"):
+            ctypes.CDLL(None).malloc_trim(0)
+
+
+def resident_bytes() -> float:
+    statm = Path("/proc/self/statm")
+    return int(statm.read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") if statm.exists() else float("inf")
 
 
 # --- one small run of each stage of alignment, made once (alignment_runs.py) --------------------------------

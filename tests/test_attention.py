@@ -12,6 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax.sharding import NamedSharding, PartitionSpec
+from numerics import assert_close, tolerance
 
 from gptjax.model import attention as module
 from gptjax.model.attention import attention, reference, resolve, visible
@@ -63,13 +64,22 @@ def value_and_gradients(path, window, segments, q, k, v, d_out):
     return (out, *pull(d_out))
 
 
-def check(path, batch, time, heads, d_head, window=None, segments=None, value=3e-6, gradient=2e-5):
+def check(path, batch, time, heads, d_head, window=None, segments=None):
     arrays = inputs(batch, time, heads, d_head)
     found = value_and_gradients(path, window, segments, *arrays)
-    expected = oracle(*arrays, window, segments)
-    for name, a, b in zip(("out", "d_q", "d_k", "d_v"), found, expected, strict=True):
-        assert a.shape == b.shape and a.dtype == jnp.float32
-        np.testing.assert_allclose(a, b, rtol=0, atol=value if name == "out" else gradient, err_msg=name)
+    assert all(a.dtype == jnp.float32 for a in found)
+    same(found, oracle(*arrays, window, segments))
+
+
+def same(found, expected):
+    """Output, or output and gradients: sums over features and over positions of the softmax and the product with it.
+    What d_q and d_k are sums of cancels, the more the fewer keys are seen: it is of d_v's magnitude."""
+    time, _, d_head = expected[0].shape[1:]
+    names = ("out", "d_q", "d_k", "d_v")[: len(expected)]
+    found, expected = dict(zip(names, found, strict=True)), dict(zip(names, expected, strict=True))
+    assert_close(found.pop("out"), expected.pop("out"), terms=d_head + 2 * time)
+    largest = max((np.abs(a).max() for a in expected.values()), default=0.0)
+    assert_close(found, expected, terms=2 * (d_head + 2 * time), scale=largest)
 
 
 # --- value and gradient -----------------------------------------------------------------------------------
@@ -134,7 +144,7 @@ def test_cpu_path_at_any_shape(data):
     window = data.draw(st.none() | st.integers(1, 150), "window")
     batch, heads, d_head = (data.draw(st.integers(1, 3), name) for name in ("batch", "heads", "d_head"))
     segments = some_segments(batch, time, seed=time) if data.draw(st.booleans(), "packed") else None
-    check("cpu", batch, time, heads, d_head, window, segments, value=5e-6, gradient=5e-5)
+    check("cpu", batch, time, heads, d_head, window, segments)
 
 
 @pytest.mark.parametrize("at_once", [1, 2, 4])
@@ -145,8 +155,7 @@ def test_cpu_path_with_few_rows_at_a_time(at_once, monkeypatch):
     q, k, v, d_out = inputs(4, 70, 2, 8)
     segments = some_segments(4, 70)
     out, pull = jax.vjp(lambda q, k, v: module._cpu(q, k, v, segments, 9), q, k, v)
-    for a, b in zip((out, *pull(d_out)), oracle(q, k, v, d_out, 9, segments), strict=True):
-        np.testing.assert_allclose(a, b, atol=2e-5)
+    same((out, *pull(d_out)), oracle(q, k, v, d_out, 9, segments))
 
 
 @pytest.mark.parametrize("batch, expected", [(12, 4), (7, 1), (2, 2), (1, 1), (5, 5)])
@@ -162,8 +171,7 @@ def test_cpu_path_sharded_over_rows_and_heads():
     placed = jax.device_put((q, k, v, d_out), NamedSharding(mesh, PartitionSpec(("data", "fsdp"), None, "tensor")))
     with jax.set_mesh(mesh):
         found = value_and_gradients("cpu", 9, segments, *placed)
-    for a, b in zip(found, oracle(q, k, v, d_out, 9, segments), strict=True):
-        np.testing.assert_allclose(a, b, atol=2e-5)
+    same(found, oracle(q, k, v, d_out, 9, segments))
 
 
 def test_scores_far_apart_stay_finite():
@@ -250,7 +258,7 @@ def test_dropout_drops_and_rescales_probabilities():
     scaled = np.where(causal, 1 / (1 - rate) / np.arange(1, 33)[:, None], 0.0)
     assert (p[..., ~causal] == 0.0).all()
     kept = p > 0
-    np.testing.assert_allclose(p, np.where(kept, scaled, 0.0), rtol=1e-6)
+    np.testing.assert_allclose(p, np.where(kept, scaled, 0.0), rtol=tolerance(32))
     n = kept[..., causal].size
     assert abs(kept[..., causal].mean() - (1 - rate)) < 4 * np.sqrt(rate * (1 - rate) / n)
     # every batch row and head has a mask of its own
@@ -307,7 +315,7 @@ def test_attention_takes_window_and_segments_to_its_path(path):
     segments = some_segments(2, 70)
     for window, rows in ((None, None), (5, segments), (70, segments), (71, None)):
         found = attention(*arrays[:3], path=path, window=window, segment_ids=rows)
-        np.testing.assert_allclose(found, oracle(*arrays, window, rows)[0], atol=3e-6)
+        same([found], oracle(*arrays, window, rows)[:1])
 
 
 # --- splash over a mesh -----------------------------------------------------------------------------------
@@ -322,9 +330,9 @@ def splash_over(mesh, arrays, window=None, segments=None):
 def test_splash_sharded_over_rows_and_heads():
     mesh = make_mesh(MeshConfig(data=2, fsdp=2, tensor=2))
     arrays, segments = inputs(4, 128, 2, 64), some_segments(4, 128)
-    np.testing.assert_allclose(splash_over(mesh, arrays), oracle(*arrays)[0], atol=3e-6)
+    same([splash_over(mesh, arrays)], oracle(*arrays)[:1])
     found = splash_over(mesh, arrays, 50, segments)
-    np.testing.assert_allclose(found, oracle(*arrays, 50, segments)[0], atol=3e-6)
+    same([found], oracle(*arrays, 50, segments)[:1])
 
 
 def test_splash_with_the_context_cut_up():
@@ -342,14 +350,13 @@ def test_splash_with_the_context_cut_up():
 
         with jax.set_mesh(mesh):
             got = found(q, k, v, d_out)
-        for a, b in zip(got, oracle(q, k, v, d_out, window, ids), strict=True):
-            np.testing.assert_allclose(a, b, atol=3e-5)
+        same(got, oracle(q, k, v, d_out, window, ids))
 
 
 def test_splash_on_one_mesh_after_another():
     """One process, two meshes: what is cached for the first must not be tied to its devices."""
     arrays = inputs(8, 128, 1, 64)
-    expected = oracle(*arrays)[0]
+    expected = oracle(*arrays)[:1]
     for devices in (8, 2, 1):
         mesh = make_mesh(MeshConfig(data=1, fsdp=devices), jax.devices()[-devices:])
-        np.testing.assert_allclose(splash_over(mesh, arrays), expected, atol=3e-6, err_msg=str(mesh.shape))
+        same([splash_over(mesh, arrays)], expected)

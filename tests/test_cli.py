@@ -11,6 +11,7 @@ import sys
 import jax
 import pytest
 from conftest import ROOT
+from numerics import approx, model_terms
 from runs import lines, one_device_environment
 
 from gptjax.config import config_dict
@@ -19,6 +20,7 @@ from gptjax.data.corpus import pretraining_split
 from gptjax.errors import InputError
 from gptjax.evaluate import score, tokenised
 from gptjax.generation.sampling import Sampling
+from gptjax.model.spec import GPTConfig
 from gptjax.pretrain import PretrainConfig, pretrain
 from gptjax.sample import continue_texts
 from gptjax.workdir import load_model
@@ -28,6 +30,7 @@ METRICS = {
     "mfu",
 }  # fmt: skip
 STEPS = 30
+TERMS = model_terms(GPTConfig(100, n_layer=2, n_head=4, d_model=32, context_length=32), rows=64)
 
 
 def words(seed=0, count=3000):
@@ -188,8 +191,8 @@ def test_workdirs_that_can_not_be(trained, tmp_path):
 def test_evaluate_is_what_training_measured(trained):
     result = json.loads(command("evaluate", f"--workdir={trained[0]}", "--json"))
     last = lines(trained[0], "evaluations")[-1]
-    assert result["loss"] == pytest.approx(last["loss"], rel=1e-6)
-    assert result["bits_per_byte"] == pytest.approx(last["bits_per_byte"], rel=1e-6)
+    assert result["loss"] == approx(last["loss"], terms=TERMS)
+    assert result["bits_per_byte"] == approx(last["bits_per_byte"], terms=TERMS)
     assert (result["tokens"], result["step"]) == (last["tokens"], STEPS)
     assert result["bytes"] == result["tokens"] and result["perplexity"] == pytest.approx(2.718281828 ** result["loss"])
 
@@ -204,7 +207,7 @@ def test_evaluate_of_another_text_and_an_older_step(trained, model, tmp_path):
     options = dict(byte_lengths=model.tokenizer.byte_lengths)
     results = [score(model, lm.validation_batches(shards, 32, rows, **options)) for rows in (8, 16)]
     assert results[0]["tokens"] == results[1]["tokens"] == 319 // 32 * 32
-    assert results[0]["loss"] == pytest.approx(results[1]["loss"], rel=1e-6)
+    assert results[0]["loss"] == approx(results[1]["loss"], terms=TERMS)
     printed = command("evaluate", f"--workdir={trained[0]}", f"--source={path}", "--step=15")
     assert re.search(r"step\s+15\b", printed) and "perplexity" in printed
     assert len(pretraining_split(trained[0], "validation")[0][0]) == lines(trained[0], "evaluations")[0][
@@ -414,7 +417,7 @@ def test_weights_of_another_run_to_start_from(trained, text, tmp_path):
     assert pretrain(tiny(text, eval__batches=0, steps=1, **same), str(tmp_path / "run")) is True
     first = lines(tmp_path / "run", "evaluations")[0]
     assert first["step"] == 0
-    assert first["loss"] == pytest.approx(lines(trained[0], "evaluations")[-1]["loss"], rel=1e-5)
+    assert first["loss"] == approx(lines(trained[0], "evaluations")[-1]["loss"], terms=TERMS)
     with pytest.raises(InputError, match=r"model.n_layer=2, this run 3"):
         pretrain(tiny(text, model__n_layer=3, **same), str(tmp_path / "other"))
 

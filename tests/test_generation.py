@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from numerics import assert_close, model_terms
 from test_gpt import random_params
 
 from gptjax.errors import InputError
@@ -79,7 +80,7 @@ def test_cached_logits_equal_the_full_forward(name, apart):
     assert kv["k"].shape == (3, 3, 2, width, 8)
     prefilled = np.asarray(gpt.logits(params, c, x))
     for i, n in enumerate(lengths):
-        np.testing.assert_allclose(prefilled[i, width - n :], full[i, :n], atol=1e-5)
+        assert_close(prefilled[i, width - n :], full[i, :n], terms=model_terms(c))
 
     cache = jax.tree.map(lambda a: jnp.pad(a, ((0, 0), (0, 0), (0, 0), (0, new), (0, 0))), kv)
     filled = jnp.asarray(np.concatenate([real, np.ones((3, new), bool)], 1))
@@ -91,7 +92,7 @@ def test_cached_logits_equal_the_full_forward(name, apart):
         at = lengths[:, None] + done + np.arange(n)
         x, cache = step(np.take_along_axis(rows, at, 1), at, cache, width + done)
         expected = np.take_along_axis(full, at[..., None], 1)
-        np.testing.assert_allclose(gpt.logits(params, c, x), expected, atol=1e-5)
+        assert_close(gpt.logits(params, c, x), expected, terms=model_terms(c))
         done += n
 
 
@@ -262,7 +263,7 @@ def exact(s: Sampling):
 def test_samples_follow_the_exact_truncated_distribution(s, kept):
     expected = exact(s)
     assert (expected > 0).sum() == kept
-    np.testing.assert_allclose(jax.nn.softmax(filtered_logits(jnp.asarray(LOGITS), s)), expected, atol=1e-6)
+    assert_close(jax.nn.softmax(filtered_logits(jnp.asarray(LOGITS), s)), np.array(expected), terms=2 * len(LOGITS))
     n = 20_000
     keys = jax.random.split(jax.random.key(7), n)
     tokens = np.asarray(jax.jit(jax.vmap(lambda key: sample(jnp.asarray(LOGITS), key, s)))(keys))

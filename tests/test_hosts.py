@@ -49,7 +49,7 @@ def test_nothing_set_is_one_process(surroundings):
     assert roll.find_job(300) is None
     with hosts.join({}, "w"):
         assert jax.process_count() == 1
-    assert time.monotonic() - began < 1
+    assert time.monotonic() - began < 150  # it did not wait the 300 s for others
 
 
 def test_a_job_by_hand(surroundings):
@@ -110,7 +110,7 @@ def test_facts():
 # --- the roll call ------------------------------------------------------------------------------------------
 
 
-def call(present, count, limit=0.8, port=None, **changed):
+def call(present, count, limit=2.0, port=None, **changed):
     """What each process of `present` got: its answer, or its InputError. changed: {'p1': facts}."""
     address, got = f"127.0.0.1:{port or free_port()}", {}
 
@@ -144,14 +144,14 @@ def test_all_came():
 def test_who_is_missing_is_named_to_all():
     began = time.monotonic()
     got = call([0, 2], 4)
-    assert time.monotonic() - began < 5
+    assert time.monotonic() - began < 15  # 2 s, and what a busy machine takes
     for text in got.values():
-        assert "2 of 4 processes did not come within 1 s: 1, 3." in text
+        assert "2 of 4 processes did not come within 2 s: 1, 3." in text
         assert "process 0 (host0), process 2 (host1)" in text
 
 
 def test_process_0_is_missing():
-    assert "process 0 did not come within 1 s" in call([1], 2)[0]
+    assert "process 0 did not come within 2 s" in call([1], 2)[0]
 
 
 def test_who_differs_is_named_to_all():
@@ -164,7 +164,7 @@ def test_who_differs_is_named_to_all():
 
 def test_two_of_one_id():
     got = call([0, 1, 1], 3)
-    assert all("two processes have the id 1" in text and "come within 1 s: 2." in text for text in got.values())
+    assert all("two processes have the id 1" in text and "come within 2 s: 2." in text for text in got.values())
 
 
 def test_a_taken_port():
@@ -190,7 +190,7 @@ def watched(monkeypatch):
 
 
 def ended(ends, count):
-    for _ in range(200):
+    for _ in range(2000):
         if len(ends) == count:
             break
         time.sleep(0.01)
@@ -224,8 +224,8 @@ def test_a_stuck_process_says_where_and_ends():
     stuck = (
         "import time; from gptjax.training.loop import ends_when_stuck\n"
         "def waits_for_good(): time.sleep(60)\n"
-        "with ends_when_stuck(0.5) as alive:\n"
-        "    for i in range(3): time.sleep(0.3); alive()\n"
+        "with ends_when_stuck(1.5) as alive:\n"
+        "    for i in range(6): time.sleep(0.3); alive()\n"
         "    print('alive', flush=True); waits_for_good()"
     )
     done = subprocess.run([sys.executable, "-c", stuck], capture_output=True, text=True, timeout=50, cwd=ROOT)

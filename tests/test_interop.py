@@ -16,6 +16,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 from flax.traverse_util import flatten_dict, unflatten_dict
+from numerics import assert_close, model_terms
 from safetensors.numpy import load_file, save_file
 
 from gptjax.data.tokenizer import Tokenizer, character_tokenizer, train_bpe
@@ -449,7 +450,7 @@ def test_trained_weights_reproduce_every_intermediate_tensor(sort_model, path):
         }
     assert found.keys() == expected.keys()
     for name, value in expected.items():
-        np.testing.assert_allclose(found[name], value, rtol=2e-5, atol=5e-6, err_msg=name)
+        assert_close(found[name], value, terms=model_terms(config), err_msg=name)
 
 
 @needs_sort

@@ -6,9 +6,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from numerics import approx, assert_close
 from runs import assert_same_run, lines, until_sigterm
 from test_resume import STOP, text, tiny  # noqa: F401 (a fixture)
-from test_sharding import F32, MODEL, OPTIMIZER, train
+from test_sharding import F32, MODEL, OPTIMIZER, TERMS, train
 
 from gptjax.errors import InputError
 from gptjax.model import gpt, heads
@@ -53,7 +54,7 @@ def test_part_by_part_is_the_whole(name, finite):
     found = params, jax.tree.map(to_host, state, moments(tx, state))
     for grads in (first, second):
         expected, found = jax.jit(optimise)(*expected, grads), jax.jit(away)(*found, grads)
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6, atol=1e-7), found, expected)
+    assert_close(found, expected, terms=2 * 8)
     moved = jax.tree.map(lambda a, b: bool((a != b).any()), found[0], params)
     assert set(jax.tree.leaves(moved)) == {finite}
     assert int(found[1][0].count if name == "adamw" else found[1].count) == 2 * finite
@@ -64,8 +65,7 @@ def test_training_with_the_moments_on_the_host():
     _, _, state, metrics = train(MESH, jax.devices())
     _, _, away, found = train(MESH, jax.devices(), AWAY)
     jax.tree.map(np.testing.assert_array_equal, found, metrics)
-    close = lambda a, b: np.testing.assert_allclose(np.asarray(a), np.asarray(b), rtol=0, atol=3e-8)
-    jax.tree.map(close, away.params, state.params)
+    assert_close(away.params, state.params, terms=3)
     assert on_host(away.opt_state) == {"pinned_host"} and on_host(state.opt_state) == {"device"}
     assert int(away.opt_state[0].count) == 3
     for a, b in zip(jax.tree.leaves(away.opt_state), jax.tree.leaves(state.opt_state), strict=True):
@@ -83,7 +83,7 @@ def test_saved_and_taken_up_again(text, tmp_path):  # noqa: F811
         assert pretrain(config(True), str(tmp_path / name)) is True
     assert_same_run(tmp_path / "parts", tmp_path / "straight", 25)
     a, b = (lines(tmp_path / name) for name in ("began without", "straight"))
-    np.testing.assert_allclose([m["loss"] for m in a], [m["loss"] for m in b], rtol=1e-6)
+    assert [m["loss"] for m in a] == approx([m["loss"] for m in b], terms=TERMS)
 
 
 def test_where_it_can_not_be():

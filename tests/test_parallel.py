@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
+from numerics import approx, assert_close, model_terms
 
 from gptjax.generation.decode import generate
 from gptjax.generation.sampling import Sampling
@@ -23,6 +24,7 @@ from gptjax.training.step import batch_sharding
 
 ROWS, TIME, VOCAB = 8, 16, 61  # a vocabulary that nothing divides
 MODEL = GPTConfig(VOCAB, n_layer=2, n_head=4, d_model=32, context_length=TIME)
+TERMS = model_terms(MODEL, 3 * ROWS)  # comparisons have three texts a row
 # GPT-1's order, dropout and band, a head of its own.
 DROPPED = dataclasses.replace(MODEL, norm="post", dropout=0.2, local_window=5, tied_head=False)
 MESHES = {
@@ -106,12 +108,9 @@ def test_a_stage_on_eight_devices_is_one_device(stage, mesh):
     total, count, grads = expected(stage)
     with use(MESHES[mesh].rules):
         found, found_count, found_grads = gradient(stage, make_mesh(MESHES[mesh]))
-    assert found == pytest.approx(total, rel=1e-5) and found_count == count
+    assert found == approx(total, terms=TERMS) and found_count == count
     largest = max(np.abs(g).max() for g in jax.tree.leaves(grads))
-    for (path, a), b in zip(jax.tree_util.tree_leaves_with_path(found_grads), jax.tree.leaves(grads), strict=True):
-        # The gradient of the keys' bias is 0 but for rounding.
-        limit = 1e-5 * max(np.abs(b).max(), 0.01 * largest)
-        np.testing.assert_allclose(a, b, rtol=0, atol=limit, err_msg=jax.tree_util.keystr(path))
+    assert_close(found_grads, grads, terms=TERMS, scale=0.01 * largest)  # the keys' bias: 0 but for rounding
 
 
 def test_sampling_on_a_mesh_is_sampling_on_one_device():

@@ -23,6 +23,7 @@ from alignment_runs import (
     write,
 )
 from conftest import ROOT
+from numerics import approx, assert_close, model_terms, tolerance
 from runs import arrays, lines, one_device_environment, without_times
 
 from gptjax import ppo as stage
@@ -30,6 +31,7 @@ from gptjax.data.corpus import text_windows
 from gptjax.data.prompts import PromptBatches, PromptConfig, load_prompts
 from gptjax.errors import InputError
 from gptjax.generation.sampling import Sampling
+from gptjax.model.spec import GPTConfig
 from gptjax.parallel.mesh import MeshConfig, make_mesh
 from gptjax.ppo import ppo
 from gptjax.pretrain import pretrain
@@ -57,6 +59,8 @@ WHOLE = {  # everything an iteration can depend on is at work
     "kl__coefficient": 0.1, "optimizer__learning_rate": 1e-3,
 }  # fmt: skip
 LIKED = ("ba", "la")
+# How far log-probabilities of up to 10 may lie apart in two programs, and so their ratio from 1.
+ROUNDING = 10 * tolerance(model_terms(GPTConfig(300, n_layer=2, n_head=4, d_model=32, context_length=48)))
 
 
 @pytest.fixture(autouse=True)
@@ -115,10 +119,10 @@ def test_every_figure_is_there(straight):
         assert m["time/rollout"] > 0 and m["tokens_per_second/rollout"] > 0
         assert 0 < m["response/length"] <= RESPONSE and 0 <= m["response/eos_rate"] <= 1
         assert m["policy/ratio_min"] <= m["policy/ratio_mean"] <= m["policy/ratio_max"]
-        assert m["objective/rlhf_reward"] == pytest.approx(
-            m["objective/score"] + m["objective/non_score_reward"], abs=1e-5
-        )
-        assert m["objective/non_score_reward"] == pytest.approx(-m["kl_coef"] * m["objective/kl"], abs=1e-5)
+        summed = m["objective/score"] + m["objective/non_score_reward"]
+        assert m["objective/rlhf_reward"] == approx(summed, terms=16 * RESPONSE, scale=1)
+        penalty = -m["kl_coef"] * m["objective/kl"]
+        assert m["objective/non_score_reward"] == approx(penalty, terms=16 * RESPONSE, scale=1)
         assert -1 <= m["grad_norm/cosine"] <= 1
 
 
@@ -126,8 +130,8 @@ def test_the_first_kl_is_0_and_every_first_ratio_1(straight):
     metrics = lines(straight[0])
     assert metrics[0]["objective/kl"] == 0.0 and metrics[0]["objective/non_score_reward"] == 0.0
     assert all(m["objective/kl"] != 0 for m in metrics[1:])
-    assert all(m["policy/first_ratio_deviation"] < 1e-4 for m in metrics)
-    assert all(m["policy/rollout_logp_diff"] < 1e-4 for m in metrics)
+    assert all(m["policy/first_ratio_deviation"] < ROUNDING for m in metrics)
+    assert all(m["policy/rollout_logp_diff"] < ROUNDING for m in metrics)
     assert all(m["policy/ratio_max"] > 1.001 for m in metrics)  # there was something to get wrong
 
 
@@ -147,7 +151,7 @@ def test_the_kl_coefficient_is_steered_once_an_iteration(straight):
     metrics = lines(straight[0])
     expected = 0.1
     for m in metrics:
-        assert m["kl_coef"] == pytest.approx(expected, rel=1e-5)
+        assert m["kl_coef"] == approx(expected, terms=4 * 8)
         expected *= 1 + np.clip(m["objective/kl"] / 0.05 - 1, -0.2, 0.2) * 16 / 100
     for m, after in itertools.pairwise(metrics):
         assert (after["kl_coef"] > m["kl_coef"]) is (m["objective/kl"] > 0.05)
@@ -182,7 +186,7 @@ def test_the_average_by_hand(straight, tuned):
     assert kept == [3, 4]
     before, after = arrays(workdir, 3), arrays(workdir, 4)
     expected = 0.992 * before["params['wte']"] + 0.008 * after["training['policy']['wte']"]
-    np.testing.assert_allclose(after["params['wte']"], expected, atol=1e-7)
+    assert_close(after["params['wte']"], expected, terms=3)
     assert np.abs(after["params['wte']"] - before["params['wte']"]).max() > 1e-6
 
 
@@ -367,7 +371,7 @@ def test_a_planted_rule_is_learnt(ruled, tmp_path, shared):
     assert ppo(ruled(shared_trunk=shared, **LEARNS), str(tmp_path / "run"), share) is True
     score = [m["objective/score"] for m in lines(tmp_path / "run")]
     assert np.mean(score[:2]) < 0.3 and np.mean(score[-3:]) > 0.6
-    assert [m["policy/first_ratio_deviation"] < 1e-4 for m in lines(tmp_path / "run")] == [True] * 15
+    assert [m["policy/first_ratio_deviation"] < ROUNDING for m in lines(tmp_path / "run")] == [True] * 15
     values = {k.split("']")[1] for k in arrays(tmp_path / "run", 15) if k.startswith("training['value']")}
     assert (values == {"['head"}) is shared
     assert not {"loss/ptx", "grad_norm/ptx", "grad_norm/cosine"} & lines(tmp_path / "run")[0].keys()
@@ -395,10 +399,10 @@ def test_a_reward_model_and_a_rule_are_summed(config, ruled, tmp_path):
     of_rule = first_scores(ruled(**options), tmp_path / "rule", reward_fn=share)[1]
     for other in (of_model, of_rule):
         assert other[1]["tokens"].tobytes() == of_both[1]["tokens"].tobytes()  # the same noise, the same responses
-    np.testing.assert_allclose(of_both[0], of_model[0] + of_rule[0], atol=1e-6)
+    assert_close(of_both[0], of_model[0] + of_rule[0], terms=2, scale=np.abs(of_model[0]).max())
     assert of_model[0].std() > 0.1 and of_rule[0].std() > 0.01
     line = lines(tmp_path / "both")[0]
-    assert line["objective/score"] == pytest.approx(float(of_both[0].mean()), abs=1e-5)
+    assert line["objective/score"] == approx(float(of_both[0].mean()), terms=16, scale=np.abs(of_both[0]).max())
 
 
 def test_scores_are_the_normalised_reward_models(config, judge, tmp_path):
@@ -410,7 +414,7 @@ def test_scores_are_the_normalised_reward_models(config, judge, tmp_path):
     prompts = [r[:slots][m[:slots] > 0] for r, m in zip(tokens, real, strict=True)]
     responses = [r[slots:][m[slots:] > 0] for r, m in zip(tokens, real, strict=True)]
     assert len({len(p) for p in prompts}) > 1 and len({len(r) for r in responses}) > 1
-    np.testing.assert_allclose(seen[0], model.score(prompts, responses), atol=1e-4)
+    assert_close(seen[0], model.score(prompts, responses), terms=model_terms(model.config))
 
 
 def test_what_a_callable_gets(ruled, alignment, tuned, tmp_path):
@@ -477,9 +481,8 @@ def test_a_response_without_an_end_gets_the_score_of_one(ruled, tmp_path):
     )
     line = lines(tmp_path / "run")[0]
     assert 0 < line["response/eos_rate"] < 1
-    assert line["objective/score"] == pytest.approx(
-        line["response/eos_rate"] - 7 * (1 - line["response/eos_rate"]), abs=1e-5
-    )
+    expected = line["response/eos_rate"] - 7 * (1 - line["response/eos_rate"])
+    assert line["objective/score"] == approx(expected, terms=16, scale=7)
 
 
 def gold(prompts, responses):

@@ -10,8 +10,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from numerics import approx, assert_close, model_terms
 
-from experiments.ppo_exact.bed import EOS, LENGTH, Bed, responses
+from experiments.ppo_exact.bed import EOS, LENGTH, MODEL, Bed, responses
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -29,14 +30,14 @@ def test_there_are_341_responses_each_once():
 
 
 def test_probabilities_sum_to_1(bed):
-    np.testing.assert_allclose(jnp.exp(bed.log_ref).sum(1), 1.0, atol=1e-5)
-    np.testing.assert_allclose(jnp.exp(bed.log_optimum).sum(1), 1.0, atol=1e-5)
+    for log_p in (bed.log_ref, bed.log_optimum):
+        assert_close(jnp.exp(log_p).sum(1), np.ones(3), terms=model_terms(MODEL))
 
 
 def test_the_reference_has_closed_nothing_and_the_optimum_all(bed):
     figures = bed.figures(bed.reference)
     assert figures["gap"] == 0.0 and figures["kl_to_reference"] == 0.0 and figures["kl_to_optimum"] > 1.0
-    assert float(bed.objective(bed.log_optimum)) == pytest.approx(bed.j_optimum, abs=1e-5)
+    assert float(bed.objective(bed.log_optimum)) == approx(bed.j_optimum, terms=3 * 341, scale=1)
 
 
 def test_no_policy_beats_the_optimum(bed):

@@ -17,6 +17,7 @@ from alignment_runs import (
     template,
     write,
 )
+from numerics import approx, assert_close, model_terms
 from runs import assert_same_run, lines, until_sigterm
 
 from gptjax import reward as stage
@@ -105,7 +106,7 @@ def test_validation_loss_by_hand(judge, model, alignment):
         r = model.score([x.prompt] * len(x.ranks), x.completions).astype(np.float64)
         pairs = [r[i] - r[j] for i, a in enumerate(x.ranks) for j, b in enumerate(x.ranks) if a < b]
         losses.append(np.mean(np.log1p(np.exp(-np.array(pairs)))))
-    assert lines(judge, "evaluations")[-1]["loss"] == pytest.approx(np.mean(losses), rel=1e-4)
+    assert lines(judge, "evaluations")[-1]["loss"] == approx(np.mean(losses), terms=model_terms(model.config))
 
 
 def test_each_completion_is_forwarded_once(tuned, alignment, tmp_path, monkeypatch):
@@ -169,7 +170,8 @@ def test_demonstrations_score_0_on_average(judge, model, mesh, alignment, tmp_pa
     assert abs(after.mean()) < 1e-4 < abs(before.mean())
     assert result(judge)["demonstrations"] == len(demos) and abs(result(judge)["mean_after"]) < 1e-4
     assert before.mean() == pytest.approx(result(judge)["mean_before"], abs=1e-4)
-    np.testing.assert_allclose(after, before - before.mean(), atol=1e-5)  # a bias alone: no margin is changed
+    # a bias alone: no margin is changed
+    assert_close(after, before - before.mean(), terms=len(before), scale=np.abs(before).max())
     assert result(judge)["gain"] == 1.0 and len(rows) > len(demos)
 
 
@@ -213,9 +215,8 @@ def test_other_normalisations(tuned, alignment, mesh, tmp_path, kind):
     model = load_reward_model(tmp_path / "run", mesh=mesh)
     unscaled = raw(tmp_path / "run", mesh, tmp_path)
     rows = [{**r, "response": r["completions"][0]} for r in comparisons(10, seed=5)]
-    np.testing.assert_allclose(
-        scores(model, rows, "response"), found["gain"] * scores(unscaled, rows, "response") + found["bias"], atol=1e-4
-    )
+    expected = found["gain"] * scores(unscaled, rows, "response") + found["bias"]
+    assert_close(scores(model, rows, "response"), expected, terms=9, scale=abs(found["bias"]))
     if kind == "none":
         assert (found["gain"], found["bias"]) == (1.0, 0.0)
         return
@@ -232,7 +233,7 @@ def test_the_score_is_read_at_end_of_text_and_nothing_after_it_counts(model):
     prompt, response = t.prompt("ba ko"), t.response(f"mi {LIKED} ru")
     alone = model.score([prompt], [response])
     with_others = model.score([prompt, prompt], [response, t.response("mi ko ru te fo la ni ba ko mi ru te")])
-    assert alone[0] == pytest.approx(with_others[0], abs=1e-5)
+    assert alone[0] == approx(with_others[0], terms=model_terms(model.config), scale=1)
     assert abs(alone[0] - model.score([prompt], [t.response("mi ko ru")])[0]) > 0.5
     tokens = np.zeros((1, 32), np.int32)
     n = len(prompt) + len(response)
@@ -247,7 +248,7 @@ def test_scoring_more_than_one_batch_keeps_the_order(model):
     t, rows = template_of(model), [{**r, "response": r["completions"][0]} for r in comparisons(13, seed=6)]
     together = scores(model, rows, "response")
     parts = model.score([t.prompt(r["prompt"]) for r in rows], [t.response(r["response"]) for r in rows], rows=4)
-    np.testing.assert_allclose(together, parts, atol=1e-5)
+    assert_close(together, parts, terms=model_terms(model.config))
     with pytest.raises(InputError, match="longer than the reward model's context of 48"):
         model.score([[1] * 40], [[1] * 9])
 

@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from numerics import assert_close, model_terms
 
 from gptjax.data.tokenizer import character_tokenizer, load_gpt1, train_bpe
 from gptjax.interop import huggingface
@@ -23,7 +24,6 @@ NEEDS = "needs torch and transformers: pip install -r requirements-peers.txt"
 torch = pytest.importorskip("torch", reason=NEEDS)
 transformers = pytest.importorskip("transformers", reason=NEEDS)
 
-TOLERANCE = 2e-5  # of a float32 logit of size about 1
 SHAPES = [  # vocabulary, layers, heads, width, context
     GPTConfig(61, 1, 1, 16, 9),
     GPTConfig(97, 3, 4, 32, 40),
@@ -88,7 +88,7 @@ def test_weights_of_transformers_give_its_logits(tmp_path, shape, norm, tied):
     tokens = tokens_for(config)
     ours, theirs = our_logits(config, params, tokens), their_logits(model, tokens)
     assert 0.3 < theirs.std() < 5  # or the tolerance would mean nothing
-    np.testing.assert_allclose(ours, theirs, rtol=0, atol=TOLERANCE)
+    assert_close(ours, theirs, terms=model_terms(config))
 
 
 @shapes
@@ -103,7 +103,7 @@ def test_our_weights_give_our_logits_in_transformers(tmp_path, shape, norm, tied
     tokens = tokens_for(config)
     ours, theirs = our_logits(config, params, tokens), their_logits(model, tokens)
     assert 0.3 < ours.std() < 5
-    np.testing.assert_allclose(ours, theirs, rtol=0, atol=TOLERANCE)
+    assert_close(ours, theirs, terms=model_terms(config))
 
 
 def test_transformers_saves_an_export_in_shards_that_are_read_back(tmp_path):
@@ -116,9 +116,7 @@ def test_transformers_saves_an_export_in_shards_that_are_read_back(tmp_path):
     found, params = huggingface.read(tmp_path / "b")
     assert found == config
     tokens = tokens_for(config, time=11)
-    np.testing.assert_allclose(
-        our_logits(found, params, tokens), their_logits(model.float(), tokens), rtol=0, atol=TOLERANCE
-    )
+    assert_close(our_logits(found, params, tokens), their_logits(model.float(), tokens), terms=model_terms(found))
 
 
 # --- Text -------------------------------------------------------------------------------------------------
