@@ -340,8 +340,9 @@ def test_a_bad_row_can_be_reported_and_passed_over(tmp_path):
     path = tmp_path / "x.jsonl"
     path.write_bytes(b'{"a": 1}\n{oops\n[2]\n{"a": 3}\n')
     bad = []
-    assert [row.value for row in rows(str(path), bad.append)] == [{"a": 1}, {"a": 3}]
-    assert [str(error).split(": ")[0] for error in bad] == [f"{path}:2", f"{path}:3"]
+    assert [row.value for row in rows(str(path), lambda *told: bad.append(told))] == [{"a": 1}, {"a": 3}]
+    assert [where for where, _ in bad] == [f"{path}:2", f"{path}:3"]
+    assert "isn't JSON" in str(bad[0][1]) and str(bad[1][1]).startswith("the row is a JSON list")
 
 
 # --- links ------------------------------------------------------------------------------------------------

@@ -128,7 +128,7 @@ def _part_documents(part: Part, text_field: str, lines: bool, in_directory: bool
         try:
             for number, where, row in _json_rows(part):
                 if isinstance(row, InputError):
-                    raise row
+                    raise InputError(f"{where}: {row}")
                 text = row if isinstance(row, str) else text_of(row, text_field, where)
                 yield Document(f"{part.label}:{number}", text)
             return
@@ -216,7 +216,7 @@ def _json_rows(part: Part) -> Iterator[tuple[int, str, Any]]:
             try:
                 row = parse_json(line)
             except ValueError as error:  # also bytes that aren't UTF-8
-                row = InputError(f"{where}: the line isn't JSON that can be read ({error}); fix or remove it")
+                row = InputError(f"the line isn't JSON that can be read ({error}); fix or remove it")
             yield number, where, row
 
 

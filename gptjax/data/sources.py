@@ -75,13 +75,14 @@ def documents(
         )
 
 
-def rows(source: str, bad: Callable[[InputError], None] | None = None) -> Iterator[Row]:
+def rows(source: str, on_bad: Callable[[str, InputError], None] | None = None) -> Iterator[Row]:
     """Rows of a source with all their fields, in sorted order of files.
 
     source: .jsonl or .ndjson, a .json file that holds a list of objects or an object a line (all of them also
     compressed: .gz, .bz2, .xz, .zst, .lz4, .zip), .parquet, a directory or glob pattern of those, or
     hf:NAME[:CONFIG][:SPLIT]. A value that has no Python form (formats.Unreadable) is an error only where it is used.
-    bad: called with the error of each row that isn't a JSON object, which is then left out; None: the error is raised.
+    on_bad: gets the place and the error of a line that isn't JSON or a row that isn't an object, and reading goes on;
+    None: they are raised.
 
     InputError: missing, empty, damaged, a row that isn't an object, a file of another kind. In a directory, files of
     other kinds are skipped with one warning that names them, but not where they are most of its bytes.
@@ -89,17 +90,15 @@ def rows(source: str, bad: Callable[[InputError], None] | None = None) -> Iterat
     found = False
     for where, value in (_hub_rows if source.startswith("hf:") else _file_rows)(source):
         found = True
-        if not isinstance(value, dict):
-            error = value
-            if not isinstance(value, InputError):
-                error = InputError(
-                    f"{where}: the row is a JSON {type(value).__name__}, not an object; fix or remove it"
-                )
-            if bad is None:
-                raise error
-            bad(error)
+        if isinstance(value, dict):
+            yield Row(where, value)
             continue
-        yield Row(where, value)
+        error = value
+        if not isinstance(error, InputError):
+            error = InputError(f"the row is a JSON {type(value).__name__}, not an object; fix or remove it")
+        if on_bad is None:
+            raise InputError(f"{where}: {error}")
+        on_bad(where, error)
     if not found:
         raise InputError(f"source {source!r} is empty: it holds no rows; name one that has some")
 
