@@ -1,17 +1,22 @@
 """Sources: what each kind yields, in what order, under what name, and every refusal."""
 
+import bz2
 import gzip
+import io
 import json
+import lzma
 import os
 import sys
 import types
 import warnings
+import zipfile
 
 import fsspec
 import pyarrow
 import pyarrow.parquet
 import pytest
 
+from gptjax.data.formats import python_values
 from gptjax.data.sources import Document, Row, documents, fingerprint, rows
 from gptjax.errors import InputError
 
@@ -86,13 +91,13 @@ def test_directory(tmp_path):
     (tmp_path / "sub" / ".git").mkdir(parents=True)
     (tmp_path / "sub" / ".git" / "config").write_text("hidden")
     (tmp_path / ".hidden.txt").write_text("hidden")
-    (tmp_path / "sub" / "b.md").write_text("b")
+    (tmp_path / "sub" / "b.md").write_text("b" * 20_000)
     (tmp_path / "empty.txt").write_text("")
     (tmp_path / "a.jsonl").write_text('{"text": "j1"}\n{"text": "j2"}\n')
     parquet(tmp_path / "c.parquet", text=["p"])
     (tmp_path / "picture.png").write_bytes(b"\x89PNG\0\0")
     (tmp_path / "late.bin").write_bytes(b"a" * 9000 + b"\xff")
-    with pytest.warns(UserWarning, match="skipped 2 binary files.*late.bin") as caught:
+    with pytest.warns(UserWarning, match="skipped 2 files.*: 'late.bin', 'picture.png'$") as caught:
         rows = read(tmp_path)
     assert len(caught) == 1
     assert [d.name for d in rows] == ["a.jsonl:1", "a.jsonl:2", "c.parquet:1", "sub/b.md"]
@@ -262,7 +267,9 @@ def test_rows_of_each_kind(tmp_path):
         path = tmp_path / name
         path.write_bytes(gzip.compress(lines) if name.lower().endswith("gz") else lines)
         assert list(rows(str(path))) == [Row(f"{path}:1", values[0]), Row(f"{path}:3", values[1])]
-    (tmp_path / "x.json").write_text(json.dumps(values))
+    (tmp_path / "x.json").write_bytes(lines)  # an object a line, named .json
+    assert [row.value for row in rows(str(tmp_path / "x.json"))] == values
+    (tmp_path / "x.json").write_text(json.dumps(values, indent=1))
     parquet(tmp_path / "x.parquet", a=[1, 2], b=[["x", None], ["é"]])
     for name in ("x.json", "x.parquet"):
         path = tmp_path / name
@@ -284,7 +291,7 @@ def test_rows_of_a_directory_and_a_glob(tmp_path):
     assert [row.value["n"] for row in rows(str(tmp_path))] == [0, 1, 2]
     assert [row.value["n"] for row in rows(str(tmp_path / "b" / "*.jsonl"))] == [2]
     (tmp_path / "README.md").write_text("about")
-    with pytest.warns(UserWarning, match="skipped 1 files that hold no rows, first 'README.md'"):
+    with pytest.warns(UserWarning, match="skipped 1 files that hold no rows: 'README.md'$"):
         assert [row.value["n"] for row in rows(str(tmp_path))] == [0, 1, 2]
     with pytest.raises(InputError, match=r"README.md holds no rows.*\.jsonl, \.ndjson.*\.json, \.parquet or hf:NAME"):
         list(rows(str(tmp_path / "*.*")))
@@ -309,8 +316,10 @@ def test_rows_of_hugging_face(monkeypatch):
         ("x.jsonl", b"\n", "is empty: it holds no rows"),
         ("x.json", b"[]", "is empty: it holds no rows"),
         ("x.json", b'[{"a": 1}, 7]', "x.json: row 2: the row is a JSON int"),
-        ("x.json", b'{"a": 1}', "x.json is a JSON dict, not a list of objects"),
-        ("x.json", b'{"a": 1}\n{"a": 2}', "x.json isn't one JSON value.*name it .jsonl"),
+        ("x.json", b'{"a": 1}', "x.json holds one JSON dict, not a list of objects"),
+        ("x.json", b'{"data": [{"a": 1}]}', "x.json holds one JSON dict.*its field 'data' holds a list"),
+        ("x.json", b'{"a": 1,\n', "x.json isn't JSON that can be read"),
+        ("x.json", b'{"a": 1}\n{oops\n', "x.json:2: the line isn't JSON"),
         ("x.parquet", b"PAR1 but not really", "x.parquet isn't a whole Parquet file"),
         ("x.jsonl.gz", gzip.compress(b'{"a": 1}\n' * 999, mtime=0)[:-20], "x.jsonl.gz is a damaged gzip"),
         ("x.txt", b"text", "x.txt holds no rows that can be read: rows come from .jsonl"),
@@ -325,3 +334,298 @@ def test_bad_rows_are_named(tmp_path, name, data, message):
 def test_rows_of_what_is_missing(tmp_path):
     with pytest.raises(InputError, match="doesn't exist"):
         list(rows(str(tmp_path / "x.jsonl")))
+
+
+def test_a_bad_row_can_be_reported_and_passed_over(tmp_path):
+    path = tmp_path / "x.jsonl"
+    path.write_bytes(b'{"a": 1}\n{oops\n[2]\n{"a": 3}\n')
+    bad = []
+    assert [row.value for row in rows(str(path), lambda *told: bad.append(told))] == [{"a": 1}, {"a": 3}]
+    assert [where for where, _ in bad] == [f"{path}:2", f"{path}:3"]
+    assert "isn't JSON" in str(bad[0][1]) and str(bad[1][1]).startswith("the row is a JSON list")
+
+
+# --- links ------------------------------------------------------------------------------------------------
+
+
+def test_links_are_followed(tmp_path):
+    """As the Hub's cache: files under hashes in one folder, links to them under names in another."""
+    blobs, snapshot = tmp_path / "blobs", tmp_path / "snapshots" / "abc"
+    blobs.mkdir()
+    snapshot.mkdir(parents=True)
+    for i in range(6):
+        (blobs / f"hash{i}").write_text(f"document {i}")
+        (snapshot / f"{i}.txt").symlink_to(f"../../blobs/hash{i}")
+    (tmp_path / "folder").symlink_to("snapshots")
+    expected = [f"document {i}" for i in range(6)]
+    for source in (snapshot, tmp_path / "folder", tmp_path / "folder" / "*" / "*.txt", snapshot / "**"):
+        assert [d.text for d in read(source)] == expected
+    (tmp_path / "one.txt").symlink_to("blobs/hash3")
+    assert read(tmp_path / "one.txt") == [Document("one.txt", "document 3")]
+    before = fingerprint(str(snapshot))
+    (blobs / "hash3").write_text("something else")
+    assert fingerprint(str(snapshot)) != before
+
+
+def test_a_file_seen_twice_through_links_is_read_once(tmp_path):
+    """Else a document could be trained on and held out at once."""
+    (tmp_path / "a.txt").write_text("a")
+    (tmp_path / "z").write_text("b")  # its link has a suffix
+    (tmp_path / "latest.txt").symlink_to("a.txt")
+    (tmp_path / "b.txt").symlink_to("z")
+    with pytest.warns(UserWarning, match="read once 2 files that links show again: 'latest.txt', 'z'"):
+        assert read(tmp_path) == [Document("a.txt", "a"), Document("b.txt", "b")]
+
+
+def test_link_loops_and_broken_links_are_named(tmp_path):
+    (tmp_path / "sub").mkdir()
+    for name in ("a.txt", "sub/b.txt"):
+        (tmp_path / name).write_text(name)
+    (tmp_path / "sub" / "up").symlink_to("..")
+    (tmp_path / "gone.txt").symlink_to("nowhere.txt")
+    (tmp_path / "itself").symlink_to("itself")
+    with pytest.warns(UserWarning, match="2 links to files that aren't there: 'gone.txt', 'itself'.*: 'sub/up'"):
+        assert [d.name for d in read(tmp_path)] == ["a.txt", "sub/b.txt"]
+    with pytest.raises(InputError, match=r"1 links point to files that aren't there: 'gone.txt'"):
+        read(tmp_path / "*.txt")
+    assert [d.name for d in read(tmp_path / "sub" / "**" / "*.txt")] == ["b.txt"]
+    with pytest.raises(InputError, match="a link to nowhere.txt, which isn't there"):
+        read(tmp_path / "gone.txt")
+
+
+# --- compressed -------------------------------------------------------------------------------------------
+
+
+def zipped(data, name="inside.jsonl"):
+    stream = io.BytesIO()
+    with zipfile.ZipFile(stream, "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr(name, data)
+        archive.writestr("__MACOSX/._x", b"\0")
+    return stream.getvalue()
+
+
+def arrow_compressed(kind):
+    def compress(data):
+        stream = pyarrow.BufferOutputStream()
+        with pyarrow.CompressedOutputStream(stream, kind) as compressing:
+            compressing.write(data)
+        return stream.getvalue().to_pybytes()
+
+    return compress
+
+
+COMPRESSORS = {
+    "gz": gzip.compress,
+    "bz2": bz2.compress,
+    "xz": lzma.compress,
+    "zst": arrow_compressed("zstd"),
+    "lz4": arrow_compressed("lz4"),
+}
+
+
+@pytest.mark.parametrize("suffix", [*COMPRESSORS, "zip"])
+def test_compressed(tmp_path, suffix):
+    compress = COMPRESSORS.get(suffix, zipped)
+    values = [{"text": f"text {i}", "n": i} for i in range(2000)]
+    lines = [(json.dumps(value) + "\n").encode() for value in values]
+    data = compress(b"".join(lines))
+    if suffix != "zip":  # several streams one after another, as parallel compressors write
+        data = compress(b"".join(lines[:999])) + compress(b"") + compress(b"".join(lines[999:]))
+    for name in ("x.jsonl", f"x.json.{suffix}", "x.JSONL." + suffix.upper()):  # by its bytes too
+        if not (suffix == "zip" and name == "x.jsonl"):
+            (tmp_path / name).write_bytes(data)
+            assert [d.text for d in read(tmp_path / name)] == [v["text"] for v in values]
+            assert [row.value for row in rows(str(tmp_path / name))] == values
+    (tmp_path / f"y.txt.{suffix}").write_bytes(compress("\ufeffdonné".encode(), *["y.txt"][: suffix == "zip"]))
+    assert [d.text for d in read(tmp_path / f"y.txt.{suffix}")] == ["donné"]
+
+    for end in (len(data) // 2, len(data) - 1, 2, 0):
+        (tmp_path / f"cut.jsonl.{suffix}").write_bytes(data[:end])
+        for reader in (read, lambda path: list(rows(str(path)))):
+            with pytest.raises(InputError, match=rf"cut.jsonl.{suffix} (is a damaged|isn't a) (\w+) file"):
+                reader(tmp_path / f"cut.jsonl.{suffix}")
+    (tmp_path / f"cut.jsonl.{suffix}").write_text("<html>404</html>")
+    with pytest.raises(InputError, match=f"cut.jsonl.{suffix} isn't a .* file, whatever its name says"):
+        read(tmp_path / f"cut.jsonl.{suffix}")
+
+
+def test_zip_of_several_files(tmp_path):
+    with zipfile.ZipFile(tmp_path / "x.zip", "w") as archive:
+        archive.writestr("b/2.jsonl.gz", gzip.compress(b'{"text": "two"}'))
+        archive.writestr("a.txt", b"one")
+    assert read(tmp_path / "x.zip") == [("x.zip/a.txt", "one"), ("x.zip/b/2.jsonl.gz:1", "two")]
+    with pytest.raises(InputError, match="x.zip/a.txt holds no rows"):
+        list(rows(str(tmp_path / "x.zip")))
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "x.zip").rename(tmp_path / "folder" / "x.zip")
+    (tmp_path / "folder" / "more.jsonl").write_text('{"text": "three"}\n' * 9)
+    with pytest.warns(UserWarning, match="hold no rows: 'x.zip/a.txt'"):
+        assert [row.value["text"] for row in rows(str(tmp_path / "folder"))] == ["three"] * 9 + ["two"]
+
+
+def test_a_folder_stops_where_most_of_it_cannot_be_read(tmp_path):
+    (tmp_path / "README.md").write_text("about")
+    (tmp_path / "corpus.tar").write_bytes(b"text\0" * 1000)
+    with pytest.raises(InputError, match=r"most of source .* 1 of 2 files \(5,000 of 5,005 bytes\).*'corpus.tar'.*\*"):
+        read(tmp_path)
+    (tmp_path / "corpus.tar").unlink()
+    (tmp_path / "train.csv").write_text("a,b\n" * 1000)
+    (tmp_path / "x.jsonl").write_text('{"a": 1}')
+    with pytest.raises(InputError, match=r"most of source .* 2 of 3 .* hold no rows: 'README.md', 'train.csv'"):
+        list(rows(str(tmp_path)))
+
+
+# --- JSON and text as people have them --------------------------------------------------------------------
+
+
+def test_json_is_read_as_rows(tmp_path):
+    values = [{"text": f"t{i}"} for i in range(3)]
+    path = tmp_path / "x.json"
+    for data in (json.dumps(values), json.dumps(values, indent=2), json.dumps([v["text"] for v in values])):
+        path.write_text(data)
+        assert read(path) == [Document(f"x.json:{i + 1}", f"t{i}") for i in range(3)]
+    path.write_text("\n".join(map(json.dumps, values)))
+    assert [d.text for d in read(path)] == ["t0", "t1", "t2"]
+    path.write_text(json.dumps(values[0], indent=1))
+    assert read(path) == [Document("x.json", "t0")]
+    path.write_text(json.dumps([{"body": "b"}]))
+    with pytest.raises(InputError, match="x.json: row 1: no field 'text'; the row has 'body'"):
+        read(path)
+    for data in ('{"body": 1}', "[1, 2]", "{oops"):
+        path.write_text(data)
+        with pytest.raises(InputError, match="name the file .txt"):
+            read(path)
+        (tmp_path / "code.py").write_text("code")
+        assert [d.text for d in read(tmp_path)] == ["code", data]  # in a folder of code it is one more file
+
+
+def test_byte_order_marks(tmp_path):
+    bom = b"\xef\xbb\xbf"
+    (tmp_path / "x.txt").write_bytes(bom + "a\ufeffb".encode())
+    assert [d.text for d in read(tmp_path / "x.txt")] == ["a\ufeffb"]
+    for data in (b'{"text": "a"}\n{"text": "b"}\n', b'\n{"text": "a"}\n{"text": "b"}\n'):
+        for name in ("x.jsonl", "x.json"):
+            (tmp_path / name).write_bytes(bom + data)
+            assert [d.text for d in read(tmp_path / name)] == ["a", "b"]
+            assert [row.value["text"] for row in rows(str(tmp_path / name))] == ["a", "b"]
+    (tmp_path / "x.json").write_bytes(bom + b'[{"text": "a"}]')
+    assert [d.text for d in read(tmp_path / "x.json")] == ["a"]
+    for name in ("x.txt", "x.jsonl"):
+        (tmp_path / name).write_text('{"text": "a"}', encoding="utf-16")
+        with pytest.raises(InputError, match="UTF-16"):
+            read(tmp_path / name)
+
+
+def test_written_end_of_text(tmp_path):
+    (tmp_path / "x.txt").write_text("<|endoftext|>\n".join(f"story {i}\nends\n" for i in range(20)))
+    with pytest.warns(UserWarning, match=r"written 19 times in 1 documents.*document_separator='<\|endoftext\|>'"):
+        assert len(read(tmp_path / "x.txt")) == 1
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        split = read(tmp_path / "x.txt", separator="<|endoftext|>")
+        assert split == [Document(f"x.txt#{i + 1}", f"story {i}\nends") for i in range(20)]
+        (tmp_path / "x.txt").write_text("a\n\nb\r\nc")
+        assert read(tmp_path / "x.txt", separator="<|endoftext|>") == [Document("x.txt", "a\n\nb\r\nc")]
+    assert read(tmp_path / "x.txt", lines=True) == [("x.txt:1", "a"), ("x.txt:3", "b"), ("x.txt:4", "c")]
+    (tmp_path / "x.jsonl").write_text('{"text": "a---b"}\n{"text": "c\\nd"}\n')
+    assert [d.text for d in read(tmp_path / "x.jsonl", separator="---")] == ["a", "b", "c\nd"]
+    assert len(read(tmp_path / "x.jsonl", lines=True)) == 2  # rows are documents already
+    with pytest.raises(InputError, match="separator is empty"):
+        read(tmp_path / "x.txt", separator="")
+
+
+@pytest.mark.parametrize("name, frame", [("x.jsonl", "%s\n"), ("x.json", "[%s]")])
+def test_json_that_python_refuses(tmp_path, name, frame):
+    path = tmp_path / name
+    path.write_text(frame % '{"text": "a", "id": %s}' % ("9" * 20_000))
+    assert [d.text for d in read(path)] == ["a"]
+    (row,) = rows(str(path))
+    assert row.value["text"] == "a" and "20000 digits" in row.value["id"].reason
+    with pytest.raises(InputError, match=f"{name}.*1: field 'id' is an integer of 20000 digits"):
+        read(path, text_field="id")
+    path.write_text(frame % '{"text": "a", "deep": %s1%s}' % ("[" * 100_000, "]" * 100_000))
+    with pytest.raises(InputError, match=f"{name}.*nested too deep"):
+        read(path)
+    with pytest.raises(InputError, match=f"{name}.*nested too deep"):
+        list(rows(str(path)))
+
+
+# --- Parquet ----------------------------------------------------------------------------------------------
+
+
+def test_parquet_values_that_python_lacks(tmp_path):
+    count = 5
+    unreadable = {
+        "nanoseconds": pyarrow.array([1] * count, pyarrow.timestamp("ns")),
+        "time": pyarrow.array([1] * count, pyarrow.time64("ns")),
+        "duration": pyarrow.array([1] * count, pyarrow.duration("ns")),
+        "date": pyarrow.array([10**9] * count, pyarrow.int32()).cast(pyarrow.date32()),
+        "zone": pyarrow.array([1] * count, pyarrow.timestamp("us", "Mars/Olympus")),
+        "bytes": pyarrow.array([b"\xff"] * count).view(pyarrow.string()),
+    }
+    good = {"prompt": ["p"] * count, "n": [1, None, 3, 4, 5]}
+    parquet(tmp_path / "x.parquet", **good, **unreadable)
+    read_rows = list(rows(str(tmp_path / "x.parquet")))
+    assert [row.value["prompt"] for row in read_rows] == good["prompt"]
+    assert [row.value["n"] for row in read_rows] == good["n"]
+    assert {name: type(read_rows[0].value[name]).__name__ for name in unreadable} == dict.fromkeys(
+        unreadable, "Unreadable"
+    )
+    assert [d.text for d in read(tmp_path / "x.parquet", text_field="prompt")] == good["prompt"]
+
+
+def test_parquet_strings_that_are_not_utf8(tmp_path):
+    parquet(tmp_path / "x.parquet", text=pyarrow.array([b"a", None, b"bad\xff"]).view(pyarrow.string()).fill_null("b"))
+    with pytest.raises(InputError, match=r"x.parquet: row 3: field 'text' isn't UTF-8 \(.* byte offset 3\)"):
+        read(tmp_path / "x.parquet")
+
+
+def test_one_unreadable_value_deep_in_a_column(tmp_path):
+    stamp, text = pyarrow.timestamp("ns"), pyarrow.string()
+    kind = pyarrow.list_(pyarrow.struct([("role", text), ("at", stamp)]))
+    turn = lambda at: {"role": "user", "at": at}
+    values = [[turn(1000), turn(1)], None, [], [None, turn(None)]]
+    parquet(tmp_path / "x.parquet", messages=pyarrow.array(values, kind), one=pyarrow.array([7, 1000, None, 1], stamp))
+    found = [row.value for row in rows(str(tmp_path / "x.parquet"))]
+    assert [f["messages"] and [t and t["role"] for t in f["messages"]] for f in found] == [
+        ["user", "user"], None, [], [None, "user"],
+    ]  # fmt: skip
+    unreadable = lambda value: type(value).__name__ == "Unreadable"
+    assert [unreadable(t["at"]) for t in found[0]["messages"]] == [False, True]
+    assert found[3]["messages"][1]["at"] is None
+    assert [unreadable(f["one"]) for f in found] == [True, False, False, True]
+
+
+@pytest.mark.parametrize("kind", [pyarrow.list_, pyarrow.large_list, lambda t: pyarrow.list_(t, 2)])
+def test_values_of_a_slice(kind):
+    array = pyarrow.array([[1, 1000], None, [2000, 3], [1000, 1000]], kind(pyarrow.timestamp("ns")))
+    shown = lambda rows: [row and [v if v is None else type(v).__name__ for v in row] for row in rows]
+    whole = shown(python_values(array))
+    assert whole == [["Unreadable", "datetime"], None, ["datetime", "Unreadable"], ["datetime", "datetime"]]
+    assert shown(python_values(array[1:3])) == whole[1:3]
+    inside = pyarrow.StructArray.from_arrays([array], ["x"])
+    assert shown(r["x"] for r in python_values(inside[1:3])) == whole[1:3]
+
+
+# --- the Hub ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("late", [False, True])
+@pytest.mark.parametrize(
+    "error", [FileNotFoundError("Dataset 'x' doesn't exist\non the Hub"), ConnectionError(), ValueError("Bad split")]
+)
+def test_the_hub_is_not_there(monkeypatch, error, late):
+    def load_dataset(*_, **__):
+        def rows():
+            yield {"text": "a"}
+            raise error
+
+        if not late:
+            raise error
+        return rows()
+
+    monkeypatch.setitem(sys.modules, "datasets", types.SimpleNamespace(load_dataset=load_dataset))
+    for reader in (documents, rows):
+        with pytest.raises(InputError, match="hf:x' can't be read from the Hugging Face Hub") as caught:
+            list(reader("hf:x"))
+        assert "\n" not in str(caught.value) and type(error).__name__ in str(caught.value)

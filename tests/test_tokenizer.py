@@ -379,3 +379,42 @@ def test_unknown_character_beside_specials():
     characters = character_tokenizer(["ab"]).with_specials(["<|pad|>"])
     with pytest.raises(InputError, match="'<'.*isn't in the tokenizer's 2 characters"):
         characters.encode("a<|pad|>")
+
+
+@pytest.mark.parametrize("run", ["x" * 5000, "日本語" * 2000, " " * 5000, "\n" * 5000, "7" * 5000, "=" * 5000])
+def test_long_runs_are_cut_for_training_alone(run, monkeypatch):
+    """The library's training is quadratic in the longest word; its encoding isn't."""
+    given, pieces = [], tok._training_pieces
+    monkeypatch.setattr(tok, "_training_pieces", lambda *a: (given.append(p) or p for p in pieces(*a)))
+    text = f"Some words, then {run} and some more.\n"
+    with pytest.warns(UserWarning, match="1 runs of more than 400"):
+        made = train_bpe([TEXT, text], 300)
+    assert "".join(given) == TEXT + text
+    words = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    spans = [end - begin for piece in given for _, (begin, end) in words.pre_tokenize_str(piece)]
+    assert max(spans) == 400
+    assert made.decode(made.encode(text)) == text
+    assert made.encode(text) == made._engine.encode(text, add_special_tokens=False).ids
+
+
+def test_ordinary_text_is_trained_on_as_it_is():
+    long_lines = TEXT.replace("\n", "") + "a1" * 3000  # long runs without blanks, of short words
+    assert list(tok._training_pieces([TEXT, long_lines], [0])) == [TEXT, long_lines]
+
+
+def test_what_stands_between_documents(bpe, tmp_path):
+    assert bpe.separator_ids == [bpe.eot_id]
+    characters = character_tokenizer(["ab\n"])
+    assert characters.decode(characters.separator_ids) == "\n\n"
+    assert characters.with_specials(["<|endoftext|>"]).separator_ids == [3]
+    with pytest.raises(InputError, match="neither end-of-text nor a line break.*bpe tokenizer"):
+        character_tokenizer(["ab"]).separator_ids  # noqa: B018
+
+
+def test_what_stands_between_documents_of_gpt1(tmp_path):
+    pytest.importorskip("spacy", reason="GPT-1's words need spaCy")
+    tokens = ["<unk>", "a", "a</w>", "\n</w>"]
+    (tmp_path / "encoder_bpe_40000.json").write_text(json.dumps({t: i for i, t in enumerate(tokens)}))
+    (tmp_path / "vocab_40000.bpe").write_text("#version: 0.2\n")
+    gpt1 = load_gpt1(tmp_path)
+    assert gpt1.separator_ids == [3] == gpt1.encode("a\n\na")[1:2]

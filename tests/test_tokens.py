@@ -7,12 +7,15 @@ import signal
 import subprocess
 import sys
 import time
+import warnings
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from gptjax.data import sources, tokens
+from gptjax.data.lm import Windows, warn_if_few
+from gptjax.data.tokenizer import character_tokenizer
 from gptjax.data.tokens import TokenShards, open_shards, prepare
 from gptjax.errors import InputError
 
@@ -387,3 +390,116 @@ def test_progress_goes_to_stderr(folder, tmp_path, capsys):
     shards = make(folder, tmp_path / "tokens", progress=True)[1]
     assert isinstance(shards["train"], TokenShards) and time.time() - started < 30
     assert capsys.readouterr().out == ""
+
+
+# --- what stands between documents ------------------------------------------------------------------------
+
+
+def test_documents_without_end_of_text_are_separated(folder, tmp_path):
+    """By a blank line, between two documents only: a text of one document is its characters alone."""
+    tokenizer, splits = make(folder, tmp_path / "tokens", "char")
+    parts = [tokenizer.decode(everything(shards)).split("\n\n\n") for shards in splits.values()]  # each ends with one
+    texts = sorted(part.rstrip("\n") + "\n" for part in parts[0] + parts[1])
+    assert texts == [d.text for d in sources.documents(str(folder))]
+    for shards, documents in zip(splits.values(), parts, strict=True):
+        assert shards.documents == len(documents) > 1
+        assert shards.bytes == sum(len(d.rstrip("\n").encode()) + 1 for d in documents)
+
+
+def test_characters_without_a_line_break_get_one_to_separate_documents(tmp_path):
+    (tmp_path / "x.jsonl").write_text('{"text": "ab"}\n{"text": "ba"}\n{"text": "bb"}\n{"text": "aa"}\n')
+    tokenizer, splits = make(tmp_path / "x.jsonl", tmp_path / "tokens", "char", validation=0.5)
+    assert tokenizer.vocab_size == 3
+    shown = [tokenizer.decode(everything(s)).split("\n\n") for s in splits.values()]
+    assert sorted(shown[0] + shown[1]) == ["aa", "ab", "ba", "bb"]
+    (tmp_path / "one").mkdir()
+    character_tokenizer(["ab"]).save(tmp_path / "one")
+    with pytest.raises(InputError, match="several documents, but the tokenizer has neither end-of-text nor a line"):
+        make(tmp_path / "x.jsonl", tmp_path / "other", str(tmp_path / "one"))
+    (tmp_path / "y.txt").write_text("ab" * 20)  # one document: nothing to separate
+    assert make(tmp_path / "y.txt", tmp_path / "y", str(tmp_path / "one"))[1]["train"].documents == 1
+    assert make(tmp_path / "y.txt", tmp_path / "z", "char")[0].vocab_size == 2
+
+
+# --- which text is held out -------------------------------------------------------------------------------
+
+
+def test_a_single_document_is_split_by_position_and_says_so(tmp_path, capsys):
+    (tmp_path / "x.txt").write_text("".join(f"name {i}\n" for i in range(50)))
+    make(tmp_path / "x.txt", tmp_path / "a", "char")
+    (line,) = capsys.readouterr().out.splitlines()
+    assert "one document, so its last 0.1 of the characters are held out (data.split=lines" in line
+    make(tmp_path / "x.txt", tmp_path / "b", "char", split="position")
+    assert capsys.readouterr().out == ""
+    for name in ("train-00000.bin", "validation-00000.bin"):
+        assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
+
+
+def test_split_by_lines(tmp_path, capsys):
+    (tmp_path / "x.txt").write_text("".join(f"name {i}\n" for i in range(50)))
+    tokenizer, splits = make(tmp_path / "x.txt", tmp_path / "a", split="lines")
+    assert capsys.readouterr().out == ""
+    parts = [texts(tokenizer, shards) for shards in splits.values()]
+    assert sorted(parts[0] + parts[1]) == sorted(f"name {i}" for i in range(50))
+    assert 1 < len(parts[1]) < 15
+    tokenizer, splits = make(tmp_path / "x.txt", tmp_path / "b", "char", split="lines")
+    assert set(tokenizer.decode(everything(splits["validation"])).split("\n\n")) == set(parts[1])
+
+
+def test_split_of_several_documents_by_position(folder, tmp_path):
+    text = "".join(d.text for d in sources.documents(str(folder)))
+    tokenizer, splits = make(folder, tmp_path / "a", split="position", validation=0.27)
+    shown = {name: "".join(texts(tokenizer, shards)) for name, shards in splits.items()}
+    end = int(len(text) * (1 - 0.27))
+    assert shown == {"train": text[:end], "validation": text[end:]}
+    assert splits["train"].documents + splits["validation"].documents == 41  # one of them in both
+
+
+def test_documents_that_a_written_separator_ends(tmp_path):
+    (tmp_path / "x.txt").write_text("<|endoftext|>\n".join(f"story {i}\n" for i in range(30)))
+    tokenizer, splits = make(tmp_path / "x.txt", tmp_path / "a", document_separator="<|endoftext|>")
+    parts = [texts(tokenizer, shards) for shards in splits.values()]
+    assert sorted(parts[0] + parts[1]) == sorted(f"story {i}" for i in range(30))
+    with pytest.warns(UserWarning, match="written 29 times"):
+        tokenizer, splits = make(tmp_path / "x.txt", tmp_path / "b")
+    assert tokenizer.eot_id not in everything(splits["train"])[:-1]  # what is written in text never becomes the token
+
+
+def test_split_that_cannot_be(folder, tmp_path):
+    (tmp_path / "x.txt").write_text("one line")
+    for split in ("documents", "lines"):
+        with pytest.raises(InputError, match=f"one of the {split} that data.split names"):
+            make(tmp_path / "x.txt", tmp_path / "a", "char", split=split)
+    with pytest.raises(InputError, match="data.split='rows' is none of documents, lines, position"):
+        make(folder, tmp_path / "a", split="rows")
+    with pytest.raises(InputError, match="data.split=position holds out a share"):
+        make(folder, tmp_path / "a", split="position", validation=str(tmp_path / "x.txt"))
+
+
+def test_tokens_made_before_there_was_a_choice_still_answer(folder, tmp_path):
+    make(folder, tmp_path / "tokens")
+    request = json.loads((tmp_path / "tokens" / "manifest.json").read_text())["request"]
+    assert set(request) == {
+        "source_fingerprint", "text_field", "tokenizer", "validation", "seed", "shard_tokens", "token_dtype",
+    }  # fmt: skip
+    for i, options in enumerate(({"split": "position"}, {"document_separator": "says"})):
+        make(folder, tmp_path / str(i), **options)
+        asked = json.loads((tmp_path / str(i) / "manifest.json").read_text())["request"]
+        assert asked == request | options
+
+
+def test_too_short_a_split_is_named(folder, tmp_path):
+    _, splits = make(folder, tmp_path / "tokens")
+    for name, shards in splits.items():
+        with pytest.raises(InputError, match=f"the {name} split of {folder} has {len(shards)} tokens, fewer than one"):
+            Windows(shards, 5000, seed=0)
+
+
+def test_few_held_out_examples_are_a_warning(folder, tmp_path):
+    _, splits = make(folder, tmp_path / "tokens")
+    most = (len(splits["validation"]) - 1) // 20  # with which there are 20 examples
+    with pytest.warns(UserWarning, match=f"the validation split of {folder} has .* of {most + 1} tokens, fewer"):
+        warn_if_few(splits["validation"], most + 1)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        warn_if_few(splits["validation"], most)

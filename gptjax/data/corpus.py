@@ -7,7 +7,8 @@ from collections.abc import Mapping
 
 from gptjax.config import build, read_config
 from gptjax.data import sources, tokens
-from gptjax.data.lm import Mixture, Windows
+from gptjax.data.lm import Mixture, Windows, warn_if_few
+from gptjax.data.splits import HOW
 from gptjax.data.tokenizer import Tokenizer, make_tokenizer
 from gptjax.errors import InputError
 
@@ -19,6 +20,9 @@ class DataConfig:
     validation: the share of documents held out, or another source. text_field: of JSONL and Parquet rows.
     mixture: {name: weight}: `source` is then a folder and each name a source in it (GPT-3 Table 2.2);
         weights are normalised. isolate_documents: attention stays within a document, positions restart.
+    split: how the share is held out: 'documents', 'lines' (each line of a text file is a document) or 'position' (the
+        last of the text); None = documents where there are several, else position.
+    document_separator: text that ends a document inside a text, as '<|endoftext|>'.
     cache: where token shards are kept; None = in the workdir."""
 
     source: str | None = None
@@ -27,9 +31,13 @@ class DataConfig:
     text_field: str = "text"
     mixture: Mapping[str, float] = dataclasses.field(default_factory=dict)
     isolate_documents: bool = False
+    split: str | None = None
+    document_separator: str | None = None
     cache: str | None = None
 
     def __post_init__(self):
+        if self.split not in (None, *HOW):
+            raise InputError(f"data.split={self.split!r} is none of {', '.join(HOW)}")
         if self.mixture and (min(self.mixture.values()) < 0 or sum(self.mixture.values()) <= 0):
             raise InputError("data.mixture: weights are >= 0 and not all 0.")
 
@@ -59,9 +67,12 @@ def load_corpus(c: DataConfig, workdir, context_length: int, seed: int, resumed:
     def prepare(source, tokenizer, directory):
         if resumed and os.path.exists(os.path.join(directory, "manifest.json")):
             return tokens.open_shards(directory)
-        return tokens.prepare(
-            source, tokenizer, directory, validation=_fraction(c.validation), text_field=c.text_field, seed=seed
-        )
+        made, splits = tokens.prepare(
+            source, tokenizer, directory, validation=_fraction(c.validation), text_field=c.text_field, seed=seed,
+            split=c.split, document_separator=c.document_separator,
+        )  # fmt: skip
+        warn_if_few(splits["validation"], context_length)
+        return made, splits
 
     if not c.mixture:
         tokenizer, splits = prepare(c.source, c.tokenizer, cache)
@@ -73,7 +84,8 @@ def load_corpus(c: DataConfig, workdir, context_length: int, seed: int, resumed:
     saved = os.path.join(cache, "tokenizer")
     if not (resumed and os.path.exists(saved)):
         read = lambda: itertools.chain.from_iterable(
-            (d.text for d in sources.documents(path, text_field=c.text_field)) for path in parts.values()
+            (d.text for d in sources.documents(path, text_field=c.text_field, separator=c.document_separator))
+            for path in parts.values()
         )
         make_tokenizer(c.tokenizer, read).save(saved)
     windows, n, held_out, fingerprints = [], 0, None, []

@@ -2,22 +2,24 @@
 
 from __future__ import annotations
 
-import gzip
+import codecs
+import itertools
 import json
 import os
 import tempfile
-import zlib
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from typing import Any, BinaryIO, NamedTuple
 
+from gptjax.data.compression import Part, parts, uncompressed_name
 from gptjax.errors import InputError
 
-_JSON_LINES = (".jsonl", ".ndjson", ".jsonl.gz", ".ndjson.gz", ".json.gz")  # .json.gz as C4 names them
+_JSON_LINES = (".jsonl", ".ndjson")
+_JSON = (".json",)  # a list, or a row a line: .json.gz as C4 names them
 _PARQUET = (".parquet",)
 _ARRAY_RECORD = (".arrayrecord", ".array_record")
 _SNIFFED = 8192  # bytes in which a NUL marks a file as binary, as git does
 _RECORDS = 256  # ArrayRecord records read at a time
+_UTF16 = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
 
 
 class Document(NamedTuple):
@@ -37,24 +39,17 @@ class File(NamedTuple):
     stamp: str  # modification time or etag, whatever the file system keeps
 
 
-def document_reader(name: str) -> Callable[[File, str], Iterator[Document]]:
-    """What yields the documents of a file of that name: (file, the field that holds a row's text)."""
-    name = name.lower()
-    if name.endswith(_JSON_LINES):
-        return _json_lines
-    if name.endswith(_PARQUET):
-        return _parquet
-    return _array_record if name.endswith(_ARRAY_RECORD) else _text_file
+class Unreadable:
+    """A value that has no Python form, in the place of it: an error only where the value is needed.
 
+    reason: a sentence's end, as "isn't UTF-8 (invalid start byte at byte offset 3)".
+    """
 
-def row_reader(name: str) -> Callable[[File], Iterator[tuple[int, str, Any]]] | None:
-    """What yields (number, where, row) of a file of that name, None where it has no rows."""
-    name = name.lower()
-    if name.endswith(_JSON_LINES):
-        return _json_line_rows
-    if name.endswith(_PARQUET):
-        return _parquet_rows
-    return _json_list_rows if name.endswith(".json") else None
+    def __init__(self, reason: str):
+        self.reason = reason
+
+    def __repr__(self) -> str:
+        return f"<a value that {self.reason}>"
 
 
 class NotText(Exception):
@@ -65,68 +60,217 @@ class NotText(Exception):
         self.offset, self.reason = offset, reason
 
 
+class NotRows(Exception):
+    """A file holds no rows. reason: a sentence's end; data: what was read of it, to its end; value: its JSON value."""
+
+    def __init__(self, reason: str, data: bytes = b"", value: Any = None):
+        super().__init__(reason)
+        self.data, self.value = data, value
+
+
+Skip = Callable[[str, int], None]  # is told the name of a file that can't be read, and its bytes on disk
+
+
+def read_documents(
+    file: File, text_field: str, *, lines: bool = False, skip: Skip | None = None
+) -> Iterator[Document]:
+    """The documents of a file. text_field: holds a row's text. lines: each line of a text file is a document.
+
+    skip: called for a file or member of a zip archive that isn't text; None: an InputError.
+    """
+    name = uncompressed_name(file.name).lower()
+    if name.endswith(_PARQUET):
+        yield from _parquet(file, text_field)
+    elif name.endswith(_ARRAY_RECORD):
+        yield from _array_record(file, text_field)
+    else:
+        with file.fs.open(file.path, "rb") as stream:
+            for part in parts(stream, file.name, file.path, file.size):
+                try:
+                    yield from _part_documents(part, text_field, lines, skip is not None)
+                except NotText as error:
+                    if skip is None:
+                        raise InputError(
+                            f"{part.path} is not text: byte offset {error.offset} {error.reason}; convert it to "
+                            "UTF-8, or name a text, JSON, Parquet or ArrayRecord file"
+                        ) from None
+                    skip(part.label, part.size)
+
+
+def may_hold_rows(name: str) -> bool:
+    """Whether a file of that name may hold rows."""
+    return uncompressed_name(name).lower().endswith((*_JSON_LINES, *_JSON, *_PARQUET)) or name.lower().endswith(".zip")
+
+
+def read_rows(file: File, skip: Skip | None = None) -> Iterator[tuple[str, Any]]:
+    """(where, row) of each row of a file; an InputError in the place of a row that isn't JSON.
+
+    skip: called for a JSON file, or a member of a zip archive, that holds no rows; None: an InputError.
+    """
+    if uncompressed_name(file.name).lower().endswith(_PARQUET):
+        yield from ((where, row) for _, where, row in _parquet_rows(file))
+        return
+    with file.fs.open(file.path, "rb") as stream:
+        for part in parts(stream, file.name, file.path, file.size):
+            try:
+                yield from ((where, row) for _, where, row in _json_rows(part))
+            except NotRows as error:
+                if skip is None:
+                    raise InputError(f"{part.path} {error}") from None
+                skip(part.label, part.size)
+
+
+# --- text -------------------------------------------------------------------------------------------------
+
+
+def _part_documents(part: Part, text_field: str, lines: bool, in_directory: bool) -> Iterator[Document]:
+    if part.name.lower().endswith((*_JSON_LINES, *_JSON)):
+        try:
+            for number, where, row in _json_rows(part):
+                if isinstance(row, InputError):
+                    raise InputError(f"{where}: {row}")
+                text = row if isinstance(row, str) else text_of(row, text_field, where)
+                yield Document(f"{part.label}:{number}", text)
+            return
+        except NotRows as error:
+            if isinstance(error.value, dict) and text_field in error.value:  # a document a file
+                yield Document(part.label, text_of(error.value, text_field, part.path))
+                return
+            if not in_directory:
+                raise InputError(f"{part.path} {error}; to train on the JSON itself, name the file .txt") from None
+            text = _decode(error.data)  # as other files of a folder of code
+    else:
+        text = _text(part.stream)
+    if not lines:
+        yield Document(part.label, text)
+        return
+    for number, line in enumerate(_split(text, "\n"), 1):
+        if line.strip():
+            yield Document(f"{part.label}:{number}", line.removesuffix("\r"))
+
+
+def split_document(document: Document, separator: str) -> Iterator[Document]:
+    """The parts of a document between separators, without the line breaks around them; empty parts are left out."""
+    if separator not in document.text:
+        yield document
+        return
+    for number, text in enumerate(_split(document.text, separator), 1):
+        if text := text.strip("\r\n"):
+            yield Document(f"{document.name}#{number}", text)
+
+
+def _split(text: str, separator: str) -> Iterator[str]:
+    """text.split(separator), one part in memory at a time."""
+    start = 0
+    while (end := text.find(separator, start)) >= 0:
+        yield text[start:end]
+        start = end + len(separator)
+    yield text[start:]
+
+
+def _text(stream: BinaryIO) -> str:
+    head = stream.read(_SNIFFED)
+    if head.startswith(_UTF16):
+        raise NotText(0, "begins UTF-16, by its byte order mark")
+    if b"\0" in head:  # before a large binary file is read to its end
+        raise NotText(head.index(b"\0"), "is a NUL")
+    return _decode(head + stream.read())
+
+
 def _decode(data: bytes) -> str:
     nul = data.find(b"\0")
     if nul >= 0:
         raise NotText(nul, "is a NUL")
     try:
-        return data.decode()  # no newline translation: the text is what the file holds
+        return data.decode().removeprefix("\ufeff")  # else no translation: the text is what the file holds
     except UnicodeDecodeError as error:
         raise NotText(error.start, f"isn't UTF-8 ({error.reason})") from None
 
 
-@contextmanager
-def _opened(file: File) -> Iterator[BinaryIO]:
-    with file.fs.open(file.path, "rb") as stream:
-        if not file.name.lower().endswith(".gz"):
-            yield stream
+# --- JSON -------------------------------------------------------------------------------------------------
+
+
+def _json_rows(part: Part) -> Iterator[tuple[int, str, Any]]:
+    """(number, where, row) of JSON lines or, in a .json file, of a list; an InputError for a line that isn't JSON.
+
+    NotRows: a file of another kind, a .json file with neither.
+    """
+    name, stream = part.name.lower(), part.stream
+    if not name.endswith((*_JSON_LINES, *_JSON)):
+        raise NotRows("holds no rows that can be read: rows come from .jsonl, .ndjson, .json or .parquet")
+    first, number = stream.readline(), 1
+    if first.startswith(_UTF16):
+        raise InputError(f"{part.path} is UTF-16, by its byte order mark; convert it to UTF-8")
+    first = first.removeprefix(codecs.BOM_UTF8)
+    while first and not first.strip():
+        first, number = stream.readline(), number + 1
+    lines = itertools.chain([first], stream)
+    if name.endswith(_JSON) and first:
+        value, lines = _one_value(first, stream)
+        if value is not None:
+            yield from ((row, f"{part.path}: row {row}", item) for row, item in enumerate(value, 1))
             return
-        try:
-            with gzip.open(stream) as unpacked:
-                yield unpacked
-        except (gzip.BadGzipFile, EOFError, zlib.error) as error:
-            raise InputError(f"{file.path} is a damaged gzip file ({error}); get it again") from None
-
-
-def _text_file(file: File, text_field: str) -> Iterator[Document]:
-    with _opened(file) as stream:
-        head = stream.read(_SNIFFED)
-        if b"\0" in head:  # before a large binary file is read whole
-            raise NotText(head.index(b"\0"), "is a NUL")
-        data = head + stream.read()
-    yield Document(file.name, _decode(data))
-
-
-def _json_lines(file: File, text_field: str) -> Iterator[Document]:
-    for number, where, row in _json_line_rows(file):
-        yield Document(f"{file.name}:{number}", text_of(row, text_field, where))
-
-
-def _json_line_rows(file: File) -> Iterator[tuple[int, str, Any]]:
-    with _opened(file) as stream:
-        for number, line in enumerate(stream, 1):
-            if not line.strip():
-                continue
-            where = f"{file.path}:{number}"
+    for number, line in enumerate(lines, number):  # noqa: B020 (it goes on from the first line's)
+        if line.strip():
+            where = f"{part.path}:{number}"
             try:
-                row = json.loads(line)
+                row = parse_json(line)
             except ValueError as error:  # also bytes that aren't UTF-8
-                raise InputError(f"{where}: the line isn't JSON ({error}); mend or remove it") from None
+                row = InputError(f"the line isn't JSON that can be read ({error}); fix or remove it")
             yield number, where, row
 
 
-def _json_list_rows(file: File) -> Iterator[tuple[int, str, Any]]:
-    with _opened(file) as stream:
+def _one_value(first: bytes, stream: BinaryIO) -> tuple[list | None, Iterator[bytes]]:
+    """(the list that a .json file holds, nothing), or (None, all its lines) where each is a row.
+
+    first: its first line with something in it; stream: at the line after that. NotRows: neither.
+    """
+    try:
+        value = parse_json(first)
+    except ValueError:
+        value = None  # over several lines, or no JSON at all
+    if isinstance(value, dict):
+        skipped = []
+        while (line := stream.readline()) and not line.strip():
+            skipped.append(line)
+        if line:
+            return None, itertools.chain([first, *skipped, line], stream)
+        data = first
+    else:
+        data = first + stream.read()
         try:
-            values = json.load(stream)
+            value = parse_json(data)
         except ValueError as error:
-            raise InputError(
-                f"{file.path} isn't one JSON value ({error}); mend it, or name it .jsonl where each line is a row"
-            ) from None
-    if not isinstance(values, list):
-        raise InputError(f"{file.path} is a JSON {type(values).__name__}, not a list of objects; make it one")
-    for number, value in enumerate(values, 1):
-        yield number, f"{file.path}: row {number}", value
+            raise NotRows(f"isn't JSON that can be read ({error})", data) from None
+    if isinstance(value, list) and (not value or isinstance(value[0], dict | str)):
+        return value, iter(())
+    reason = f"holds one JSON {type(value).__name__}, not a list of objects or an object a line"
+    lists = [k for k, v in value.items() if isinstance(v, list) and v] if isinstance(value, dict) else []
+    if lists:
+        reason += f" (its field {lists[0]!r} holds a list: write that into a file of its own)"
+    raise NotRows(reason, data, value)
+
+
+def parse_json(text: str | bytes) -> Any:
+    """json.loads; an integer of more digits than Python converts is an Unreadable.
+
+    ValueError: no JSON, not UTF-8, or nested deeper than Python's parser goes.
+    """
+    try:
+        return json.loads(text)
+    except (json.JSONDecodeError, UnicodeDecodeError):
+        raise
+    except RecursionError:
+        raise ValueError("lists or objects nested too deep") from None
+    except ValueError:  # of int(), which takes no more than sys.get_int_max_str_digits() digits
+        return json.loads(text, parse_int=_integer)
+
+
+def _integer(digits: str) -> Any:
+    try:
+        return int(digits)
+    except ValueError:
+        return Unreadable(f"is an integer of {len(digits)} digits")
 
 
 def text_of(row: Any, text_field: str, where: str) -> str:
@@ -139,14 +283,19 @@ def text_of(row: Any, text_field: str, where: str) -> str:
             "name one of them as the text field"
         )
     text = row[text_field]
+    if isinstance(text, Unreadable):
+        raise InputError(f"{where}: field {text_field!r} {text.reason}; fix or remove the row")
     if not isinstance(text, str):
         kind = type(text).__name__
-        raise InputError(f"{where}: field {text_field!r} is {kind}, not text; mend or remove the row")
+        raise InputError(f"{where}: field {text_field!r} is {kind}, not text; fix or remove the row")
     try:
         text.encode()
     except UnicodeEncodeError:
-        raise InputError(f"{where}: field {text_field!r} has half a surrogate pair; mend or remove the row") from None
+        raise InputError(f"{where}: field {text_field!r} has half a surrogate pair; fix or remove the row") from None
     return text
+
+
+# --- tables and records -----------------------------------------------------------------------------------
 
 
 def _parquet(file: File, text_field: str) -> Iterator[Document]:
@@ -155,7 +304,7 @@ def _parquet(file: File, text_field: str) -> Iterator[Document]:
 
 
 def _parquet_rows(file: File, column: str | None = None) -> Iterator[tuple[int, str, dict]]:
-    """Rows with one column, or with all."""
+    """Rows with one column, or with all; a value that has no Python form is an Unreadable."""
     import pyarrow
     import pyarrow.parquet
 
@@ -170,11 +319,45 @@ def _parquet_rows(file: File, column: str | None = None) -> Iterator[tuple[int, 
                 )
             number = 0
             for batch in table.iter_batches(batch_size=1024, columns=None if column is None else [column]):
-                for row in batch.to_pylist():
+                columns = [python_values(values) for values in batch.columns]
+                for row in zip(*columns, strict=True):
                     number += 1
-                    yield number, f"{file.path}: row {number}", row
-        except pyarrow.ArrowException as error:
+                    yield number, f"{file.path}: row {number}", dict(zip(batch.schema.names, row, strict=True))
+        except (pyarrow.ArrowException, OSError) as error:
+            if getattr(error, "errno", None) is not None:  # of the disk
+                raise
             raise InputError(f"{file.path} isn't a whole Parquet file ({error}); get it again") from None
+
+
+def python_values(array: Any) -> list:
+    """A pyarrow array's to_pylist(), with an Unreadable for each value, however deep, that has no Python form:
+    nanoseconds, dates out of range, unknown time zones, strings that aren't UTF-8."""
+    import pyarrow.types as kinds
+
+    try:
+        return array.to_pylist()
+    except Exception:  # whatever a type raises: each value by itself
+        pass
+    kind = array.type
+    if kinds.is_struct(kind):
+        names = [field.name for field in kind]
+        fields = [python_values(array.field(i)) for i in range(len(names))]
+        rows = [dict(zip(names, row, strict=True)) for row in zip(*fields, strict=True)]
+        return [row if here else None for row, here in zip(rows, array.is_valid().to_pylist(), strict=True)]
+    if kinds.is_list(kind) or kinds.is_large_list(kind) or kinds.is_fixed_size_list(kind):
+        items = iter(python_values(array.flatten()))
+        lengths = array.value_lengths().to_pylist()
+        return [None if n is None else list(itertools.islice(items, n)) for n in lengths]
+    return [_python_value(array[i]) for i in range(len(array))]
+
+
+def _python_value(scalar: Any) -> Any:
+    try:
+        return scalar.as_py()
+    except UnicodeDecodeError as error:
+        return Unreadable(f"isn't UTF-8 ({error.reason} at byte offset {error.start})")
+    except Exception as error:
+        return Unreadable(f"is a {scalar.type} that Python has no value for ({error})")
 
 
 def _array_record(file: File, text_field: str) -> Iterator[Document]:
@@ -212,7 +395,7 @@ def _record(record: bytes, where: str) -> tuple[str, dict | None]:
     except UnicodeDecodeError as error:
         raise InputError(f"{where} isn't UTF-8 at byte offset {error.start}; write it as text") from None
     try:
-        row = json.loads(text) if text.startswith("{") else None
+        row = parse_json(text) if text.startswith("{") else None
     except ValueError:
         row = None
     return text, row if isinstance(row, dict) else None

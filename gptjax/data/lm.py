@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import math
 import sys
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Protocol
 
@@ -20,6 +21,7 @@ from gptjax.errors import InputError
 
 _SLOTS = 10_000  # of a mixture's block: weights are exact to 1/10,000 in every block
 _ROUNDS = 6
+_FEW = 20  # validation examples under which a warning is due
 _PHASE, _ORDER, _BLOCK = range(3)  # what a key is for
 _U64 = np.uint64
 
@@ -312,6 +314,17 @@ def validation_batches(
 def _check_length(shards: TokenShards, context_length: int) -> None:
     if len(shards) < context_length + 1:
         raise InputError(
-            f"a split has {len(shards)} tokens, fewer than one context of {context_length} and its last "
-            "target; give more text or a shorter context_length"
+            f"{getattr(shards, 'name', 'the text')} has {len(shards)} tokens, fewer than one context of "
+            f"{context_length} and its last target; give more text or a shorter context_length"
+        )
+
+
+def warn_if_few(shards: TokenShards, context_length: int) -> None:
+    """Warns where a validation split has fewer than 20 windows of a context."""
+    windows = (len(shards) - 1) // context_length
+    if 0 < windows < _FEW:
+        warnings.warn(
+            f"{shards.name} has {windows} examples of {context_length} tokens, fewer than {_FEW}, so its loss is "
+            "noisy; hold out more with data.validation, or give more text",
+            stacklevel=3,
         )

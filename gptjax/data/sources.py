@@ -8,18 +8,21 @@ from __future__ import annotations
 
 import difflib
 import hashlib
+import itertools
 import json
 import os
 import platform
 import sysconfig
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import fsspec
+from fsspec.implementations.local import LocalFileSystem
 
-from gptjax.data.formats import Document, File, NotText, document_reader, row_reader, text_of
+from gptjax.data.formats import Document, File, may_hold_rows, read_documents, read_rows, split_document, text_of
+from gptjax.data.tokenizer import END_OF_TEXT
 from gptjax.errors import InputError
 
 _STDLIB_SUFFIXES = (".py", ".txt", ".rst")
@@ -33,40 +36,69 @@ class Row(NamedTuple):
     value: dict
 
 
-def documents(source: str, *, text_field: str = "text") -> Iterator[Document]:
+def documents(
+    source: str, *, text_field: str = "text", separator: str | None = None, lines: bool = False
+) -> Iterator[Document]:
     """Documents of a source, in sorted order of files; documents without any text are left out.
 
-    source: 'stdlib' (the Python standard library's code and documentation), a text file, a directory, a
-    glob pattern, .jsonl[.gz], .json.gz, .txt.gz, .parquet, .arrayrecord, or hf:NAME[:CONFIG][:SPLIT].
-    text_field: the field, column or feature that holds the text of a row.
+    source: 'stdlib' (the Python standard library's code and documentation), a text file, a directory, a glob
+    pattern, .jsonl, .json (a list of objects or texts, or an object a line), .parquet, .arrayrecord, or
+    hf:NAME[:CONFIG][:SPLIT]. Text and JSON may be compressed (.gz, .bz2, .xz, .zst, .lz4, .zip).
+    text_field: the field, column or feature that holds the text of a row. separator: text that ends a document inside
+    a text, such as '<|endoftext|>'. lines: each line of a text file is a document, without its line break.
 
-    InputError: missing, empty, not text, a row that isn't JSON or lacks the field; the message names the
-    file and line. In a directory, files that aren't text are skipped with one warning.
+    InputError: missing, empty, damaged, not text, a row that isn't JSON or lacks the field; the message names the
+    file and line. In a directory, files that aren't text are skipped with one warning that names them; where they
+    are most of its files or bytes, that is an InputError too.
     """
-    found = False
-    for document in (_hub_documents if source.startswith("hf:") else _file_documents)(source, text_field):
-        if document.text:
-            found = True
-            yield document
+    if separator == "":
+        raise InputError("the document separator is empty; give the text that stands between documents")
+    read = (
+        _hub_documents(source, text_field) if source.startswith("hf:") else _file_documents(source, text_field, lines)
+    )
+    found, written, holders = False, 0, 0
+    for whole in read:
+        for document in [whole] if separator is None else split_document(whole, separator):
+            if document.text:
+                found = True
+                times = document.text.count(END_OF_TEXT)
+                written, holders = written + times, holders + bool(times)
+                yield document
     if not found:
         raise InputError(f"source {source!r} is empty: it holds no text; name one that has some")
+    if written:
+        warnings.warn(
+            f"source {source!r}: {END_OF_TEXT} is written {written} times in {holders} documents. It is ordinary text "
+            "there and separates nothing; to pre-train with a document ending at each, give "
+            f"--config.data.document_separator='{END_OF_TEXT}'",
+            stacklevel=2,
+        )
 
 
-def rows(source: str) -> Iterator[Row]:
+def rows(source: str, on_bad: Callable[[str, InputError], None] | None = None) -> Iterator[Row]:
     """Rows of a source with all their fields, in sorted order of files.
 
-    source: .jsonl or .ndjson (also .gz), .json.gz with a row a line, a .json file that holds a list of
-    objects, .parquet, a directory or glob pattern of those, or hf:NAME[:CONFIG][:SPLIT].
+    source: .jsonl or .ndjson, a .json file that holds a list of objects or an object a line (all of them also
+    compressed: .gz, .bz2, .xz, .zst, .lz4, .zip), .parquet, a directory or glob pattern of those, or
+    hf:NAME[:CONFIG][:SPLIT]. A value that has no Python form (formats.Unreadable) is an error only where it is used.
+    on_bad: gets the place and the error of a line that isn't JSON or a row that isn't an object, and reading goes on;
+    None: they are raised.
 
-    InputError: missing, empty, damaged, a row that isn't an object, a file of another kind. In a directory,
-    files of other kinds are skipped with one warning.
+    InputError: missing, empty, damaged, a row that isn't an object, a file of another kind. In a directory, files of
+    other kinds are skipped with one warning that names them, but not where they are most of its bytes.
     """
     found = False
     for where, value in (_hub_rows if source.startswith("hf:") else _file_rows)(source):
         found = True
-        if not isinstance(value, dict):
-            raise InputError(f"{where}: the row is a JSON {type(value).__name__}, not an object; mend or remove it")
-        yield Row(where, value)
+        if isinstance(value, dict):
+            yield Row(where, value)
+            continue
+        error = value
+        if not isinstance(error, InputError):
+            error = InputError(f"the row is a JSON {type(value).__name__}, not an object; fix or remove it")
+        if on_bad is None:
+            raise InputError(f"{where}: {error}")
+        on_bad(where, error)
     if not found:
         raise InputError(f"source {source!r} is empty: it holds no rows; name one that has some")
 
@@ -80,53 +112,86 @@ def fingerprint(source: str) -> str:
     if source.startswith("hf:"):
         content: list = [source]
     else:
-        files, _ = _files(source)
+        files = _found(source).files
         content = [[f.name, f.size] if source == "stdlib" else [f.name, f.size, f.stamp] for f in files]
     if source == "stdlib":
         content.append([platform.python_implementation(), platform.python_version()])
     return hashlib.sha256(json.dumps(content).encode()).hexdigest()
 
 
-def _file_documents(source: str, text_field: str) -> Iterator[Document]:
-    files, skip_binary = _files(source)
-    skipped = []
-    for file in files:
-        reader = document_reader(file.name)
-        try:
-            with _readable(file):
-                yield from reader(file, text_field)
-        except NotText as error:
-            if not skip_binary:
-                raise InputError(
-                    f"{file.path} is not text: byte offset {error.offset} {error.reason}; convert it to "
-                    "UTF-8, or name a text, JSONL, Parquet or ArrayRecord file"
-                ) from None
-            skipped.append(file.name)
-    if skipped and source != "stdlib":
-        warnings.warn(
-            f"source {source!r}: skipped {len(skipped)} binary files (not UTF-8 text), first {skipped[0]!r}",
-            stacklevel=2,
-        )
+def _file_documents(source: str, text_field: str, lines: bool) -> Iterator[Document]:
+    found = _found(source)
+    skipped = _Skipped(source, found)
+    for file in found.files:
+        with _readable(file):
+            skip = skipped.add if found.in_directory else None
+            yield from read_documents(file, text_field, lines=lines, skip=skip)
+    if source != "stdlib":  # whose few files in other encodings are part of it
+        skipped.report("that can't be read as UTF-8 text", count_files=True)
 
 
 def _file_rows(source: str) -> Iterator[tuple[str, Any]]:
     """(where, row), not yet known to be an object."""
-    files, in_directory = _files(source)
-    readers = [(file, row_reader(file.name)) for file in files]
-    other = [file for file, reader in readers if reader is None]
-    if other and (not in_directory or len(other) == len(files)):
+    found = _found(source)
+    skipped = _Skipped(source, found)
+    other = [file for file in found.files if not may_hold_rows(file.name)]
+    if other and (not found.in_directory or len(other) == len(found.files)):
         raise InputError(
-            f"{other[0].path} holds no rows that can be read: rows come from .jsonl, .ndjson (also .gz), .json, "
-            ".parquet or hf:NAME; convert it to one of them"
+            f"{other[0].path} holds no rows that can be read: rows come from .jsonl, .ndjson, .json, .parquet or "
+            "hf:NAME; convert it to one of them"
         )
-    for file, reader in readers:
-        if reader is not None:
+    for file in other:
+        skipped.add(file.name, file.size)
+    skipped.stop_if_most("that hold no rows")
+    for file in found.files:
+        if may_hold_rows(file.name):
             with _readable(file):
-                yield from ((where, value) for _, where, value in reader(file))
-    if other:
-        warnings.warn(
-            f"source {source!r}: skipped {len(other)} files that hold no rows, first {other[0].name!r}", stacklevel=3
-        )
+                yield from read_rows(file, skipped.add if found.in_directory else None)
+    skipped.report("that hold no rows")
+
+
+class _Skipped:
+    """The files of a directory that were skipped: counted, named in one warning, refused where they are most of it."""
+
+    def __init__(self, source: str, found: Found):
+        self._source, self._found = source, found
+        self._names, self._bytes = [], 0
+
+    def add(self, name: str, size: int) -> None:
+        self._names.append(name)
+        self._bytes += size
+
+    def stop_if_most(self, kind: str, count_files: bool = False) -> None:
+        """InputError: most of the directory's bytes were skipped or, with count_files, most of its files."""
+        total = sum(file.size for file in self._found.files)
+        names = [*self._found.broken, *self._names]
+        files = len(self._found.files) + len(self._found.broken)
+        if self._bytes * 2 > total or (count_files and len(names) * 2 > files):
+            raise InputError(
+                f"most of source {self._source!r} would be skipped: {len(names)} of {files} files "
+                f"({self._bytes:,} of {total:,} bytes) {kind}: {_named(names)}. Convert them, or name the files to "
+                f"read with a pattern such as {os.path.join(self._source, '*.txt')}"
+            )
+
+    def report(self, kind: str, count_files: bool = False) -> None:
+        self.stop_if_most(kind, count_files)
+        broken = self._found.broken
+        said = []
+        if self._names:
+            said.append(f"skipped {len(self._names)} files {kind}: {_named(self._names)}")
+        if broken:
+            said.append(f"skipped {len(broken)} links to files that aren't there: {_named(broken)}")
+        if self._found.loops:
+            said.append(f"didn't follow {len(self._found.loops)} links to a folder above: {_named(self._found.loops)}")
+        if self._found.repeated:
+            count = len(self._found.repeated)
+            said.append(f"read once {count} files that links show again: {_named(self._found.repeated)}")
+        if said:
+            warnings.warn(f"source {self._source!r}: {'; '.join(said)}", stacklevel=4)
+
+
+def _named(names: list[str]) -> str:
+    return ", ".join(map(repr, names[:10])) + (f" and {len(names) - 10} more" if len(names) > 10 else "")
 
 
 @contextmanager
@@ -137,10 +202,20 @@ def _readable(file: File) -> Iterator[None]:
         raise InputError(f"can't read {file.path} ({error}); check its permissions and disk") from None
 
 
-def _files(source: str) -> tuple[list[File], bool]:
-    """The files of a source, sorted by name, and whether binary files among them may be skipped."""
+class Found(NamedTuple):
+    """The files of a source, by name. in_directory: files that can't be read may be skipped; broken: links to nothing;
+    loops: links to a folder above them; repeated: files that a link shows under a second name, read once."""
+
+    files: list[File]
+    in_directory: bool
+    broken: list[str] = []
+    loops: list[str] = []
+    repeated: list[str] = []
+
+
+def _found(source: str) -> Found:
     if source == "stdlib":
-        return _stdlib_files(), True
+        return Found(_stdlib_files(), True)
     if not source:
         raise InputError("the source is an empty string; name a file, a directory or 'stdlib'")
     try:
@@ -150,20 +225,106 @@ def _files(source: str) -> tuple[list[File], bool]:
             f"source {source!r} can't be opened: {error}; install its driver (gs:// needs `pip install "
             "gcsfs`) or name a local path"
         ) from None
+    if isinstance(fs, LocalFileSystem):
+        fs = FollowingLinks()
     if fs.isfile(path):
-        return [_file(fs, path, fs.info(path), os.path.dirname(path))], False
+        return Found([_file(fs, path, fs.info(path), os.path.dirname(path))], False)
     if fs.isdir(path):
-        found = fs.find(path, detail=True)
-        files = [_file(fs, p, info, path) for p, info in found.items()]
-        visible = [f for f in files if not any(part.startswith(".") for part in f.name.split("/"))]
-        return sorted(visible, key=lambda f: f.name), True
+        return _sorted(fs, path, fs.find(path, detail=True), in_directory=True)
     if any(c in path for c in "*?["):
-        found = {p: i for p, i in fs.glob(path, detail=True).items() if i["type"] == "file"}
-        if found:
-            root = path[: min(path.index(c) for c in "*?[" if c in path)].rpartition("/")[0]
-            return sorted((_file(fs, p, i, root) for p, i in found.items()), key=lambda f: f.name), False
+        root = path[: min(path.index(c) for c in "*?[" if c in path)].rpartition("/")[0]
+        found = _sorted(fs, root, fs.glob(path, detail=True), in_directory=False)
+        if found.broken:
+            raise InputError(
+                f"source {source!r}: {len(found.broken)} links point to files that aren't there: "
+                f"{_named(found.broken)}; remove them or put the files back"
+            )
+        if found.files:
+            return found
         raise InputError(f"no file matches the source {source!r}; check the pattern")
+    if os.path.islink(path) and isinstance(fs, FollowingLinks):
+        raise InputError(f"source {source!r} is a link to {os.readlink(path)}, which isn't there; put it back")
     raise InputError(f"source {source!r} doesn't exist; {_nearest(fs, path)}")
+
+
+def _sorted(fs: Any, root: str, found: dict[str, dict], in_directory: bool) -> Found:
+    """What fs found under root, by name; in a directory without what is hidden."""
+    name = lambda path: path[len(root) :].lstrip("/") if path.startswith(root) else path
+    if in_directory:
+        found = {p: i for p, i in found.items() if not any(part.startswith(".") for part in name(p).split("/"))}
+    of_type = lambda kind: sorted(path for path, info in found.items() if info["type"] == kind)
+    paths, repeated = _once(of_type("file"), found)
+    files = sorted((_file(fs, path, found[path], root) for path in paths), key=lambda f: f.name)
+    return Found(files, in_directory, *([name(p) for p in ps] for ps in (of_type("broken"), of_type("loop"), repeated)))
+
+
+def _once(paths: list[str], found: dict[str, dict]) -> tuple[list[str], list[str]]:
+    """(paths without those that only show a file again through a link, those).
+
+    Else a document could be trained on and held out at once. Of several names, one with a suffix stays (the Hub's cache
+    keeps data in blobs/ under hashes and links to it under names), and the file's own rather than a link's.
+    """
+    names: dict[Any, list[str]] = {}
+    for path in paths:
+        names.setdefault(found[path].get("identity", path), []).append(path)
+    repeated = set()
+    for same in names.values():
+        if len(same) > 1 and any(found[path]["linked"] for path in same):
+            same.sort(key=lambda p: ("." not in os.path.basename(p), found[p]["linked"], p))
+            repeated.update(same[1:])
+    return [path for path in paths if path not in repeated], sorted(repeated)
+
+
+class FollowingLinks(LocalFileSystem):
+    """Local files, where find() and glob() take a link for what it points to: fsspec's own leave links out."""
+
+    def find(self, path, maxdepth=None, withdirs=False, detail=False, **kwargs):
+        """As fsspec's, with the types 'broken' (a link to nothing) and 'loop' (to a folder above, not followed), and
+        in each info whether a link led there ('linked') and the file's 'identity', whatever its name."""
+        path = self._strip_protocol(path)
+        out: dict[str, dict] = {}
+        if os.path.isdir(path):
+            if withdirs:
+                out[path] = self._described(path, os.stat(path), "directory", False)
+            above, parent = set(), os.path.realpath(path)
+            while parent != (parent := os.path.dirname(parent)):
+                above.add(_identity(os.stat(parent)))
+            self._walk(path, maxdepth, withdirs, False, above, out)
+        elif os.path.isfile(path):
+            out[path] = self._described(path, os.stat(path), "file", False)
+        return dict(sorted(out.items())) if detail else sorted(out)
+
+    def _walk(self, folder, depth, withdirs, linked, above, out):
+        above = above | {_identity(os.stat(folder))}
+        with os.scandir(folder) as entries:
+            for entry in entries:
+                path = f"{folder.rstrip('/')}/{entry.name}"
+                link = linked or entry.is_symlink()
+                try:
+                    stat = os.stat(path)
+                except OSError:
+                    if entry.is_symlink():
+                        out[path] = {"name": path, "size": 0, "type": "broken"}
+                    continue  # else removed meanwhile
+                if not entry.is_dir():
+                    out[path] = self._described(path, stat, "file" if entry.is_file() else "other", link)
+                elif _identity(stat) in above:
+                    out[path] = {"name": path, "size": 0, "type": "loop"}
+                else:
+                    if withdirs:
+                        out[path] = self._described(path, stat, "directory", link)
+                    if depth is None or depth > 1:
+                        self._walk(path, depth and depth - 1, withdirs, link, above, out)
+
+    def _described(self, path, stat, kind, linked):
+        return {
+            "name": path, "size": stat.st_size, "type": kind, "mtime": stat.st_mtime, "linked": linked,
+            "identity": _identity(stat),
+        }  # fmt: skip
+
+
+def _identity(stat: os.stat_result) -> tuple[int, int]:
+    return stat.st_dev, stat.st_ino
 
 
 def _file(fs: Any, path: str, info: dict, root: str) -> File:
@@ -215,6 +376,16 @@ def _hub_rows(source: str) -> Iterator[tuple[str, Any]]:
         import datasets
     except ImportError:
         raise InputError(f"source {source!r} needs a package; run `pip install datasets`") from None
-    stream = datasets.load_dataset(name, config or None, split=split or "train", streaming=True)
-    for number, row in enumerate(stream, 1):
-        yield f"{source}: row {number}", row
+    try:
+        stream = iter(datasets.load_dataset(name, config or None, split=split or "train", streaming=True))
+        for number in itertools.count(1):
+            row = next(stream, None)
+            if row is None:
+                return
+            yield f"{source}: row {number}", row
+    except Exception as error:  # of many kinds: no such dataset, config or split, no network, no permission
+        reason = next(iter(str(error).strip().splitlines()), "")
+        raise InputError(
+            f"source {source!r} can't be read from the Hugging Face Hub ({type(error).__name__}: {reason}); check its "
+            "name, config and split, the network, and for a gated dataset `hf auth login`"
+        ) from None

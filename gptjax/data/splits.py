@@ -10,6 +10,7 @@ from gptjax.data import sources
 from gptjax.errors import InputError
 
 SPLITS = ("train", "validation")
+HOW = ("documents", "lines", "position")
 
 
 def held_out(source: str, validation: float, *, text_field: str = "text", seed: int = 0) -> set[str]:
@@ -20,33 +21,64 @@ def held_out(source: str, validation: float, *, text_field: str = "text", seed: 
 
 
 def splitter(
-    source: str, validation: float | str, text_field: str, seed: int
+    source: str,
+    validation: float | str,
+    text_field: str,
+    seed: int,
+    *,
+    split: str | None = None,
+    separator: str | None = None,
 ) -> Callable[[], Iterator[tuple[str, str]]]:
-    """A function that reads the source anew and yields (split, text) of each document."""
-    read = functools.partial(sources.documents, source, text_field=text_field)
+    """A function that reads the source anew and yields (split, text) of each document.
+
+    split: how a share is held out. 'documents': by a hash of seed and name; 'lines': the same, where each line of a
+    text file is a document; 'position': the last share of the source's characters, in its order; None: documents
+    where there are several, else position, and says so. separator: as `sources.documents`.
+    InputError: one document where several are needed, too little text, a split that isn't one of these.
+    """
+    if split not in (None, *HOW):
+        raise InputError(f"data.split={split!r} is none of {', '.join(HOW)}")
+    options = {"text_field": text_field, "separator": separator, "lines": split == "lines"}
+    read = functools.partial(sources.documents, source, **options)
     if isinstance(validation, str):
+        if split == "position":
+            raise InputError("data.split=position holds out a share, but data.validation names a source; give one")
 
         def two_sources() -> Iterator[tuple[str, str]]:
             yield from (("train", d.text) for d in read())
-            held_out = sources.documents(validation, text_field=text_field)
+            held_out = sources.documents(validation, **options)
             yield from (("validation", d.text) for d in held_out)
 
         return two_sources
 
-    limit, count = _limit(read, validation, seed)
+    limit, count = (0, 1) if split == "position" else _limit(read, validation, seed)
+    if count == 1 and split in ("documents", "lines"):
+        raise InputError(
+            f"source {source!r} has one of the {split} that data.split names, so none can be held out; give "
+            "data.split=position, or another source as data.validation"
+        )
+    if count == 1 and split is None:
+        print(
+            f"source {source}: one document, so its last {validation:.3g} of the characters are held out "
+            "(data.split=lines makes each line a document, data.document_separator splits it at a text)"
+        )
 
     def by_document() -> Iterator[tuple[str, str]]:
         yield from (("validation" if _draw(seed, d.name) < limit else "train", d.text) for d in read())
 
     def by_position() -> Iterator[tuple[str, str]]:
-        (document,) = read()
-        end = int(len(document.text) * (1 - validation))
-        if not 0 < end < len(document.text):
+        total = sum(len(d.text) for d in read())
+        end = int(total * (1 - validation))
+        if not 0 < end < total:
             raise InputError(
-                f"source {source!r} has {len(document.text)} characters, too few to hold out {validation} of "
-                "them; give more text"
+                f"source {source!r} has {total} characters, too few to hold out {validation} of them; give more text"
             )
-        yield from zip(SPLITS, (document.text[:end], document.text[end:]), strict=True)
+        for document in read():
+            if end > 0:
+                yield "train", document.text[:end]
+            if end < len(document.text):
+                yield "validation", document.text[max(end, 0) :]
+            end -= len(document.text)
 
     return by_document if count > 1 else by_position
 

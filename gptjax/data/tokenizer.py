@@ -35,6 +35,8 @@ _PIECE = 1 << 16  # characters; the library's time grows faster than the length 
 # Where a text may be cut without changing GPT-2's ids: right before the blank that follows a
 # non-blank. No alternative of the GPT-2 pattern reaches over such a place or looks behind it.
 _CUT = re.compile(r"(?<=\S)[\n ]")
+_LONGEST_WORD = 400  # characters of one run of letters, digits, blanks or signs; training is quadratic in it
+_LONG_RUN = re.compile(rf"\S{{{_LONGEST_WORD + 1}}}|\s{{{_LONGEST_WORD + 1}}}")
 
 
 class Tokenizer:
@@ -104,6 +106,20 @@ class Tokenizer:
     def pad_id(self) -> int | None:
         """Id of `<|pad|>`, None where the vocabulary has none."""
         return self.special_id(PAD)
+
+    @property
+    def separator_ids(self) -> list[int]:
+        """Ids between two documents: end-of-text, or a line break (GPT-1's vocabulary) or blank line (characters) where
+        the vocabulary has none. InputError: it has none of them."""
+        if self.eot_id is not None:
+            return [self.eot_id]
+        line_break = self._engine.token_to_id("\n" + END_OF_WORD if self.kind == "gpt1" else "\n")
+        if line_break is None:
+            raise InputError(
+                "the source has several documents, but the tokenizer has neither end-of-text nor a line break to "
+                "stand between them: take a bpe tokenizer, or join the documents in one file"
+            )
+        return [line_break] * (1 if self.kind == "gpt1" else 2)  # GPT-1's text preparation leaves one of several
 
     def encode(self, text: str) -> list[int]:
         """Ids of one text. InputError: a character the vocabulary lacks (char), text that isn't Unicode."""
@@ -217,6 +233,9 @@ def train_bpe(texts: Iterable[str], vocab_size: int) -> Tokenizer:
 
     Warns and returns a smaller vocabulary where the text has too few different pairs for vocab_size.
     InputError: vocab_size under 257 (256 bytes and end-of-text).
+
+    The library's time is quadratic in the longest run of letters, digits, signs or blanks, so a run of more than
+    400 characters is cut, with a warning. Encoding is not quadratic.
     """
     if vocab_size < _SMALLEST_BPE:
         raise InputError(
@@ -230,7 +249,14 @@ def train_bpe(texts: Iterable[str], vocab_size: int) -> Tokenizer:
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    engine.train_from_iterator((piece for text in texts for piece in _pieces(text)), trainer)
+    cut = [0]
+    engine.train_from_iterator(_training_pieces(texts, cut), trainer)
+    if cut[0]:
+        warnings.warn(
+            f"to train the tokenizer, {cut[0]} runs of more than {_LONGEST_WORD} letters, digits, signs or blanks "
+            "were cut into pieces of that length; what is trained on and encoded is not",
+            stacklevel=2,
+        )
     model = json.loads(engine.to_str())["model"]
     vocabulary = model["vocab"]
     vocabulary[END_OF_TEXT] = len(vocabulary)
@@ -318,6 +344,21 @@ def _pieces(text: str, length: int = _PIECE) -> Iterator[str]:
         yield text[start : cut.start()]
         start = cut.start()
     yield text[start:]
+
+
+def _training_pieces(texts: Iterable[str], cut: list[int]) -> Iterator[str]:
+    """Texts in pieces without a word of more than _LONGEST_WORD characters; cut[0] grows by the words that were cut."""
+    words = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    for piece in (piece for text in texts for piece in _pieces(text)):
+        start = 0
+        if _LONG_RUN.search(piece):  # the library's own words are costly to ask for
+            for _, (begin, end) in words.pre_tokenize_str(piece):
+                if end - begin > _LONGEST_WORD:
+                    cut[0] += 1
+                    for place in (*range(begin, end, _LONGEST_WORD), end):
+                        yield piece[start:place]
+                        start = place
+        yield piece[start:]
 
 
 def _is_gpt2_pattern(spec: dict, plain_added: set[str]) -> bool:

@@ -39,11 +39,13 @@ class TokenShards:
     """The tokens of one split, in shards, by memory map; len() is the number of tokens.
 
     dtype: of the files ('<u2' or '<u4'); vocab_size; eot_id (None: no end-of-text between documents);
-    bytes: UTF-8 bytes of the text; documents: their number; fingerprint: of the tokens in their order.
+    bytes: UTF-8 bytes of the text; documents: their number; fingerprint: of the tokens in their order; name: of the
+    split and its source, for messages.
     """
 
     def __init__(self, directory: Path, manifest: dict, split: str):
         record = manifest["splits"][split]
+        self.name = f"the {split} split of {manifest['source']}"
         self.dtype = np.dtype(manifest["dtype"])
         self.vocab_size: int = manifest["vocab_size"]
         self.eot_id: int | None = manifest["eot_id"]
@@ -89,6 +91,8 @@ def prepare(
     validation: float | str = 0.1,
     text_field: str = "text",
     seed: int = 0,
+    split: str | None = None,
+    document_separator: str | None = None,
     shard_tokens: int = 2**27,
     token_dtype: str | None = None,
     progress: bool = True,
@@ -98,8 +102,9 @@ def prepare(
     source, text_field: as `sources.documents`. tokenizer: as `make_tokenizer`; a BPE is trained on the
     train split, a character vocabulary is taken from both. validation: the fraction of documents held
     out, chosen by a hash of seed and name, at least one on each side; of a single document, the last
-    fraction of its characters; or another source. token_dtype: 'uint16' or 'uint32'; None takes the
-    smaller that holds the vocabulary. Each document ends with end-of-text where the tokenizer has one.
+    fraction of its characters; or another source. split, document_separator: as `splits.splitter`. token_dtype:
+    'uint16' or 'uint32'; None takes the smaller that holds the vocabulary. Each document ends with end-of-text where
+    the tokenizer has one; else Tokenizer.separator_ids stand between two documents.
     Memory grows with the longest document, not with the source.
 
     Returns the tokenizer and the splits 'train' and 'validation'. InputError: whatever `documents`,
@@ -128,14 +133,19 @@ def prepare(
         "shard_tokens": shard_tokens,
         "token_dtype": token_dtype,
     }
+    # Asked for only where it isn't the default, so that tokens made before there was a choice still answer.
+    request |= {"split": split} if split else {}
+    request |= {"document_separator": document_separator} if document_separator else {}
+    if tokenizer == "char" or (given and given.eot_id is None):
+        request["between_documents"] = "blank line"  # once there was nothing between them
     if _made_from(directory) == request:
         return open_shards(directory, progress=progress)
     with _locked(directory):
         if _made_from(directory) != request:  # another process may have made it meanwhile
-            split = splitter(source, validation, text_field, seed)
+            splitting = splitter(source, validation, text_field, seed, split=split, separator=document_separator)
             about = {"source": source, "tokenizer": tokenizer, "validation_source": str(validation)}
             with _replacing(directory) as partial:
-                _write(partial, request, about, split, given, progress)
+                _write(partial, request, about, splitting, given, progress)
     return open_shards(directory, progress=progress)
 
 
@@ -323,7 +333,11 @@ def _write(
         def texts() -> Iterator[str]:
             nonlocal total
             with _bar("making the tokenizer", None, progress) as bar:
+                seen = set()
                 for name, text in split():
+                    if name in seen and about["tokenizer"] == "char":
+                        yield "\n"  # stands between two documents
+                    seen.add(name)
                     total += len(text.encode())
                     if name == "train" or about["tokenizer"] == "char":
                         bar.update(len(text.encode()))
@@ -332,11 +346,15 @@ def _write(
         tokenizer = make_tokenizer(about["tokenizer"], texts)
     dtype = _token_dtype(request["token_dtype"], tokenizer.vocab_size)
     writers = {name: _Writer(directory, name, request["shard_tokens"]) for name in SPLITS}
+    begins = True  # the next piece is a document's first
     with _bar("tokenising", total or None, progress) as bar:
         for batch in _batches(split(), tokenizer):
             encoded = tokenizer.encode_batch([piece for _, piece, _ in batch])
             for (name, piece, last), ids in zip(batch, encoded, strict=True):
                 writer, size = writers[name], len(piece.encode())
+                if begins and writer.documents and tokenizer.eot_id is None:
+                    ids = tokenizer.separator_ids + ids
+                begins = last
                 if last and tokenizer.eot_id is not None:
                     ids.append(tokenizer.eot_id)
                 writer.write(np.array(ids, dtype))

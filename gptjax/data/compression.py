@@ -1,0 +1,144 @@
+"""Compressed files, recognized by their first bytes: gzip, bzip2, xz, zstd, lz4, and zip archives.
+
+Concatenated streams (as pigz, pbzip2, pzstd and `cat a.gz b.gz` write them) are read to their end.
+"""
+
+from __future__ import annotations
+
+import bz2
+import gzip
+import io
+import lzma
+import zipfile
+import zlib
+from collections.abc import Iterator
+from typing import BinaryIO, NamedTuple
+
+from gptjax.errors import InputError
+
+SUFFIXES = {".gz": "gzip", ".bz2": "bzip2", ".xz": "xz", ".zst": "zstd", ".zstd": "zstd", ".lz4": "lz4", ".zip": "zip"}
+_BUFFER = 1 << 20
+_DAMAGE = (OSError, EOFError, zlib.error, lzma.LZMAError, zipfile.BadZipFile, NotImplementedError, RuntimeError)
+
+
+class Part(NamedTuple):
+    """A file's content, or one member of a zip archive. name: without the suffix that says how it is compressed,
+    to tell its format; label: its name with the archive's before it, for documents; path: for messages; size: bytes
+    on disk."""
+
+    name: str
+    label: str
+    path: str
+    size: int
+    stream: BinaryIO
+
+
+def parts(stream: BinaryIO, label: str, path: str, size: int) -> Iterator[Part]:
+    """The content of an open file, decompressed: one part, or each member of a zip archive in the order of names.
+
+    InputError: damaged, truncated, encrypted, or not compressed though its name says so.
+    """
+    kind = _kind(stream.read(16))
+    stream.seek(0)
+    name, said = _split_suffix(label)
+    if kind == "zip" and said != "zip":
+        kind = None  # .docx, .jar, .npz: a document of its own kind, not an archive of text
+    if kind is None and said is not None:
+        raise InputError(f"{path} isn't a {said} file, whatever its name says; get it again, or rename it")
+    if kind == "zip":
+        yield from _members(stream, label, path)
+        return
+    if kind is not None:
+        stream = io.BufferedReader(_Decompressed(stream, kind, path), _BUFFER)
+    yield Part(name if said else label, label, path, size, stream)
+
+
+def uncompressed_name(name: str) -> str:
+    """The name without a suffix that says how the file is compressed."""
+    return _split_suffix(name)[0]
+
+
+def _split_suffix(name: str) -> tuple[str, str | None]:
+    suffix = next((s for s in SUFFIXES if name.lower().endswith(s)), None)
+    return (name[: -len(suffix)], SUFFIXES[suffix]) if suffix else (name, None)
+
+
+def _kind(head: bytes) -> str | None:
+    """How a file that begins with these bytes is compressed, None where it isn't."""
+    if head.startswith(b"\x1f\x8b"):
+        return "gzip"
+    if head.startswith(b"BZh") and head[4:10] in (b"1AY&SY", b"\x17rE8P\x90"):  # a block, or the end of an empty file
+        return "bzip2"
+    if head.startswith(b"\xfd7zXZ\0"):
+        return "xz"
+    if head.startswith(b"\x04\x22\x4d\x18"):
+        return "lz4"
+    # pzstd begins with a skippable frame.
+    if head.startswith(b"\x28\xb5\x2f\xfd") or (head[1:4] == b"\x2a\x4d\x18" and head[0] & 0xF0 == 0x50):
+        return "zstd"
+    return "zip" if head.startswith((b"PK\x03\x04", b"PK\x05\x06")) else None
+
+
+def _members(stream: BinaryIO, label: str, path: str) -> Iterator[Part]:
+    try:
+        archive = zipfile.ZipFile(stream)
+    except zipfile.BadZipFile as error:
+        raise InputError(f"{path} is a damaged zip file ({error}); get it again") from None
+    for member in sorted(archive.infolist(), key=lambda m: m.filename):
+        folders = member.filename.split("/")
+        if member.is_dir() or folders[0] == "__MACOSX" or any(f.startswith(".") for f in folders):
+            continue
+        where = f"{path}/{member.filename}"
+        if member.flag_bits & 1:
+            raise InputError(f"{where} is encrypted; unpack {path} with its password")
+        checked = io.BufferedReader(_Decompressed(archive.open(member), "zip", path), _BUFFER)
+        yield from parts(checked, f"{label}/{member.filename}", where, member.compress_size)
+
+
+class _Decompressed(io.RawIOBase):
+    """Decompressed bytes; damage and truncation are InputErrors wherever they are met."""
+
+    def __init__(self, stream: BinaryIO, kind: str, path: str):
+        self._kind, self._path = kind, path
+        self._stream = _open(stream, kind)
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return self._kind == "zip"
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        return self._stream.seek(offset, whence)
+
+    def tell(self) -> int:
+        return self._stream.tell()
+
+    def readinto(self, buffer) -> int:
+        try:
+            data = self._stream.read(len(buffer))
+        except _DAMAGE as error:
+            if getattr(error, "errno", None) is not None:  # of the disk
+                raise
+            if "too much memory" in str(error):
+                raise InputError(
+                    f"{self._path} was compressed with a window that is too long to read here; decompress it with "
+                    "`zstd -d --long=31`"
+                ) from None
+            raise InputError(f"{self._path} is a damaged {self._kind} file ({error}); get it again") from None
+        buffer[: len(data)] = data
+        return len(data)
+
+
+def _open(stream: BinaryIO, kind: str) -> BinaryIO:
+    if kind == "gzip":
+        return gzip.GzipFile(fileobj=stream, mode="rb")
+    if kind == "bzip2":
+        return bz2.BZ2File(stream)
+    if kind == "xz":
+        return lzma.LZMAFile(stream)
+    if kind == "zip":
+        return stream
+    import pyarrow
+
+    return pyarrow.CompressedInputStream(pyarrow.PythonFile(stream, mode="r"), kind)
