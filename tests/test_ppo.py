@@ -602,7 +602,7 @@ def test_a_reference_that_moved_on_is_refused(config, straight, tuned, tmp_path,
     copy = shutil.copytree(straight[0], tmp_path / "run")
     real = stage.load_model
     monkeypatch.setattr(stage, "load_model", lambda *a, **k: dataclasses.replace(real(*a, **k), step=999))
-    with pytest.raises(InputError, match="origin.policy_step: there .*, now 999"):
+    with pytest.raises(InputError, match="policy: .* is at step 999 now and was at"):
         ppo(config(**WHOLE), str(copy))
 
 

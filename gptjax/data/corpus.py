@@ -5,6 +5,7 @@ import itertools
 import os
 from collections.abc import Mapping
 
+from gptjax import paths
 from gptjax.config import build, read_config
 from gptjax.data import sources, tokens
 from gptjax.data.lm import Mixture, Windows
@@ -21,13 +22,13 @@ class DataConfig:
         weights are normalised. isolate_documents: attention stays within a document, positions restart.
     cache: where token shards are kept; None = in the workdir."""
 
-    source: str | None = None
-    tokenizer: str = "bpe:50257"
-    validation: str = "0.1"
+    source: str | None = paths.field(paths.SOURCE)
+    tokenizer: str = paths.field(paths.TOKENIZER, "bpe:50257")
+    validation: str = paths.field(paths.SHARE, "0.1")
     text_field: str = "text"
     mixture: Mapping[str, float] = dataclasses.field(default_factory=dict)
     isolate_documents: bool = False
-    cache: str | None = None
+    cache: str | None = paths.field()
 
     def __post_init__(self):
         if self.mixture and (min(self.mixture.values()) < 0 or sum(self.mixture.values()) <= 0):
