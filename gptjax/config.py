@@ -22,6 +22,7 @@ from etils import epath
 from ml_collections import config_dict as mlc
 from ml_collections import config_flags
 
+from gptjax import paths
 from gptjax.errors import InputError
 from gptjax.parallel import hosts, rules
 
@@ -68,6 +69,8 @@ def build(cls, section, path="config"):
             value = tuple(value)
         elif isinstance(value, dict):
             value = dict(value)
+        elif "path" in fields[name].metadata and paths.is_path(value, fields[name].metadata["path"]):
+            value = paths.expand(value)
         values[name] = value
     try:
         return cls(**values)
@@ -112,6 +115,7 @@ def run(main):
 
     def parse(argv):
         try:
+            argv = [paths.expand_flag(argument, "config") for argument in argv]
             _check_config_file(argv)
             return flags.FLAGS(argv)
         except (flags.Error, InputError, AttributeError, KeyError, TypeError, ValueError, OSError) as error:
@@ -142,9 +146,36 @@ def run_stage(stage):
 def define_flags():
     """--config, --workdir and --join_limit, as every training stage has them."""
     config_flags.DEFINE_config_file("config", None, "A config file, as configs/gpt2.py:124m.", lock_config=True)
-    flags.DEFINE_string("workdir", None, "Where everything of this run is kept.")
+    define_path("workdir", None, "Where everything of this run is kept.")
     flags.DEFINE_integer("join_limit", 300, "Seconds to wait for the other hosts of the job.", lower_bound=1)
     flags.mark_flags_as_required(["config", "workdir"])
+
+
+def define_path(name: str, default: str | None, help: str):
+    """A flag for a path, in which `~` is the home directory."""
+    flags.DEFINE(_PathParser(), name, default, help, serializer=flags.ArgumentSerializer())
+
+
+def define_step():
+    """--step, as every reader of a workdir has it."""
+    help = "A checkpoint's step, or 'best': the lowest validation loss on disk. The newest good one if not given."
+    flags.DEFINE(_StepParser(), "step", None, help, serializer=flags.ArgumentSerializer())
+
+
+class _StepParser(flags.IntegerParser):
+    def parse(self, argument):
+        return argument if argument == "best" else super().parse(argument)
+
+    def convert(self, argument):
+        try:
+            return super().convert(argument)
+        except ValueError:
+            raise ValueError(f"{argument!r} is neither a number nor 'best'") from None
+
+
+class _PathParser(flags.ArgumentParser):
+    def parse(self, argument):
+        return paths.expand(argument)
 
 
 def _check_config_file(argv):
@@ -152,7 +183,7 @@ def _check_config_file(argv):
         name, _, value = argument.lstrip("-").partition("=")
         path = epath.Path(value.split(":")[0])
         if name == "config" and not path.exists():
-            there = [str(p) for p in path.parent.glob("*.py")] if path.parent.exists() else []
+            there = [str(p) for p in path.parent.iterdir() if p.suffix == ".py"] if path.parent.is_dir() else []
             raise InputError(f"There is no config file {path}{nearest(path, there) if there else ''}.")
 
 
@@ -196,12 +227,13 @@ def claim_workdir(workdir, stage: str, config, **sections) -> bool:
     """Writes config.json into a new workdir, or checks that the one there is the same run's.
 
     sections: what takes the place of the config's own or is added to it (the whole model, where the config overrides
-    a part of one).
+    a part of one). `origin`: {<field>_<what>: value} of the models in the workdirs that the config's fields name
+    (workdir.origin); a value that is left out is not compared.
     Returns whether the run is being taken up again. Raises InputError listing the keys that differ. Of many hosts one
     claims it for all.
     """
-    taken_up = hosts.from_first(lambda: _claim(epath.Path(workdir), stage, config, sections))
-    if not (epath.Path(workdir) / "config.json").exists():
+    taken_up = hosts.from_first(lambda: _claim(paths.local(workdir), stage, config, sections))
+    if not (paths.local(workdir) / "config.json").exists():
         raise InputError(
             f"What process 0 wrote to {workdir} is not there on {socket.gethostname()}: give a --workdir on storage "
             "that all hosts share (checkpoints are written by all of them)."
@@ -213,8 +245,9 @@ def _claim(workdir, stage, config, sections) -> bool:
     workdir.mkdir(parents=True, exist_ok=True)
     path = workdir / "config.json"
     new = {"stage": stage, **to_json(config), **{name: to_json(section) for name, section in sections.items()}}
+    local = _absolute_paths(new, config, workdir)
     if not path.exists():
-        if any((workdir / "checkpoints").glob("[0-9]*")):
+        if _steps(workdir):
             raise InputError(
                 f"{workdir} has checkpoints but no config.json to say of which run: put it back or take another "
                 "--workdir."
@@ -222,13 +255,16 @@ def _claim(workdir, stage, config, sections) -> bool:
         write_json(path, new)
         return False
     old = read_config(workdir)
-    a, b = _flatten(old), _flatten(new)
+    moved = _compare_origin(workdir, old, new, bool(_steps(workdir)))
+    a, b = _flatten(old), _flatten({k: v for k, v in new.items() if k != "paths"})
     different = [k for k in sorted(a.keys() | b.keys()) if a.get(k) != b.get(k)]
+    different = [k for k in different if not (k in local and a.get(k) and b.get(k) and paths.same(a[k], b[k]))]
     within = lambda k, names: any(k == n or k.startswith(f"{n}.") for n in names)
     # A key that the run has no word of came with a later version, which takes it to be what it is by default.
     defaults = _flatten(config_dict(type(config)).to_dict()) if dataclasses.is_dataclass(config) else {}
     later = {k for k in b.keys() - a.keys() if not within(k, a) and k in defaults and b[k] == defaults[k]}
-    fatal = [k for k in different if k not in later and not within(k, _MAY_CHANGE)]
+    may_change = (*_MAY_CHANGE, "origin", *moved)
+    fatal = [k for k in different if k not in later and not within(k, may_change)]
     if fatal:
         lines = "\n".join(f"  {k}: there {a.get(k)!r}, now {b.get(k)!r}" for k in fatal)
         raise InputError(
@@ -239,21 +275,89 @@ def _claim(workdir, stage, config, sections) -> bool:
         if k in later:
             if not within(k, _MAY_CHANGE):
                 print(f"config.{k} is newer than this run, which goes on with {b[k]!r}")
-            continue
-        print(f"config.{k} changed from {a.get(k)!r} to {b.get(k)!r} since this run began")
+        elif not within(k, ("origin",)):
+            print(f"config.{k} changed from {a.get(k)!r} to {b.get(k)!r} since this run began")
     write_json(path, new)
     return True
 
 
+def has_checkpoints(workdir) -> bool:
+    """Whether a run can go on from a checkpoint of its own; the same on all hosts."""
+    return hosts.from_first(lambda: bool(_steps(workdir)))
+
+
+def _steps(workdir) -> list[str]:
+    directory = paths.local(workdir) / "checkpoints"
+    return [p.name for p in directory.iterdir() if p.name.isdecimal()] if directory.is_dir() else []
+
+
+def _absolute_paths(new: dict, config, workdir) -> set[str]:
+    """Makes the config's local paths absolute in `new` and adds its section `paths`: {dotted key: from the workdir}.
+    Returns the dotted keys."""
+    found = {}
+    for key, names in (paths.fields(type(config)) if dataclasses.is_dataclass(config) else {}).items():
+        *sections, name = key.split(".")
+        section = functools.reduce(dict.__getitem__, sections, new)
+        if paths.is_path(section.get(name), names):
+            section[name] = paths.absolute(section[name])
+            found[key] = paths.relative(section[name], workdir)
+    if found:
+        new["paths"] = found
+    return set(found)
+
+
+_CHANGED = {"step": "is at step {} now and was at {} then", "weights": "has other weights now",
+            "tokenizer": "has another tokenizer now", "bias": "has the bias {} now and had {} then"}  # fmt: skip
+
+
+def _compare_origin(workdir, old: dict, new: dict, has_checkpoints: bool) -> set[str]:
+    """InputError where a model that the run depends on is another one than when the run began. What is not known now
+    stays as it was. Returns the fields whose workdir has the same weights, wherever it is now."""
+    then, now = old.get("origin") or {}, new.get("origin") or {}
+    same = {key.removesuffix("_weights") for key in now if key.endswith("_weights") and then.get(key) == now[key]}
+    changed, unknown = [], set()
+    for key, value in now.items():
+        name, _, what = key.rpartition("_")
+        where = _flatten(new).get(name)
+        if key not in then:
+            unknown.add(f"{name} ({where})")
+        elif value != then[key] and name == "init_from" and has_checkpoints and what != "tokenizer":
+            now[key] = then[key]
+            if what == "weights":  # they were needed at step 0 alone
+                print(f"note: the weights in {where} have changed since this run began from them; it goes on from its "
+                      "own checkpoint")  # fmt: skip
+        elif value != then[key]:
+            changed.append(f"  {name}: {where} {_CHANGED[what].format(value, then[key])}")
+    if changed:
+        raise InputError(
+            f"{workdir} began with other models than those there are now:\n" + "\n".join(changed) + "\n"
+            "Put back what was there, or start anew in another --workdir."
+        )
+    for name in sorted(unknown):
+        print(f"note: this run was begun by an earlier version, which kept no digest of {name}: it is taken to be the "
+              "same")  # fmt: skip
+    if then or now:
+        new["origin"] = {**then, **now}
+    return same
+
+
 def read_config(workdir) -> dict:
-    """A workdir's config.json as a dict. Raises InputError if there is none or it is damaged."""
-    path = epath.Path(workdir) / "config.json"
+    """A workdir's config.json as a dict, its paths as they are to be opened from here. Raises InputError if there is
+    none or it is damaged."""
+    workdir = paths.local(workdir)
+    path = workdir / "config.json"
     if not path.exists():
-        raise InputError(f"{workdir} is not a workdir: it has no config.json. Give the --workdir of a training run.")
+        why = "it has no config.json" if workdir.exists() else "there is no such folder"
+        raise InputError(f"{workdir} is not a workdir: {why}. Give the --workdir of a training run.")
     try:
-        return json.loads(path.read_text())
+        run = json.loads(path.read_text())
     except json.JSONDecodeError as error:
         raise InputError(f"{path} is damaged ({error}): restore it or start a new workdir.") from error
+    for key, relative in run.pop("paths", {}).items():
+        *sections, name = key.split(".")
+        section = functools.reduce(dict.__getitem__, sections, run)
+        section[name] = paths.resolve(section[name], relative, workdir)
+    return run
 
 
 def _flatten(d, prefix=""):

@@ -15,6 +15,7 @@ from absl import flags
 from etils import epath
 
 from gptjax import config as configs
+from gptjax import lock, paths
 from gptjax.data.corpus import DataConfig
 from gptjax.data.tokenizer import Tokenizer, make_tokenizer
 from gptjax.errors import InputError
@@ -27,9 +28,15 @@ from gptjax.workdir import load_model
 
 def import_weights(source, workdir, tokenizer_path: str | None = None):
     """A new workdir with the model, tokenizer and weights of a Hugging Face directory, as step 0."""
-    workdir = epath.Path(workdir)
+    workdir = paths.local(workdir)
     if (workdir / "config.json").exists():
         raise InputError(f"{workdir} already holds a run: give a new --workdir.")
+    with lock.held(workdir):
+        return _import(source, workdir, tokenizer_path)
+
+
+def _import(source, workdir, tokenizer_path):
+    source = paths.expand(str(source))
     config, params = huggingface.read(source)
     tokenizer = _find_tokenizer(source, tokenizer_path)
     if tokenizer.vocab_size > config.vocab_size:
@@ -55,6 +62,7 @@ def import_weights(source, workdir, tokenizer_path: str | None = None):
 
 def _find_tokenizer(source, given: str | None) -> Tokenizer:
     if given:
+        given = paths.expand(str(given))
         return make_tokenizer(given, list)
     source = epath.Path(source)
     try:
@@ -63,8 +71,8 @@ def _find_tokenizer(source, given: str | None) -> Tokenizer:
         raise InputError(f"No tokenizer beside the weights ({error}); give one with --tokenizer=DIR.") from error
 
 
-def export_weights(workdir, output, step: int | None = None):
-    """A directory that transformers loads, from a workdir's newest good checkpoint or a given step."""
+def export_weights(workdir, output, step: int | str | None = None):
+    """A directory that transformers loads, from a workdir's newest good checkpoint, a given step or the 'best' one."""
     model = load_model(workdir, step=step)
     huggingface.write(output, model.config, jax.tree.map(np.asarray, model.params), model.tokenizer)
     return model
@@ -90,10 +98,10 @@ if __name__ == "__main__":
     FLAGS = flags.FLAGS
     flags.DEFINE_enum("from", None, ["hf"], "Where the weights come from.")
     flags.DEFINE_enum("to", None, ["hf"], "Where the weights go.")
-    flags.DEFINE_string("input", None, "Hugging Face directory or .safetensors file.")
-    flags.DEFINE_string("output", None, "Directory to write.")
-    flags.DEFINE_string("workdir", None, "Our workdir: made with --from, read with --to.")
-    flags.DEFINE_string("tokenizer", None, "Tokenizer directory, if the input has none.")
-    flags.DEFINE_integer("step", None, "A checkpoint's step; the newest good one if not given.")
+    configs.define_path("input", None, "Hugging Face directory or .safetensors file.")
+    configs.define_path("output", None, "Directory to write.")
+    configs.define_path("workdir", None, "Our workdir: made with --from, read with --to.")
+    configs.define_path("tokenizer", None, "Tokenizer directory, if the input has none.")
+    configs.define_step()
     flags.mark_flag_as_required("workdir")
     configs.run(main)

@@ -88,11 +88,11 @@ class tokenised:
 
 if __name__ == "__main__":
     FLAGS = flags.FLAGS
-    flags.DEFINE_string("workdir", None, "A training run's workdir.")
-    flags.DEFINE_string("source", None, "Text to score: a file, a directory, JSONL, Parquet, ...")
+    configs.define_path("workdir", None, "A training run's workdir.")
+    configs.define_path("source", None, "Text to score: a file, a directory, JSONL, Parquet, ...")
     flags.DEFINE_string("text_field", "text", "Field of JSONL and Parquet rows.")
     flags.DEFINE_integer("batch_size", 16, "Sequences at a time.", lower_bound=1)
-    flags.DEFINE_integer("step", None, "A checkpoint's step; the newest good one if not given.")
+    configs.define_step()
     flags.DEFINE_bool("json", False, "One JSON object.")
     flags.mark_flag_as_required("workdir")
     configs.run(main)

@@ -21,6 +21,7 @@ from ml_collections import config_dict as mlc
 from tqdm import tqdm
 
 from gptjax import config as configs
+from gptjax import lock, paths
 from gptjax.data.chat import Template
 from gptjax.data.prompts import PromptBatches, PromptConfig, bucket_widths, load_prompts, longest_of
 from gptjax.errors import InputError
@@ -45,7 +46,7 @@ from gptjax.training.metrics import LogConfig, MetricWriter
 from gptjax.training.optimizer import OptimizerConfig, make_optimizer
 from gptjax.training.precision import PrecisionConfig, frozen
 from gptjax.training.step import batch_sharding
-from gptjax.workdir import load_model
+from gptjax.workdir import load_model, origin
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,8 +57,8 @@ class PPOConfig:
     value network, which starts as the reward model; shared_trunk: a head on the policy's own trunk instead.
     offload: keep the two frozen models in host memory and bring them to the device to score."""
 
-    policy: str | None = None
-    reward: str | None = None
+    policy: str | None = paths.field()
+    reward: str | None = paths.field()
     reward_fn: str | None = None
     reward_on: str = "text"
     model: ModelOptions = ModelOptions()
@@ -101,6 +102,7 @@ class PPOConfig:
 
 
 @configs.by_its_rules
+@lock.holds_workdir
 def ppo(config: mlc.ConfigDict, workdir: str, reward_fn: Callable | None = None) -> bool:
     """The whole stage. Returns whether the run is finished (False after a SIGTERM).
 
@@ -172,11 +174,10 @@ def ppo(config: mlc.ConfigDict, workdir: str, reward_fn: Callable | None = None)
     hosts.agree("The prompts", prompts.fingerprint)
     known = hosts.from_first((workdir / "config.json").exists)
     # A resumed run must find the reference and the reward it began with, so what they are is part of its config.
-    origin = {"policy_step": base.step}
+    about = origin(policy=base, reward=judge_model)
     if judge_model:
-        head = judge_model.params["head"]
-        origin |= {"reward_step": judge_model.step, "reward_bias": float(head["bias"])}
-    sections = {"model": policy_config, "template": template.kind, "origin": origin}
+        about["reward_bias"] = float(judge_model.params["head"]["bias"])
+    sections = {"model": policy_config, "template": template.kind, "origin": about}
     if known:
         configs.claim_workdir(workdir, "ppo", c, **sections)
     hosts.only_first(lambda: base.tokenizer.save(workdir / "tokenizer"))
@@ -229,8 +230,8 @@ def ppo(config: mlc.ConfigDict, workdir: str, reward_fn: Callable | None = None)
             most = max(at_once, key=lambda rows_slots: rows_slots[0] * (rows_slots[1] + n.response))
             print(memory_plan(state, reference, reward, n, *most, c.offload))
             print(
-                f"policy and reference: {c.policy} at step {origin['policy_step']:,}"
-                + (f"; reward model: {c.reward} at step {origin['reward_step']:,}" if reward else "")
+                f"policy and reference: {c.policy} at step {about['policy_step']:,}"
+                + (f"; reward model: {c.reward} at step {about['reward_step']:,}" if reward else "")
             )
             print(
                 f"{len(prompts.ids):,} prompts of up to {widths[-1]} tokens, responses of up to {n.response}; "

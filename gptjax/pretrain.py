@@ -13,6 +13,7 @@ from etils import epath
 from ml_collections import config_dict as mlc
 
 from gptjax import config as configs
+from gptjax import lock, paths
 from gptjax.data import lm
 from gptjax.data.corpus import Corpus, DataConfig, load_corpus, shards_directory
 from gptjax.data.tokenizer import Tokenizer
@@ -40,6 +41,7 @@ from gptjax.training.step import (
     jit_train_step,
     train_step,
 )
+from gptjax.workdir import Model, origin
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,7 +78,7 @@ class PretrainConfig:
     microbatch_size: int | None = None
     steps_per_dispatch: int = 1
     loss_chunk: int = 128
-    init_from: str | None = None
+    init_from: str | None = paths.field()
 
     def __post_init__(self):
         if self.batch_size < 1 or self.steps_per_dispatch < 1 or self.loss_chunk < 1:
@@ -92,6 +94,7 @@ class PretrainConfig:
 
 
 @configs.by_its_rules
+@lock.holds_workdir
 def pretrain(config: mlc.ConfigDict, workdir: str) -> bool:
     """The whole stage. Returns whether the run is finished (False after a SIGTERM)."""
     began = time.perf_counter()
@@ -128,7 +131,9 @@ def pretrain(config: mlc.ConfigDict, workdir: str) -> bool:
             "or train a smaller tokenizer (--config.data.tokenizer=bpe:SIZE)."
         )
     encode_prompts(c.samples.prompts, corpus.tokenizer, c.model.context_length)  # refused now, not after training
-    check_same_tokenizer(c.init_from, corpus.tokenizer)
+    resumes = configs.has_checkpoints(workdir)
+    if not (resumes and c.init_from and not paths.local(c.init_from).exists()):
+        check_same_tokenizer(c.init_from, corpus.tokenizer)
     tokens = c.tokens if c.epochs is None or c.tokens is not None else c.epochs * corpus.train_tokens
     schedule = Schedule(
         c.schedule, batch_size=c.batch_size, context_length=c.model.context_length,
@@ -151,9 +156,14 @@ def pretrain(config: mlc.ConfigDict, workdir: str) -> bool:
     step = train_step(loss, tx, c.optimizer.clip_norm, c.precision, c.seed, dropout=model.dropout > 0)
     evaluate = evaluator(loss, corpus, c, mesh, here)
 
+    base = None
+    if c.init_from and not resumes:
+        with jax.set_mesh(mesh):
+            base = load_weights(c.init_from, model, abstract.params, shardings.params, corpus.tokenizer)
+
     # --- everything that can be refused has been: the workdir is ours ---
-    if not known:
-        configs.claim_workdir(workdir, "pretrain", c)
+    if not known or base:
+        configs.claim_workdir(workdir, "pretrain", c, **({"origin": origin(init_from=base)} if base else {}))
     hosts.only_first(lambda: corpus.tokenizer.save(workdir / "tokenizer"))
 
     with jax.set_mesh(mesh):
@@ -169,9 +179,9 @@ def pretrain(config: mlc.ConfigDict, workdir: str) -> bool:
         )  # fmt: skip
         if state is None:
             state = init_state(model, tx, c.precision, shardings, c.seed)
-            if c.init_from:
-                params = load_weights(c.init_from, model, abstract.params, shardings.params)
-                state = dataclasses.replace(state, params=params)
+            if base:
+                state = dataclasses.replace(state, params=base.params)
+        del base
         start = int(state.step)
         writer = MetricWriter(workdir, c.log, start, configs.to_json(c))
 
@@ -236,16 +246,19 @@ def check_same_tokenizer(init_from, tokenizer):
         )
 
 
-def load_weights(workdir, model: GPTConfig, abstract, shardings):
-    """Parameters of another run's newest good checkpoint. Raises InputError if its model is another one."""
+def load_weights(workdir, model: GPTConfig, abstract, shardings, tokenizer: Tokenizer) -> Model:
+    """Another run's newest good checkpoint. Raises InputError if its model is another one."""
     there = configs.read_config(workdir)["model"]
     for key in ("vocab_size", "n_layer", "n_head", "d_model", "context_length", "norm", "local_window", "tied_head"):
         if there[key] != getattr(model, key):
             raise InputError(f"init_from: {workdir} has model.{key}={there[key]}, this run {getattr(model, key)}.")
-    restored = Checkpointer(workdir).restore_params(abstract, shardings)
+    checkpointer = Checkpointer(workdir)
+    restored = checkpointer.restore_params(abstract, shardings)
     if restored is None:
         raise InputError(f"init_from: {workdir} has no checkpoint.")
-    return restored[0]
+    params, meta = restored
+    weights = checkpointer.weights(meta["step"])
+    return Model(model, params, tokenizer, float, meta["step"], None, weights=weights)
 
 
 def encode_prompts(prompts, tokenizer, context_length: int) -> list[list[int]]:

@@ -17,6 +17,7 @@ from etils import epath
 from ml_collections import config_dict as mlc
 
 from gptjax import config as configs
+from gptjax import lock, paths
 from gptjax.data.chat import Template, chat_tokenizer
 from gptjax.data.comparisons import ComparisonBatches, ComparisonConfig, load_comparisons, validation_batches
 from gptjax.data.demonstrations import DemonstrationConfig, load_demonstrations
@@ -36,7 +37,7 @@ from gptjax.training.precision import PrecisionConfig
 from gptjax.training.schedule import Schedule, ScheduleConfig
 from gptjax.training.state import new_state, state_shardings
 from gptjax.training.step import batch_sharding, jit_train_step, train_step
-from gptjax.workdir import load_model
+from gptjax.workdir import load_base, origin
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,7 +48,7 @@ class RewardConfig:
     too, so that their standard deviation is 1 (Ziegler et al. 2019), 'none'. demonstrations: rows with prompt and
     response; None = those of the SFT run. template: None = the SFT run's, else 'chat'."""
 
-    init_from: str | None = None
+    init_from: str | None = paths.field()
     model: ModelOptions = ModelOptions()
     data: ComparisonConfig = ComparisonConfig()
     optimizer: OptimizerConfig = OptimizerConfig(learning_rate=9e-6, weight_decay=0.0)
@@ -59,7 +60,7 @@ class RewardConfig:
     log: LogConfig = LogConfig()
     objective: str = "pairs"
     normalise: str = "mean"
-    demonstrations: str | None = None
+    demonstrations: str | None = paths.field(paths.SOURCE)
     template: str | None = None
     selection: str = "last"
     seed: int = 0
@@ -89,6 +90,7 @@ class RewardConfig:
 
 
 @configs.by_its_rules
+@lock.holds_workdir
 def reward(config: mlc.ConfigDict, workdir: str) -> bool:
     """The whole stage. Returns whether the run is finished (False after a SIGTERM)."""
     began = time.perf_counter()
@@ -101,14 +103,18 @@ def reward(config: mlc.ConfigDict, workdir: str) -> bool:
     if c.data.source is None:
         raise InputError("No comparisons: give --config.data.source=PATH (JSONL, Parquet or hf:NAME).")
     mesh = make_mesh(c.mesh)
-    origin = configs.read_config(c.init_from)
-    of_sft = origin["data"] if origin.get("stage") == "sft" else {}
-    kind = c.template or of_sft.get("template", "chat")
+    gone = configs.has_checkpoints(workdir) and not paths.local(c.init_from).exists()
+    before = {"template": configs.read_config(workdir)["template"]} if gone else configs.read_config(c.init_from)
+    of_sft = before["data"] if before.get("stage") == "sft" else {}
+    if gone and c.normalise != "none" and c.demonstrations is None:
+        raise InputError(f"{c.init_from} is not there any more, and it tells which demonstrations are to score 0 on "
+                         "average: put it back.")  # fmt: skip
+    kind = c.template or (before if gone else of_sft).get("template", "chat")
     if of_sft and kind != of_sft["template"]:
         raise InputError(f"template={kind!r}, but {c.init_from} was tuned with {of_sft['template']!r}: leave it out.")
 
     # --- the trunk it starts from ---
-    base = load_model(c.init_from, mesh=mesh)
+    base = load_base(c.init_from, workdir, mesh=mesh)
     tokenizer = chat_tokenizer(base.tokenizer)
     options = c.model if c.model.dropout is not None else dataclasses.replace(c.model, dropout=0.0)
     model = options.apply(base.config, vocab_size=max(base.config.vocab_size, tokenizer.vocab_size))
@@ -134,7 +140,8 @@ def reward(config: mlc.ConfigDict, workdir: str) -> bool:
         learning_rate=c.optimizer.learning_rate, steps=c.steps if c.steps is not None else batches.steps(c.epochs),
     )  # fmt: skip
     hosts.agree("The comparisons", comparisons.fingerprint)
-    configs.claim_workdir(workdir, "reward", dataclasses.replace(c, template=kind), model=model)
+    about = origin(init_from=base)
+    configs.claim_workdir(workdir, "reward", dataclasses.replace(c, template=kind), model=model, origin=about)
     hosts.only_first(lambda: tokenizer.save(workdir / "tokenizer"))
 
     # --- abstract state, shardings, step ---

@@ -84,7 +84,7 @@ def main(_):
 
 if __name__ == "__main__":
     FLAGS = flags.FLAGS
-    flags.DEFINE_string("workdir", None, "A training run's workdir.")
+    configs.define_path("workdir", None, "A training run's workdir.")
     flags.DEFINE_multi_string("prompt", [""], "Text to continue; may be repeated.")
     flags.DEFINE_integer("n", 1, "Samples per prompt.", lower_bound=1)
     flags.DEFINE_integer("max_new_tokens", 128, "At most so many new tokens.", lower_bound=1)
@@ -94,6 +94,6 @@ if __name__ == "__main__":
     flags.DEFINE_integer("seed", 0, "The same seed gives the same text.", lower_bound=0)
     flags.DEFINE_bool("raw", False, "Continue the prompt as text, without the template of an SFT or PPO model.")
     flags.DEFINE_bool("speed", False, "Say how many tokens a second came, and how many the memory's bandwidth allows.")
-    flags.DEFINE_integer("step", None, "A checkpoint's step; the newest good one if not given.")
+    configs.define_step()
     flags.mark_flag_as_required("workdir")
     configs.run(main)

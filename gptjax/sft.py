@@ -15,6 +15,7 @@ from etils import epath
 from ml_collections import config_dict as mlc
 
 from gptjax import config as configs
+from gptjax import lock, paths
 from gptjax.data.chat import Template, chat_tokenizer
 from gptjax.data.corpus import text_windows
 from gptjax.data.demonstrations import (
@@ -42,7 +43,7 @@ from gptjax.training.precision import PrecisionConfig
 from gptjax.training.schedule import Schedule, ScheduleConfig
 from gptjax.training.state import new_state, state_shardings
 from gptjax.training.step import batch_sharding, causal_lm_loss, jit_eval_step, jit_train_step, train_step
-from gptjax.workdir import load_model
+from gptjax.workdir import load_base, origin
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,7 +53,7 @@ class MixConfig:
     fraction: share of the rows of a batch, 0 = none. source: None = what the run's weights were pre-trained on."""
 
     fraction: float = 0.0
-    source: str | None = None
+    source: str | None = paths.field(paths.SOURCE)
 
     def __post_init__(self):
         if not 0 <= self.fraction < 1:
@@ -76,7 +77,7 @@ class SFTConfig:
     selection: the checkpoint that later stages use: 'last', 'loss' (lowest on validation) or 'reward' (highest score
     of the reward model in the workdir `reward`, as InstructGPT C.1). init_from: the workdir to start from."""
 
-    init_from: str | None = None
+    init_from: str | None = paths.field()
     model: ModelOptions = ModelOptions()
     data: DemonstrationConfig = DemonstrationConfig()
     mix: MixConfig = MixConfig()
@@ -89,7 +90,7 @@ class SFTConfig:
     log: LogConfig = LogConfig()
     samples: SamplesConfig = SamplesConfig()
     selection: str = "last"
-    reward: str | None = None
+    reward: str | None = paths.field()
     lm_weight: float = 0.0
     seed: int = 0
     steps: int | None = None
@@ -122,6 +123,7 @@ class SFTConfig:
 
 
 @configs.by_its_rules
+@lock.holds_workdir
 def sft(config: mlc.ConfigDict, workdir: str) -> bool:
     """The whole stage. Returns whether the run is finished (False after a SIGTERM)."""
     began = time.perf_counter()
@@ -138,7 +140,7 @@ def sft(config: mlc.ConfigDict, workdir: str) -> bool:
     mesh = make_mesh(c.mesh)
 
     # --- the model it starts from; new tokens for the chat template ---
-    base = load_model(c.init_from, mesh=mesh)
+    base = load_base(c.init_from, workdir, mesh=mesh)
     tokenizer = chat_tokenizer(base.tokenizer)
     model = c.model.apply(base.config, vocab_size=max(base.config.vocab_size, tokenizer.vocab_size))
     length = c.data.max_length or model.context_length
@@ -154,8 +156,9 @@ def sft(config: mlc.ConfigDict, workdir: str) -> bool:
         raise InputError(f"The reward model in {c.reward} saw {judge.template!r} prompts, not {template.kind!r} ones.")
     hosts.agree("The demonstrations", demonstrations.fingerprint)
     known = hosts.from_first((workdir / "config.json").exists)
+    sections = {"model": model, "origin": origin(init_from=base, reward=judge)}
     if known:
-        configs.claim_workdir(workdir, "sft", c, model=model)
+        configs.claim_workdir(workdir, "sft", c, **sections)
     hosts.only_first(lambda: tokenizer.save(workdir / "tokenizer"))
     mix = None
     if c.mix.fraction:
@@ -165,7 +168,7 @@ def sft(config: mlc.ConfigDict, workdir: str) -> bool:
                 resumed=known or not hosts.first(),
             )
         )  # fmt: skip
-    configs.claim_workdir(workdir, "sft", c, model=model)
+    configs.claim_workdir(workdir, "sft", c, **sections)
     here = hosts.batch_rows(batch_sharding(mesh, 0), c.microbatch_rows)
     kind = {"byte_lengths": tokenizer.byte_lengths, "loss_on": c.data.loss_on, "here": here}
     batches = DemonstrationBatches(packed, c.batch_size, c.seed, mix=mix, mix_fraction=c.mix.fraction, **kind)

@@ -4,24 +4,27 @@ import dataclasses
 
 import flax.linen as nn
 import jax
-from etils import epath
 
 from gptjax import config as configs
+from gptjax import paths
 from gptjax.data.tokenizer import Tokenizer
 from gptjax.errors import InputError
 from gptjax.model import gpt
 from gptjax.model.attention import resolve
 from gptjax.model.spec import GPTConfig
+from gptjax.parallel import hosts
 from gptjax.parallel.mesh import MeshConfig, make_mesh, slice_count
 from gptjax.parallel.rules import parameter_shardings
 from gptjax.training.checkpoint import Checkpointer
+from gptjax.training.metrics import JsonLines
 from gptjax.training.precision import DTYPES
 
 
 @dataclasses.dataclass(frozen=True)
 class Model:
     """config has its attention path resolved for the devices here; params are laid out over `mesh`. template: the
-    kind that SFT put around prompts (data/chat.py); None for a model that only continues text."""
+    kind that SFT put around prompts (data/chat.py); None for a model that only continues text. weights: digest of the
+    checkpoint's parameters."""
 
     config: GPTConfig
     params: dict
@@ -30,10 +33,12 @@ class Model:
     step: int
     mesh: jax.sharding.Mesh
     template: str | None = None
+    weights: str = ""
 
 
-def load_model(workdir, *, step: int | None = None, mesh: jax.sharding.Mesh | None = None) -> Model:
-    """Model, tokenizer and weights (float32) of a workdir's newest good checkpoint, or of a given step.
+def load_model(workdir, *, step: int | str | None = None, mesh: jax.sharding.Mesh | None = None) -> Model:
+    """Model, tokenizer and weights (float32) of a workdir's newest good checkpoint, of a given step, or of the 'best'
+    one: the lowest validation loss among those on disk.
 
     A stage that selects its best checkpoint (config `selection`, as SFT) gives that one instead of the newest. For
     PPO the weights are the policy's moving average.
@@ -42,7 +47,7 @@ def load_model(workdir, *, step: int | None = None, mesh: jax.sharding.Mesh | No
     Raises InputError if the workdir, its tokenizer or its checkpoint is missing or damaged, or if it is a reward
     model, which writes no text.
     """
-    workdir = epath.Path(workdir)
+    workdir = paths.local(workdir)
     run = configs.read_config(workdir)
     if run.get("stage") == "reward":
         raise InputError(f"{workdir} is a reward model, which scores texts and writes none: give another workdir.")
@@ -54,7 +59,7 @@ def load_model(workdir, *, step: int | None = None, mesh: jax.sharding.Mesh | No
     grid, shardings = _layout(boxed, mesh)
     params, meta = load_params(workdir, run, boxed, shardings, step)
     dtype = DTYPES[run.get("precision", {}).get("compute", "float32")]
-    return Model(config, params, tokenizer, dtype, meta["step"], grid, template_kind(run))
+    return Model(config, params, tokenizer, dtype, meta["step"], grid, template_kind(run), meta["weights"])
 
 
 def template_kind(run: dict) -> str | None:
@@ -75,10 +80,37 @@ def _layout(boxed, mesh):
     raise AssertionError("whole copies always fit the rules")
 
 
-def load_params(workdir, run: dict, boxed, shardings, step: int | None = None) -> tuple[dict, dict]:
-    """(parameters, meta) of the checkpoint to use: `step`, the selected one, or the newest good one."""
+def load_base(init_from, workdir, *, mesh: jax.sharding.Mesh) -> Model:
+    """The model that a run begins from. Where its folder is gone and the run in `workdir` has checkpoints, it
+    is what the run's config and tokenizer tell of it, without weights (params is None): nothing more is needed."""
+    base, workdir = paths.local(init_from), paths.local(workdir)
+    if base.exists() or not configs.has_checkpoints(workdir):
+        return load_model(base, mesh=mesh)
+    hosts.say(f"note: {base} is not there any more; the run goes on from its own checkpoint")
+    run = configs.read_config(workdir)
+    config = configs.build(GPTConfig, run["model"], "model")
+    config = dataclasses.replace(config, attention=resolve(config.attention, jax.default_backend()))
+    return Model(config, None, Tokenizer.load(workdir / "tokenizer"), float, 0, mesh, template_kind(run))
+
+
+def origin(**models) -> dict:
+    """What config.json keeps of the models that a run depends on (config.claim_workdir). models: {field of the config:
+    Model or RewardModel, or None}; of a model without weights nothing is known."""
+    about = {}
+    for name, model in models.items():
+        if model is not None and model.params is not None:
+            about |= {f"{name}_step": model.step, f"{name}_weights": model.weights}
+            about[f"{name}_tokenizer"] = model.tokenizer.fingerprint
+    return about
+
+
+def load_params(workdir, run: dict, boxed, shardings, step: int | str | None = None) -> tuple[dict, dict]:
+    """(parameters, meta) of the checkpoint to use: `step`, 'best', the selected one, or the newest good one. meta has
+    the digest of the weights too."""
     checkpointer = Checkpointer(workdir)
     steps = checkpointer.steps()
+    if step == "best":
+        step = best_step(workdir, checkpointer)
     if step is not None and step not in steps:
         there = ", ".join(map(str, steps)) or "none"
         raise InputError(f"{workdir} has no checkpoint of step {step}: there are {there}.")
@@ -87,4 +119,25 @@ def load_params(workdir, run: dict, boxed, shardings, step: int | None = None) -
     restored = checkpointer.restore_params(nn.meta.unbox(boxed), shardings, step)
     if restored is None:
         raise InputError(f"{workdir} has no checkpoint yet: train until the first one (checkpoint.every).")
-    return restored
+    params, meta = restored
+    return params, {**meta, "weights": checkpointer.weights(meta["step"])}
+
+
+def best_step(workdir, checkpointer: Checkpointer) -> int:
+    """The step on disk with the lowest validation loss, or what the stage selects by. Raises InputError if none of them
+    was evaluated."""
+    steps = checkpointer.steps()
+    found = {}
+    for line in JsonLines.read(paths.local(workdir) / "evaluations.jsonl"):
+        value = line.get("selection", line.get("loss"))
+        if line["step"] in steps and value is not None:
+            found[line["step"]] = value
+    if found:
+        return min(found, key=lambda s: (found[s], s))
+    if checkpointer.best in steps:
+        return checkpointer.best
+    there = ", ".join(map(str, steps)) or "none"
+    raise InputError(
+        f"{workdir} has no checkpoint with a validation loss, so none is the best (steps on disk: {there}): give "
+        "--step=N, or leave it out for the newest one."
+    )

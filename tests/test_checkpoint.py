@@ -487,3 +487,55 @@ def test_a_real_full_disk(small_disk, one_device, capsys):
     checkpointer.close()
     assert Checkpointer(small_disk).steps() == [1, 3]
     assert_bitwise(restore(small_disk, one_device)[0], make_state(3, one_device))
+
+
+# --- where they lie, and the first one read back ----------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["a[1]", "[2026] thesis/run", "st*r", "q?", "a b#%20{c}:d", "ü"])
+def test_folders_with_characters_of_patterns_keep_their_checkpoints(tmp_path, one_device, name):
+    (tmp_path / "star" / "checkpoints" / "9.orbax-checkpoint-tmp").mkdir(parents=True)  # what st*r matches too
+    checkpointer = Checkpointer(tmp_path / name, CheckpointConfig())
+    assert checkpointer.save(3, make_state(3, one_device)) and checkpointer.wait()
+    checkpointer._guarded(3, lambda: (_ for _ in ()).throw(OSError(28, "No space left on device")))
+    checkpointer.close()
+    assert_bitwise(restore(tmp_path / name, one_device)[0], make_state(3, one_device))
+    assert (tmp_path / "star" / "checkpoints" / "9.orbax-checkpoint-tmp").exists()
+
+
+@pytest.mark.parametrize("name, what", [("a\\b", "backslash"), ("gs:/x", "colon"), ("\udcff", "UTF-8")])
+def test_folders_that_cannot_keep_checkpoints_are_refused_before_anything_is_written(tmp_path, name, what):
+    with pytest.raises(InputError, match=f"{what}.*another --workdir"):
+        Checkpointer(tmp_path / name, CheckpointConfig())
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("item", ["params", "training"])
+def test_a_first_checkpoint_that_does_not_restore_stops_the_run(tmp_path, one_device, item, monkeypatch):
+    checkpointer = Checkpointer(tmp_path, CheckpointConfig())
+    wait = checkpointer.manager.wait_until_finished
+
+    def lose():
+        wait()
+        for manifest in (tmp_path / "checkpoints" / "1" / item).glob("manifest.ocdbt"):
+            manifest.unlink()
+
+    monkeypatch.setattr(checkpointer.manager, "wait_until_finished", lose)
+    with pytest.raises(InputError, match="Checkpoint 1 was written to .* and cannot be read back"):
+        checkpointer.save(1, make_state(1, one_device))
+
+
+def test_only_the_first_checkpoint_is_read_back_and_of_a_large_one_the_small_arrays(tmp_path, one_device, monkeypatch):
+    read, real = [], Checkpointer._restore_targets
+
+    def restore_targets(self, step, items):
+        read.append((step, sum(x is not ... for x in jax.tree.leaves(items))))
+        return real(self, step, items)
+
+    monkeypatch.setattr(Checkpointer, "_restore_targets", restore_targets)
+    monkeypatch.setattr("gptjax.training.checkpoint._READ_BACK", 2 * 64 * 16 * 4 + 100)
+    checkpointer = Checkpointer(tmp_path, CheckpointConfig())
+    for step in (1, 2):
+        assert checkpointer.save(step, make_state(step, one_device))
+    checkpointer.close()
+    assert read == [(1, 6)]  # all but the two kernels of 8

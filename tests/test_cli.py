@@ -14,7 +14,7 @@ from conftest import ROOT
 from numerics import approx, model_terms
 from runs import lines, one_device_environment
 
-from gptjax.config import config_dict
+from gptjax.config import config_dict, read_config
 from gptjax.data import tokens
 from gptjax.data.corpus import pretraining_split
 from gptjax.errors import InputError
@@ -420,6 +420,17 @@ def test_weights_of_another_run_to_start_from(trained, text, tmp_path):
     assert first["loss"] == approx(lines(trained[0], "evaluations")[-1]["loss"], terms=TERMS)
     with pytest.raises(InputError, match=r"model.n_layer=2, this run 3"):
         pretrain(tiny(text, model__n_layer=3, **same), str(tmp_path / "other"))
+
+
+def test_a_run_goes_on_without_the_weights_it_began_with(trained, text, tmp_path, capsys):
+    base = shutil.copytree(trained[0], tmp_path / "base")
+    same = {"init_from": str(base), "model__vocab_size": 10}
+    pretrain(tiny(text, steps=1, **same), str(tmp_path / "run"))
+    origin = read_config(tmp_path / "run")["origin"]
+    assert origin["init_from_step"] == STEPS and len(origin["init_from_weights"]) == 64
+    shutil.rmtree(base)
+    assert pretrain(tiny(text, steps=2, **same), str(tmp_path / "run")) is True
+    assert read_config(tmp_path / "run")["origin"] == origin
 
 
 def test_eight_devices_are_what_these_tests_run_on():

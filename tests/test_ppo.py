@@ -605,8 +605,23 @@ def test_a_reference_that_moved_on_is_refused(config, straight, tuned, tmp_path,
     copy = shutil.copytree(straight[0], tmp_path / "run")
     real = stage.load_model
     monkeypatch.setattr(stage, "load_model", lambda *a, **k: dataclasses.replace(real(*a, **k), step=999))
-    with pytest.raises(InputError, match="origin.policy_step: there .*, now 999"):
+    with pytest.raises(InputError, match="policy: .* is at step 999 now and was at"):
         ppo(config(**WHOLE), str(copy))
+
+
+def test_a_reference_trained_anew_to_the_same_step_is_refused(config, straight, tuned, tmp_path):
+    """The same folder and step, other weights; the same weights in another folder are the same policy."""
+    run, policy = shutil.copytree(straight[0], tmp_path / "run"), shutil.copytree(tuned, tmp_path / "policy")
+    c = config(**WHOLE)
+    c.policy = str(policy)
+    assert ppo(c, str(run)) is True  # moved
+    there = load_model(policy)
+    shutil.rmtree(policy / "checkpoints")
+    checkpointer = Checkpointer(policy)
+    checkpointer.save_params(there.step, jax.tree.map(lambda x: 1.01 * x, there.params))
+    checkpointer.close()
+    with pytest.raises(InputError, match=f"(?s)began with other models.*policy: {policy} has other weights now"):
+        ppo(c, str(run))
 
 
 @pytest.mark.parametrize("name", BAD)

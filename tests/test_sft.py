@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import json
 import os
+import shutil
 import subprocess
 import sys
 
@@ -24,6 +25,7 @@ from numerics import approx, assert_close, model_terms
 from runs import assert_same_run, lines, until_sigterm
 
 from gptjax import sft as stage
+from gptjax.config import read_config
 from gptjax.data import lm
 from gptjax.data.chat import Template, chat_tokenizer
 from gptjax.data.corpus import pretraining_split
@@ -304,6 +306,19 @@ def test_a_finished_run_can_be_made_longer(pretrained, alignment, tmp_path):
     for name, steps in (("parts", 2), ("parts", 4), ("straight", 4)):
         sft(sft_config(pretrained, alignment["demonstrations"], steps=steps, **constant), str(tmp_path / name))
     assert_same_run(tmp_path / "parts", tmp_path / "straight", 4)
+
+
+def test_a_base_that_is_gone_is_not_needed_any_more(pretrained, alignment, tmp_path, capsys):
+    base = shutil.copytree(pretrained, tmp_path / "base")
+    sft(sft_config(base, alignment["demonstrations"], steps=2, **RESUMED), str(tmp_path / "run"))
+    weights = read_config(tmp_path / "run")["origin"]["init_from_weights"]
+    assert len(weights) == 64
+    shutil.rmtree(base)
+    with pytest.raises(InputError, match=f"{base} is not a workdir: there is no such folder"):
+        sft(sft_config(base, alignment["demonstrations"], steps=4, **RESUMED), str(tmp_path / "new"))
+    assert sft(sft_config(base, alignment["demonstrations"], steps=4, **RESUMED), str(tmp_path / "run")) is True
+    assert "goes on from its own checkpoint" in capsys.readouterr().out
+    assert read_config(tmp_path / "run")["origin"]["init_from_weights"] == weights
 
 
 def test_other_demonstrations_are_not_gone_on_with(pretrained, alignment, tmp_path):

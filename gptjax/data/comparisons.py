@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from gptjax import paths
 from gptjax.data import lm
 from gptjax.data.chat import Template
 from gptjax.data.rows import (
@@ -38,9 +39,9 @@ class ComparisonConfig:
     max_length: tokens of a prompt and completion, None = the model's context.
     drop_long: leave longer rows out, rather than stop."""
 
-    source: str | None = None
+    source: str | None = paths.field(paths.SOURCE)
     fields: Mapping[str, str] = dataclasses.field(default_factory=lambda: {name: name for name in _FIELDS})
-    validation: str = "0.1"
+    validation: str = paths.field(paths.SHARE, "0.1")
     max_length: int | None = None
     drop_long: bool = False
 

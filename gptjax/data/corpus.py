@@ -5,6 +5,7 @@ import itertools
 import os
 from collections.abc import Mapping
 
+from gptjax import paths
 from gptjax.config import build, read_config
 from gptjax.data import sources, tokens
 from gptjax.data.lm import Mixture, Windows, warn_if_few
@@ -25,15 +26,15 @@ class DataConfig:
     document_separator: text that ends a document inside a text, as '<|endoftext|>'.
     cache: where token shards are kept; None = in the workdir."""
 
-    source: str | None = None
-    tokenizer: str = "bpe:50257"
-    validation: str = "0.1"
+    source: str | None = paths.field(paths.SOURCE)
+    tokenizer: str = paths.field(paths.TOKENIZER, "bpe:50257")
+    validation: str = paths.field(paths.SHARE, "0.1")
     text_field: str = "text"
     mixture: Mapping[str, float] = dataclasses.field(default_factory=dict)
     isolate_documents: bool = False
     split: str | None = None
     document_separator: str | None = None
-    cache: str | None = None
+    cache: str | None = paths.field()
 
     def __post_init__(self):
         if self.split not in (None, *HOW):

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from gptjax import paths
 from gptjax.data import lm
 from gptjax.data.chat import KINDS, Template
 from gptjax.data.rows import (
@@ -40,9 +41,9 @@ class DemonstrationConfig:
     loss_on: 'response' or 'all' tokens. packing: several examples a row, none seeing another.
     drop_long: leave longer examples out, rather than stop."""
 
-    source: str | None = None
+    source: str | None = paths.field(paths.SOURCE)
     fields: Mapping[str, str] = dataclasses.field(default_factory=lambda: {name: name for name in _FIELDS})
-    validation: str = "0.05"
+    validation: str = paths.field(paths.SHARE, "0.05")
     template: str = "chat"
     max_length: int | None = None
     loss_on: str = "response"

@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from gptjax import paths
 from gptjax.data import lm
 from gptjax.data.chat import Template
 from gptjax.data.rows import Record, TooLong, check_config, fingerprint, limit, load
@@ -23,7 +24,7 @@ class PromptConfig:
     drop_long: leave longer prompts out, rather than stop.
     buckets: at most so many widths that batches are padded to, each compiled once when a batch first needs it."""
 
-    source: str | None = None
+    source: str | None = paths.field(paths.SOURCE)
     fields: Mapping[str, str] = dataclasses.field(default_factory=lambda: {name: name for name in _FIELDS})
     max_length: int | None = None
     drop_long: bool = False

@@ -95,9 +95,9 @@ def main(_):
 
 if __name__ == "__main__":
     FLAGS = flags.FLAGS
-    flags.DEFINE_string("policy", None, "Workdir of the model that samples.")
-    flags.DEFINE_string("reward", None, "Workdir of the reward model.")
-    flags.DEFINE_string("prompts", None, "Rows with a `prompt`.")
+    configs.define_path("policy", None, "Workdir of the model that samples.")
+    configs.define_path("reward", None, "Workdir of the reward model.")
+    configs.define_path("prompts", None, "Rows with a `prompt`.")
     flags.DEFINE_integer("n", 16, "Samples of each prompt.", lower_bound=1)
     flags.DEFINE_integer("limit", 64, "Prompts to use.", lower_bound=1)
     flags.DEFINE_integer("max_new_tokens", 64, "At most so many new tokens.", lower_bound=1)

@@ -2,6 +2,7 @@
 
 import dataclasses
 
+from gptjax import paths
 from gptjax.errors import InputError
 
 
@@ -77,7 +78,7 @@ class PtxConfig:
 
     per_episode: float = 8.0
     context_length: int | None = None
-    source: str | None = None
+    source: str | None = paths.field(paths.SOURCE)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -89,7 +90,7 @@ class EvaluationConfig:
     2022)."""
 
     every: int = 10
-    source: str | None = None
+    source: str | None = paths.field(paths.SOURCE)
     prompts: int = 64
     lm_batches: int = 8
     samples: int = 8

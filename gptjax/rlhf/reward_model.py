@@ -11,10 +11,10 @@ import json
 import jax
 import jax.numpy as jnp
 import numpy as np
-from etils import epath
 from tqdm import tqdm
 
 from gptjax import config as configs
+from gptjax import paths
 from gptjax.data.tokenizer import Tokenizer
 from gptjax.errors import InputError
 from gptjax.generation.decode import bucket
@@ -39,6 +39,7 @@ class RewardModel:
     dtype: type
     mesh: jax.sharding.Mesh
     step: int = 0
+    weights: str = ""  # digest of the checkpoint's parameters and of what they are normalised with
 
     def score(self, prompts, responses, rows: int = 64) -> np.ndarray:
         """float32 [n]: the score of each response (ids, end-of-text the last) to its prompt (ids).
@@ -85,7 +86,7 @@ def load_reward_model(workdir, *, mesh, tokenizer: Tokenizer | None = None) -> R
     tokenizer: of the model whose texts are to be scored. Raises InputError if it is another one, if the workdir is no
     reward model's, or if its training has not finished.
     """
-    workdir = epath.Path(workdir)
+    workdir = paths.local(workdir)
     run = configs.read_config(workdir)
     if run.get("stage") != "reward":
         raise InputError(f"{workdir} is a {run.get('stage')} run, not a reward model: train one with gptjax.reward.")
@@ -103,10 +104,11 @@ def load_reward_model(workdir, *, mesh, tokenizer: Tokenizer | None = None) -> R
         config, attention=resolve(config.attention, mesh.devices.flat[0].platform), remat="none", dropout=0.0
     )
     boxed = heads.abstract_scalar_model(config)
-    params, _ = load_params(workdir, run, boxed, parameter_shardings(boxed, mesh), fitted["step"])
+    params, meta = load_params(workdir, run, boxed, parameter_shardings(boxed, mesh), fitted["step"])
     params = {**params, "head": normalised(params["head"], fitted["gain"], fitted["bias"])}
     dtype = DTYPES[run["precision"]["compute"]]
-    return RewardModel(config, params, own, run["template"], dtype, mesh, fitted["step"])
+    weights = f"{meta['weights']} x {fitted['gain']} + {fitted['bias']}"
+    return RewardModel(config, params, own, run["template"], dtype, mesh, fitted["step"], weights)
 
 
 def normalised(head, gain: float, bias: float):

@@ -2,7 +2,8 @@
 
 Orbax guards its metadata but not array data: flipped bytes restore without a word. So each save keeps a
 digest per leaf, worked out on the device and independent of how the leaf is sharded, and each restore
-verifies it. A checkpoint that is damaged or half-written is passed over, aloud, for the next older one.
+verifies it. A checkpoint that is damaged or half-written is passed over, aloud, for the next older one. The first
+checkpoint that a start writes is read back at once, before the training after it relies on the storage.
 
     checkpoints/<step>/params      what a later stage or the sampler needs
     checkpoints/<step>/training    everything else the run needs to go on: optimiser state, loss scale, ...
@@ -11,6 +12,8 @@ verifies it. A checkpoint that is damaged or half-written is passed over, aloud,
 """
 
 import dataclasses
+import glob
+import hashlib
 import json
 import math
 import sys
@@ -19,10 +22,11 @@ import jax
 import jax.numpy as jnp
 import orbax.checkpoint as ocp
 from absl import logging
-from etils import epath
+from etils.epath import gpath
 from jax import lax
 from orbax.checkpoint.checkpoint_managers import preservation_policy
 
+from gptjax import paths
 from gptjax.config import write_json
 from gptjax.errors import InputError
 from gptjax.parallel import hosts
@@ -88,7 +92,24 @@ def digests(tree) -> dict[str, int]:
     return {jax.tree_util.keystr(p): int(v) for p, v in zip(paths, values, strict=True)}
 
 
+def combined(digests: dict) -> str:
+    """sha256 (hex) of the digests of the parameters among those of a checkpoint: the same weights, the same text."""
+    of_params = {path: value for path, value in digests.items() if path.startswith("['params']")}
+    return hashlib.sha256(json.dumps(of_params, sort_keys=True).encode()).hexdigest()
+
+
 # --- the manager ------------------------------------------------------------------------------------------
+
+
+class _LocalPath(gpath.PosixGPath):
+    """A local path whose glob takes the path itself literally. etils joins path and pattern before it matches, so below
+    a folder `[2026]` Orbax found none of its own files and wrote checkpoints without a manifest."""
+
+    def glob(self, pattern: str):
+        return (self / found for found in glob.glob(pattern, root_dir=self))
+
+
+_READ_BACK = 2**30  # bytes of arrays whose digests are compared when the first checkpoint is read back
 
 
 class _Keep(preservation_policy.PreservationPolicy):
@@ -112,8 +133,11 @@ class Checkpointer:
 
     def __init__(self, workdir, config: CheckpointConfig | None = None):
         logging.set_verbosity(logging.ERROR)  # orbax's progress notes would drown ours
-        self.workdir = epath.Path(workdir)
+        self.workdir = paths.local(workdir)
         self.directory = self.workdir.resolve() / "checkpoints"
+        paths.check_workdir(self.workdir)
+        if not paths.is_remote(self.directory):
+            self.directory = _LocalPath(self.directory)
         self._owner = config is not None
         self._config = config or CheckpointConfig()
         self._keep = _Keep(self._config)
@@ -121,6 +145,7 @@ class Checkpointer:
         self._keep.best = self._best and self._best["step"]
         self._manager = None
         self._failed: str | None = None
+        self._trusted = False  # whether a checkpoint of this start has been read back
 
     @property
     def best(self) -> int | None:
@@ -139,8 +164,9 @@ class Checkpointer:
         return self._manager
 
     def save(self, step: int, state, meta: dict | None = None) -> bool:
-        """Starts writing; returns at once. A full disk is reported, never raised: training goes on and the
-        older checkpoints stay."""
+        """Starts writing; returns at once, but for the first one, which is waited for and read back. A full disk is
+        reported, never raised: training goes on and the older checkpoints stay. Raises InputError where the first
+        checkpoint does not restore."""
         if step in self.manager.all_steps():
             return True
         params, training = state.split()
@@ -150,7 +176,9 @@ class Checkpointer:
             training=ocp.args.PyTreeSave(training),
             meta=ocp.args.JsonSave(record),
         )
-        return self._guarded(step, lambda: self.manager.save(step, args=items))
+        if not self._guarded(step, lambda: self.manager.save(step, args=items)):
+            return False
+        return self._trusted or (self.wait() and self._read_back(step, {"params": params, "training": training}))
 
     def save_params(self, step: int, params, meta: dict | None = None):
         """Weights alone, as an import or a frozen model has them."""
@@ -158,6 +186,37 @@ class Checkpointer:
         items = ocp.args.Composite(params=ocp.args.PyTreeSave(params), meta=ocp.args.JsonSave(record))
         if not (self._guarded(step, lambda: self.manager.save(step, args=items)) and self.wait()):
             raise InputError(self._failed)
+        self._read_back(step, {"params": params})
+
+    def _read_back(self, step: int, items: dict) -> bool:
+        """Restores arrays of a checkpoint just written and compares their digests: the smallest ones first, one of each
+        item at least, up to _READ_BACK bytes, so that a large model costs neither much time nor a second copy."""
+        leaves = sorted(jax.tree.leaves(items), key=lambda x: x.nbytes)
+        total, most = 0, 0
+        for x in leaves:
+            total += x.nbytes
+            most = x.nbytes if total <= _READ_BACK else most
+
+        def chosen(tree):
+            limit = max(most, min(x.nbytes for x in jax.tree.leaves(tree)))
+            return jax.tree.map(
+                lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding) if x.nbytes <= limit else ...,
+                jax.tree.map(jnp.asarray, tree),
+            )
+
+        reason = "another host cannot read it"
+        try:
+            self._restore_targets(step, {name: chosen(tree) for name, tree in items.items()})
+            found = True
+        except Exception as error:  # orbax raises many kinds
+            found, reason = False, str(error).strip().split("\n")[0][:300]
+        if not hosts.all_true(found):
+            raise InputError(
+                f"Checkpoint {step} was written to {self.directory} and cannot be read back ({reason}): nothing that "
+                "is trained here could be resumed. Give a --workdir on other storage."
+            )
+        self._trusted = True
+        return True
 
     def wait(self) -> bool:
         """Until what was being written is on disk; False if it could not be."""
@@ -259,12 +318,20 @@ class Checkpointer:
 
         return self._newest_good(load, step)
 
+    def weights(self, step: int) -> str:
+        """Digest of a checkpoint's parameters, as it was recorded when they were saved."""
+        items = self.manager.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore()))
+        return combined(items["meta"]["digests"])
+
     def _restore_items(self, step, items, places):
+        place = lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s)
+        return self._restore_targets(step, {name: jax.tree.map(place, x, places[name]) for name, x in items.items()})
+
+    def _restore_targets(self, step, items):
+        """(trees, meta) of a checkpoint, verified. items: {name: tree of shapes with a sharding, or ... for a leaf that
+        is not read}."""
         arguments = {}
-        for name, abstract in items.items():
-            target = jax.tree.map(
-                lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), abstract, places[name]
-            )
+        for name, target in items.items():
             arguments[name] = ocp.args.PyTreeRestore(
                 item=target, restore_args=ocp.checkpoint_utils.construct_restore_args(target)
             )
@@ -272,7 +339,7 @@ class Checkpointer:
         trees = {name: restored[name] for name in items}
         meta = dict(restored["meta"])
         flat = {"params": trees["params"], **trees.get("training", {})}
-        found, wrote = digests(flat), meta.pop("digests")
+        found, wrote = digests(jax.tree.map(lambda x: None if x is ... else x, flat)), meta.pop("digests")
         wrong = [path for path, value in found.items() if wrote.get(path) != value]
         if wrong:
             raise _Damaged(f"the digest of {', '.join(wrong[:3])} does not match what was saved")
