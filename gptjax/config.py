@@ -11,6 +11,7 @@ import dataclasses
 import difflib
 import functools
 import json
+import math
 import os
 import socket
 import sys
@@ -184,12 +185,28 @@ def to_json(config) -> dict:
     return json.loads(json.dumps(config, default=dict))
 
 
+def json_safe(value):
+    """A value as JSON has it, at any depth: null for NaN and infinities, numbers and lists for numpy's and JAX's."""
+    if isinstance(value, dict):
+        return {k: json_safe(v) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [json_safe(v) for v in value]
+    if hasattr(value, "tolist"):  # a scalar or an array of numpy or JAX
+        return json_safe(value.tolist())
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
 def write_json(path, value):
-    """Atomic: a reader sees the old file or the new one."""
+    """Atomic: a reader sees the old file or the new one. What isn't finite becomes null (json_safe)."""
     path = epath.Path(path)
     temporary = path.parent / f".{path.name}.{os.getpid()}.tmp"
-    temporary.write_text(json.dumps(value, indent=2, sort_keys=False) + "\n")
-    temporary.replace(path)
+    text = json.dumps(json_safe(value), indent=2, sort_keys=False, allow_nan=False) + "\n"
+    try:
+        temporary.write_text(text)
+        temporary.replace(path)
+    except OSError:
+        temporary.unlink(missing_ok=True)
+        raise
 
 
 def claim_workdir(workdir, stage: str, config, **sections) -> bool:
