@@ -5,6 +5,7 @@
 The same command takes a stopped run up again where it was: bit for bit on the same mesh, to rounding on another.
 """
 
+import contextlib
 import dataclasses
 import time
 
@@ -28,7 +29,7 @@ from gptjax.parallel import hosts, pipeline
 from gptjax.parallel.mesh import MeshConfig, check_fits, make_mesh
 from gptjax.training import loop, report
 from gptjax.training.checkpoint import CheckpointConfig, Checkpointer
-from gptjax.training.metrics import JsonLines, LogConfig, MetricWriter
+from gptjax.training.metrics import LogConfig, MetricWriter
 from gptjax.training.optimizer import OptimizerConfig, make_optimizer
 from gptjax.training.precision import PrecisionConfig
 from gptjax.training.schedule import Schedule, ScheduleConfig
@@ -93,7 +94,7 @@ class PretrainConfig:
 
 @configs.by_its_rules
 def pretrain(config: mlc.ConfigDict, workdir: str) -> bool:
-    """The whole stage. Returns whether the run is finished (False after a SIGTERM)."""
+    """The whole stage. Returns whether the run is finished (False after a SIGTERM or Ctrl-C)."""
     began = time.perf_counter()
     workdir = epath.Path(workdir)
 
@@ -156,12 +157,13 @@ def pretrain(config: mlc.ConfigDict, workdir: str) -> bool:
         configs.claim_workdir(workdir, "pretrain", c)
     hosts.only_first(lambda: corpus.tokenizer.save(workdir / "tokenizer"))
 
-    with jax.set_mesh(mesh):
+    # Whatever stops the run, the checkpoint being written and the last lines are kept.
+    with jax.set_mesh(mesh), contextlib.ExitStack() as kept:
         # --- where the state comes from ---
         #   1. the newest good checkpoint of this run
         #   2. the weights of another workdir (init_from)
         #   3. random numbers
-        checkpointer = Checkpointer(workdir, c.checkpoint)
+        checkpointer = kept.enter_context(contextlib.closing(Checkpointer(workdir, c.checkpoint)))
         state, seconds = checkpointer.take_up(
             abstract, shardings, data=corpus.fingerprint, total=schedule.steps,
             changed=f"The tokens in {shards_directory(c.data, workdir)} are not those this run was trained on: "
@@ -173,21 +175,19 @@ def pretrain(config: mlc.ConfigDict, workdir: str) -> bool:
                 params = load_weights(c.init_from, model, abstract.params, shardings.params)
                 state = dataclasses.replace(state, params=params)
         start = int(state.step)
-        writer = MetricWriter(workdir, c.log, start, configs.to_json(c))
+        writer = kept.enter_context(contextlib.closing(MetricWriter(workdir, c.log, start, configs.to_json(c))))
 
         # --- loop ---
         describe_run(c, model, corpus, schedule, mesh)
         if start == 0:
-            write_samples(workdir, 0, state.params, model, corpus.tokenizer, c, mesh)
+            write_samples(writer, 0, state.params, model, corpus.tokenizer, c, mesh)
         state, finished = loop.train(
             c, state, jit_train_step(step, shardings), batches, mesh=mesh, schedule=schedule, checkpointer=checkpointer,
             writer=writer, evaluate=evaluate, data=corpus.fingerprint, seconds_before=seconds,
             train_flops_per_token=flops_per_token(model).palm,
         )  # fmt: skip
         if finished:
-            write_samples(workdir, schedule.steps, state.params, model, corpus.tokenizer, c, mesh)
-        writer.close()
-        checkpointer.close()
+            write_samples(writer, schedule.steps, state.params, model, corpus.tokenizer, c, mesh)
     if hosts.first():
         print(f"{time.perf_counter() - began:.0f} s in all; report: {report.write(workdir)}")
     return finished
@@ -265,7 +265,7 @@ def encode_prompts(prompts, tokenizer, context_length: int) -> list[list[int]]:
     return encoded
 
 
-def write_samples(workdir, step, params, model, tokenizer, c: PretrainConfig, mesh):
+def write_samples(writer: MetricWriter, step, params, model, tokenizer, c: PretrainConfig, mesh):
     """Continues the configured prompts, prints them and appends them to samples.jsonl."""
     if not c.samples.prompts:
         return
@@ -275,14 +275,10 @@ def write_samples(workdir, step, params, model, tokenizer, c: PretrainConfig, me
         sampling=Sampling(c.samples.temperature, top_p=c.samples.top_p), seed=c.seed, eot_id=tokenizer.eot_id,
         vocab=tokenizer.vocab_size, dtype=c.precision.dtype, mesh=mesh,
     )  # fmt: skip
-    if not hosts.first():
-        return
-    lines = JsonLines(epath.Path(workdir) / "samples.jsonl", max(step - 1, 0) if step else -1)
-    for prompt, ids in zip(c.samples.prompts, out, strict=True):
-        text = tokenizer.decode(ids)
-        lines.write({"step": step, "prompt": prompt, "text": text})
-        print(f"--- sample at step {step} ---\n{prompt}{text}\n")
-    lines.close()
+    rows = [{"prompt": p, "text": tokenizer.decode(ids)} for p, ids in zip(c.samples.prompts, out, strict=True)]
+    writer.samples(step, rows)
+    for row in rows:
+        hosts.say(f"--- sample at step {step} ---\n{row['prompt']}{row['text']}\n")
 
 
 if __name__ == "__main__":
