@@ -10,7 +10,6 @@ epochs x minibatches optimiser steps on them. The same command takes a run kille
 import contextlib
 import dataclasses
 import math
-import sys
 import time
 from collections.abc import Callable
 
@@ -18,9 +17,9 @@ import jax
 import numpy as np
 from etils import epath
 from ml_collections import config_dict as mlc
-from tqdm import tqdm
 
 from gptjax import config as configs
+from gptjax.console import progress
 from gptjax.data.chat import Template
 from gptjax.data.prompts import PromptBatches, PromptConfig, bucket_widths, load_prompts, longest_of
 from gptjax.errors import InputError
@@ -297,8 +296,7 @@ def ppo(config: mlc.ConfigDict, workdir: str, reward_fn: Callable | None = None)
             if checkpointer.save(step, state, {"seconds": seconds, "data": prompts.fingerprint}):
                 saved = step
 
-        bar = tqdm(total=iterations, initial=start, unit="it", dynamic_ncols=True, file=sys.stderr,
-                   disable=not hosts.first())  # fmt: skip
+        bar = progress(total=iterations, initial=start, unit="it", disable=not hosts.first())
         saved, compiled, stopping = start if start else -1, set(), False
         with stop_on_signals() as asked_to_stop, loop.ends_when_stuck(c.log.stuck_after) as alive:
             if start % c.eval.every == 0 or start == iterations:
@@ -337,7 +335,7 @@ def ppo(config: mlc.ConfigDict, workdir: str, reward_fn: Callable | None = None)
                 line["prompt/width"] = width
                 step = iteration + 1
                 writer.train({"step": step, "episodes": step * c.batch_size, **line})
-                check_iteration(line, iteration, n.dtype, checkpointer, writer)
+                check_iteration(line, iteration, n.dtype, checkpointer, writer, c.rollout.missing_eos)
                 bar.update()
                 bar.set_postfix_str(
                     f"score {line['objective/score']:.3f}, kl {line['objective/kl']:.2f}, "

@@ -128,7 +128,7 @@ def pretrain(config: mlc.ConfigDict, workdir: str) -> bool:
             f"The tokenizer has {vocab} tokens and the model {c.model.vocab_size}: raise --config.model.vocab_size "
             "or train a smaller tokenizer (--config.data.tokenizer=bpe:SIZE)."
         )
-    encode_prompts(c.samples.prompts, corpus.tokenizer, c.model.context_length)  # refused now, not after training
+    prompts = sample_prompts(c.samples.prompts, corpus.tokenizer, c.model.context_length)  # refused now, not at the end
     check_same_tokenizer(c.init_from, corpus.tokenizer)
     tokens = c.tokens if c.epochs is None or c.tokens is not None else c.epochs * corpus.train_tokens
     schedule = Schedule(
@@ -180,14 +180,14 @@ def pretrain(config: mlc.ConfigDict, workdir: str) -> bool:
         # --- loop ---
         describe_run(c, model, corpus, schedule, mesh)
         if start == 0:
-            write_samples(writer, 0, state.params, model, corpus.tokenizer, c, mesh)
+            write_samples(writer, 0, state.params, model, corpus.tokenizer, prompts, c, mesh)
         state, finished = loop.train(
             c, state, jit_train_step(step, shardings), batches, mesh=mesh, schedule=schedule, checkpointer=checkpointer,
             writer=writer, evaluate=evaluate, data=corpus.fingerprint, seconds_before=seconds,
             train_flops_per_token=flops_per_token(model).palm,
         )  # fmt: skip
         if finished:
-            write_samples(writer, schedule.steps, state.params, model, corpus.tokenizer, c, mesh)
+            write_samples(writer, schedule.steps, state.params, model, corpus.tokenizer, prompts, c, mesh)
     if hosts.first():
         print(f"{time.perf_counter() - began:.0f} s in all; report: {report.write(workdir)}")
     return finished
@@ -248,34 +248,44 @@ def load_weights(workdir, model: GPTConfig, abstract, shardings):
     return restored[0]
 
 
-def encode_prompts(prompts, tokenizer, context_length: int) -> list[list[int]]:
-    """Token ids of samples.prompts. Raises InputError for one that cannot be a prompt."""
-    encoded = []
+def sample_prompts(prompts, tokenizer, context_length: int) -> dict[str, list[int]]:
+    """{prompt: its token ids} of samples.prompts.
+
+    One that cannot be a prompt (characters that the tokenizer lacks, longer than the context) is skipped with a warning
+    where it is the config file's own, which knows nothing of the data. Raises InputError where the command line or code
+    gave it.
+    """
+    encoded = {}
     for prompt in prompts:
+        ids, problem = [], None
         try:
             ids = tokenizer.encode(prompt)
         except InputError as error:
-            raise InputError(f"samples.prompts {prompt!r}: {error}.") from error
-        if not 0 < len(ids) <= context_length:
-            raise InputError(
-                f"samples.prompts {prompt!r} has {len(ids)} tokens; it must have 1 to {context_length} (the context). "
-                "Change --config.samples.prompts."
+            problem = str(error)
+        if problem is None and not 0 < len(ids) <= context_length:
+            problem = f"it has {len(ids)} tokens and must have 1 to {context_length} (the context)"
+        if problem is None:
+            encoded[prompt] = ids
+        elif configs.overridden("samples.prompts"):
+            raise InputError(f"samples.prompts {prompt!r}: {problem}. Change --config.samples.prompts.")
+        else:
+            hosts.say(
+                f"warning: no sample of the config file's prompt {prompt!r} is written: {problem}. Give another with "
+                "--config.samples.prompts."
             )
-        encoded.append(ids)
     return encoded
 
 
-def write_samples(writer: MetricWriter, step, params, model, tokenizer, c: PretrainConfig, mesh):
-    """Continues the configured prompts, prints them and appends them to samples.jsonl."""
-    if not c.samples.prompts:
+def write_samples(writer: MetricWriter, step, params, model, tokenizer, prompts, c: PretrainConfig, mesh):
+    """Continues the prompts ({text: ids}), prints them and appends them to samples.jsonl."""
+    if not prompts:
         return
-    prompts = encode_prompts(c.samples.prompts, tokenizer, model.context_length)
     out = generate(
-        params, model, prompts, max_new_tokens=c.samples.max_new_tokens,
+        params, model, list(prompts.values()), max_new_tokens=c.samples.max_new_tokens,
         sampling=Sampling(c.samples.temperature, top_p=c.samples.top_p), seed=c.seed, eot_id=tokenizer.eot_id,
         vocab=tokenizer.vocab_size, dtype=c.precision.dtype, mesh=mesh,
     )  # fmt: skip
-    rows = [{"prompt": p, "text": tokenizer.decode(ids)} for p, ids in zip(c.samples.prompts, out, strict=True)]
+    rows = [{"prompt": p, "text": tokenizer.decode(ids)} for p, ids in zip(prompts, out, strict=True)]
     writer.samples(step, rows)
     for row in rows:
         hosts.say(f"--- sample at step {step} ---\n{row['prompt']}{row['text']}\n")

@@ -15,8 +15,8 @@ from collections.abc import Callable, Iterator
 
 import jax
 import numpy as np
-from tqdm import tqdm
 
+from gptjax.console import progress
 from gptjax.data import lm
 from gptjax.errors import InputError
 from gptjax.model.flops import mfu
@@ -137,10 +137,7 @@ def train(
     devices, dispatch, log, start = jax.devices(), Dispatch(step_fn), c.log, int(state.step)
     stops_on_overflow = not c.precision.scaled  # float16 skips a step that is not finite instead
     clock = _Clock(seconds_before)
-    bar = tqdm(
-        total=schedule.steps, initial=start, unit="step", dynamic_ncols=True, file=sys.stderr,
-        disable=not hosts.first(), mininterval=0.5,
-    )  # fmt: skip
+    bar = progress(total=schedule.steps, initial=start, unit="step", disable=not hosts.first())
 
     def record(first, count, metrics):
         metrics = jax.device_get(metrics)
@@ -268,7 +265,7 @@ def evaluation_sums(eval_step, params, batches, sharding) -> tuple[float, float,
 
     Raises Interrupted where the run that it is part of is asked to stop."""
     results, quiet = [], len(batches) < 20 or not hosts.first()
-    for i in tqdm(range(len(batches)), desc="evaluating", unit="batch", disable=quiet, leave=False):
+    for i in progress(range(len(batches)), desc="evaluating", unit="batch", disable=quiet, leave=False):
         leave_if_asked()
         batch = {k: v for k, v in batches[i].items() if isinstance(v, np.ndarray)}
         results.append(eval_step(params, jax.tree.map(lambda a: hosts.global_array(a, sharding), batch)))

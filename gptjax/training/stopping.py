@@ -13,9 +13,9 @@ from collections.abc import Callable
 
 import jax
 
+from gptjax.errors import INTERRUPTED
 from gptjax.parallel import hosts
 
-INTERRUPTED = 130  # exit code of a process that Ctrl-C ended (128 + SIGINT)
 _ask: Callable[[], bool] | None = None  # of the loop that runs, for what it calls
 
 
