@@ -1,6 +1,7 @@
 """Configs: keys that scripts rely on, misspelt keys and presets, workdirs of another run, the command line."""
 
 import dataclasses
+import errno
 import functools
 import importlib.util
 import json
@@ -9,12 +10,14 @@ import subprocess
 import sys
 import threading
 
+import numpy as np
 import pytest
 from conftest import ROOT
+from etils import epath
 from ml_collections import config_dict as mlc
 
 from gptjax import config as configs
-from gptjax.config import build, choose, claim_workdir, config_dict, read_config, run, to_json, write_json
+from gptjax.config import build, choose, claim_workdir, config_dict, json_safe, read_config, run, to_json, write_json
 from gptjax.errors import InputError
 from gptjax.pretrain import PretrainConfig
 
@@ -307,6 +310,39 @@ def test_a_value_that_is_no_json_leaves_the_old_file(tmp_path):
     with pytest.raises(TypeError):
         write_json(path, {"a": object()})
     assert json.loads(path.read_text()) == {"a": 1}
+
+
+def test_json_safe_at_any_depth(tmp_path):
+    """A bare NaN is no JSON: jq and every parser but Python's refuse the file."""
+    nan, inf = float("nan"), float("inf")
+    value = {
+        "loss": nan, "parts": {"web": [1.0, -inf, {"deep": inf}]}, "pair": (nan, 2), "number": np.float32(0.5),
+        "nan": np.float32("nan"), "counts": np.arange(3), "curve": np.array([0.5, nan]), "whole": np.int64(7),
+        "text": "NaN", "none": None, "yes": True,
+    }  # fmt: skip
+    expected = {
+        "loss": None, "parts": {"web": [1.0, None, {"deep": None}]}, "pair": [None, 2], "number": 0.5, "nan": None,
+        "counts": [0, 1, 2], "curve": [0.5, None], "whole": 7, "text": "NaN", "none": None, "yes": True,
+    }  # fmt: skip
+    assert json_safe(value) == expected
+    write_json(tmp_path / "value.json", value)
+
+    def refuse(name):
+        raise AssertionError(f"{name} is no JSON")
+
+    assert json.loads((tmp_path / "value.json").read_text(), parse_constant=refuse) == expected
+
+
+def test_write_json_leaves_no_temporary_file_on_a_full_disk(tmp_path, monkeypatch):
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    write_json(tmp_path / "value.json", {"a": 1})
+    monkeypatch.setattr(type(epath.Path(tmp_path)), "replace", full)
+    with pytest.raises(OSError):
+        write_json(tmp_path / "value.json", {"a": 2})
+    assert [p.name for p in tmp_path.iterdir()] == ["value.json"]
+    assert json.loads((tmp_path / "value.json").read_text()) == {"a": 1}
 
 
 # --- the command line -------------------------------------------------------------------------------------

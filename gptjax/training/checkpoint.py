@@ -30,6 +30,7 @@ from gptjax import paths
 from gptjax.config import write_json
 from gptjax.errors import InputError
 from gptjax.parallel import hosts
+from gptjax.training import files
 
 
 @dataclasses.dataclass(frozen=True)
@@ -146,6 +147,7 @@ class Checkpointer:
         self._manager = None
         self._failed: str | None = None
         self._trusted = False  # whether a checkpoint of this start has been read back
+        self.best_written = True  # best.json says what is best
 
     @property
     def best(self) -> int | None:
@@ -167,6 +169,7 @@ class Checkpointer:
         """Starts writing; returns at once, but for the first one, which is waited for and read back. A full disk is
         reported, never raised: training goes on and the older checkpoints stay. Raises InputError where the first
         checkpoint does not restore."""
+        self._write_best()
         if step in self.manager.all_steps():
             return True
         params, training = state.split()
@@ -220,6 +223,7 @@ class Checkpointer:
 
     def wait(self) -> bool:
         """Until what was being written is on disk; False if it could not be."""
+        self._write_best()
         return self._guarded(None, self.manager.wait_until_finished)
 
     def close(self):
@@ -259,12 +263,18 @@ class Checkpointer:
             return None  # half a file is no record; the next evaluation writes a new one
 
     def report(self, step: int, loss: float):
-        """Tell the loss of an evaluated step; the best saved one is kept."""
-        better = math.isfinite(loss) and (not self._best or loss < self._best["loss"])
-        if self._config.keep_best and step in self.manager.all_steps() and better:
-            self._best, self._keep.best = {"step": step, "loss": loss}, step
-            if hosts.first():
-                write_json(self.directory / "best.json", self._best)
+        """Tell the loss of an evaluated step; the best saved one is kept. loss: None where it was not finite.
+
+        A best.json that cannot be written (a full disk) is tried again with the next checkpoint."""
+        better = loss is not None and math.isfinite(loss) and (not self._best or loss < self._best["loss"])
+        if self._config.keep_best and better and step in self.manager.all_steps():
+            self._best, self._keep.best, self.best_written = {"step": step, "loss": loss}, step, False
+            self._write_best()
+
+    def _write_best(self):
+        if not self.best_written:
+            path = self.directory / "best.json"
+            self.best_written = not hosts.first() or files.attempt(path, lambda: write_json(path, self._best))
 
     # --- restore --------------------------------------------------------------------------------------
 
