@@ -48,7 +48,8 @@ def document_reader(name: str) -> Callable[[File, str], Iterator[Document]]:
 
 
 def row_reader(name: str) -> Callable[[File], Iterator[tuple[int, str, Any]]] | None:
-    """What yields (number, where, row) of a file of that name, None where it has no rows."""
+    """What yields (number, where, row) of a file of that name, None where it has no rows. A line that can't be read
+    is a row that is an InputError."""
     name = name.lower()
     if name.endswith(_JSON_LINES):
         return _json_line_rows
@@ -111,7 +112,7 @@ def _json_line_rows(file: File) -> Iterator[tuple[int, str, Any]]:
             try:
                 row = json.loads(line)
             except ValueError as error:  # also bytes that aren't UTF-8
-                raise InputError(f"{where}: the line isn't JSON ({error}); mend or remove it") from None
+                row = InputError(f"the line isn't JSON ({error}); fix or remove it")  # what reads it may go on
             yield number, where, row
 
 
@@ -131,6 +132,8 @@ def _json_list_rows(file: File) -> Iterator[tuple[int, str, Any]]:
 
 def text_of(row: Any, text_field: str, where: str) -> str:
     """The text in a field of a row. InputError, which says where: no such field, or no text in it."""
+    if isinstance(row, InputError):
+        raise InputError(f"{where}: {row}")
     if not isinstance(row, dict):
         raise InputError(f"{where}: the row is a JSON {type(row).__name__}, not an object with a field {text_field!r}")
     if text_field not in row:

@@ -13,7 +13,7 @@ import os
 import platform
 import sysconfig
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -52,21 +52,30 @@ def documents(source: str, *, text_field: str = "text") -> Iterator[Document]:
         raise InputError(f"source {source!r} is empty: it holds no text; name one that has some")
 
 
-def rows(source: str) -> Iterator[Row]:
+def rows(source: str, on_bad: Callable[[str, InputError], None] | None = None) -> Iterator[Row]:
     """Rows of a source with all their fields, in sorted order of files.
 
     source: .jsonl or .ndjson (also .gz), .json.gz with a row a line, a .json file that holds a list of
     objects, .parquet, a directory or glob pattern of those, or hf:NAME[:CONFIG][:SPLIT].
 
-    InputError: missing, empty, damaged, a row that isn't an object, a file of another kind. In a directory,
-    files of other kinds are skipped with one warning.
+    on_bad: gets the place and the error of a line that isn't JSON or a row that isn't an object, and reading goes on;
+    None = they are raised.
+
+    InputError: missing, empty, damaged, a bad row, a file of another kind. In a directory, files of other kinds are
+    skipped with one warning.
     """
     found = False
     for where, value in (_hub_rows if source.startswith("hf:") else _file_rows)(source):
         found = True
-        if not isinstance(value, dict):
-            raise InputError(f"{where}: the row is a JSON {type(value).__name__}, not an object; mend or remove it")
-        yield Row(where, value)
+        if isinstance(value, dict):
+            yield Row(where, value)
+            continue
+        error = value
+        if not isinstance(error, InputError):
+            error = InputError(f"the row is a JSON {type(value).__name__}, not an object; fix or remove it")
+        if on_bad is None:
+            raise InputError(f"{where}: {error}")
+        on_bad(where, error)
     if not found:
         raise InputError(f"source {source!r} is empty: it holds no rows; name one that has some")
 
