@@ -1,6 +1,7 @@
 """PPO and PPO-ptx end to end: rewards of every kind, what is frozen, resuming, meshes, refusals; and best-of-n."""
 
 import dataclasses
+import inspect
 import itertools
 import json
 import os
@@ -10,11 +11,11 @@ import signal
 import subprocess
 import sys
 import time
+import types
 
 import jax
 import numpy as np
 import pytest
-from absl import flags
 from alignment_runs import (
     RESPONSE,
     on_one_device,
@@ -675,7 +676,7 @@ def test_a_reward_model_of_a_shorter_context(config, tmp_path, monkeypatch, shar
     refused(c(data__max_length=17), tmp_path / "run", "more than the shortest context, 24")
     rows = [GOOD, {"prompt": "ba ko " * 8}]
     source = str(write(tmp_path / "rows.jsonl", rows))
-    refused(c(data__source=source), tmp_path / "run", "rows.jsonl:2: the prompt has 18 tokens, more than 16")
+    refused(c(data__source=source), tmp_path / "run", "rows.jsonl:2: the prompt has 19 tokens, more than 16")
 
 
 def test_a_batch_that_does_not_divide_over_the_mesh(config, tmp_path, monkeypatch):
@@ -801,13 +802,12 @@ def test_best_of_n_keeps_the_best_of_the_first_n():
 
 @pytest.fixture
 def choose(tuned, judge, monkeypatch):
-    """best_of_n's main, in this process: choose(flags) -> what it printed; and its flags."""
+    """best_of_n's main, in this process, with these values of its flags and its defaults for the others."""
 
-    def chosen(*arguments):
-        values = flags.FlagValues()
-        best_of_n_tool.define_flags(values)
-        values(["best_of_n", f"--policy={tuned}", f"--reward={judge}", "--max_new_tokens=8", *arguments])
-        monkeypatch.setattr(best_of_n_tool, "FLAGS", values, raising=False)
+    def chosen(prompts, **values):
+        flags = {"policy": tuned, "reward": judge, "prompts": str(prompts), "n": 2, "limit": 64, "max_new_tokens": 8,
+                 "drop_long": False, "bad_rows": "stop", "fields.prompt": "prompt", "seed": 0}  # fmt: skip
+        monkeypatch.setattr(best_of_n_tool, "FLAGS", types.SimpleNamespace(**flags | values), raising=False)
         best_of_n_tool.main(None)
 
     return chosen
@@ -817,34 +817,32 @@ def test_errors_of_best_of_n_name_its_own_flags(choose, tmp_path):
     rows = [{"prompt": "ba ko"}, {"prompt": "ba ko " * 30}, {"question": "ba"}, {"prompt": ""}]
     source = write(tmp_path / "rows.jsonl", rows)
     with pytest.raises(InputError, match="(?s)^3 bad rows.*rows.jsonl:2.*rows.jsonl:3.*rows.jsonl:4") as caught:
-        choose(f"--prompts={source}")
-    values = flags.FlagValues()
-    best_of_n_tool.define_flags(values)
+        choose(source)
     named = set(re.findall(r"--([\w.]+)", str(caught.value)))
-    assert named == {"drop_long", "bad_rows", "fields.prompt"} and named <= set(values)
+    assert named == {"drop_long", "bad_rows", "fields.prompt"}
+    assert named <= set(re.findall(r'flags.DEFINE_\w+\("([\w.]+)"', inspect.getsource(best_of_n_tool)))
 
 
 def test_best_of_n_leaves_out_what_it_is_told_to(choose, tmp_path, capsys):
     rows = [{"q": "ba ko"}, {"q": "ba ko " * 30}, {"question": "ba"}]
     source = write(tmp_path / "rows.jsonl", rows)
-    choose(f"--prompts={source}", "--fields.prompt=q", "--drop_long", "--bad_rows=drop", "--n=2")
+    choose(source, drop_long=True, bad_rows="drop", **{"fields.prompt": "q"})
     out, err = capsys.readouterr()
     assert len(out.splitlines()) == 2 and "rows left out: 1 too long, 1 bad" in err
 
 
 def test_best_of_n_and_a_reward_model_it_does_not_fit(choose, alignment, tmp_path, monkeypatch):
     """Told before anything is sampled."""
-    prompts = f"--prompts={alignment['prompts']}"
     monkeypatch.setattr(reward_model, "load_reward_model", shortened(load_reward_model, 24))
     with pytest.raises(InputError, match="--max_new_tokens=24 leaves no room .* the reward model's context of 24"):
-        choose(prompts, "--max_new_tokens=24")
+        choose(alignment["prompts"], max_new_tokens=24)
     source = write(tmp_path / "rows.jsonl", [{"prompt": "ba ko " * 8}])
-    with pytest.raises(InputError, match="the prompt has 18 tokens, more than 16"):
-        choose(f"--prompts={source}")
+    with pytest.raises(InputError, match="the prompt has 19 tokens, more than 16"):
+        choose(source)
     other = lambda *a, **k: dataclasses.replace(load_reward_model(*a, **k), template="plain")
     monkeypatch.setattr(reward_model, "load_reward_model", other)
     with pytest.raises(InputError, match="saw 'plain' prompts and the policy 'chat' ones"):
-        choose(prompts)
+        choose(alignment["prompts"])
 
 
 def test_best_of_n_on_the_command_line(tuned, judge, alignment):

@@ -96,7 +96,7 @@ def test_all_bad_rows_are_named_at_once(tmp_path):
     text = str(caught.value)
     head, *lines = text.splitlines()
     assert head == "6 bad rows (or leave such rows out with --config.data.bad_rows=drop):"
-    assert [re.findall(r"x.jsonl:(\d+)", line) for line in lines] == [["5", "9"], ["6", "10"], ["7"], ["8"]]
+    assert [re.search(r"/x.jsonl:([\d, ]+):", line)[1] for line in lines] == ["5, 9", "6, 10", "7", "8"]
     for line, reason in zip(lines, ("is empty", "no field 'prompt'", "isn't JSON", "JSON list"), strict=True):
         assert reason in line
 
@@ -105,11 +105,14 @@ def test_the_first_ten_are(tmp_path):
     with pytest.raises(InputError) as caught:
         prompts(bad_lines(tmp_path / "x.jsonl", bad=500, good=1))
     text = str(caught.value)
-    assert text.startswith("the first 10 bad rows") and text.count("x.jsonl:") == 10 and "x.jsonl:12" not in text
+    assert text.startswith("the first 10 bad rows")
+    assert sorted(re.findall(r"\d+", " ".join(re.findall(r"x.jsonl:([\d, ]+)", text))), key=int) == [
+        str(n) for n in range(2, 12)
+    ]
     (tmp_path / "y.jsonl").write_text("{oops\n" * 500)
     with pytest.raises(InputError, match="^the first 10 bad rows:\n") as caught:  # dropping them would leave nothing
         prompts(str(tmp_path / "y.jsonl"))
-    assert str(caught.value).count("y.jsonl:") == 10
+    assert str(caught.value).count("isn't JSON") == 1 and "y.jsonl:1, 2, 3, 4, 5, 6, 7, 8, 9, 10:" in str(caught.value)
 
 
 def test_bad_rows_are_dropped_and_written_down(tmp_path):

@@ -218,7 +218,7 @@ def _ranked(record: Record, kind: str) -> tuple[Any, list[Any], list[float]]:
     texts, ranks = record["completions"], record["ranks"]
     for name, value in (("completions", texts), ("ranks", ranks)):
         if not isinstance(value, list):
-            raise InputError(f"the {name} are {type(value).__name__}, not a list; mend the row")
+            raise InputError(f"the {name} are {type(value).__name__}, not a list; fix the row")
     if not 2 <= len(texts) <= _MOST:
         raise InputError(f"the row has {len(texts)} completions; give 2 to {_MOST}")
     if len(ranks) != len(texts):

@@ -215,13 +215,23 @@ def _told(wrong: list[tuple[str, InputError, str]], good: list, flags: str | Non
     places: dict[str, list[str]] = {}
     for where, _, reason in wrong:
         places.setdefault(reason, []).append(where)
-    lines = [f"{', '.join(where)}: {reason}" for reason, where in places.items()]
+    lines = [f"{_together(where)}: {reason}" for reason, where in places.items()]
     can_drop = good and flags is not None and not all(isinstance(error, TooLong) for _, error, _ in wrong)
     dropped = f" (or leave such rows out with {flags}bad_rows=drop)" if can_drop else ""
     if len(wrong) == 1:
         return lines[0] + dropped
     count = f"the first {len(wrong)} bad rows" if len(wrong) == _MOST_ERRORS else f"{len(wrong)} bad rows"
     return f"{count}{dropped}:\n  " + "\n  ".join(lines)
+
+
+def _together(places: list[str]) -> str:
+    """'x.jsonl:3, 5, y.jsonl:1' of 'x.jsonl:3', 'x.jsonl:5', 'y.jsonl:1'."""
+    told, last = [], None
+    for place in places:
+        file = place.rstrip("0123456789")
+        told.append(place[len(file) :] if file == last else place)
+        last = file
+    return ", ".join(told)
 
 
 def load_split(

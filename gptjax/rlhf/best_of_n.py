@@ -83,7 +83,7 @@ def main(_):
     contexts = {"policy": model.config.context_length, "reward model": reward.config.context_length}
     room = prompt_room(contexts, FLAGS.max_new_tokens, "--max_new_tokens")
     source = PromptConfig(
-        FLAGS.prompts, {"prompt": FLAGS["fields.prompt"].value}, drop_long=FLAGS.drop_long, bad_rows=FLAGS.bad_rows
+        FLAGS.prompts, {"prompt": getattr(FLAGS, "fields.prompt")}, drop_long=FLAGS.drop_long, bad_rows=FLAGS.bad_rows
     )
     prompts = load_prompts(source, template, room, flags="--")
     if prompts.left_out:
@@ -104,21 +104,17 @@ def main(_):
     )
 
 
-def define_flags(values: flags.FlagValues):
-    flags.DEFINE_string("policy", None, "Workdir of the model that samples.", values)
-    flags.DEFINE_string("reward", None, "Workdir of the reward model.", values)
-    flags.DEFINE_string("prompts", None, "Rows with a `prompt`.", values)
-    flags.DEFINE_string("fields.prompt", "prompt", "The field of a row that holds its prompt.", values)
-    flags.DEFINE_integer("n", 16, "Samples of each prompt.", lower_bound=1, flag_values=values)
-    flags.DEFINE_integer("limit", 64, "Prompts to use.", lower_bound=1, flag_values=values)
-    flags.DEFINE_integer("max_new_tokens", 64, "At most so many new tokens.", lower_bound=1, flag_values=values)
-    flags.DEFINE_bool("drop_long", False, "Leave out prompts that do not fit the context.", values)
-    flags.DEFINE_enum("bad_rows", "stop", BAD_ROWS, "Stop at rows that can't be read, or leave them out.", values)
-    flags.DEFINE_integer("seed", 0, "The same seed gives the same text.", lower_bound=0, flag_values=values)
-    flags.mark_flags_as_required(["policy", "reward", "prompts"], values)
-
-
 if __name__ == "__main__":
     FLAGS = flags.FLAGS
-    define_flags(FLAGS)
+    flags.DEFINE_string("policy", None, "Workdir of the model that samples.")
+    flags.DEFINE_string("reward", None, "Workdir of the reward model.")
+    flags.DEFINE_string("prompts", None, "Rows with a `prompt`.")
+    flags.DEFINE_integer("n", 16, "Samples of each prompt.", lower_bound=1)
+    flags.DEFINE_integer("limit", 64, "Prompts to use.", lower_bound=1)
+    flags.DEFINE_integer("max_new_tokens", 64, "At most so many new tokens.", lower_bound=1)
+    flags.DEFINE_bool("drop_long", False, "Leave out prompts that do not fit the context.")
+    flags.DEFINE_enum("bad_rows", "stop", BAD_ROWS, "Stop at rows that can't be read, or leave them out.")
+    flags.DEFINE_string("fields.prompt", "prompt", "The field of a row that holds its prompt.")
+    flags.DEFINE_integer("seed", 0, "The same seed gives the same text.", lower_bound=0)
+    flags.mark_flags_as_required(["policy", "reward", "prompts"])
     configs.run(main)
