@@ -23,6 +23,7 @@ from gptjax import lock, paths
 from gptjax.console import progress
 from gptjax.data.chat import Template
 from gptjax.data.prompts import PromptBatches, PromptConfig, bucket_widths, load_prompts, longest_of
+from gptjax.data.rows import LeftOut
 from gptjax.errors import InputError
 from gptjax.model import gpt, heads
 from gptjax.model.spec import ModelOptions
@@ -36,7 +37,7 @@ from gptjax.rlhf.config import EvaluationConfig, KLConfig, PtxConfig, RateConfig
 from gptjax.rlhf.evaluation import evaluator
 from gptjax.rlhf.memory import memory_plan, offloaded, on_device
 from gptjax.rlhf.networks import Networks
-from gptjax.rlhf.reward_model import load_reward_model
+from gptjax.rlhf.reward_model import load_reward_model, prompt_room
 from gptjax.rlhf.state import new_state, phase_keys, state_shardings
 from gptjax.rlhf.update import UpdateConfig, make_update
 from gptjax.training import loop, report
@@ -97,6 +98,7 @@ class PPOConfig:
             raise InputError(f"batch_size={self.batch_size} is not a multiple of rollout.forward_rows.")
         if self.precision.scaled:
             raise InputError("PPO computes in float32 or bfloat16: set --config.precision.compute to one of them.")
+        self.kl.check_batch(self.batch_size)
         if self.reward_on not in ("text", "tokens"):
             raise InputError(f"reward_on={self.reward_on!r}: choose text or tokens.")
 
@@ -149,16 +151,14 @@ def ppo(config: mlc.ConfigDict, workdir: str, reward_fn: Callable | None = None)
         )
 
     # --- prompts, and the pre-training text of PPO-ptx ---
-    shortest = min([policy_config.context_length] + [m.context_length for m in (value_config,) if m])
-    room = shortest - c.rollout.max_new_tokens
-    if room < 1:
-        raise InputError(
-            f"rollout.max_new_tokens={c.rollout.max_new_tokens} leaves no room for a prompt in a context of {shortest}."
-        )
+    judge_config = judge_model.config if judge_model else None
+    readers = {"policy": policy_config, "value network": value_config, "reward model": judge_config}
+    contexts = {name: model.context_length for name, model in readers.items() if model}
+    room = prompt_room(contexts, c.rollout.max_new_tokens, "rollout.max_new_tokens")
     if c.data.max_length is not None and c.data.max_length > room:
         raise InputError(
             f"data.max_length={c.data.max_length} and rollout.max_new_tokens={c.rollout.max_new_tokens} are together "
-            f"more than the context of {shortest}: lower one of them."
+            f"more than the shortest context, {min(contexts.values())}: lower one of them."
         )
     prompts = load_prompts(c.data, template, room)
     widths = bucket_widths(longest_of(prompts), c.data.buckets, room)
@@ -166,7 +166,7 @@ def ppo(config: mlc.ConfigDict, workdir: str, reward_fn: Callable | None = None)
     held_out = load_prompts(dataclasses.replace(c.data, source=c.eval.source or c.data.source), template, room)
     eval_widths = sorted({*widths, *bucket_widths(longest_of(held_out), 1, room)})
     n = Networks(
-        policy=policy_config, value=value_config, reward=judge_model.config if judge_model else None,
+        policy=policy_config, value=value_config, reward=judge_config,
         response=c.rollout.max_new_tokens, eos_id=template.eos_id, pad_id=template.pad_id,
         vocab=base.tokenizer.vocab_size, temperature=c.rollout.temperature, loss_chunk=c.loss_chunk,
         dtype=c.precision.dtype, mesh=mesh,
@@ -188,6 +188,8 @@ def ppo(config: mlc.ConfigDict, workdir: str, reward_fn: Callable | None = None)
         )
     )  # fmt: skip
     configs.claim_workdir(workdir, "ppo", c, **sections)
+    more_left_out = held_out.left_out if c.eval.source else LeftOut()
+    hosts.only_first(lambda: (prompts.left_out + more_left_out).write(workdir))
 
     # --- abstract state, shardings, the jitted phases ---
     policy_tx, value_tx = make_optimizer(c.optimizer), make_optimizer(c.value_optimizer)
@@ -234,7 +236,8 @@ def ppo(config: mlc.ConfigDict, workdir: str, reward_fn: Callable | None = None)
                 + (f"; reward model: {c.reward} at step {about['reward_step']:,}" if reward else "")
             )
             print(
-                f"{len(prompts.ids):,} prompts of up to {widths[-1]} tokens, responses of up to {n.response}; "
+                f"{len(prompts.ids):,} prompts of up to {widths[-1]} tokens{prompts.left_out.describe()}; "
+                f"responses of up to {n.response}; "
                 f"{iterations} iterations of {c.batch_size} episodes, {c.ppo.epochs} x {c.ppo.minibatches} steps each"
                 f"{pipeline.describe(policy_config, mesh.shape, c.ppo.microbatch_size or rows)}"
             )

@@ -29,6 +29,7 @@ from gptjax.pretrain import PretrainConfig
 from gptjax.rlhf import networks, rollout
 from gptjax.rlhf import state as ppo_state
 from gptjax.rlhf.ptx import batch_shape
+from gptjax.rlhf.reward_model import prompt_room
 from gptjax.rlhf.update import make_update
 from gptjax.training import precision
 from gptjax.training.offload import MEMORY
@@ -192,12 +193,9 @@ def ppo_parts(c: PPOConfig, policy: GPTConfig, reward: GPTConfig | None, mesh) -
     policy = options.apply(policy)
     reward = reward and options.apply(reward)
     value = None if c.shared_trunk else reward or policy
-    shortest = min(m.context_length for m in (policy, value) if m)
-    room = shortest - c.rollout.max_new_tokens
-    if room < 1:
-        raise InputError(
-            f"rollout.max_new_tokens={c.rollout.max_new_tokens} leaves no room for a prompt in a context of {shortest}."
-        )
+    readers = {"policy": policy, "value network": value, "reward model": reward}
+    contexts = {name: model.context_length for name, model in readers.items() if model}
+    room = prompt_room(contexts, c.rollout.max_new_tokens, "rollout.max_new_tokens")
     slots = bucket_widths(c.data.max_length or room, c.data.buckets, room)[-1]
     n = networks.Networks(
         policy=policy, value=value, reward=reward, response=c.rollout.max_new_tokens, eos_id=0, pad_id=1,

@@ -144,6 +144,7 @@ def reward(config: mlc.ConfigDict, workdir: str) -> bool:
     hosts.agree("The comparisons", comparisons.fingerprint)
     about = origin(init_from=base)
     configs.claim_workdir(workdir, "reward", dataclasses.replace(c, template=kind), model=model, origin=about)
+    hosts.only_first(lambda: comparisons.left_out.write(workdir))
     hosts.only_first(lambda: tokenizer.save(workdir / "tokenizer"))
 
     # --- abstract state, shardings, step ---
@@ -192,7 +193,7 @@ def reward(config: mlc.ConfigDict, workdir: str) -> bool:
             if c.selection == "loss" and checkpointer.best in checkpointer.steps():
                 step = checkpointer.best
                 params, _ = checkpointer.restore_params(abstract.params, shardings.params, step)
-            result = {"step": step, **agreement_with(judge, params, held_out, mesh)}
+            result = {"step": step, **agreement_with(judge, params, held_out, comparisons.validation)}
             fitted = {"gain": 1.0, "bias": 0.0}
             if examples is not None:
                 fitted = fit_scale(c, model, params, examples, tokenizer, mesh)
@@ -260,8 +261,13 @@ def evaluator(c: RewardConfig, judge, batches, mesh):
     return evaluate
 
 
-def agreement_with(judge, params, batches, mesh) -> dict:
-    p = pairs(*judge(params, batches))
+def agreement_with(judge, params, batches, comparisons) -> dict:
+    """comparisons: what the batches hold, in their order."""
+    scores, *rest = judge(params, batches)
+    characters = np.zeros(scores.shape)
+    for row, comparison in zip(characters, comparisons, strict=False):  # rows of padding follow
+        row[: len(comparison.characters)] = comparison.characters
+    p = pairs(scores, *rest, characters)
     return {**agreement(p), "calibration": calibration(p)}
 
 
@@ -276,7 +282,7 @@ def reference_texts(c: RewardConfig, of_sft: dict, template: Template, context_l
     if c.demonstrations is not None:
         data = {"source": c.demonstrations, "template": template.kind, "drop_long": True}
     source = configs.build(DemonstrationConfig, data, "demonstrations")
-    chosen = load_demonstrations(source, template, context_length, c.seed).train
+    chosen = load_demonstrations(source, template, context_length, c.seed, flags=None).train
     chosen = [chosen[i * len(chosen) // min(len(chosen), 1000)] for i in range(min(len(chosen), 1000))]
     return [d.ids[: d.prompt] for d in chosen], [d.ids[d.prompt :] for d in chosen]
 
@@ -297,27 +303,33 @@ def fit_scale(c: RewardConfig, model, params, examples, tokenizer, mesh) -> dict
 def say(result: dict, fitted: dict, c: RewardConfig):
     n = fitted.get("demonstrations")
     zero = f"; zeroed on {n:,} demonstrations (mean was {fitted['mean_before']:.3f})" if n else ""
+    by_length = result["length_baseline"]
     print(
-        f"validation: accuracy {result['accuracy']:.4f} on {result['pairs']:,} pairs; longer wins "
-        f"{result['longer_wins']:.4f}{zero}"
+        f"validation: accuracy {result['accuracy']:.4f} on {result['pairs']:,} pairs; by length alone "
+        f"{by_length['accuracy']:.4f} ({by_length['rule']} wins){zero}"
     )
     if length_explains(result):
         print(
-            f"warning: length alone agrees with {max(result['longer_wins'], 1 - result['longer_wins']):.3f} "
-            "of the pairs: this reward model may have learned length. See accuracy_same_length in reward.json."
+            f"warning: length alone agrees with {by_length['accuracy']:.3f} of the pairs: this reward model may have "
+            "learned length. See accuracy_same_length in reward.json."
         )
 
 
 def describe_run(c: RewardConfig, model: GPTConfig, comparisons, length: int, schedule: Schedule, mesh):
     if not hosts.first():
         return
-    n_pairs = sum(len(x.ranks) * (len(x.ranks) - 1) // 2 for x in comparisons.train)
-    left_out = f", {comparisons.dropped:,} rows left out" if comparisons.dropped else ""
+    n_pairs, same = np.sum([x.pairs() for x in comparisons.train], axis=0)
     print(
-        f"{len(comparisons.train):,} prompts of up to {comparisons.k} completions, {n_pairs:,} pairs{left_out}; "
+        f"{len(comparisons.train):,} comparisons of up to {comparisons.k} completions, {n_pairs:,} pairs"
+        f"{comparisons.left_out.describe()}; "
         f"{len(comparisons.validation):,} held out; {schedule.steps} steps of {c.batch_size} prompts of {length} tokens"
         f"{pipeline.describe(model, mesh.shape, c.microbatch_rows * comparisons.k)}"
     )
+    if same:
+        print(
+            f"warning: in {same:,} of the {n_pairs:,} pairs the better and the worse completion are the same text, "
+            "which teaches nothing: look at how the rows were made"
+        )
 
 
 if __name__ == "__main__":

@@ -153,6 +153,13 @@ def sft(config: mlc.ConfigDict, workdir: str) -> bool:
     template = Template(tokenizer, c.data.template)
     demonstrations = load_demonstrations(c.data, template, model.context_length, c.seed)
     packed = PackedRows(demonstrations.train, length, c.data.packing, template.pad_id)
+    if judge:
+        longest = max((len(p) for p in scored_prompts(c, demonstrations)), default=0) + c.samples.max_new_tokens
+        judge.check_length(
+            min(longest, model.context_length),
+            "selection='reward' scores sampled responses: lower --config.samples.max_new_tokens or "
+            "--config.data.max_length, or take a reward model of a longer context.",
+        )
     if judge and judge.template != template.kind:
         raise InputError(f"The reward model in {c.reward} saw {judge.template!r} prompts, not {template.kind!r} ones.")
     hosts.agree("The demonstrations", demonstrations.fingerprint)
@@ -170,6 +177,7 @@ def sft(config: mlc.ConfigDict, workdir: str) -> bool:
             )
         )  # fmt: skip
     configs.claim_workdir(workdir, "sft", c, **sections)
+    hosts.only_first(lambda: demonstrations.left_out.write(workdir))
     here = hosts.batch_rows(batch_sharding(mesh, 0), c.microbatch_rows)
     kind = {"byte_lengths": tokenizer.byte_lengths, "loss_on": c.data.loss_on, "here": here}
     batches = DemonstrationBatches(packed, c.batch_size, c.seed, mix=mix, mix_fraction=c.mix.fraction, **kind)
@@ -261,13 +269,18 @@ def evaluator(c: SFTConfig, model, batches, judge, demonstrations, template, mes
         bits = float(bits_per_byte(total, max(more["target_bytes"], 1)))
         result = {"loss": total / max(count, 1), "bits_per_byte": bits, "tokens": int(count)}
         if judge:
-            prompts = [d.ids[: d.prompt] for d in demonstrations.validation if d.prompt][: 4 * c.samples.count]
+            prompts = scored_prompts(c, demonstrations)
             responses = sampled(params, model, prompts, template, c, mesh)
             result["reward"] = float(judge.score(prompts, responses).mean())
             result["selection"] = -result["reward"]
         return result
 
     return evaluate
+
+
+def scored_prompts(c: SFTConfig, demonstrations) -> list:
+    """The validation prompts (ids) whose sampled responses selection='reward' scores."""
+    return [d.ids[: d.prompt] for d in demonstrations.validation if d.prompt][: 4 * c.samples.count]
 
 
 def sampled(params, model: GPTConfig, prompts, template: Template, c: SFTConfig, mesh) -> list[list[int]]:
@@ -297,12 +310,12 @@ def write_samples(writer: MetricWriter, step, params, model, demonstrations, tem
 def describe_run(c: SFTConfig, model: GPTConfig, demonstrations, packed: PackedRows, schedule: Schedule, mesh):
     if not hosts.first():
         return
-    left_out = f", {demonstrations.dropped:,} too long and left out" if demonstrations.dropped else ""
     print(
         f"{parameter_count(model):,} parameters from {c.init_from}, vocabulary {model.vocab_size:,}"
         f"{pipeline.describe(model, mesh.shape, c.microbatch_rows)}\n"
         f"{len(demonstrations.train):,} demonstrations in {len(packed):,} rows of {packed.length} tokens"
-        f"{left_out}; {len(demonstrations.validation):,} held out; {schedule.steps:,} steps of {c.batch_size} rows"
+        f"{demonstrations.left_out.describe()}; "
+        f"{len(demonstrations.validation):,} held out; {schedule.steps:,} steps of {c.batch_size} rows"
     )
 
 

@@ -38,11 +38,11 @@ def test_both_forms(tmp_path):
     by_prompt = {template().decode(e.prompt): e for e in loaded.train + loaded.validation}
     t = template()
     assert by_prompt == {
-        "a": Comparison(t.prompt("a"), [t.response(f"c{i}") for i in range(4)], [2, 1, 1.5, 1]),
-        "b": Comparison(t.prompt("b"), [t.response("good"), t.response("bad")], [0, 1]),
-        "c": Comparison(t.prompt("c"), [t.response("c0"), t.response("c1")], [0, 1]),
+        "a": Comparison(t.prompt("a"), [t.response(f"c{i}") for i in range(4)], [2, 1, 1.5, 1], (2,) * 4),
+        "b": Comparison(t.prompt("b"), [t.response("good"), t.response("bad")], [0, 1], (4, 3)),
+        "c": Comparison(t.prompt("c"), [t.response("c0"), t.response("c1")], [0, 1], (2, 2)),
     }
-    assert (loaded.k, loaded.dropped) == (4, 0)
+    assert (loaded.k, len(loaded.left_out)) == (4, 0)
 
 
 def test_messages_and_a_map_of_fields(tmp_path):
@@ -59,7 +59,7 @@ def test_messages_and_a_map_of_fields(tmp_path):
 
 def test_a_row_of_ties_alone_is_left_out(tmp_path):
     loaded = load(write(tmp_path / "x.jsonl", [ranked("a", 1, 1, 1), ranked("b", 1, 1, 2), ranked("c", 0, 1)]))
-    assert loaded.dropped == 1
+    assert len(loaded.left_out) == 1
     assert sorted(prompts(loaded.train + loaded.validation)) == ["b", "c"]
     with pytest.raises(InputError, match="all 1 rows were left out"):
         load(write(tmp_path / "y.jsonl", [ranked("a", 1, 1)]))
@@ -80,7 +80,7 @@ def test_k_and_dropped_count_both_sources(tmp_path):
     train = write(tmp_path / "t.jsonl", [ranked("a", 0, 1), ranked("b", 1, 1)])
     validation = write(tmp_path / "v.jsonl", [ranked("a", 0, 1, 2), ranked("b" * 20, 1, 2)])
     loaded = load(train, validation=validation, drop_long=True)
-    assert (len(loaded.train), len(loaded.validation), loaded.k, loaded.dropped) == (1, 1, 3, 2)
+    assert (len(loaded.train), len(loaded.validation), loaded.k, len(loaded.left_out)) == (1, 1, 3, 2)
 
 
 def test_fingerprint(tmp_path):
@@ -131,9 +131,9 @@ def test_a_bad_row_is_named(tmp_path, row, error):
 
 def test_long_rows(tmp_path):
     source = write(tmp_path / "x.jsonl", [LONG, ranked("a", 0, 1), ranked("b", 0, 1)])
-    assert load(source, drop_long=True).dropped == 1
-    assert load(source, length=13).dropped == 0
-    assert load(source, length=13, max_length=12, drop_long=True).dropped == 1
+    assert len(load(source, drop_long=True).left_out) == 1
+    assert len(load(source, length=13).left_out) == 0
+    assert len(load(source, length=13, max_length=12, drop_long=True).left_out) == 1
     with pytest.raises(InputError, match="max_length=13 is more than the 12"):
         load(source, max_length=13)
     with pytest.raises(InputError, match="--config.data.source=PATH"):

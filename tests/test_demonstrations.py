@@ -115,7 +115,7 @@ def test_validation_from_another_source(tmp_path, source):
     other = write(tmp_path / "v.jsonl", [{"prompt": "p1", "response": "v"}, {"prompt": "l" * 30, "response": "v"}])
     loaded = load(source, validation=other, drop_long=True)
     assert [said(e) for e in loaded.validation] == [("p1", "v")]
-    assert len(loaded.train) == 60 and loaded.dropped == 1
+    assert len(loaded.train) == 60 and len(loaded.left_out) == 1
 
 
 # --- refusals ---------------------------------------------------------------------------------------------
@@ -162,7 +162,7 @@ def test_long_rows(tmp_path):
     rows = [{"prompt": f"p{i}", "response": "b" * n} for i, n in enumerate((19, 20, 500, 2))]
     source = write(tmp_path / "x.jsonl", rows)
     loaded = load(source, drop_long=True)  # <|user|> p0 <|assistant|>, 19 letters and end-of-text are 24
-    assert loaded.dropped == 2
+    assert len(loaded.left_out) == 2
     assert {p for p, _ in map(said, loaded.train + loaded.validation)} == {"p0", "p3"}
     with pytest.raises(InputError, match="x.jsonl:1: the prompt has 4 tokens and the response 20 .*more than 23"):
         load(source, max_length=23)

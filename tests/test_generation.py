@@ -215,11 +215,14 @@ def test_no_prompts_give_no_texts_or_are_refused():
 
 @pytest.mark.parametrize(
     "options",
-    [{"temperature": -1}, {"top_k": -1}, {"top_p": 0.0}, {"top_p": 1.1}, {"temperature": float("nan")}],
+    [
+        {"temperature": -1}, {"temperature": float("nan")}, {"temperature": float("inf")}, {"top_k": -1},
+        {"top_p": 0.0}, {"top_p": 1.1}, {"top_p": float("nan")},
+    ],
     ids=str,
-)
+)  # fmt: skip
 def test_bad_sampling(options):
-    with pytest.raises(InputError, match="sampling"):
+    with pytest.raises(InputError, match=f"sampling: {next(iter(options))}={next(iter(options.values()))}"):
         Sampling(**options)
 
 
@@ -278,9 +281,10 @@ def test_samples_follow_the_exact_truncated_distribution(s, kept):
 def test_the_likeliest_token_is_always_kept():
     rng = np.random.default_rng(0)
     logits = jnp.asarray(5 * rng.standard_normal((50, 100)), jnp.float32)
-    found = filtered_logits(logits, Sampling(top_p=1e-6))
-    assert (jnp.isfinite(found).sum(-1) == 1).all()
-    assert (found.argmax(-1) == logits.argmax(-1)).all()
+    for top_p in (1e-6, 1e-40, 5e-324):  # the last two are 0 to XLA
+        found = filtered_logits(logits, Sampling(top_p=top_p))
+        assert (jnp.isfinite(found).sum(-1) == 1).all()
+        assert (found.argmax(-1) == logits.argmax(-1)).all()
     flat = filtered_logits(jnp.zeros((2, 100)), Sampling(top_p=0.5))  # ties: half of them, not all and not one
     assert (jnp.abs(jnp.isfinite(flat).sum(-1) - 50) <= 1).all()
 
@@ -301,6 +305,21 @@ def test_greedy_is_the_limit_of_cold():
     np.testing.assert_array_equal(greedy, logits.argmax(-1))
     np.testing.assert_array_equal(sample(logits, jax.random.key(1), Sampling(temperature=1e-4)), greedy)
     assert run(PROMPTS, Sampling(temperature=1e-4)) == run(PROMPTS, GREEDY)
+
+
+@pytest.mark.parametrize("temperature", [1.1e-5, 9e-6, 1e-12, 1e-40], ids=str)
+def test_the_coldest_temperatures_are_greedy(temperature):
+    """Down to 1e-40, which XLA takes for 0; at 1e-12 a fused multiply-add made the log-probabilities infinite."""
+    logits = jnp.asarray(100 * np.random.default_rng(3).standard_normal((16, 40)), jnp.float32)
+    for s in (Sampling(temperature), Sampling(temperature, top_k=5), Sampling(temperature, top_p=0.9)):
+        tokens = jax.jit(lambda x, s=s: sample(x, jax.random.key(0), s))(logits)
+        np.testing.assert_array_equal(tokens, logits.argmax(-1))
+    row = np.array([[3, 4]], np.int32)
+    _, count, log_probs = decode(
+        random_params(TINY), TINY, row, np.array([2]), np.array([3]), jax.random.split(jax.random.key(0), 1),
+        new_tokens=3, sampling=Sampling(temperature),
+    )  # fmt: skip
+    assert count.tolist() == [3] and np.isfinite(log_probs).all()
 
 
 def test_generated_tokens_follow_the_models_distribution():

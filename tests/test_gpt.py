@@ -11,6 +11,7 @@ import pytest
 from flax.traverse_util import flatten_dict, unflatten_dict
 from numerics import assert_close, model_terms, tolerance
 
+from gptjax.errors import InputError
 from gptjax.model import gpt, layers
 from gptjax.model.spec import GPT1, GPT2, GPTConfig
 from gptjax.objectives.language import cross_entropy_sum, log_probs
@@ -487,3 +488,12 @@ def test_dropout_acts_on_the_branches_of_gpt1(part):
     c = dataclasses.replace(TINY, dropout=0.25, norm="post", n_layer=1)
     out = block_outputs_under_dropout(c, ones=[f"{part}/c_proj/bias", "scale"])
     assert (out > 0.1).mean() == near(0.75, out.size)
+
+
+def test_more_tokens_than_the_context_are_refused():
+    """Gathering clamps: all beyond the last position would get its embedding."""
+    params = jax.eval_shape(lambda key: gpt.init(TINY, key), jax.random.key(0))
+    tokens = jax.ShapeDtypeStruct((2, TINY.context_length + 1), jnp.int32)
+    for run in (gpt.hidden, lambda p, c, t: gpt.prefill(p, c, t, t, t)):
+        with pytest.raises(InputError, match=f"don't fit the model's context of {TINY.context_length}"):
+            jax.eval_shape(lambda p, t, run=run: run(p, TINY, t), params, tokens)

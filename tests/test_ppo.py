@@ -1,14 +1,17 @@
 """PPO and PPO-ptx end to end: rewards of every kind, what is frozen, resuming, meshes, refusals; and best-of-n."""
 
 import dataclasses
+import inspect
 import itertools
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
 import sys
 import time
+import types
 
 import jax
 import numpy as np
@@ -26,16 +29,19 @@ from conftest import ROOT
 from numerics import approx, assert_close, model_terms, tolerance
 from runs import arrays, lines, one_device_environment, without_times
 
+from gptjax import config as configs
 from gptjax import ppo as stage
 from gptjax.data.corpus import text_windows
 from gptjax.data.prompts import PromptBatches, PromptConfig, load_prompts
 from gptjax.errors import InputError
 from gptjax.generation.sampling import Sampling
 from gptjax.model.spec import GPTConfig
+from gptjax.objectives.ppo import adaptive_kl_coefficient
 from gptjax.parallel.mesh import MeshConfig, make_mesh
 from gptjax.ppo import ppo
 from gptjax.pretrain import pretrain
-from gptjax.rlhf import rollout
+from gptjax.rlhf import best_of_n as best_of_n_tool
+from gptjax.rlhf import reward_model, rollout
 from gptjax.rlhf.best_of_n import best_of_n, expected_best
 from gptjax.rlhf.config import PtxConfig
 from gptjax.rlhf.ptx import batch_shape
@@ -589,6 +595,13 @@ BAD = {
     "callable": ({"reward_fn": "gptjax.nowhere:f"}, GOOD, "cannot be imported"),
     "float16": ({"precision.compute": "float16"}, GOOD, "float32 or bfloat16"),
     "reward_on": ({"reward_on": "words"}, GOOD, "text or tokens"),
+    "cold": ({"rollout.temperature": 1e-40}, GOOD, "rollout.temperature=1e-40: give at least 0.01"),
+    "hot": ({"rollout.temperature": float("inf")}, GOOD, "rollout.temperature=inf"),
+    "horizon": ({"kl.target": 6.0, "kl.horizon": 3.2}, GOOD, "kl.horizon=3.2 with batch_size=16.*above 3.2 episodes"),
+    "no horizon": ({"kl.horizon": float("nan")}, GOOD, "kl.horizon=nan"),
+    "no coefficient": ({"kl.target": 6.0, "kl.coefficient": 0.0}, GOOD, "kl.target with kl.coefficient=0"),
+    "not a coefficient": ({"kl.coefficient": float("nan")}, GOOD, "kl.coefficient=nan"),
+    "not a target": ({"kl.target": float("nan")}, GOOD, "kl.target=nan"),
 }  # fmt: skip
 
 
@@ -646,6 +659,42 @@ def test_models_that_can_not_be(config, ruled, pretrained, tuned, judge, tmp_pat
     c = config()
     c.reward = str(tuned)
     refused(c, tmp_path / "run", "not a reward model")
+
+
+@pytest.mark.parametrize("coefficient, horizon", [(1.0, 3.21), (1e-3, 100.0)])
+def test_the_adaptive_coefficient_stays_positive(coefficient, horizon):
+    """At every horizon that the config takes, whatever KL is measured; at 3.2 episodes of 16 would make it 0."""
+    c = configs.build(stage.PPOConfig, {"batch_size": 16, "kl": {"target": 6.0, "horizon": horizon}})
+    value = np.float32(coefficient)
+    for kl in (-5.0, 0.0, 0.0, 1e-3, 0.0):
+        after = np.float32(adaptive_kl_coefficient(value, kl, c.batch_size, c.kl.target, c.kl.horizon))
+        assert 0 < after < value
+        value = after
+
+
+def shortened(load, context):
+    """load_reward_model whose models have a shorter context."""
+
+    def loaded(*args, **kwargs):
+        model = load(*args, **kwargs)
+        trunk = model.params["trunk"] | {"wpe": model.params["trunk"]["wpe"][:context]}
+        config = dataclasses.replace(model.config, context_length=context)
+        return dataclasses.replace(model, config=config, params={**model.params, "trunk": trunk})
+
+    return loaded
+
+
+@pytest.mark.parametrize("shared_trunk", [False, True])
+def test_a_reward_model_of_a_shorter_context(config, tmp_path, monkeypatch, shared_trunk):
+    """The policy has room for 48 tokens, the reward model for 24: no text it scores may be longer."""
+    monkeypatch.setattr(stage, "load_reward_model", shortened(stage.load_reward_model, 24))
+    c = lambda **overrides: config(shared_trunk=shared_trunk, **overrides)
+    reader = "reward model" if shared_trunk else "value network"
+    refused(c(rollout__max_new_tokens=24), tmp_path / "run", f"no room for a prompt in the {reader}'s context of 24")
+    refused(c(data__max_length=17), tmp_path / "run", "more than the shortest context, 24")
+    rows = [GOOD, {"prompt": "ba ko " * 8}]
+    source = str(write(tmp_path / "rows.jsonl", rows))
+    refused(c(data__source=source), tmp_path / "run", "rows.jsonl:2: the prompt has 19 tokens, more than 16")
 
 
 def test_a_batch_that_does_not_divide_over_the_mesh(config, tmp_path, monkeypatch):
@@ -767,6 +816,51 @@ def test_best_of_n_keeps_the_best_of_the_first_n():
             best_of_n(scores, n)
         with pytest.raises(InputError, match="there are 3"):
             expected_best(scores, scores, n)
+
+
+@pytest.fixture
+def choose(tuned, judge, monkeypatch):
+    """best_of_n's main, in this process, with these values of its flags and its defaults for the others."""
+
+    def chosen(prompts, **values):
+        flags = {"policy": tuned, "reward": judge, "prompts": str(prompts), "n": 2, "limit": 64, "max_new_tokens": 8,
+                 "drop_long": False, "bad_rows": "stop", "fields.prompt": "prompt", "seed": 0}  # fmt: skip
+        monkeypatch.setattr(best_of_n_tool, "FLAGS", types.SimpleNamespace(**flags | values), raising=False)
+        best_of_n_tool.main(None)
+
+    return chosen
+
+
+def test_errors_of_best_of_n_name_its_own_flags(choose, tmp_path):
+    rows = [{"prompt": "ba ko"}, {"prompt": "ba ko " * 30}, {"question": "ba"}, {"prompt": ""}]
+    source = write(tmp_path / "rows.jsonl", rows)
+    with pytest.raises(InputError, match="(?s)^3 bad rows.*rows.jsonl:2.*rows.jsonl:3.*rows.jsonl:4") as caught:
+        choose(source)
+    named = set(re.findall(r"--([\w.]+)", str(caught.value)))
+    assert named == {"drop_long", "bad_rows", "fields.prompt"}
+    assert named <= set(re.findall(r'flags.DEFINE_\w+\("([\w.]+)"', inspect.getsource(best_of_n_tool)))
+
+
+def test_best_of_n_leaves_out_what_it_is_told_to(choose, tmp_path, capsys):
+    rows = [{"q": "ba ko"}, {"q": "ba ko " * 30}, {"question": "ba"}]
+    source = write(tmp_path / "rows.jsonl", rows)
+    choose(source, drop_long=True, bad_rows="drop", **{"fields.prompt": "q"})
+    out, err = capsys.readouterr()
+    assert len(out.splitlines()) == 2 and "rows left out: 1 too long, 1 bad" in err
+
+
+def test_best_of_n_and_a_reward_model_it_does_not_fit(choose, alignment, tmp_path, monkeypatch):
+    """Told before anything is sampled."""
+    monkeypatch.setattr(reward_model, "load_reward_model", shortened(load_reward_model, 24))
+    with pytest.raises(InputError, match="--max_new_tokens=24 leaves no room .* the reward model's context of 24"):
+        choose(alignment["prompts"], max_new_tokens=24)
+    source = write(tmp_path / "rows.jsonl", [{"prompt": "ba ko " * 8}])
+    with pytest.raises(InputError, match="the prompt has 19 tokens, more than 16"):
+        choose(source)
+    other = lambda *a, **k: dataclasses.replace(load_reward_model(*a, **k), template="plain")
+    monkeypatch.setattr(reward_model, "load_reward_model", other)
+    with pytest.raises(InputError, match="saw 'plain' prompts and the policy 'chat' ones"):
+        choose(alignment["prompts"])
 
 
 def test_best_of_n_on_the_command_line(tuned, judge, alignment):

@@ -277,13 +277,15 @@ def test_the_expected_best_is_the_mean_over_all_choices(n):
 def test_pairs_of_a_validation_set():
     scores, ranks = np.array([[1.0, 2, 4], [7, 7, np.nan]]), np.array([[1, 0, 1], [3, 1, 0]])
     valid, lengths = np.array([[1, 1, 1], [1, 1, 0]]), np.array([[5, 9, 9], [2, 1, 50]])
-    p = agreement.pairs(scores, ranks, valid, lengths)
+    p = agreement.pairs(scores, ranks, valid, lengths, np.array([[1, 20, 2], [5, 9, 0]]))
     assert p.margin.tolist() == [1, -2, 0] and p.longer.tolist() == [4, 0, -1]
+    assert p.characters.tolist() == [19, 18, 4]
     assert p.weight.tolist() == [0.5, 0.5, 1]
     figures = agreement.agreement(p)
     assert figures["pairs"] == 3 and figures["accuracy"] == 0.5  # right, wrong, equal
     assert figures["accuracy_by_prompt"] == 0.5 and figures["margin"] == pytest.approx(-1 / 3)
-    assert figures["longer_wins"] == 0.5
+    assert figures["longer_wins"] == 0.5 and figures["longer_wins_characters"] == 1
+    assert figures["length_baseline"] == {"rule": "more characters", "accuracy": 1}
     assert figures["accuracy_better_is_longer"] == 1 and figures["accuracy_better_is_shorter"] is None
     assert figures["accuracy_same_length"] == 0.25
 
@@ -294,12 +296,12 @@ def test_prompts_weigh_the_same_in_accuracy_by_prompt():
     scores[0] = np.arange(K)
     scores[1, :2] = 1, 0
     valid[1, 2:] = 0
-    figures = agreement.agreement(agreement.pairs(scores, ranks, valid, np.ones((2, K))))
+    figures = agreement.agreement(agreement.pairs(scores, ranks, valid, *np.ones((2, 2, K))))
     assert figures["accuracy"] == pytest.approx(1 / 37) and figures["accuracy_by_prompt"] == pytest.approx(0.5)
 
 
 def test_no_pairs_at_all():
-    p = agreement.pairs(np.zeros((2, 3)), np.zeros((2, 3)), np.ones((2, 3)), np.ones((2, 3)))
+    p = agreement.pairs(*np.zeros((2, 2, 3)), *np.ones((3, 2, 3)))
     figures = agreement.agreement(p)
     assert figures["pairs"] == 0 and figures["accuracy"] is None and figures["length_correlation"] is None
     assert agreement.calibration(p) == [] and not agreement.length_explains(figures)
@@ -311,7 +313,7 @@ def planted(prompts=20_000, scale=1.0, seed=0):
     scores = 2 * rng.standard_normal((prompts, 2))
     first_wins = rng.random(prompts) < 1 / (1 + np.exp(scores[:, 1] - scores[:, 0]))
     ranks = np.stack([~first_wins, first_wins], 1).astype(int)
-    return agreement.pairs(scale * scores, ranks, np.ones((prompts, 2)), rng.integers(1, 50, (prompts, 2)))
+    return agreement.pairs(scale * scores, ranks, np.ones((prompts, 2)), *rng.integers(1, 50, (2, prompts, 2)))
 
 
 def off_the_diagonal(bins):
@@ -344,7 +346,9 @@ def test_length_explains_rankings_by_length_alone(sign):
     rng = np.random.default_rng(0)
     lengths = np.argsort(rng.random((500, 4)), 1) * 10 + 5
     ranks = np.argsort(np.argsort(-sign * lengths, 1), 1)
-    figures = agreement.agreement(agreement.pairs(sign * 0.1 * lengths, ranks, np.ones((500, 4)), lengths))
+    noise = rng.random((500, 4))
+    figures = agreement.agreement(agreement.pairs(sign * 0.1 * lengths, ranks, np.ones((500, 4)), lengths, noise))
+    assert figures["length_baseline"] == {"rule": "more tokens" if sign > 0 else "fewer tokens", "accuracy": 1}
     assert figures["accuracy"] == 1 and figures["longer_wins"] == (1 if sign > 0 else 0)
     assert figures["length_correlation"] == pytest.approx(sign)
     assert agreement.length_explains(figures)
@@ -353,3 +357,15 @@ def test_length_explains_rankings_by_length_alone(sign):
 def test_length_does_not_explain_rankings_that_ignore_it():
     figures = agreement.agreement(planted())
     assert abs(figures["length_correlation"]) < 0.03 and not agreement.length_explains(figures)
+
+
+def test_a_model_at_chance_has_not_learned_length():
+    """Length orders every pair; the scores are noise."""
+    rng = np.random.default_rng(0)
+    lengths = np.argsort(rng.random((100, 2)), 1) + 1
+    scores = rng.standard_normal((100, 2))
+    figures = agreement.agreement(agreement.pairs(scores, -lengths, np.ones((100, 2)), lengths, lengths))
+    assert abs(figures["accuracy"] - 0.5) < 0.1 and figures["length_baseline"]["accuracy"] == 1
+    assert not agreement.length_explains(figures)
+    better = agreement.agreement(agreement.pairs(scores + lengths, -lengths, np.ones((100, 2)), lengths, lengths))
+    assert better["accuracy"] > 0.65 and agreement.length_explains(better)

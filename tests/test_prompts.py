@@ -5,6 +5,7 @@ import pytest
 from rows_files import template, write
 
 from gptjax.data.prompts import PromptBatches, PromptConfig, Prompts, bucket_widths, load_prompts
+from gptjax.data.rows import LeftOut
 from gptjax.errors import InputError
 
 LENGTH, PAD = 10, 99
@@ -20,7 +21,7 @@ def test_loading(tmp_path):
     loaded = load(source)
     assert loaded.ids == [template().prompt(p) for p in ("ab", talk, "ab")]  # the same prompt twice is two prompts
     assert loaded.texts == ["ab", "cd", "ab"]
-    assert loaded.dropped == 0
+    assert len(loaded.left_out) == 0
     mapped = load(write(tmp_path / "y.jsonl", [{"q": "ab"}, {"q": "c"}]), fields={"prompt": "q"}, kind="plain")
     assert mapped.ids == [template("plain").prompt(p) for p in ("ab", "c")]
     assert loaded.fingerprint == load(source).fingerprint != mapped.fingerprint
@@ -48,7 +49,7 @@ def test_a_bad_row_is_named(tmp_path, row, kind, error):
 def test_long_prompts(tmp_path):
     source = write(tmp_path / "x.jsonl", [{"prompt": "a" * n} for n in (8, 9, 1)])
     loaded = load(source, drop_long=True)
-    assert loaded.texts == ["a" * 8, "a"] and loaded.dropped == 1
+    assert loaded.texts == ["a" * 8, "a"] and len(loaded.left_out) == 1
     assert load(source, drop_long=True, max_length=3).texts == ["a"]
     with pytest.raises(InputError, match="max_length=11 is more than the 10"):
         load(source, max_length=11)
@@ -96,7 +97,7 @@ def test_prompts_that_do_not_fit(prompts):
 
 
 def of_lengths(*lengths):
-    return Prompts([list(range(n)) for n in lengths], ["a"] * len(lengths), 0, "")
+    return Prompts([list(range(n)) for n in lengths], ["a"] * len(lengths), LeftOut(), "")
 
 
 @pytest.mark.parametrize(

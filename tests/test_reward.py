@@ -273,6 +273,30 @@ def test_no_such_warning_elsewhere(judge, mesh):
     assert not length_explains(result(judge)) and result(judge)["longer_wins"] < 0.9
 
 
+# --- what it says of its rows -----------------------------------------------------------------------------
+
+
+def test_counts_say_what_they_count(tuned, tmp_path, capsys):
+    """Pairs without ties, what was left out by kind, and completions that are the same text."""
+    ranked = lambda prompt, texts, ranks: {"prompt": prompt, "completions": texts, "ranks": ranks}
+    rows = [ranked(f"ba {i}", ["ko", "mi zu", "ru"], [0, 1, 1]) for i in range(8)]  # 2 pairs of 3
+    rows += [{"prompt": f"ko {i}", "chosen": "ba", "rejected": "ba"} for i in range(3)]
+    rows += [ranked("mi", ["ko", "ba"], [1, 1]), {"prompt": "", "chosen": "ba", "rejected": "ko"}]
+    held_out = [ranked("la 1", ["zu zu", "te te te", "fo"], [0, 1, 1]), ranked("la 2", ["zu", "te"], [0, 1])]
+    c = reward_config(
+        tuned, write(tmp_path / "rows.jsonl", rows), steps=1, data__bad_rows="drop", normalise="none",
+        data__validation=str(write(tmp_path / "held_out.jsonl", held_out)),
+    )  # fmt: skip
+    reward(c, str(tmp_path / "run"))
+    out = capsys.readouterr().out
+    assert "11 comparisons of up to 3 completions, 19 pairs, left out: 1 with nothing but ties, 1 bad" in out
+    assert "warning: in 3 of the 19 pairs the better and the worse completion are the same text" in out
+    dropped = lines(tmp_path / "run", "dropped_rows")
+    assert [row["row"].rpartition("/")[2] for row in dropped] == ["rows.jsonl:12", "rows.jsonl:13"]
+    assert result(tmp_path / "run")["longer_wins_characters"] == 0.5  # shorter, longer, equal: 5 and 8, 2; 2 and 2
+    assert result(tmp_path / "run")["length_baseline"]["accuracy"] >= 0.5
+
+
 # --- stopped and gone on with -----------------------------------------------------------------------------
 
 

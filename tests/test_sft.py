@@ -378,6 +378,24 @@ def test_a_reward_model_and_a_long_prompt(pretrained, judge, tmp_path):
     assert sft(c, str(tmp_path / "run")) is True
 
 
+def test_a_reward_model_too_short_for_the_samples(pretrained, alignment, judge, tmp_path, monkeypatch):
+    """Told before the first step, and not by the first evaluation."""
+    real = stage.load_reward_model
+
+    def short(*args, **kwargs):
+        model = real(*args, **kwargs)
+        return dataclasses.replace(model, config=dataclasses.replace(model.config, context_length=24))
+
+    monkeypatch.setattr(stage, "load_reward_model", short)
+    c = sft_config(
+        pretrained, alignment["demonstrations"], steps=1, selection="reward", reward=str(judge),
+        samples__max_new_tokens=24,
+    )  # fmt: skip
+    with pytest.raises(InputError, match="reward model's context of 24. .*lower --config.samples.max_new_tokens"):
+        sft(c, str(tmp_path / "run"))
+    assert not (tmp_path / "run").exists()
+
+
 # --- what it comes to -------------------------------------------------------------------------------------
 
 

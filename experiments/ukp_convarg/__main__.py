@@ -43,6 +43,7 @@ def main(_):
     finished(pretrain(base_config(FLAGS.text, FLAGS.seed), str(workdir / "base")))
     tokenizer = Tokenizer.load(workdir / "base" / "tokenizer")
     lengths = {text: len(tokenizer.encode(text)) for text in debates.arguments(pairs)}
+    characters = {text: len(text) for text in lengths}
     shown = functools.partial(shortened, tokenizer=tokenizer)
 
     right, matched, topics = [], [], []
@@ -56,6 +57,7 @@ def main(_):
             "reward_model": reward_model_right(workdir / f"fold{i}", shown(held_out)),
             **baselines.tfidf_right(train, held_out, lengths),
             "longer_wins": baselines.longer_right(held_out, lengths),
+            "longer_wins_characters": baselines.longer_right(held_out, characters),
         })  # fmt: skip
         matched.append(np.array([alike(lengths[p.better], lengths[p.worse]) for p in held_out]))
         topics.append(np.array([p.topic for p in held_out]))
@@ -150,12 +152,14 @@ def figures(folds, right, matched, topics) -> dict:
 
 
 def summary(right, topics, chosen) -> dict:
-    """Accuracy over the chosen pairs of all folds, with a standard error from resampling topics; and how much better
-    the reward model does than each baseline on the same pairs."""
+    """Accuracy over the chosen pairs of all folds, with a standard error from resampling topics; the baseline of the
+    highest; and how much better the reward model does than each baseline on the same pairs."""
     topic = np.concatenate([t[c] for t, c in zip(topics, chosen, strict=True)])
     each = {name: np.concatenate([r[name][c] for r, c in zip(right, chosen, strict=True)]) for name in right[0]}
     differences = {f"reward_model_minus_{n}": each["reward_model"] - each[n] for n in each if n != "reward_model"}
-    return {"pairs": len(topic), **{n: {"mean": float(x.mean()), "standard_error": standard_error(x, topic)}
+    strongest = max((n for n in each if n != "reward_model"), key=lambda n: each[n].mean())
+    return {"pairs": len(topic), "strongest_baseline": strongest,
+            **{n: {"mean": float(x.mean()), "standard_error": standard_error(x, topic)}
                                     for n, x in (each | differences).items()}}  # fmt: skip
 
 
@@ -183,7 +187,7 @@ def say_data(pairs, folds):
 
 def say(result: dict):
     print(f"\n{'held-out topics':<28}{'all pairs':>18}{'length-matched':>18}")
-    for name in ("reward_model", "tfidf", "tfidf_and_length", "longer_wins"):
+    for name in ("reward_model", "tfidf", "tfidf_and_length", "longer_wins", "longer_wins_characters"):
         cells = (result[part][name] for part in ("all", "length_matched"))
         print(f"{name:<28}" + "".join(f"{c['mean']:>10.3f} ± {c['standard_error']:.3f}" for c in cells))
     print(f"{'pairs':<28}{result['all']['pairs']:>18,}{result['length_matched']['pairs']:>18,}")

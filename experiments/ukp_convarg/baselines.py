@@ -82,5 +82,5 @@ def _rows(texts: list[str], pairs: list[Pair]) -> tuple[np.ndarray, np.ndarray]:
 
 
 def longer_right(pairs: list[Pair], lengths: dict[str, int]) -> np.ndarray:
-    """Per pair, whether the better one has more tokens."""
+    """Per pair, whether the better one is the longer. lengths: of each text, in tokens or characters."""
     return accuracy_of([lengths[p.better] for p in pairs], [lengths[p.worse] for p in pairs])

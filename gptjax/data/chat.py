@@ -61,7 +61,7 @@ class Template:
             ids = self._text(prompt, "the prompt")
             return [self._mark["user"], *ids, self._mark["assistant"]]
         if not isinstance(prompt, list | tuple):
-            raise InputError(f"the prompt is {type(prompt).__name__}, not text or a list of messages; mend it")
+            raise InputError(f"the prompt is {type(prompt).__name__}, not text or a list of messages; fix it")
         ids, _ = self._turns(prompt, last="user")
         return [*ids, self._mark["assistant"]]
 
@@ -97,7 +97,7 @@ class Template:
                 "template 'plain' takes no messages; take the template 'chat', or give each prompt as text"
             )
         if not isinstance(messages, list | tuple):
-            raise InputError(f"the messages are {type(messages).__name__}, not a list; mend them")
+            raise InputError(f"the messages are {type(messages).__name__}, not a list; fix them")
         ids, is_response = [], []
         expected = "user"
         for number, message in enumerate(messages, 1):
@@ -121,7 +121,7 @@ class Template:
 
     def _text(self, text: Any, what: str) -> list[int]:
         if not isinstance(text, str):
-            raise InputError(f"{what} is {type(text).__name__}, not text; mend it")
+            raise InputError(f"{what} is {type(text).__name__}, not text; fix it")
         ids = self._tokenizer.encode(text)
         if not ids:
             raise InputError(f"{what} is empty; give it some text or leave it out")

@@ -6,6 +6,7 @@ The batch of step t is a pure function of (seed, t), as in data/lm.py.
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -14,10 +15,12 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from gptjax import paths
-from gptjax.data import lm
+from gptjax.data import lm, published
 from gptjax.data.chat import Template
 from gptjax.data.rows import (
+    AllTied,
     InOrder,
+    LeftOut,
     Record,
     check_config,
     check_length,
@@ -34,50 +37,62 @@ _MOST = 9  # completions of a prompt, as in InstructGPT §3.5
 
 @dataclasses.dataclass(frozen=True)
 class ComparisonConfig:
-    """source: rows with `prompt`, `completions` and `ranks`, or `prompt`, `chosen` and `rejected`.
-    fields: our name → the rows' name. validation: the share of prompts held out, or another source.
+    """source: rows with `prompt`, `completions` and `ranks`, or `prompt`, `chosen` and `rejected`; or with whole
+    conversations `chosen` and `rejected`, whose shared beginning is the prompt (data/published.py).
+    fields: our name → the rows' name, which may reach inside (rows.Record).
+    validation: the share of prompts held out, or another source.
     max_length: tokens of a prompt and completion, None = the model's context.
-    drop_long: leave longer rows out, rather than stop."""
+    drop_long: leave longer rows out, rather than stop. bad_rows: 'stop', or 'drop' rows with anything else wrong; what
+    is left out is written to dropped_rows.jsonl."""
 
     source: str | None = paths.field(paths.SOURCE)
     fields: Mapping[str, str] = dataclasses.field(default_factory=lambda: {name: name for name in _FIELDS})
     validation: str = paths.field(paths.SHARE, "0.1")
     max_length: int | None = None
     drop_long: bool = False
+    bad_rows: str = "stop"
 
     def __post_init__(self):
         check_config(self, _FIELDS)
 
 
 class Comparison(NamedTuple):
-    """prompt: its ids; completions: ids of each, with end-of-text; ranks: of each, lower is better, equal ties."""
+    """prompt: its ids; completions: ids of each, with end-of-text; ranks: of each, lower is better, equal ties;
+    characters: of each completion's text."""
 
     prompt: list[int]
     completions: list[list[int]]
     ranks: list[float]
+    characters: tuple[int, ...] = ()
+
+    def pairs(self) -> tuple[int, int]:
+        """(pairs of a better and a worse completion, those of them whose two texts are the same)."""
+        both = itertools.combinations(zip(self.completions, self.ranks, strict=True), 2)
+        ranked = [(a, b) for (a, i), (b, j) in both if i != j]
+        return len(ranked), sum(a == b for a, b in ranked)
 
 
 class Comparisons(NamedTuple):
-    """train, validation; k: most completions of a prompt in either; dropped: rows left out, too long or with
-    nothing but ties; fingerprint: of the training ids and ranks."""
+    """train, validation; k: most completions of a prompt in either; left_out: the other rows; fingerprint: of the
+    training ids and ranks."""
 
     train: list[Comparison]
     validation: list[Comparison]
     k: int
-    dropped: int
+    left_out: LeftOut
     fingerprint: str
 
 
 def load_comparisons(c: ComparisonConfig, template: Template, length: int, seed: int) -> Comparisons:
     """Every row of the source as tokens. length: the model's context, the most tokens of prompt and completion.
 
-    InputError: with the row, a missing field, no text, not 2 to 9 completions, ranks that aren't a finite
+    InputError: with the rows, a missing field, no text, not 2 to 9 completions, ranks that aren't a finite
     number for each, or more than max_length tokens.
     """
     most = limit(c.max_length, length)
 
-    def make(record: Record) -> tuple[str, Comparison] | None:
-        said, texts, ranks = record["prompt"], *_ranked(record)
+    def make(record: Record) -> tuple[str, Comparison]:
+        said, texts, ranks = _ranked(record, template.kind)
         prompt, completions = template.prompt(said), []
         for number, text in enumerate(texts, 1):
             try:
@@ -87,17 +102,19 @@ def load_comparisons(c: ComparisonConfig, template: Template, length: int, seed:
         longest = max(range(len(completions)), key=lambda i: len(completions[i]))
         check_length(len(prompt), len(completions[longest]), most, f"completion {longest + 1}")
         if len(set(ranks)) == 1:
-            return None  # all tied: it says nothing of any pair
-        return prompt_text(said), Comparison(prompt, completions, ranks)
+            raise AllTied("all ranks are equal, so no completion is better than another")
+        given = record["prompt"] if "prompt" in record else said
+        key = prompt_text(given if isinstance(given, str) else said)
+        return key, Comparison(prompt, completions, ranks, tuple(map(len, texts)))
 
-    train, validation, dropped = load_split(c, make, seed)
+    train, validation, left_out = load_split(c, make, seed)
     content = (
         array
         for e in train
         for array in (np.array(e.prompt), *map(np.array, e.completions), np.array(e.ranks, np.float32))
     )
     k = max(len(e.completions) for e in train + validation)
-    return Comparisons(train, validation, k, dropped, fingerprint(content))
+    return Comparisons(train, validation, k, left_out, fingerprint(content))
 
 
 class ComparisonBatches:
@@ -192,14 +209,17 @@ class _Padded:
         return batch
 
 
-def _ranked(record: Record) -> tuple[list[Any], list[float]]:
-    """(completions, ranks) of a row of either form; that completions are text is yet to be seen."""
+def _ranked(record: Record, kind: str) -> tuple[Any, list[Any], list[float]]:
+    """(prompt, completions, ranks) of a row of either form; that they are text is yet to be seen."""
     if "completions" not in record and "chosen" in record:
-        return [record["chosen"], record["rejected"]], [0.0, 1.0]
+        given = record["prompt"] if "prompt" in record else None
+        prompt, *texts = published.preference(given, record["chosen"], record["rejected"], kind)
+        return prompt, texts, [0.0, 1.0]
+    prompt = published.prompt(record["prompt"], kind)
     texts, ranks = record["completions"], record["ranks"]
     for name, value in (("completions", texts), ("ranks", ranks)):
         if not isinstance(value, list):
-            raise InputError(f"the {name} are {type(value).__name__}, not a list; mend the row")
+            raise InputError(f"the {name} are {type(value).__name__}, not a list; fix the row")
     if not 2 <= len(texts) <= _MOST:
         raise InputError(f"the row has {len(texts)} completions; give 2 to {_MOST}")
     if len(ranks) != len(texts):
@@ -208,4 +228,4 @@ def _ranked(record: Record) -> tuple[list[Any], list[float]]:
         # A bool is an int to Python; the bound is float32's, and not true of NaN either.
         if isinstance(rank, bool) or not isinstance(rank, int | float) or not abs(rank) < 2.0**127:
             raise InputError(f"the rank {rank!r} isn't a finite number; give each completion one, lower is better")
-    return texts, [float(np.float32(rank)) for rank in ranks]
+    return prompt, [published.response(text) for text in texts], [float(np.float32(rank)) for rank in ranks]

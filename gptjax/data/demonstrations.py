@@ -15,10 +15,12 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from gptjax import paths
-from gptjax.data import lm
+from gptjax.data import lm, published
 from gptjax.data.chat import KINDS, Template
 from gptjax.data.rows import (
+    FLAGS,
     InOrder,
+    LeftOut,
     Record,
     check_config,
     check_length,
@@ -35,11 +37,14 @@ _LOSS_ON = ("response", "all")
 
 @dataclasses.dataclass(frozen=True)
 class DemonstrationConfig:
-    """source: rows with `prompt` and `response`, or with `messages`; see sources.rows.
-    fields: our name → the rows' name. validation: the share of prompts held out, or another source.
+    """source: rows with `prompt` and `response` (or `completion`), or with `messages` (or `conversations`), in the
+    forms of data/published.py; see sources.rows.
+    fields: our name → the rows' name, which may reach inside (rows.Record).
+    validation: the share of prompts held out, or another source.
     template: 'chat' or 'plain' (the texts alone). max_length: tokens of an example, None = the model's context.
     loss_on: 'response' or 'all' tokens. packing: several examples a row, none seeing another.
-    drop_long: leave longer examples out, rather than stop."""
+    drop_long: leave longer examples out, rather than stop. bad_rows: 'stop', or 'drop' rows with anything else wrong;
+    what is left out is written to dropped_rows.jsonl."""
 
     source: str | None = paths.field(paths.SOURCE)
     fields: Mapping[str, str] = dataclasses.field(default_factory=lambda: {name: name for name in _FIELDS})
@@ -49,6 +54,7 @@ class DemonstrationConfig:
     loss_on: str = "response"
     packing: bool = True
     drop_long: bool = False
+    bad_rows: str = "stop"
 
     def __post_init__(self):
         check_config(self, _FIELDS)
@@ -66,36 +72,41 @@ class Demonstration(NamedTuple):
 
 
 class Demonstrations(NamedTuple):
-    """train, validation; dropped: rows left out; fingerprint: of the training ids and masks."""
+    """train, validation; left_out: the other rows; fingerprint: of the training ids and masks."""
 
     train: list[Demonstration]
     validation: list[Demonstration]
-    dropped: int
+    left_out: LeftOut
     fingerprint: str
 
 
-def load_demonstrations(c: DemonstrationConfig, template: Template, length: int, seed: int) -> Demonstrations:
-    """Every row of the source as tokens. length: the model's context, the most tokens of an example.
+def load_demonstrations(
+    c: DemonstrationConfig, template: Template, length: int, seed: int, flags: str | None = FLAGS
+) -> Demonstrations:
+    """Every row of the source as tokens. length: the model's context, the most tokens of an example; flags: see
+    rows.load.
 
-    InputError: with the row, a missing field, no text, or more than max_length tokens.
+    InputError: with the rows, a missing field, no text, or more than max_length tokens.
     """
     most = limit(c.max_length, length)
 
     def make(record: Record) -> tuple[str, Demonstration]:
-        if "messages" in record and not ("prompt" in record and "response" in record):
-            said, rest = record["messages"], "turns after it"
+        answer = "response" if "response" in record or "completion" not in record else "completion"
+        talk = "messages" if "messages" in record or "conversations" not in record else "conversations"
+        if talk in record and not ("prompt" in record and answer in record):
+            said, rest = published.messages(record[talk]), "turns after it"
             ids, response = template.conversation(said)
         else:
-            said, rest = record["prompt"], "response"
-            before, after = template.prompt(said), template.response(record["response"])
+            said, rest = published.prompt(record["prompt"], template.kind), "response"
+            before, after = template.prompt(said), template.response(published.response(record[answer]))
             ids, response = before + after, [False] * len(before) + [True] * len(after)
         prompt = response.index(True)
         check_length(prompt, len(ids) - prompt, most, rest)
         return prompt_text(said), Demonstration(np.array(ids, np.int32), np.array(response), prompt)
 
-    train, validation, dropped = load_split(c, make, seed)
+    train, validation, left_out = load_split(c, make, seed, flags)
     content = (array for example in train for array in (example.ids, example.response))
-    return Demonstrations(train, validation, dropped, fingerprint(content))
+    return Demonstrations(train, validation, left_out, fingerprint(content))
 
 
 class PackedRows:

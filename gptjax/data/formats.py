@@ -275,6 +275,8 @@ def _integer(digits: str) -> Any:
 
 def text_of(row: Any, text_field: str, where: str) -> str:
     """The text in a field of a row. InputError, which says where: no such field, or no text in it."""
+    if isinstance(row, InputError):
+        raise InputError(f"{where}: {row}")
     if not isinstance(row, dict):
         raise InputError(f"{where}: the row is a JSON {type(row).__name__}, not an object with a field {text_field!r}")
     if text_field not in row:

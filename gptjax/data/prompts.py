@@ -9,9 +9,9 @@ from typing import NamedTuple
 import numpy as np
 
 from gptjax import paths
-from gptjax.data import lm
+from gptjax.data import lm, published
 from gptjax.data.chat import Template
-from gptjax.data.rows import Record, TooLong, check_config, fingerprint, limit, load
+from gptjax.data.rows import FLAGS, LeftOut, Record, TooLong, check_config, fingerprint, limit, load
 from gptjax.errors import InputError
 
 _FIELDS = ("prompt",)
@@ -19,9 +19,11 @@ _FIELDS = ("prompt",)
 
 @dataclasses.dataclass(frozen=True)
 class PromptConfig:
-    """source: rows with `prompt`, a text or messages. fields: our name → the rows' name.
+    """source: rows with `prompt`, a text, messages or a transcript (data/published.py), of which an answer at the end
+    is left out. fields: our name → the rows' name, which may reach inside (rows.Record).
     max_length: tokens of a prompt, None = the model's context without the response.
-    drop_long: leave longer prompts out, rather than stop.
+    drop_long: leave longer prompts out, rather than stop. bad_rows: 'stop', or 'drop' rows with anything else wrong;
+    what is left out is written to dropped_rows.jsonl.
     buckets: at most so many widths that batches are padded to, each compiled once when a batch first needs it."""
 
     source: str | None = paths.field(paths.SOURCE)
@@ -29,6 +31,7 @@ class PromptConfig:
     max_length: int | None = None
     drop_long: bool = False
     buckets: int = 4
+    bad_rows: str = "stop"
 
     def __post_init__(self):
         check_config(self, _FIELDS)
@@ -37,37 +40,39 @@ class PromptConfig:
 
 
 class Prompts(NamedTuple):
-    """ids of each prompt; texts: its own text, of messages the last turn's; dropped: rows left out;
+    """ids of each prompt; texts: its own text, of messages the last turn's; left_out: the other rows;
     fingerprint: of the ids."""
 
     ids: list[list[int]]
     texts: list[str]
-    dropped: int
+    left_out: LeftOut
     fingerprint: str
 
 
-def load_prompts(c: PromptConfig, template: Template, length: int) -> Prompts:
-    """Every row of the source as tokens. length: the model's context less the response, the most of a prompt.
+def load_prompts(c: PromptConfig, template: Template, length: int, flags: str = FLAGS) -> Prompts:
+    """Every row of the source as tokens. length: the model's context less the response, the most of a prompt; flags:
+    see rows.load.
 
-    InputError: with the row, no such field, no text, or more than max_length tokens.
+    InputError: with the rows, no such field, no text, or more than max_length tokens.
     """
     most = limit(c.max_length, length)
 
     def make(record: Record) -> tuple[list[int], str]:
-        said = record["prompt"]
+        said = published.prompt(record["prompt"], template.kind, answered=True)
         ids = template.prompt(said)
         if not ids:
             raise InputError("the prompt is empty; give it some text or leave it out")
         if len(ids) > most:
             raise TooLong(
-                f"the prompt has {len(ids)} tokens, more than {most}: the model's context less the response, or "
-                "max_length; shorten it, or leave such rows out with --config.data.drop_long=True"
+                f"the prompt has {len(ids)} tokens, more than {most}: "
+                f"{'max_length' if c.max_length else 'the context less the response'}; shorten it, or leave such rows "
+                f"out with {FLAGS}drop_long=True"
             )
         return ids, said if isinstance(said, str) else said[-1]["content"]
 
-    made, dropped = load(c.source, c, make)
+    made, left_out = load(c.source, c, make, flags)
     ids, texts = map(list, zip(*made, strict=True))
-    return Prompts(ids, texts, dropped, fingerprint(np.array(i, np.int32) for i in ids))
+    return Prompts(ids, texts, left_out, fingerprint(np.array(i, np.int32) for i in ids))
 
 
 def bucket_widths(longest: int, buckets: int, length: int) -> tuple[int, ...]:

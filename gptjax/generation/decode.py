@@ -57,7 +57,7 @@ def decode(params, config: GPTConfig, prompts, lengths, limits, key, *, new_toke
         logits = gpt.logits(params, config, hidden)[:, :vocab]
         keys = jax.vmap(jax.random.fold_in, (0, None))(key, i)
         token = jax.vmap(lambda logit, k: sample(logit, k, sampling))(logits, keys)
-        logits = logits / (sampling.temperature or 1.0)
+        logits = logits / (1.0 if sampling.greedy else sampling.temperature)
         log_prob = jnp.take_along_axis(logits, token[:, None], 1)[:, 0] - jax.nn.logsumexp(logits, axis=-1)
         return token, log_prob
 

@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from gptjax.errors import InputError
 from gptjax.model.attention import attention, cached_attention, visible
 from gptjax.model.layers import INIT_STD, LayerNorm, Linear, gelu, normal
 from gptjax.model.spec import GPTConfig
@@ -272,12 +273,19 @@ def hidden(
     Returns:
         [batch, time, d_model] in dtype, after the final LayerNorm where the model has one.
     """
+    _check_time(tokens, config)
     if positions is None:
         positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
     keys = None
     if dropout_key is not None and config.dropout:
         keys = jax.vmap(jax.random.fold_in, (None, 0))(dropout_key, jnp.arange(tokens.shape[0]))
     return GPT(config, Mode(mesh=mesh), dtype).apply({"params": params}, tokens, positions, segment_ids, keys)[0]
+
+
+def _check_time(tokens, config: GPTConfig):
+    """InputError: more time steps than positions; a gather would give all beyond the last one its embedding."""
+    if tokens.shape[1] > config.context_length:
+        raise InputError(f"{tokens.shape[1]} tokens don't fit the model's context of {config.context_length}.")
 
 
 def unembedding(params, config: GPTConfig):
@@ -293,6 +301,7 @@ def logits(params, config: GPTConfig, x):
 
 def prefill(params, config: GPTConfig, tokens, positions, segment_ids, *, dtype=jnp.float32, mesh=None):
     """Forward pass that keeps keys and values: (hidden [B, T, D], {'k', 'v'} each [L, B, H, T, K])."""
+    _check_time(tokens, config)
     model = GPT(config, Mode(keep_kv=True, mesh=mesh), dtype)
     x, _, (k, v) = model.apply({"params": params}, tokens, positions, segment_ids)
     return x, {"k": jnp.swapaxes(k, 2, 3), "v": jnp.swapaxes(v, 2, 3)}

@@ -67,12 +67,16 @@ def k3(log_prob, ref_log_prob):
     return jnp.expm1(-d) + d
 
 
+MOST_KL_ERROR = 0.2  # that the adaptive coefficient answers to, of either sign
+
+
 def adaptive_kl_coefficient(coefficient, kl, episodes: int, target: float, horizon: float):
     """beta (1 + clip(KL / target - 1, -.2, .2) episodes / horizon), once an iteration (Ziegler et al. 2019 §2.2).
 
-    kl: nats per sequence, the mean of the iteration.
+    kl: nats per sequence, the mean of the iteration. Positive as long as episodes < 5 horizon, which PPO's config sees
+    to (rlhf/config.py).
     """
-    error = jnp.clip(kl / target - 1.0, -0.2, 0.2)
+    error = jnp.clip(kl / target - 1.0, -MOST_KL_ERROR, MOST_KL_ERROR)
     return coefficient * (1.0 + error * episodes / horizon)
 
 

@@ -11,23 +11,25 @@ import numpy as np
 @dataclasses.dataclass(frozen=True)
 class Pairs:
     """margin: r(better) - r(worse); longer: tokens of the better less those of the worse; weight: 1 / pairs of its
-    prompt. All float64 [pairs]."""
+    prompt; characters: as longer, in characters. All float64 [pairs]."""
 
     margin: np.ndarray
     longer: np.ndarray
     weight: np.ndarray
+    characters: np.ndarray
 
 
-def pairs(scores, ranks, valid, lengths) -> Pairs:
-    """All ranked pairs of [prompts, K] arrays; ties in rank are no pairs."""
+def pairs(scores, ranks, valid, lengths, characters) -> Pairs:
+    """All ranked pairs of [prompts, K] arrays; ties in rank are no pairs. lengths: in tokens."""
     parts = []
-    for r, rank, ok, n in zip(scores, ranks, valid, lengths, strict=True):
+    for r, rank, ok, n, chars in zip(scores, ranks, valid, lengths, characters, strict=True):
         keep = np.flatnonzero(ok > 0)
         better, worse = np.nonzero(rank[keep][:, None] < rank[keep][None])
         if better.size:
-            r, n = r[keep].astype(np.float64), n[keep].astype(np.float64)
-            parts.append((r[better] - r[worse], n[better] - n[worse], np.full(better.size, 1 / better.size)))
-    return Pairs(*(np.concatenate(p) for p in zip(*parts, strict=True))) if parts else Pairs(*np.zeros((3, 0)))
+            r, n, chars = (a[keep].astype(np.float64) for a in (r, n, chars))
+            r, n, chars = (a[better] - a[worse] for a in (r, n, chars))
+            parts.append((r, n, np.full(better.size, 1 / better.size), chars))
+    return Pairs(*(np.concatenate(p) for p in zip(*parts, strict=True))) if parts else Pairs(*np.zeros((4, 0)))
 
 
 def _accuracy(difference) -> float | None:
@@ -36,15 +38,18 @@ def _accuracy(difference) -> float | None:
 
 
 def agreement(p: Pairs) -> dict:
-    """accuracy (pairs equal), accuracy_by_prompt (prompts equal, as the loss has it), margin; longer_wins: what
-    choosing the longer one would get; accuracy where the better one is longer, shorter, or within a token; and
-    length_correlation of margin and length difference."""
+    """accuracy (pairs equal), accuracy_by_prompt (prompts equal, as the loss has it), margin; longer_wins and
+    longer_wins_characters: what choosing the one of more tokens or characters would get; length_baseline: the best that
+    length alone does, {'rule', 'accuracy'}, which a reward model should beat; accuracy where the better one is longer,
+    shorter, or within a token; and length_correlation of margin and difference in tokens."""
     result = {
         "pairs": int(p.margin.size),
         "accuracy": _accuracy(p.margin),
         "accuracy_by_prompt": float(((np.sign(p.margin) / 2 + 0.5) * p.weight).sum() / max(p.weight.sum(), 1e-9)),
         "margin": float(p.margin.mean()) if p.margin.size else None,
         "longer_wins": _accuracy(p.longer),
+        "longer_wins_characters": _accuracy(p.characters),
+        "length_baseline": length_baseline(p),
         "accuracy_better_is_longer": _accuracy(p.margin[p.longer > 1]),
         "accuracy_better_is_shorter": _accuracy(p.margin[p.longer < -1]),
         "accuracy_same_length": _accuracy(p.margin[np.abs(p.longer) <= 1]),
@@ -52,6 +57,18 @@ def agreement(p: Pairs) -> dict:
     varied = p.margin.size > 1 and p.margin.std() > 0 and p.longer.std() > 0
     result["length_correlation"] = float(np.corrcoef(p.margin, p.longer)[0, 1]) if varied else None
     return result
+
+
+def length_baseline(p: Pairs) -> dict | None:
+    """{'rule', 'accuracy'} of the strongest of four: more or fewer, tokens or characters; None without pairs."""
+    if not p.margin.size:
+        return None
+    found = {}
+    for unit, difference in (("tokens", p.longer), ("characters", p.characters)):
+        more = _accuracy(difference)
+        found |= {f"more {unit}": more, f"fewer {unit}": 1 - more}
+    rule = max(found, key=found.get)
+    return {"rule": rule, "accuracy": found[rule]}
 
 
 def calibration(p: Pairs, bins: int = 10) -> list[dict]:
@@ -74,8 +91,8 @@ def calibration(p: Pairs, bins: int = 10) -> list[dict]:
 
 
 def length_explains(figures: dict, within: float = 0.02) -> bool:
-    """Whether choosing by length alone (the longer, or the shorter) would do as well, but for `within`."""
-    if figures["longer_wins"] is None or figures["accuracy"] is None:
+    """Whether choosing by length alone would do as well as the model, but for `within`; never of a model whose accuracy
+    is that of chance (within two standard errors of 1/2), which has learned nothing."""
+    if not figures["pairs"] or figures["accuracy"] < 0.5 + figures["pairs"] ** -0.5:
         return False
-    by_length = max(figures["longer_wins"], 1 - figures["longer_wins"])
-    return by_length >= figures["accuracy"] - within
+    return figures["length_baseline"]["accuracy"] >= figures["accuracy"] - within

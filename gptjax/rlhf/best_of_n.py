@@ -7,6 +7,7 @@ exact where no two scores tie, else an upper bound).
 """
 
 import json
+import sys
 
 import jax
 import numpy as np
@@ -16,6 +17,7 @@ from gptjax import config as configs
 from gptjax import console
 from gptjax.data.chat import Template
 from gptjax.data.prompts import PromptConfig, load_prompts
+from gptjax.data.rows import BAD_ROWS
 from gptjax.errors import InputError
 from gptjax.generation.decode import generate
 from gptjax.generation.sampling import Sampling
@@ -68,16 +70,25 @@ def expected_best(scores: np.ndarray, others: np.ndarray, n: int) -> tuple[float
 
 
 def main(_):
-    from gptjax.rlhf.reward_model import load_reward_model
+    from gptjax.rlhf.reward_model import load_reward_model, prompt_room
     from gptjax.workdir import load_model
 
     model = load_model(FLAGS.policy)
     reward = load_reward_model(FLAGS.reward, mesh=model.mesh, tokenizer=model.tokenizer)
+    if model.template not in (None, reward.template):
+        raise InputError(
+            f"The reward model saw {reward.template!r} prompts and the policy {model.template!r} ones: train the "
+            "reward model from this policy's SFT run."
+        )
     template = Template(model.tokenizer, reward.template)
-    if FLAGS.max_new_tokens >= model.config.context_length:
-        raise InputError(f"--max_new_tokens leaves no room for a prompt in a context of {model.config.context_length}.")
-    source = PromptConfig(FLAGS.prompts, drop_long=FLAGS.drop_long)
-    prompts = load_prompts(source, template, model.config.context_length - FLAGS.max_new_tokens)
+    contexts = {"policy": model.config.context_length, "reward model": reward.config.context_length}
+    room = prompt_room(contexts, FLAGS.max_new_tokens, "--max_new_tokens")
+    source = PromptConfig(
+        FLAGS.prompts, {"prompt": getattr(FLAGS, "fields.prompt")}, drop_long=FLAGS.drop_long, bad_rows=FLAGS.bad_rows
+    )
+    prompts = load_prompts(source, template, room, flags="--")
+    if prompts.left_out:
+        print(f"rows left out: {prompts.left_out}; {prompts.left_out.first()}", file=sys.stderr)
     repeated = [ids for ids in prompts.ids[: FLAGS.limit] for _ in range(FLAGS.n)]
     with jax.set_mesh(model.mesh):
         responses = respond(
@@ -102,6 +113,8 @@ if __name__ == "__main__":
     flags.DEFINE_integer("limit", 64, "Prompts to use.", lower_bound=1)
     flags.DEFINE_integer("max_new_tokens", 64, "At most so many new tokens.", lower_bound=1)
     flags.DEFINE_bool("drop_long", False, "Leave out prompts that do not fit the context.")
+    flags.DEFINE_enum("bad_rows", "stop", BAD_ROWS, "Stop at rows that can't be read, or leave them out.")
+    flags.DEFINE_string("fields.prompt", "prompt", "The field of a row that holds its prompt.")
     flags.DEFINE_integer("seed", 0, "The same seed gives the same text.", lower_bound=0)
     flags.mark_flags_as_required(["policy", "reward", "prompts"])
     configs.run(main)

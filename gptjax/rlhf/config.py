@@ -1,23 +1,48 @@
 """The settings of PPO that are its own, by what they govern; gptjax/ppo.py gathers them."""
 
 import dataclasses
+import math
 
 from gptjax import paths
 from gptjax.errors import InputError
+from gptjax.objectives.ppo import MOST_KL_ERROR
+
+# Below it the log-probabilities are 0 and -large, and their gradients overflow.
+_LEAST_TEMPERATURE = 0.01
 
 
 @dataclasses.dataclass(frozen=True)
 class KLConfig:
     """coefficient: beta of the per-token KL penalty. target: nats per sequence that an adaptive coefficient steers
-    to (Ziegler et al. 2019 §2.2), None = fixed; horizon: of that controller, in episodes."""
+    to (Ziegler et al. 2019 §2.2), None = fixed; horizon: of that controller, in episodes, more than a fifth of the
+    batch."""
 
     coefficient: float = 0.02
     target: float | None = None
     horizon: float = 10_000.0
 
     def __post_init__(self):
-        if self.coefficient < 0 or (self.target is not None and self.target <= 0) or self.horizon <= 0:
-            raise InputError("kl: coefficient >= 0, target > 0 or None, horizon > 0.")
+        if not 0 <= self.coefficient < math.inf:  # NaN fails these comparisons too
+            raise InputError(f"kl.coefficient={self.coefficient}: give a finite number, 0 for no penalty.")
+        if not 0 < self.horizon < math.inf:
+            raise InputError(f"kl.horizon={self.horizon}: give a number of episodes above 0.")
+        if self.target is not None and not 0 < self.target < math.inf:
+            raise InputError(f"kl.target={self.target}: give nats per sequence above 0; None keeps the coefficient.")
+        if self.target is not None and self.coefficient == 0:
+            raise InputError(
+                "kl.target with kl.coefficient=0: the coefficient is multiplied by a factor, so it would stay 0; give "
+                "one to start from, as --config.kl.coefficient=0.02."
+            )
+
+    def check_batch(self, episodes: int):
+        """InputError: an iteration of so many episodes could multiply the adaptive coefficient by 0 or less, which
+        would reward the policy for leaving the reference."""
+        if self.target is not None and MOST_KL_ERROR * episodes >= self.horizon:
+            raise InputError(
+                f"kl.horizon={self.horizon:g} with batch_size={episodes}: one iteration could turn the adaptive KL "
+                f"coefficient negative; give a horizon above {MOST_KL_ERROR * episodes:g} episodes (Ziegler et al. "
+                "2019 have 10,000 for batches of 512), or a smaller batch_size."
+            )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,8 +69,13 @@ class RolloutConfig:
                 f"rollout.top_k={self.top_k} and rollout.top_p={self.top_p}: PPO samples from the whole distribution, "
                 "or its log-probabilities are another one's and the KL turns negative. Leave them at 0 and 1."
             )
-        if self.max_new_tokens < 1 or not self.temperature > 0:
-            raise InputError("rollout: max_new_tokens is at least 1 and temperature above 0.")
+        if self.max_new_tokens < 1:
+            raise InputError(f"rollout.max_new_tokens={self.max_new_tokens}: give at least 1.")
+        if not _LEAST_TEMPERATURE <= self.temperature < math.inf:
+            raise InputError(
+                f"rollout.temperature={self.temperature}: give at least {_LEAST_TEMPERATURE}; PPO needs samples that "
+                "differ and log-probabilities that are finite."
+            )
         if not (0 <= self.gamma <= 1 and 0 <= self.lam <= 1):
             raise InputError("rollout: gamma and lam lie in [0, 1].")
 

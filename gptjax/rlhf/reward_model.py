@@ -7,6 +7,7 @@ score 0 on average): the comparisons alone leave the zero of the scale undetermi
 import dataclasses
 import functools
 import json
+from collections.abc import Mapping
 
 import jax
 import jax.numpy as jnp
@@ -41,6 +42,14 @@ class RewardModel:
     step: int = 0
     weights: str = ""  # digest of the checkpoint's parameters and of what they are normalised with
 
+    def check_length(self, longest: int, fix: str):
+        """InputError, which ends with `fix`: a text (prompt and response) of so many tokens is too long to be read."""
+        if longest > self.config.context_length:
+            raise InputError(
+                f"A text of {longest} tokens is longer than the reward model's context of "
+                f"{self.config.context_length}. {fix}"
+            )
+
     def score(self, prompts, responses, rows: int = 64) -> np.ndarray:
         """float32 [n]: the score of each response (ids, end-of-text the last) to its prompt (ids).
 
@@ -49,10 +58,7 @@ class RewardModel:
         """
         texts = [np.concatenate([np.asarray(p, np.int32), np.asarray(r, np.int32)])
                  for p, r in zip(prompts, responses, strict=True)]  # fmt: skip
-        longest = max(map(len, texts), default=0)
-        if longest > self.config.context_length:
-            raise InputError(f"A text of {longest} tokens is longer than the reward model's context of "
-                             f"{self.config.context_length}.")  # fmt: skip
+        self.check_length(max(map(len, texts), default=0), "Shorten the texts.")
         order = sorted(range(len(texts)), key=lambda i: len(texts[i]))
         rows = -(-rows // batch_ways(self.mesh.shape)) * batch_ways(self.mesh.shape)
         out = np.zeros(len(texts), np.float32)
@@ -67,6 +73,21 @@ class RewardModel:
                 scores = score_rows(self.params, tokens, lengths, self.config, self.dtype, self.mesh)
                 out[chosen] = hosts.whole(scores)[: len(chosen)]
         return out
+
+
+def prompt_room(contexts: Mapping[str, int], new_tokens: int, flag: str) -> int:
+    """Tokens a prompt may have, so that it and a response of new_tokens fit every model that reads the two.
+
+    contexts: {what the model is: its context length}. flag: what sets new_tokens, for the message. InputError: no room.
+    """
+    reader = min(contexts, key=contexts.get)
+    room = contexts[reader] - new_tokens
+    if room < 1:
+        raise InputError(
+            f"{flag}={new_tokens} leaves no room for a prompt in the {reader}'s context of {contexts[reader]} tokens: "
+            "lower it."
+        )
+    return room
 
 
 def score_at_end(params, tokens, lengths, config: GPTConfig, dtype, mesh=None, dropout_key=None):

@@ -174,9 +174,9 @@ def _reward_model(fitted: dict) -> str:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    names = ("pairs", "accuracy", "accuracy_by_prompt", "longer_wins", "accuracy_same_length",
-             "accuracy_better_is_longer", "accuracy_better_is_shorter", "length_correlation", "mean_before",
-             "mean_after")  # fmt: skip
+    names = ("pairs", "accuracy", "accuracy_by_prompt", "longer_wins", "longer_wins_characters",
+             "accuracy_same_length", "accuracy_better_is_longer", "accuracy_better_is_shorter", "length_correlation",
+             "mean_before", "mean_after")  # fmt: skip
     rows = [(k.replace("_", " "), f"{fitted[k]:,.4g}") for k in names if fitted.get(k) is not None]
     figure, axis = plt.subplots(figsize=(4.2, 4), constrained_layout=True)
     axis.plot([0.5, 1], [0.5, 1], color="#999", lw=0.8, label="calibrated")
