@@ -21,7 +21,8 @@ from gptjax.training.precision import DTYPES
 @dataclasses.dataclass(frozen=True)
 class Model:
     """config has its attention path resolved for the devices here; params are laid out over `mesh`. template: the
-    kind that SFT put around prompts (data/chat.py); None for a model that only continues text."""
+    kind that SFT put around prompts (data/chat.py); None for a model that only continues text. tokenizer: None only
+    where load_model was told so."""
 
     config: GPTConfig
     params: dict
@@ -32,13 +33,15 @@ class Model:
     template: str | None = None
 
 
-def load_model(workdir, *, step: int | None = None, mesh: jax.sharding.Mesh | None = None) -> Model:
+def load_model(workdir, *, step: int | None = None, mesh: jax.sharding.Mesh | None = None,
+               needs_tokenizer: bool = True) -> Model:  # fmt: skip
     """Model, tokenizer and weights (float32) of a workdir's newest good checkpoint, or of a given step.
 
     A stage that selects its best checkpoint (config `selection`, as SFT) gives that one instead of the newest. For
     PPO the weights are the policy's moving average.
 
     mesh: None = parameters spread over all devices if they divide (fsdp), else one whole copy on each.
+    needs_tokenizer: False = a workdir imported without one is opened too, with None in its place.
     Raises InputError if the workdir, its tokenizer or its checkpoint is missing or damaged, or if it is a reward
     model, which writes no text.
     """
@@ -47,7 +50,13 @@ def load_model(workdir, *, step: int | None = None, mesh: jax.sharding.Mesh | No
     if run.get("stage") == "reward":
         raise InputError(f"{workdir} is a reward model, which scores texts and writes none: give another workdir.")
     config = configs.build(GPTConfig, run["model"], "model")
-    tokenizer = Tokenizer.load(workdir / "tokenizer")
+    without = has_no_tokenizer(workdir, run)
+    if without and needs_tokenizer:
+        raise InputError(
+            f"{workdir} was imported without a tokenizer, so it reads and writes no text: import it again with "
+            "--tokenizer=DIR, or train on from it with gptjax.pretrain and --config.data.tokenizer."
+        )
+    tokenizer = None if without else Tokenizer.load(workdir / "tokenizer")
     config = dataclasses.replace(config, attention=resolve(config.attention, jax.default_backend()), remat="none",
                                  pipeline_microbatches=None, pipeline_rounds=1)  # fmt: skip
     boxed = gpt.abstract_params(config)
@@ -55,6 +64,11 @@ def load_model(workdir, *, step: int | None = None, mesh: jax.sharding.Mesh | No
     params, meta = load_params(workdir, run, boxed, shardings, step)
     dtype = DTYPES[run.get("precision", {}).get("compute", "float32")]
     return Model(config, params, tokenizer, dtype, meta["step"], grid, template_kind(run))
+
+
+def has_no_tokenizer(workdir, run: dict) -> bool:
+    """Whether a workdir is one of `convert --tokenizer=none`."""
+    return run.get("stage") == "convert" and not (epath.Path(workdir) / "tokenizer").exists()
 
 
 def template_kind(run: dict) -> str | None:
