@@ -117,8 +117,8 @@ def test_saved_and_loaded(tmp_path):
     assert (again.specials, again.fingerprint) == (tokenizer.specials, tokenizer.fingerprint)
     assert again.stop_ids == (tokenizer.eot_id, 7)
     assert again.encode("a<x>") == tokenizer.encode("a<x>")
-    written = {t["content"]: t["special"] for t in json.loads((tmp_path / "b/tokenizer.json").read_text())["added_tokens"]}
-    assert written == {END: True, "<x>": True}  # other readers find them special
+    written = json.loads((tmp_path / "b/tokenizer.json").read_text())["added_tokens"]
+    assert {t["content"]: t["special"] for t in written} == {END: True, "<x>": True}  # other readers find them special
     meta = json.loads((tmp_path / "b/tokenizer_meta.json").read_text())
     (tmp_path / "b/tokenizer_meta.json").write_text(json.dumps(meta | {"specials": {"sep": "x"}}))
     with pytest.raises(InputError, match="tokenizer_meta.json is damaged"):
@@ -143,7 +143,8 @@ def test_ids_of_a_model(tmp_path):
     (tmp_path / "tokenizer_config.json").write_text(json.dumps({"eos_token": None, "tokenizer_class": "X"}))
     write_fast(tmp_path / "f", [])
     spec = json.loads((tmp_path / "f/tokenizer.json").read_text())
-    spec["added_tokens"] = [{**spec["added_tokens"][0], "content": t, "id": i, "special": False} for t, i in ids.items()]
+    flags = {**spec["added_tokens"][0], "special": False}
+    spec["added_tokens"] = [{**flags, "content": token, "id": i} for token, i in ids.items()]
     (tmp_path / "f/tokenizer.json").write_text(json.dumps(spec))
     bare = Tokenizer.load(tmp_path / "f")
     assert bare.eot_id is None and bare.bos_id is None and ids[END] in bare.encode("a</s>")

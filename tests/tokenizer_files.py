@@ -1,4 +1,4 @@
-"""A tokenizer's files as they are published: a small byte-level BPE with added tokens, in the layouts of transformers."""
+"""A tokenizer's files as they are published: a small byte-level BPE with added tokens."""
 
 import json
 

@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 import numpy as np
 import tokenizers
 from etils import epath
-from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
+from tokenizers import decoders, models, normalizers, pre_tokenizers, processors, trainers
 
 from gptjax.data.gpt1_words import gpt1_words
 from gptjax.data.specials import END_OF_TEXT, PAD, Specials, complete, named_eos
@@ -161,7 +161,7 @@ class Tokenizer:
         if self.kind == "gpt1":
             _refuse_surrogates(texts)
             words = [self._words(text) for text in texts]
-            return [e.ids for e in self._engine.encode_batch_fast(words, is_pretokenized=True)]
+            return [e.ids for e in self._engine.encode_batch_fast(words, is_pretokenized=True, add_special_tokens=False)]
         parts = [list(self.pieces(text)) for text in texts]
         flat = [piece for pieces in parts for piece in pieces]
         try:
@@ -205,6 +205,9 @@ class Tokenizer:
         if self.specials.in_text:
             spec = _marked(json.loads(engine.to_str()), self.specials.in_text, True)
             engine = tokenizers.Tokenizer.from_str(json.dumps(spec))
+        if self.specials.adds_bos:  # for other readers; `encode` leaves it to who continues a text
+            bos = self.specials.bos
+            engine.post_processor = processors.TemplateProcessing(f"{bos} $A", special_tokens=[(bos, self.bos_id)])
         if self.kind == "gpt1":  # the pre-tokenizer that Hugging Face's OpenAIGPTTokenizerFast uses
             engine = tokenizers.Tokenizer.from_str(engine.to_str())
             engine.normalizer = normalizers.BertNormalizer(lowercase=True)

@@ -209,7 +209,7 @@ def test_greedy_text_is_the_same(tmp_path, norm, tied, kind, tokenizer_class):
 # --- Added and special tokens -----------------------------------------------------------------------------
 
 ADDED = [END, "[NAME]", "<pad>", "<x>"]
-WITH_ADDED = ["hello [NAME] the cat", "the[NAME]cat  [NAME]\n", "<x> y <x>z", "  <x>  [NAME]", "[NAME]", "hello  <y>  cat"]
+WITH_ADDED = ["hello [NAME] the cat", "the[NAME]cat  [NAME]\n", "<x> y <x>z", "  <x>  [NAME]", "a  <y>  cat"]
 
 
 def write_published(directory, layout, **config):
@@ -227,7 +227,7 @@ def write_published(directory, layout, **config):
             str(i): {key: getattr(token, key) for key in ("content", "lstrip", "rstrip", "normalized", "special")}
             for i, token in tokenizer.added_tokens_decoder.items()
         }
-        path.write_text(json.dumps(json.loads(path.read_text()) | {"added_tokens_decoder": added}))
+        path.write_text(json.dumps(json.loads(path.read_text()) | config | {"added_tokens_decoder": added}))
         (directory / "saved/tokenizer.json").unlink()
         for name in ("vocab.json", "merges.txt"):
             (directory / "saved" / name).write_text((directory / name).read_text())
