@@ -161,7 +161,8 @@ class Tokenizer:
         if self.kind == "gpt1":
             _refuse_surrogates(texts)
             words = [self._words(text) for text in texts]
-            return [e.ids for e in self._engine.encode_batch_fast(words, is_pretokenized=True, add_special_tokens=False)]
+            encoded = self._engine.encode_batch_fast(words, is_pretokenized=True, add_special_tokens=False)
+            return [e.ids for e in encoded]
         parts = [list(self.pieces(text)) for text in texts]
         flat = [piece for pieces in parts for piece in pieces]
         try:
