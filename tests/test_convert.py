@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 from tokenizer_files import END, write_legacy
 
-from gptjax import convert
+from gptjax import convert, sample
 from gptjax.data.chat import chat_tokenizer
-from gptjax.data.tokenizer import character_tokenizer, make_tokenizer, train_bpe
+from gptjax.data.tokenizer import Tokenizer, character_tokenizer, make_tokenizer, train_bpe
 from gptjax.errors import InputError
 from gptjax.generation.decode import generate
 from gptjax.generation.sampling import Sampling
@@ -137,21 +137,23 @@ def test_sampling_stops_at_the_models_own_end(exported, tmp_path, name, capsys):
     assert load_model(tmp_path / "again").tokenizer.stop_ids == model.tokenizer.stop_ids
 
 
-def test_an_empty_prompt_begins_with_the_models_own_token(tmp_path):
+def test_an_empty_prompt_begins_with_the_models_own_token(exported, tmp_path, monkeypatch):
+    """And every prompt, where the tokenizer puts that token before a text."""
+    _, config, params = exported
     ids = write_legacy(tmp_path / "hf", [END, "<s>"], {"eos_token": END, "bos_token": "<s>"}, add_bos_token=True)
     tokenizer = make_tokenizer(str(tmp_path / "hf"), list)
-    assert tokenizer.bos_id == ids["<s>"] != tokenizer.eot_id
-    config = GPTConfig(tokenizer.vocab_size, 1, 1, 16, 16)
-    params = jax.tree.map(np.asarray, gpt.init(config, jax.random.key(3)))
+    assert config.vocab_size == tokenizer.vocab_size
     huggingface.write(tmp_path / "out", config, params, tokenizer)
     convert.import_weights(tmp_path / "out", tmp_path / "w")
     model = load_model(tmp_path / "w")
-    for prompt in ("", "the"):
-        begin = [ids["<s>"], *tokenizer.encode(prompt)]
-        expected = generate(model.params, model.config, [begin], max_new_tokens=4, sampling=Sampling(0.0),
-                            eot_id=tokenizer.eot_id, mesh=model.mesh)  # fmt: skip
-        got = continue_texts(model, [prompt], max_new_tokens=4, sampling=Sampling(0.0), seed=0)
-        assert got == [tokenizer.decode(expected[0])]
+    given = []
+    monkeypatch.setattr(sample, "generate", lambda params, config, ids, **options: given.extend(ids) or ids)
+    continue_texts(model, ["", "the"], max_new_tokens=4, sampling=Sampling(0.0), seed=0)
+    assert given == [[ids["<s>"]], [ids["<s>"], *tokenizer.encode("the")]]
+    plain = dataclasses.replace(tokenizer.specials, adds_bos=False)
+    model = dataclasses.replace(model, tokenizer=Tokenizer(tokenizer._engine, tokenizer.kind, plain))
+    continue_texts(model, ["", "the"], max_new_tokens=4, sampling=Sampling(0.0), seed=0)
+    assert given[2:] == [[ids["<s>"]], tokenizer.encode("the")]
 
 
 def test_without_a_tokenizer(exported, tmp_path, capsys):
@@ -180,16 +182,17 @@ def test_without_a_tokenizer(exported, tmp_path, capsys):
 def test_padded_rows_and_a_foreign_template_are_noted(exported, tmp_path, capsys, tokenizer):
     directory, config, params = exported
     padded = dataclasses.replace(config, vocab_size=config.vocab_size + 4)
+    rows, ids = padded.vocab_size, tokenizer.vocab_size
     tables = {"wte": np.concatenate([params["wte"], np.zeros((4, config.d_model), np.float32)])}
     huggingface.write(tmp_path / "hf", padded, params | tables, tokenizer)
     edit_json(tmp_path / "hf/tokenizer_config.json", chat_template="{{ messages }}")
     convert.import_weights(tmp_path / "hf", tmp_path / "w")
     printed = capsys.readouterr().out
-    assert "note: the model has 304 rows and the tokenizer 300 ids" in printed
+    assert f"note: the model has {rows} rows and the tokenizer {ids} ids" in printed
     assert "note: its chat template is not used" in printed
     assert load_model(tmp_path / "w").template is None
     convert.export_weights(tmp_path / "w", tmp_path / "out")
-    assert "note: config.json says vocab_size 304 and the tokenizer has 300" in capsys.readouterr().out
+    assert f"note: config.json says vocab_size {rows} and the tokenizer has {ids}" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("stage", ["sft", "ppo"])
@@ -232,20 +235,20 @@ def test_prompts_that_can_not_be(exported, tmp_path, capsys):
     model = load_model(tmp_path / "w")
     capsys.readouterr()
 
-    def sample(prompt, n, model=model):
+    def write(prompt, n, model=model):
         return continue_texts(model, [prompt, prompt], max_new_tokens=n, sampling=Sampling(0.0), seed=0)
 
     with pytest.raises(InputError, match="has 45 tokens and the model's context is 32, which leaves no room"):
-        sample("q" * 45, 4)
+        write("q" * 45, 4)
     with pytest.raises(InputError, match=r"--prompt='a\\udcff': .*lone surrogate"):
-        sample("a\udcff", 4)
+        write("a\udcff", 4)
     none = dataclasses.replace(model, tokenizer=character_tokenizer(TEXT))
     with pytest.raises(InputError, match="--prompt='q': character 'q'"):
-        sample("q", 4, none)
+        write("q", 4, none)
     with pytest.raises(InputError, match="no end-of-text to start from"):
-        sample("", 4, none)
-    sample("q" * 30, 4)
+        write("", 4, none)
+    write("q" * 30, 4)
     out, error = capsys.readouterr()
     assert not out and error.count("note: ") == 1 and "leaves room for 3 of 4 new tokens" in error
-    sample("q" * 29, 4)
+    write("q" * 29, 4)
     assert capsys.readouterr() == ("", "")
