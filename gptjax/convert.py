@@ -1,13 +1,16 @@
 """Weights in from, and out to, Hugging Face's layout (GPT-1 and GPT-2, safetensors).
 
-    python -m gptjax.convert --from=hf --input=DIR_OR_SAFETENSORS --workdir=runs/gpt2 [--tokenizer=DIR]
+    python -m gptjax.convert --from=hf --input=DIR_OR_SAFETENSORS --workdir=runs/gpt2 [--tokenizer=DIR|none]
     python -m gptjax.convert --to=hf --output=DIR --workdir=runs/x [--step=N]
 
 Into a workdir: sample, evaluate and every later stage open it as one of our own; train on from it with
---config.init_from. Out of one: transformers.AutoModelForCausalLM and AutoTokenizer load the directory.
+--config.init_from. With --tokenizer=none it reads and writes no text: pre-training goes on from it with a tokenizer
+of its own (--config.data.tokenizer), the other commands say what is missing. Out of one:
+transformers.AutoModelForCausalLM and AutoTokenizer load the directory; what the format cannot keep is printed.
 """
 
 import dataclasses
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -20,14 +23,22 @@ from gptjax.data.corpus import DataConfig
 from gptjax.data.tokenizer import Tokenizer, make_tokenizer
 from gptjax.errors import InputError
 from gptjax.interop import huggingface
+from gptjax.interop.hf_tokenizer import CHAT_TEMPLATE, read_json, read_token_ids
 from gptjax.model.spec import parameter_count
 from gptjax.training.checkpoint import Checkpointer
 from gptjax.training.precision import PrecisionConfig
-from gptjax.workdir import load_model
+from gptjax.workdir import Model, load_model
+
+# What sampling would do by default there; here it is said on the command line.
+_SAMPLING = ("do_sample", "temperature", "top_k", "top_p", "repetition_penalty", "max_new_tokens")
 
 
 def import_weights(source, workdir, tokenizer_path: str | None = None):
-    """A new workdir with the model, tokenizer and weights of a Hugging Face directory, as step 0."""
+    """A new workdir with the model, tokenizer and weights of a Hugging Face directory, as step 0.
+
+    tokenizer_path: a directory with the tokenizer, 'none' to do without one, None = beside the weights. What of the
+    directory is not used is printed, a line each.
+    """
     workdir = paths.local(workdir)
     if (workdir / "config.json").exists():
         raise InputError(f"{workdir} already holds a run: give a new --workdir.")
@@ -38,14 +49,15 @@ def import_weights(source, workdir, tokenizer_path: str | None = None):
 def _import(source, workdir, tokenizer_path):
     source = paths.expand(str(source))
     config, params = huggingface.read(source)
-    tokenizer = _find_tokenizer(source, tokenizer_path)
-    if tokenizer.vocab_size > config.vocab_size:
+    tokenizer = None if tokenizer_path == "none" else _find_tokenizer(source, tokenizer_path)
+    if tokenizer is not None and tokenizer.vocab_size > config.vocab_size:
         raise InputError(
             f"The tokenizer has {tokenizer.vocab_size} tokens and the model {config.vocab_size}: they do not belong "
             "together. Give the model's own with --tokenizer=DIR."
         )
     workdir.mkdir(parents=True, exist_ok=True)
-    tokenizer.save(workdir / "tokenizer")
+    if tokenizer is not None:
+        tokenizer.save(workdir / "tokenizer")
     checkpointer = Checkpointer(workdir)
     checkpointer.save_params(0, jax.tree.map(jax.numpy.asarray, params), {"imported_from": epath.Path(source).name})
     checkpointer.close()
@@ -56,26 +68,113 @@ def _import(source, workdir, tokenizer_path):
         "data": configs.to_json(DataConfig()),
         "precision": configs.to_json(PrecisionConfig()),
     }
+    settings = _settings(_directory(source), "tokenizer_config.json")
+    if tokenizer is not None and settings.get("chat_template") == CHAT_TEMPLATE:
+        record["template"] = "chat"  # an export of ours comes back as what it was
     configs.write_json(workdir / "config.json", record)  # last: a workdir with a config is a whole one
+    for note in _import_notes(_directory(source), config, tokenizer, record):
+        print(f"note: {note}")
     return config
 
 
+def _directory(source) -> Path:
+    source = Path(source).expanduser()
+    return source if source.is_dir() else source.parent
+
+
+def _settings(directory: Path, name: str) -> dict:
+    return read_json(directory / name) if (directory / name).exists() else {}
+
+
 def _find_tokenizer(source, given: str | None) -> Tokenizer:
+    """With the ids that end a text, begin one and pad, as the model's own files have them."""
+    directory = _directory(source)
     if given:
-        given = paths.expand(str(given))
-        return make_tokenizer(given, list)
-    source = epath.Path(source)
-    try:
-        return make_tokenizer(str(source if source.is_dir() else source.parent), list)
-    except InputError as error:
-        raise InputError(f"No tokenizer beside the weights ({error}); give one with --tokenizer=DIR.") from error
+        tokenizer = make_tokenizer(paths.expand(str(given)), list)
+    else:
+        try:
+            tokenizer = make_tokenizer(str(directory), list)
+        except InputError as error:
+            raise InputError(
+                f"No tokenizer beside the weights ({error}). Give the directory of the model's own with "
+                "--tokenizer=DIR, or do without with --tokenizer=none."
+            ) from error
+    return tokenizer.for_model(**read_token_ids(directory))
+
+
+def _import_notes(directory: Path, config, tokenizer: Tokenizer | None, record: dict) -> list[str]:
+    notes = []
+    if tokenizer is None:
+        notes.append("without a tokenizer this workdir reads and writes no text")
+    elif tokenizer.vocab_size < config.vocab_size:
+        notes.append(
+            f"the model has {config.vocab_size:,} rows and the tokenizer {tokenizer.vocab_size:,} ids: the other rows "
+            "are taken for padding and never sampled"
+        )
+    chat = _settings(directory, "tokenizer_config.json").get("chat_template")
+    if "template" not in record and (chat or (directory / "chat_template.jinja").exists()):
+        notes.append(
+            "its chat template is not used: sample continues a prompt as text, and SFT puts the template of "
+            "gptjax/data/chat.py around it"
+        )
+    generation = _settings(directory, "generation_config.json")
+    unused = [f"{key}={generation[key]}" for key in _SAMPLING if generation.get(key) is not None]
+    if unused:
+        notes.append(f"generation_config.json's {', '.join(unused)} not kept: give sample the flags of that name")
+    return notes
 
 
 def export_weights(workdir, output, step: int | str | None = None):
-    """A directory that transformers loads, from a workdir's newest good checkpoint, a given step or the 'best' one."""
-    model = load_model(workdir, step=step)
-    huggingface.write(output, model.config, jax.tree.map(np.asarray, model.params), model.tokenizer)
+    """A directory that transformers loads, from a workdir's newest good checkpoint, a given step or the 'best' one.
+
+    What the format cannot keep is printed, a line each.
+    """
+    run = configs.read_config(workdir)
+    model = load_model(workdir, step=step, needs_tokenizer=False)
+    huggingface.write(
+        output, model.config, jax.tree.map(np.asarray, model.params), model.tokenizer, template=model.template,
+        generation=_generation(run),
+    )  # fmt: skip
+    for note in _export_notes(run, model):
+        print(f"note: {note}")
     return model
+
+
+def _generation(run: dict) -> dict:
+    """How a policy was sampled in training: what it is to be sampled like. Other models have no such setting."""
+    rollout = run.get("rollout") if run.get("stage") == "ppo" else None
+    if not rollout:
+        return {}
+    # top_k: transformers would take 50.
+    return {"do_sample": True, "temperature": rollout["temperature"], "top_k": 0, "top_p": 1.0,
+            "max_new_tokens": rollout["max_new_tokens"]}  # fmt: skip
+
+
+def _export_notes(run: dict, model: Model) -> list[str]:
+    notes, tokenizer, stage = [], model.tokenizer, run.get("stage")
+    if stage == "ppo":
+        notes.append("exported is the policy's moving average; its value network and PPO's state are not")
+    elif stage != "convert":
+        notes.append("the optimizer's state is not exported: training is resumed in the workdir")
+    if tokenizer is None:
+        return [*notes, "the workdir has no tokenizer, so none is exported"]
+    if tokenizer.vocab_size < model.config.vocab_size:
+        notes.append(
+            f"config.json says vocab_size {model.config.vocab_size:,} and the tokenizer has {tokenizer.vocab_size:,} "
+            "ids: there is no token for the others, which transformers may sample"
+        )
+    if tokenizer.kind == "gpt1":
+        notes.append("transformers' OpenAIGPTTokenizer has no ftfy and no spaCy: words at punctuation may differ")
+    if model.template == "chat":
+        notes.append(
+            "the chat template is in tokenizer_config.json; transformers turns a '<|user|>' that stands in a text into "
+            "that token, which does not happen here"
+        )
+    elif model.template:
+        notes.append(f"the template {model.template!r} puts nothing around a prompt: there is no chat template")
+    if stage == "pretrain" and (run.get("data") or {}).get("isolate_documents"):
+        notes.append("that documents are isolated from each other (data.isolate_documents) is not in the format")
+    return notes
 
 
 def main(_):
@@ -91,7 +190,8 @@ def main(_):
         if not FLAGS.output:
             raise InputError("--to=hf needs --output=DIR, a directory to be made.")
         model = export_weights(FLAGS.workdir, FLAGS.output, FLAGS.step)
-        print(f"{FLAGS.output}: {parameter_count(model.config):,} parameters of step {model.step}, with the tokenizer")
+        beside = "" if model.tokenizer is None else ", with the tokenizer"
+        print(f"{FLAGS.output}: {parameter_count(model.config):,} parameters of step {model.step}{beside}")
 
 
 if __name__ == "__main__":
@@ -101,7 +201,7 @@ if __name__ == "__main__":
     configs.define_path("input", None, "Hugging Face directory or .safetensors file.")
     configs.define_path("output", None, "Directory to write.")
     configs.define_path("workdir", None, "Our workdir: made with --from, read with --to.")
-    configs.define_path("tokenizer", None, "Tokenizer directory, if the input has none.")
+    configs.define_path("tokenizer", None, "Tokenizer directory, if the input has none; 'none' to do without one.")
     configs.define_step()
     flags.mark_flag_as_required("workdir")
     configs.run(main)

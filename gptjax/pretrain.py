@@ -42,7 +42,7 @@ from gptjax.training.step import (
     jit_train_step,
     train_step,
 )
-from gptjax.workdir import Model, origin
+from gptjax.workdir import Model, has_no_tokenizer, origin
 
 
 @dataclasses.dataclass(frozen=True)
@@ -239,7 +239,9 @@ def evaluator(loss, corpus: Corpus, c: PretrainConfig, mesh, here):
 
 def check_same_tokenizer(init_from, tokenizer):
     """Weights mean nothing under another vocabulary: InputError if the two runs' tokenizers differ."""
-    if init_from and Tokenizer.load(epath.Path(init_from) / "tokenizer").fingerprint != tokenizer.fingerprint:
+    if not init_from or has_no_tokenizer(init_from, configs.read_config(init_from)):
+        return  # imported with --tokenizer=none: whose ids they are is the user's to know
+    if Tokenizer.load(epath.Path(init_from) / "tokenizer").fingerprint != tokenizer.fingerprint:
         raise InputError(
             f"init_from: {init_from} was trained with another tokenizer; "
             f"give --config.data.tokenizer={init_from}/tokenizer."

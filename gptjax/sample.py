@@ -28,31 +28,45 @@ def continue_texts(
     model: Model, prompts: list[str], *, max_new_tokens: int, sampling: Sampling, seed: int, raw: bool = False,
     speed: bool = False,
 ) -> list[str]:  # fmt: skip
-    """New text for each prompt. An empty prompt starts from end-of-text, as GPT-2 is sampled unconditionally.
+    """New text for each prompt, up to end-of-text or another id that ends a text (`stop_ids`).
 
-    A model with a template answers in it unless raw. speed: decode once more, now that all is compiled, and say on
-    stderr how fast.
+    An empty prompt starts from end-of-text, as GPT-2 is sampled unconditionally, or from the tokenizer's own
+    beginning-of-text. A model with a template answers in it unless raw. speed: decode once more, now that all is
+    compiled, and say on stderr how fast. InputError: a prompt that cannot be encoded or that fills the context.
     """
-    eot = model.tokenizer.eot_id
-    template = Template(model.tokenizer, model.template) if model.template and not raw else None
+    tokenizer, context = model.tokenizer, model.config.context_length
+    template = Template(tokenizer, model.template) if model.template and not raw else None
     ids = []
     for prompt in prompts:
-        tokens = template.prompt(prompt) if template else model.tokenizer.encode(prompt)
-        if not tokens and eot is None:
+        try:
+            tokens = template.prompt(prompt) if template else tokenizer.encode(prompt)
+        except InputError as error:
+            raise InputError(f"--prompt={prompt!r}: {error}") from None
+        if not tokens and tokenizer.bos_id is None:
             raise InputError("This tokenizer has no end-of-text to start from: give a --prompt that is not empty.")
-        if not tokens:
-            tokens = [eot]
-        if len(tokens) + max_new_tokens > model.config.context_length + 1:
-            room = max(model.config.context_length + 1 - len(tokens), 0)
-            print(f"note: the context of {model.config.context_length} leaves room for {room} new tokens")
+        if not tokens or (tokenizer.specials.adds_bos and not template):
+            tokens = [tokenizer.bos_id, *tokens]
+        if len(tokens) > context:
+            raise InputError(
+                f"--prompt={_shortened(prompt)!r} has {len(tokens)} tokens and the model's context is {context}, which "
+                "leaves no room for new ones: shorten it."
+            )
+        if tokenizer.unk_id is not None and tokenizer.unk_id in tokens:
+            unknown = f"{tokens.count(tokenizer.unk_id)} of its {len(tokens)} tokens are the unknown one"
+            print(f"note: --prompt={_shortened(prompt)!r} has characters that the vocabulary lacks: {unknown}",
+                  file=sys.stderr)  # fmt: skip
         ids.append(tokens)
+    room = context + 1 - max(map(len, ids), default=0)
+    if room < max_new_tokens:
+        print(f"note: the context of {context} leaves room for {room:,} of {max_new_tokens:,} new tokens after the "
+              "longest prompt", file=sys.stderr)  # fmt: skip
     with jax.set_mesh(model.mesh):
         params = jax.jit(frozen, static_argnums=1)(model.params, model.dtype)  # half the bytes to read at 16 bits
 
         def decode():
             return generate(
-                params, model.config, ids, max_new_tokens=max_new_tokens, sampling=sampling, seed=seed, eot_id=eot,
-                vocab=model.tokenizer.vocab_size, dtype=model.dtype, mesh=model.mesh,
+                params, model.config, ids, max_new_tokens=max_new_tokens, sampling=sampling, seed=seed,
+                eot_id=tokenizer.stop_ids, vocab=tokenizer.vocab_size, dtype=model.dtype, mesh=model.mesh,
             )  # fmt: skip
 
         out = decode()
@@ -65,7 +79,11 @@ def continue_texts(
                 describe_speed(params, model.config, len(ids), slots, model.dtype, sum(map(len, out)), seconds,
                                model.mesh.devices.flat), file=sys.stderr,
             )  # fmt: skip
-    return [(template or model.tokenizer).decode(tokens) for tokens in out]
+    return [(template or tokenizer).decode(tokens) for tokens in out]
+
+
+def _shortened(text: str) -> str:
+    return text if len(text) <= 60 else f"{text[:57]}..."
 
 
 def main(_):

@@ -24,7 +24,7 @@ from gptjax.training.precision import DTYPES
 class Model:
     """config has its attention path resolved for the devices here; params are laid out over `mesh`. template: the
     kind that SFT put around prompts (data/chat.py); None for a model that only continues text. weights: digest of the
-    checkpoint's parameters."""
+    checkpoint's parameters. tokenizer: None only where load_model was told so."""
 
     config: GPTConfig
     params: dict
@@ -36,7 +36,8 @@ class Model:
     weights: str = ""
 
 
-def load_model(workdir, *, step: int | str | None = None, mesh: jax.sharding.Mesh | None = None) -> Model:
+def load_model(workdir, *, step: int | str | None = None, mesh: jax.sharding.Mesh | None = None,
+               needs_tokenizer: bool = True) -> Model:  # fmt: skip
     """Model, tokenizer and weights (float32) of a workdir's newest good checkpoint, of a given step, or of the 'best'
     one: the lowest validation loss among those on disk.
 
@@ -44,6 +45,7 @@ def load_model(workdir, *, step: int | str | None = None, mesh: jax.sharding.Mes
     PPO the weights are the policy's moving average.
 
     mesh: None = parameters spread over all devices if they divide (fsdp), else one whole copy on each.
+    needs_tokenizer: False = a workdir imported without one is opened too, with None in its place.
     Raises InputError if the workdir, its tokenizer or its checkpoint is missing or damaged, or if it is a reward
     model, which writes no text.
     """
@@ -52,7 +54,13 @@ def load_model(workdir, *, step: int | str | None = None, mesh: jax.sharding.Mes
     if run.get("stage") == "reward":
         raise InputError(f"{workdir} is a reward model, which scores texts and writes none: give another workdir.")
     config = configs.build(GPTConfig, run["model"], "model")
-    tokenizer = Tokenizer.load(workdir / "tokenizer")
+    without = has_no_tokenizer(workdir, run)
+    if without and needs_tokenizer:
+        raise InputError(
+            f"{workdir} was imported without a tokenizer, so it reads and writes no text: import it again with "
+            "--tokenizer=DIR, or train on from it with gptjax.pretrain and --config.data.tokenizer."
+        )
+    tokenizer = None if without else Tokenizer.load(workdir / "tokenizer")
     config = dataclasses.replace(config, attention=resolve(config.attention, jax.default_backend()), remat="none",
                                  pipeline_microbatches=None, pipeline_rounds=1)  # fmt: skip
     boxed = gpt.abstract_params(config)
@@ -60,6 +68,11 @@ def load_model(workdir, *, step: int | str | None = None, mesh: jax.sharding.Mes
     params, meta = load_params(workdir, run, boxed, shardings, step)
     dtype = DTYPES[run.get("precision", {}).get("compute", "float32")]
     return Model(config, params, tokenizer, dtype, meta["step"], grid, template_kind(run), meta["weights"])
+
+
+def has_no_tokenizer(workdir, run: dict) -> bool:
+    """Whether a workdir is one of `convert --tokenizer=none`."""
+    return run.get("stage") == "convert" and not (paths.local(workdir) / "tokenizer").exists()
 
 
 def template_kind(run: dict) -> str | None:

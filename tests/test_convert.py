@@ -2,18 +2,23 @@
 
 import dataclasses
 import json
+import shutil
 
 import jax
 import numpy as np
 import pytest
+from tokenizer_files import END, write_legacy
 
-from gptjax import convert
-from gptjax.data.tokenizer import train_bpe
+from gptjax import convert, sample
+from gptjax.data.chat import chat_tokenizer
+from gptjax.data.tokenizer import Tokenizer, character_tokenizer, make_tokenizer, train_bpe
 from gptjax.errors import InputError
+from gptjax.generation.decode import generate
 from gptjax.generation.sampling import Sampling
 from gptjax.interop import huggingface
-from gptjax.model import gpt
+from gptjax.model import gpt, heads
 from gptjax.model.spec import GPTConfig
+from gptjax.pretrain import check_same_tokenizer
 from gptjax.sample import continue_texts
 from gptjax.workdir import load_model
 
@@ -83,3 +88,167 @@ def test_a_workdir_in_use_is_not_overwritten(exported, tmp_path):
     with pytest.raises(InputError, match="already holds a run"):
         convert.import_weights(directory, tmp_path / "w")
     assert json.loads((tmp_path / "w" / "config.json").read_text()) == before
+
+
+# --- what the directory says of tokens, and what is not kept ----------------------------------------------
+
+
+def edit_json(path, **changes):
+    path.write_text(json.dumps((json.loads(path.read_text()) if path.exists() else {}) | changes))
+
+
+def copied(exported, tmp_path):
+    """The exported directory again, to be changed; without our own description of the tokenizer."""
+    shutil.copytree(exported[0], tmp_path / "hf")
+    (tmp_path / "hf" / "tokenizer_meta.json").unlink()
+    return tmp_path / "hf"
+
+
+def written(model, prompt="the cat", n=12):
+    ids = model.tokenizer.encode(prompt)
+    return generate(model.params, model.config, [ids], max_new_tokens=n, sampling=Sampling(0.0), mesh=model.mesh)[0]
+
+
+@pytest.mark.parametrize("name", ["config.json", "generation_config.json"])
+def test_sampling_stops_at_the_models_own_end(exported, tmp_path, name, capsys):
+    """At an id that config.json names, or any of generation_config.json's; and both go out again."""
+    source = copied(exported, tmp_path)
+    convert.import_weights(source, tmp_path / "free")
+    model = load_model(tmp_path / "free")
+    free = written(model)
+    stop = next(i for i in free[3:] if i not in free[:3])
+    if name == "config.json":
+        (source / "generation_config.json").unlink()
+        edit_json(source / name, eos_token_id=stop)
+    else:
+        edit_json(source / name, eos_token_id=[model.tokenizer.eot_id, 9999, stop], temperature=0.7, do_sample=True)
+    capsys.readouterr()
+    convert.import_weights(source, tmp_path / "w")
+    printed = capsys.readouterr().out
+    assert ("do_sample=True, temperature=0.7 not kept" in printed) == (name == "generation_config.json")
+    model = load_model(tmp_path / "w")
+    text = continue_texts(model, ["the cat"], max_new_tokens=12, sampling=Sampling(0.0), seed=0)[0]
+    assert text == model.tokenizer.decode(free[: free.index(stop)])
+    convert.export_weights(tmp_path / "w", tmp_path / "out")
+    generation = json.loads((tmp_path / "out/generation_config.json").read_text())
+    assert generation["eos_token_id"] == [model.tokenizer.eot_id, stop]
+    (tmp_path / "out/tokenizer_meta.json").unlink()
+    convert.import_weights(tmp_path / "out", tmp_path / "again")
+    assert load_model(tmp_path / "again").tokenizer.stop_ids == model.tokenizer.stop_ids
+
+
+def test_an_empty_prompt_begins_with_the_models_own_token(exported, tmp_path, monkeypatch):
+    """And every prompt, where the tokenizer puts that token before a text."""
+    _, config, params = exported
+    ids = write_legacy(tmp_path / "hf", [END, "<s>"], {"eos_token": END, "bos_token": "<s>"}, add_bos_token=True)
+    tokenizer = make_tokenizer(str(tmp_path / "hf"), list)
+    assert config.vocab_size == tokenizer.vocab_size
+    huggingface.write(tmp_path / "out", config, params, tokenizer)
+    convert.import_weights(tmp_path / "out", tmp_path / "w")
+    model = load_model(tmp_path / "w")
+    given = []
+    monkeypatch.setattr(sample, "generate", lambda params, config, ids, **options: given.extend(ids) or ids)
+    continue_texts(model, ["", "the"], max_new_tokens=4, sampling=Sampling(0.0), seed=0)
+    assert given == [[ids["<s>"]], [ids["<s>"], *tokenizer.encode("the")]]
+    plain = dataclasses.replace(tokenizer.specials, adds_bos=False)
+    model = dataclasses.replace(model, tokenizer=Tokenizer(tokenizer._engine, tokenizer.kind, plain))
+    continue_texts(model, ["", "the"], max_new_tokens=4, sampling=Sampling(0.0), seed=0)
+    assert given[2:] == [[ids["<s>"]], tokenizer.encode("the")]
+
+
+def test_without_a_tokenizer(exported, tmp_path, capsys):
+    """--tokenizer=none: the weights come in and go out; text is refused with the remedy; pre-training goes on."""
+    directory, config, params = exported
+    bare = tmp_path / "bare"
+    bare.mkdir()
+    for name in ("model.safetensors", "config.json"):
+        shutil.copy(directory / name, bare / name)
+    with pytest.raises(InputError, match="--tokenizer=DIR, or do without with --tokenizer=none"):
+        convert.import_weights(bare, tmp_path / "w")
+    convert.import_weights(bare, tmp_path / "w", "none")
+    assert "reads and writes no text" in capsys.readouterr().out
+    with pytest.raises(InputError, match="imported without a tokenizer.*--tokenizer=DIR.*gptjax.pretrain"):
+        load_model(tmp_path / "w")
+    convert.export_weights(tmp_path / "w", tmp_path / "out")
+    assert "no tokenizer, so none is exported" in capsys.readouterr().out
+    jax.tree.map(np.testing.assert_array_equal, huggingface.read(tmp_path / "out")[1], params)
+    assert not (tmp_path / "out/tokenizer.json").exists()
+    check_same_tokenizer(str(tmp_path / "w"), train_bpe(TEXT, 270))  # any will do
+    with pytest.raises(InputError, match="another tokenizer"):
+        convert.import_weights(directory, tmp_path / "w2")
+        check_same_tokenizer(str(tmp_path / "w2"), train_bpe(TEXT, 270))
+
+
+def test_padded_rows_and_a_foreign_template_are_noted(exported, tmp_path, capsys, tokenizer):
+    directory, config, params = exported
+    padded = dataclasses.replace(config, vocab_size=config.vocab_size + 4)
+    rows, ids = padded.vocab_size, tokenizer.vocab_size
+    tables = {"wte": np.concatenate([params["wte"], np.zeros((4, config.d_model), np.float32)])}
+    huggingface.write(tmp_path / "hf", padded, params | tables, tokenizer)
+    edit_json(tmp_path / "hf/tokenizer_config.json", chat_template="{{ messages }}")
+    convert.import_weights(tmp_path / "hf", tmp_path / "w")
+    printed = capsys.readouterr().out
+    assert f"note: the model has {rows} rows and the tokenizer {ids} ids" in printed
+    assert "note: its chat template is not used" in printed
+    assert load_model(tmp_path / "w").template is None
+    convert.export_weights(tmp_path / "w", tmp_path / "out")
+    assert f"note: config.json says vocab_size {rows} and the tokenizer has {ids}" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("stage", ["sft", "ppo"])
+@pytest.mark.parametrize("template", ["chat", "plain"])
+def test_a_tuned_model_goes_out_with_its_template_and_comes_back(exported, tmp_path, capsys, stage, template):
+    directory, config, params = exported
+    convert.import_weights(directory, tmp_path / "w")
+    tuned = chat_tokenizer(load_model(tmp_path / "w").tokenizer)
+    shutil.rmtree(tmp_path / "w")
+    grown = heads.grow_vocabulary(params, tuned.vocab_size)
+    huggingface.write(tmp_path / "hf", dataclasses.replace(config, vocab_size=tuned.vocab_size), grown, tuned)
+    convert.import_weights(tmp_path / "hf", tmp_path / "w")  # now a workdir as that stage leaves it
+    edit_json(tmp_path / "w/config.json", stage=stage, template=template)
+    if stage == "ppo":
+        edit_json(tmp_path / "w/config.json", rollout={"temperature": 0.7, "max_new_tokens": 24})
+    capsys.readouterr()
+    convert.export_weights(tmp_path / "w", tmp_path / "out")
+    printed = capsys.readouterr().out
+    assert ("optimizer's state is not exported" in printed) == (stage == "sft")
+    assert ("value network" in printed) == (stage == "ppo")
+    assert ("puts nothing around a prompt" in printed) == (template == "plain")
+    settings = json.loads((tmp_path / "out/tokenizer_config.json").read_text())
+    assert ("chat_template" in settings) == (template == "chat")
+    assert settings["eos_token"] == "<|endoftext|>" and settings["pad_token"] == "<|pad|>"
+    generation = json.loads((tmp_path / "out/generation_config.json").read_text())
+    assert (generation["eos_token_id"], generation["pad_token_id"]) == (tuned.eot_id, tuned.pad_id)
+    sampled = {key: generation[key] for key in generation if not key.endswith("_id")}
+    expected = {"do_sample": True, "temperature": 0.7, "top_k": 0, "top_p": 1.0, "max_new_tokens": 24}
+    assert sampled == (expected if stage == "ppo" else {})
+    (tmp_path / "out/tokenizer_meta.json").unlink()
+    convert.import_weights(tmp_path / "out", tmp_path / "again")
+    back = load_model(tmp_path / "again")
+    assert back.template == (template if template == "chat" else None)
+    assert back.tokenizer.fingerprint == tuned.fingerprint
+
+
+def test_prompts_that_can_not_be(exported, tmp_path, capsys):
+    directory, config, _ = exported
+    convert.import_weights(directory, tmp_path / "w")
+    model = load_model(tmp_path / "w")
+    capsys.readouterr()
+
+    def write(prompt, n, model=model):
+        return continue_texts(model, [prompt, prompt], max_new_tokens=n, sampling=Sampling(0.0), seed=0)
+
+    with pytest.raises(InputError, match="has 45 tokens and the model's context is 32, which leaves no room"):
+        write("q" * 45, 4)
+    with pytest.raises(InputError, match=r"--prompt='a\\udcff': .*lone surrogate"):
+        write("a\udcff", 4)
+    none = dataclasses.replace(model, tokenizer=character_tokenizer(TEXT))
+    with pytest.raises(InputError, match="--prompt='q': character 'q'"):
+        write("q", 4, none)
+    with pytest.raises(InputError, match="no end-of-text to start from"):
+        write("", 4, none)
+    write("q" * 30, 4)
+    out, error = capsys.readouterr()
+    assert not out and error.count("note: ") == 1 and "leaves room for 3 of 4 new tokens" in error
+    write("q" * 29, 4)
+    assert capsys.readouterr() == ("", "")

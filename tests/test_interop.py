@@ -222,6 +222,10 @@ def test_one_error_lists_every_missing_extra_and_misshaped_tensor(exported):
         {"scale_attn_by_inverse_layer_idx": True},
         {"add_cross_attention": True},
         {"model_type": "gpt_neo"},
+        {"rotary_dim": 32},
+        {"position_embedding_type": "relative_key"},
+        {"pruned_heads": {"0": [1]}},
+        {"auto_map": {"AutoModelForCausalLM": "modeling_own.OwnGPT"}},
         {"n_head": 3},
     ],
     ids=lambda settings: next(iter(settings)),
@@ -230,6 +234,49 @@ def test_what_this_model_does_not_compute_is_refused_by_key(exported, settings):
     edit_settings(exported[0], **settings)
     with pytest.raises(InputError, match=next(iter(settings))):
         huggingface.read(exported[0])
+
+
+def test_sizes_by_the_names_of_every_model(exported):
+    """transformers takes hidden_size for n_embd, and so on."""
+    path = exported[0] / "config.json"
+    names = {"n_embd": "hidden_size", "n_positions": "max_position_embeddings", "n_layer": "num_hidden_layers",
+             "n_head": "num_attention_heads"}  # fmt: skip
+    settings = json.loads(path.read_text())
+    path.write_text(json.dumps({names.get(key, key): value for key, value in settings.items()}))
+    assert huggingface.read(exported[0])[0] == SMALL
+    edit_settings(exported[0], num_hidden_layers=4)
+    with pytest.raises(InputError, match=r"missing h\.3\.ln_1"):
+        huggingface.read(exported[0])
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, 1e300])
+def test_values_that_are_not_finite_are_refused_by_tensor(exported, value):
+    directory, _ = exported
+
+    def spoil(tensors):
+        bad = "transformer.h.1.attn.c_attn.weight"
+        tensors[bad] = tensors[bad].astype(np.float64)
+        tensors[bad][3, 5] = value
+        return tensors
+
+    edit_tensors(directory, spoil)
+    with pytest.raises(InputError, match=r"NaN or infinite values in transformer\.h\.1\.attn\.c_attn\.weight:"):
+        huggingface.read(directory)
+
+    def spoil_all(tensors):
+        return {name: np.full(tensor.shape, value) for name, tensor in tensors.items()}
+
+    edit_tensors(directory, spoil_all)
+    with pytest.raises(InputError, match="and 30 more tensors"):
+        huggingface.read(directory)
+
+
+def test_parameters_that_are_not_finite_are_not_exported(tmp_path):
+    params = random_params(SMALL)
+    params["blocks"]["mlp"]["c_fc"]["bias"][2, 7] = np.nan
+    with pytest.raises(InputError, match=r"NaN or infinite values in transformer\.h\.2\.mlp\.c_fc\.bias:.*--step"):
+        huggingface.write(tmp_path / "a", SMALL, params)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_gpt1_with_another_activation_is_refused(tmp_path):
@@ -255,11 +302,16 @@ def test_files_that_cannot_be_read_say_why(exported, tmp_path):
     directory, _ = exported
     with pytest.raises(InputError, match="does not exist"):
         huggingface.read(tmp_path / "nothing")
+    with pytest.raises(InputError, match="hf download NAME"):
+        huggingface.read("openai-community/gpt2")
     with pytest.raises(InputError, match="not a local path"):
         huggingface.read("gs://bucket/gpt2")
     weights = directory / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-100])
     with pytest.raises(InputError, match="model.safetensors is damaged"):
+        huggingface.read(directory)
+    weights.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n")
+    with pytest.raises(InputError, match="Git LFS pointer"):
         huggingface.read(directory)
     (directory / "config.json").write_text("{")
     with pytest.raises(InputError, match="config.json cannot be read"):
@@ -320,6 +372,15 @@ def test_export_is_whole_or_absent_and_overwrites_nothing(tmp_path, monkeypatch)
 # --- Tokenizers -------------------------------------------------------------------------------------------
 
 TEXT = ["the cat sat on the mat, and the cat ran.\n"] * 3
+
+
+def test_a_path_that_begins_with_the_home_folder(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    params = random_params(SMALL)
+    huggingface.write("~/a", SMALL, params)
+    assert (tmp_path / "a/model.safetensors").exists() and not (tmp_path / "~").exists()
+    assert_same(huggingface.read("~/a")[1], params)
 
 
 def test_tokenizer_files(tmp_path):

@@ -10,18 +10,23 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from gptjax.data.tokenizer import END_OF_TEXT, PAD, Tokenizer
+from gptjax.data.specials import ASSISTANT, END_OF_TEXT, PAD, SYSTEM, USER
+from gptjax.data.tokenizer import Tokenizer
 from gptjax.errors import InputError
 
-SYSTEM, USER, ASSISTANT = "<|system|>", "<|user|>", "<|assistant|>"
 ROLES = {"system": SYSTEM, "user": USER, "assistant": ASSISTANT}
 KINDS = ("chat", "plain")
 Messages = Sequence[dict]  # of {"role": "system", "user" or "assistant", "content": text}
 
 
 def chat_tokenizer(tokenizer: Tokenizer) -> Tokenizer:
-    """The tokenizer with end-of-text and the template's special tokens; those it has keep their ids."""
-    return tokenizer.with_specials([END_OF_TEXT, PAD, SYSTEM, USER, ASSISTANT])
+    """The tokenizer with end-of-text, padding and the template's special tokens; those it has keep their ids.
+
+    An imported tokenizer's own end-of-text and padding are used, unless its padding is also another special token.
+    """
+    end = [END_OF_TEXT] if tokenizer.eot_id is None else []
+    pad = [PAD] if tokenizer.pad_id is None else []
+    return tokenizer.with_specials([*end, *pad, SYSTEM, USER, ASSISTANT])
 
 
 class Template:
@@ -34,8 +39,9 @@ class Template:
     def __init__(self, tokenizer: Tokenizer, kind: str):
         if kind not in KINDS:
             raise InputError(f"template {kind!r} is unknown; there are {' and '.join(map(repr, KINDS))}")
-        needed = [END_OF_TEXT, PAD, *(ROLES.values() if kind == "chat" else ())]
-        missing = [name for name in needed if tokenizer.special_id(name) is None]
+        ids = {END_OF_TEXT: tokenizer.eot_id, PAD: tokenizer.pad_id}
+        ids |= {name: tokenizer.special_id(name) for name in (ROLES.values() if kind == "chat" else ())}
+        missing = [name for name, index in ids.items() if index is None]
         if missing:
             raise InputError(
                 f"template {kind!r}: the tokenizer has no {', '.join(missing)}; take the one that chat_tokenizer "

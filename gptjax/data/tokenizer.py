@@ -6,6 +6,7 @@ Sources: GPT-2 §2.2 and openai/gpt-2 encoder.py; openai/finetune-transformer-lm
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 import os
@@ -17,13 +18,12 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 import numpy as np
 import tokenizers
 from etils import epath
-from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
+from tokenizers import decoders, models, normalizers, pre_tokenizers, processors, trainers
 
 from gptjax.data.gpt1_words import gpt1_words
+from gptjax.data.specials import END_OF_TEXT, PAD, Specials, complete, named_eos
 from gptjax.errors import InputError
 
-END_OF_TEXT = "<|endoftext|>"
-PAD = "<|pad|>"
 END_OF_WORD = "</w>"  # GPT-1's mark on the last piece of a word
 FORMS = (
     "a tokenizer is 'bpe:SIZE' (trained on the source, for example bpe:8192), 'char', or a directory with "
@@ -44,14 +44,20 @@ class Tokenizer:
 
     kind: 'bpe' (byte-level), 'char' or 'gpt1'.
     vocab_size: number of ids, int.
-    eot_id: id of `<|endoftext|>`, None where the vocabulary has none (char, GPT-1, until `with_specials`).
+    eot_id: id of the token that ends a text: the one its files name, else `<|endoftext|>`; None where the vocabulary
+        has none (char, GPT-1, until `with_specials`).
+    unk_id: what a word with characters outside the vocabulary becomes (GPT-1); None where that can't be.
+    specials: the roles of its special tokens (data/specials.py).
     byte_lengths: int32 [vocab_size], the UTF-8 bytes of text each token stands for. End-of-text counts
         1, as a separator, other special tokens 0; a GPT-1 token that ends a word counts its text and one space.
     fingerprint: sha256 (hex) of kind, vocabulary and merges; the same after save and load.
     """
 
-    def __init__(self, engine: tokenizers.Tokenizer, kind: str):
+    def __init__(self, engine: tokenizers.Tokenizer, kind: str, specials: Specials = Specials()):
         spec = json.loads(engine.to_str())
+        if specials.in_text:
+            spec = _marked(spec, specials.in_text, False)
+            engine = tokenizers.Tokenizer.from_str(json.dumps(spec))
         engine.no_padding()
         engine.no_truncation()
         engine.encode_special_tokens = True  # "<|endoftext|>" inside a user's text is just text
@@ -66,12 +72,16 @@ class Tokenizer:
         self._specials = {token: vocabulary[token] for token in special}
         if kind == "bpe" and END_OF_TEXT in vocabulary:  # also where the files don't mark it
             self._specials[END_OF_TEXT] = vocabulary[END_OF_TEXT]
-        self.eot_id: int | None = self._specials.get(END_OF_TEXT)
+        self.specials = specials
+        end = specials.eos or END_OF_TEXT
+        self.eot_id: int | None = self._specials.get(end)
         added = {t["content"] for t in spec["added_tokens"]}
+        self.unk_id: int | None = vocabulary.get(spec["model"].get("unk_token"))
+        self._added = sorted(added - special, key=len, reverse=True)
         self.byte_lengths = np.zeros(self.vocab_size, np.int32)
         for token, index in vocabulary.items():
-            self.byte_lengths[index] = _byte_length(token, kind, token in special, token in added)
-        self.fingerprint = _fingerprint(kind, vocabulary, spec)
+            self.byte_lengths[index] = _byte_length(token, kind, token in special, token in added, end)
+        self.fingerprint = _fingerprint(kind, vocabulary, spec, specials)
         self._may_cut = kind == "bpe" and _is_gpt2_pattern(spec, added - special)
         if kind == "char":
             self._tokens = sorted(vocabulary, key=vocabulary.__getitem__)
@@ -83,11 +93,11 @@ class Tokenizer:
     def with_specials(self, names: Sequence[str]) -> Tokenizer:
         """A tokenizer with these special tokens too, at the ids from vocab_size on; those it has are kept.
 
-        No text is ever encoded to a special token. InputError: a name that is an ordinary token, or a
-        vocabulary with unused ids.
+        No text is encoded to one of them, also where it was before (an added token of that name). InputError: a name
+        that is an ordinary token, or a vocabulary with unused ids.
         """
-        engine = tokenizers.Tokenizer.from_str(self._engine.to_str())
-        new = [name for name in dict.fromkeys(names) if name not in self._specials]
+        engine = tokenizers.Tokenizer.from_str(json.dumps(_marked(json.loads(self._engine.to_str()), names, True)))
+        new = [name for name in dict.fromkeys(names) if name not in self._specials and name not in self._added]
         for number, name in enumerate(new, self.vocab_size):
             if not name or engine.token_to_id(name) is not None:
                 raise InputError(f"{name!r} can't be a special token: text may hold it as a token; take another name")
@@ -96,16 +106,51 @@ class Tokenizer:
                 raise InputError(
                     f"{name!r} can't be added: some ids under {number} have no token; take a tokenizer without gaps"
                 )
-        return Tokenizer(engine, self.kind)
+        in_text = tuple(name for name in self.specials.in_text if name not in names)
+        return Tokenizer(engine, self.kind, dataclasses.replace(self.specials, in_text=in_text))
 
-    def special_id(self, name: str) -> int | None:
+    def for_model(self, eos: Sequence[int] = (), bos: int | None = None, pad: int | None = None) -> Tokenizer:
+        """With the ids that a model's own files give. Each of `eos` ends a sampled text; a role that the tokenizer's
+        files don't name goes to the (first) id of it that is an added token. Ids outside the vocabulary have no token
+        and are left out."""
+        added = {t["id"]: t["content"] for t in json.loads(self._engine.to_str())["added_tokens"]}
+        roles = {
+            "eos": None if self.eot_id is not None else next((added[i] for i in eos if i in added), None),
+            "bos": None if self.specials.bos else added.get(bos),
+            "pad": None if self.specials.pad else added.get(pad),
+        }
+        roles = {role: content for role, content in roles.items() if content}
+        grown = self.with_specials(list(roles.values()))
+        ids = tuple(dict.fromkeys(i for i in eos if 0 <= i < self.vocab_size))
+        return Tokenizer(grown._engine, self.kind, dataclasses.replace(grown.specials, **roles, stop_ids=ids))
+
+    def special_id(self, name: str | None) -> int | None:
         """Id of a special token, None where the vocabulary has no special token of that name."""
         return self._specials.get(name)
 
+    def token(self, index: int | None) -> str | None:
+        """The token of an id as the vocabulary has it; None for None."""
+        return None if index is None else self._engine.id_to_token(index)
+
     @property
     def pad_id(self) -> int | None:
-        """Id of `<|pad|>`, None where the vocabulary has none."""
-        return self.special_id(PAD)
+        """Id of the padding token, `<|pad|>` where the files name none of its own; None where there is neither."""
+        named = self.specials
+        own = named.pad is not None and named.pad not in (named.bos, named.unk)
+        index = self.special_id(named.pad) if own else None
+        return self.special_id(PAD) if index in (None, self.eot_id) else index
+
+    @property
+    def bos_id(self) -> int | None:
+        """Id of the token that begins a text: the one its files name, else end-of-text as in GPT-2."""
+        index = self.special_id(self.specials.bos) if self.specials.bos else None
+        return self.eot_id if index is None else index
+
+    @property
+    def stop_ids(self) -> tuple[int, ...]:
+        """Ids that end a sampled text, end-of-text the first; () where there is none."""
+        ids = (self.eot_id, *self.specials.stop_ids)
+        return tuple(dict.fromkeys(i for i in ids if i is not None))
 
     @property
     def separator_ids(self) -> list[int]:
@@ -130,8 +175,10 @@ class Tokenizer:
         if self.kind == "char":
             return [self._encode_characters(text) for text in texts]
         if self.kind == "gpt1":
-            words = [gpt1_words(text) for text in texts]
-            return [e.ids for e in self._engine.encode_batch_fast(words, is_pretokenized=True)]
+            _refuse_surrogates(texts)
+            words = [self._words(text) for text in texts]
+            encoded = self._engine.encode_batch_fast(words, is_pretokenized=True, add_special_tokens=False)
+            return [e.ids for e in encoded]
         parts = [list(self.pieces(text)) for text in texts]
         flat = [piece for pieces in parts for piece in pieces]
         try:
@@ -140,6 +187,13 @@ class Tokenizer:
             _refuse_surrogates(texts)
             raise
         return [[i for _ in pieces for i in next(encoded).ids] for pieces in parts]
+
+    def _words(self, text: str) -> list[str]:
+        """GPT-1's words, its added tokens whole."""
+        if not self._added:
+            return gpt1_words(text)
+        parts = re.split(f"({'|'.join(map(re.escape, self._added))})", text)
+        return [word for i, part in enumerate(parts) for word in ([part] if i % 2 else gpt1_words(part))]
 
     def pieces(self, text: str) -> Iterator[str]:
         """Cuts a long text where that can't change its ids, so that it needn't be encoded in one go."""
@@ -165,6 +219,12 @@ class Tokenizer:
         directory = epath.Path(directory)
         directory.mkdir(parents=True, exist_ok=True)
         engine = self._engine
+        if self.specials.in_text:
+            spec = _marked(json.loads(engine.to_str()), self.specials.in_text, True)
+            engine = tokenizers.Tokenizer.from_str(json.dumps(spec))
+        if self.specials.adds_bos:  # for other readers; `encode` leaves it to who continues a text
+            bos = self.specials.bos
+            engine.post_processor = processors.TemplateProcessing(f"{bos} $A", special_tokens=[(bos, self.bos_id)])
         if self.kind == "gpt1":  # the pre-tokenizer that Hugging Face's OpenAIGPTTokenizerFast uses
             engine = tokenizers.Tokenizer.from_str(engine.to_str())
             engine.normalizer = normalizers.BertNormalizer(lowercase=True)
@@ -174,6 +234,7 @@ class Tokenizer:
             "vocab_size": self.vocab_size,
             "eot_id": self.eot_id,
             "fingerprint": self.fingerprint,
+            "specials": self.specials.to_json(),
         }
         # The meta file first: a directory that has it without its tokenizer.json is refused.
         for name, text in (
@@ -201,10 +262,10 @@ class Tokenizer:
             ) from None
         meta_path = directory / "tokenizer_meta.json"
         if not meta_path.exists():
-            return cls(engine, _kind(spec, path))
+            return _published(spec, _kind(spec, path), directory)
         try:
             meta = json.loads(meta_path.read_text(encoding="utf-8"))
-            tokenizer = cls(engine, meta["kind"])
+            tokenizer = cls(engine, meta["kind"], Specials.from_json(meta.get("specials", {})))
             same = tokenizer.fingerprint == meta["fingerprint"]
         except (ValueError, KeyError, TypeError) as error:
             raise InputError(f"{meta_path} is damaged ({error}); remove it, or save the tokenizer again") from None
@@ -282,11 +343,14 @@ def character_tokenizer(texts: Iterable[str]) -> Tokenizer:
 def load_gpt2(path: str | os.PathLike) -> Tokenizer:
     """GPT-2's vocabulary from encoder.json + vocab.bpe or vocab.json + merges.txt in directory `path`."""
     vocabulary, merges, names = _read_vocabulary(path, ("encoder.json", "vocab.bpe"), ("vocab.json", "merges.txt"))
-    vocabulary.setdefault(END_OF_TEXT, len(vocabulary))
     try:
-        return _byte_level(vocabulary, merges)
+        engine = _byte_level_engine(vocabulary, merges)
     except Exception as error:
         raise InputError(f"{names} in {path} don't fit each other ({error}); download both again") from None
+    tokenizer = _published(json.loads(engine.to_str()), "bpe", epath.Path(path))
+    if tokenizer.eot_id is None and named_eos(epath.Path(path)) in (None, END_OF_TEXT):
+        return tokenizer.with_specials([END_OF_TEXT])
+    return tokenizer
 
 
 def load_gpt1(path: str | os.PathLike) -> Tokenizer:
@@ -300,7 +364,7 @@ def load_gpt1(path: str | os.PathLike) -> Tokenizer:
         raise InputError(f"{names} in {path} don't fit each other ({error}); download both again") from None
     engine = tokenizers.Tokenizer(model)
     engine.decoder = decoders.BPEDecoder(suffix=END_OF_WORD)
-    return Tokenizer(engine, "gpt1")
+    return _published(json.loads(engine.to_str()), "gpt1", epath.Path(path))
 
 
 def make_tokenizer(spec: str, texts: Callable[[], Iterable[str]]) -> Tokenizer:
@@ -330,11 +394,37 @@ def make_tokenizer(spec: str, texts: Callable[[], Iterable[str]]) -> Tokenizer:
 
 
 def _byte_level(vocabulary: dict[str, int], merges: list[tuple[str, str]]) -> Tokenizer:
+    engine = _byte_level_engine(vocabulary, merges)
+    engine.add_special_tokens([END_OF_TEXT])
+    return Tokenizer(engine, "bpe")
+
+
+def _byte_level_engine(vocabulary: dict[str, int], merges: list[tuple[str, str]]) -> tokenizers.Tokenizer:
     engine = tokenizers.Tokenizer(models.BPE(vocab=vocabulary, merges=merges))
     engine.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     engine.decoder = decoders.ByteLevel()
-    engine.add_special_tokens([END_OF_TEXT])
-    return Tokenizer(engine, "bpe")
+    if END_OF_TEXT in vocabulary:
+        engine.add_special_tokens([END_OF_TEXT])
+    return engine
+
+
+def _published(spec: dict, kind: str, directory: epath.Path) -> Tokenizer:
+    """A tokenizer with what the files beside it say of added and special tokens."""
+    spec, specials = complete(spec, directory)
+    engine = tokenizers.Tokenizer.from_str(json.dumps(spec))
+    wrong = [t for t in spec["added_tokens"] if engine.token_to_id(t["content"]) != t["id"]]
+    if wrong:
+        raise InputError(
+            f"{directory}: the added token {wrong[0]['content']!r} has the id {wrong[0]['id']}, but the ids before it "
+            "are not all in use or it is in the vocabulary too; save the tokenizer again with transformers"
+        )
+    return Tokenizer(engine, kind, specials)
+
+
+def _marked(spec: dict, names: Sequence[str], special: bool) -> dict:
+    """spec with the added tokens of these names marked as special or not."""
+    added = [{**t, "special": special if t["content"] in names else t["special"]} for t in spec["added_tokens"]]
+    return {**spec, "added_tokens": added}
 
 
 def _pieces(text: str, length: int = _PIECE) -> Iterator[str]:
@@ -378,8 +468,8 @@ def _kind(spec: dict, path: epath.Path) -> str:
     raise InputError(f"{path} is not a byte-level BPE, so bytes per token are unknown; {FORMS}")
 
 
-def _byte_length(token: str, kind: str, special: bool, added: bool) -> int:
-    if token == END_OF_TEXT or (kind == "gpt1" and token == "<unk>"):
+def _byte_length(token: str, kind: str, special: bool, added: bool, end: str) -> int:
+    if token == end or (kind == "gpt1" and token == "<unk>"):
         return 1
     if special:
         return 0
@@ -390,11 +480,13 @@ def _byte_length(token: str, kind: str, special: bool, added: bool) -> int:
     return len(token.encode())
 
 
-def _fingerprint(kind: str, vocabulary: dict[str, int], spec: dict) -> str:
+def _fingerprint(kind: str, vocabulary: dict[str, int], spec: dict, specials: Specials) -> str:
     content: list = [kind, sorted(vocabulary.items(), key=lambda item: item[1])]
     content.append([m if isinstance(m, str) else " ".join(m) for m in spec["model"].get("merges", [])])
     if kind == "bpe":
         content += [spec["normalizer"], spec["pre_tokenizer"]]
+    if specials.in_text or specials.eos not in (None, END_OF_TEXT):
+        content.append([specials.eos, specials.in_text])
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 

@@ -24,8 +24,8 @@ _STATIC = ("config", "new_tokens", "sampling", "eot_id", "pad_id", "vocab", "dty
 
 @functools.partial(jax.jit, static_argnames=_STATIC)
 def decode(params, config: GPTConfig, prompts, lengths, limits, key, *, new_tokens: int, sampling: Sampling,
-           eot_id: int | None = None, pad_id: int | None = None, vocab: int | None = None, dtype=jnp.float32,
-           mesh=None):  # fmt: skip
+           eot_id: int | tuple[int, ...] | None = None, pad_id: int | None = None, vocab: int | None = None,
+           dtype=jnp.float32, mesh=None):  # fmt: skip
     """Continues every prompt.
 
     Args:
@@ -33,8 +33,8 @@ def decode(params, config: GPTConfig, prompts, lengths, limits, key, *, new_toke
         limits: int [batch], at most so many new tokens per row.
         key: one key per row, typed [batch], so that a row's text does not depend on its neighbours.
         new_tokens: static; slots + new_tokens is the size of the cache.
-        eot_id: a row ends once it has produced this token; None = no such token. pad_id: what follows it; None =
-            eot_id again, or 0.
+        eot_id: a row ends once it has produced this token, or one of these; None = no such token. pad_id: what
+            follows it; None = the (first) eot_id again, or 0.
         vocab: only ids below it are produced (a tokenizer smaller than the model); None = all.
     Returns:
         (tokens int32 [batch, new_tokens], how many of each row are real int32 [batch], their log-probabilities
@@ -51,7 +51,8 @@ def decode(params, config: GPTConfig, prompts, lengths, limits, key, *, new_toke
     if _takes_layers_apart(mesh):
         step_params, cache = gpt.taken_apart(params, cache, config)
     filled = jnp.concatenate([real, jnp.ones((B, new_tokens), bool)], axis=1)  # causality hides the rest
-    fill = next(i for i in (pad_id, eot_id, 0) if i is not None)
+    stops = stop_tokens(eot_id)
+    fill = next(i for i in (pad_id, *stops, 0) if i is not None)
 
     def choose(hidden, i):
         logits = gpt.logits(params, config, hidden)[:, :vocab]
@@ -66,8 +67,9 @@ def decode(params, config: GPTConfig, prompts, lengths, limits, key, *, new_toke
         out = lax.dynamic_update_slice(out, token[:, None], (0, i))
         log_probs = lax.dynamic_update_slice(log_probs, jnp.where(done, 0.0, chosen[1])[:, None], (0, i))
         count = count + ~done
-        ended = (token == eot_id) if eot_id is not None else False
-        return token, out, log_probs, count, done | ended | (count >= limits)
+        for stop in stops:
+            done = done | (token == stop)
+        return token, out, log_probs, count, done | (count >= limits)
 
     def body(carry):
         i, token, cache, *rest = carry
@@ -92,6 +94,11 @@ def _takes_layers_apart(mesh) -> bool:
     return platform == "cpu" and (mesh is None or mesh.shape["stage"] == 1)
 
 
+def stop_tokens(eot_id: int | Sequence[int] | None) -> tuple[int, ...]:
+    """The ids that end a row, of `decode`'s and `generate`'s eot_id."""
+    return () if eot_id is None else (eot_id,) if isinstance(eot_id, int) else tuple(eot_id)
+
+
 def bucket(n: int, limit: int) -> int:
     """Sizes are rounded up, so that few shapes are compiled."""
     size = 16
@@ -107,8 +114,8 @@ def _batch_ways() -> int:
 
 
 def generate(params, config: GPTConfig, prompts: Sequence[Sequence[int]], *, max_new_tokens: int, sampling: Sampling,
-             seed: int = 0, eot_id: int | None = None, keep_eot: bool = False, vocab: int | None = None,
-             dtype=jnp.float32, mesh=None) -> list[list[int]]:  # fmt: skip
+             seed: int = 0, eot_id: int | tuple[int, ...] | None = None, keep_eot: bool = False,
+             vocab: int | None = None, dtype=jnp.float32, mesh=None) -> list[list[int]]:  # fmt: skip
     """Token lists in, token lists out: new tokens only, without the end-of-text token unless keep_eot.
 
     The same seed gives the same text for a row, whatever the other rows are. A row stops at end-of-text, after
@@ -147,5 +154,5 @@ def generate(params, config: GPTConfig, prompts: Sequence[Sequence[int]], *, max
     texts = []
     for row, count in zip(out, counts, strict=True):
         text = row[:count].tolist()
-        texts.append(text[:-1] if not keep_eot and text and text[-1] == eot_id else text)
+        texts.append(text[:-1] if not keep_eot and text and text[-1] in stop_tokens(eot_id) else text)
     return texts

@@ -13,6 +13,9 @@ MODEL_TYPES = {"gpt2": "pre", "openai-gpt": "post"}
 ARCHITECTURES = {"pre": "GPT2LMHeadModel", "post": "OpenAIGPTLMHeadModel"}
 HEAD = "lm_head.weight"
 _LAYER = re.compile(r"h\.(\d+)\.")
+_OTHER_POSITIONS = ("rotary", "rotary_dim", "rotary_pct", "rope_theta", "rope_scaling", "rope_parameters", "alibi")
+_ALIASES = {"n_embd": "hidden_size", "n_positions": "max_position_embeddings", "n_layer": "num_hidden_layers",
+            "n_head": "num_attention_heads"}  # the names transformers has for these in every model  # fmt: skip
 _TANH_GELU = ("gelu_new", "gelu_pytorch_tanh", "gelu_fast")  # three ways to write one function
 
 
@@ -80,8 +83,8 @@ def _sizes(settings, tensors, norm) -> dict[str, int | None]:
         # Counted, not the highest: a stray h.99 is then one extra layer, not 90 missing ones.
         "n_layer": len({match[1] for name in tensors if (match := _LAYER.match(name))}) or None,
     }
-    sizes = {key: settings.get(key, value) for key, value in shapes.items()}
-    sizes["n_head"] = settings.get("n_head", settings.get("num_attention_heads"))
+    sizes = {key: settings.get(key, settings.get(_ALIASES.get(key), value)) for key, value in shapes.items()}
+    sizes["n_head"] = settings.get("n_head", settings.get(_ALIASES["n_head"]))
     width = sizes["n_embd"]
     if sizes["n_head"] is None and isinstance(width, int) and width % 64 == 0:
         sizes["n_head"] = width // 64
@@ -106,6 +109,13 @@ def _refuse_other_architectures(settings, norm, width, where):
         for key, values in known.items()
         if key in settings and settings[key] not in values
     ]
+    faults += [f"{key}={settings[key]!r}" for key in _OTHER_POSITIONS if settings.get(key) not in (None, False)]
+    if settings.get("position_embedding_type", "absolute") != "absolute":
+        faults.append(f"position_embedding_type={settings['position_embedding_type']!r} (known: 'absolute')")
+    if settings.get("pruned_heads"):
+        faults.append(f"pruned_heads={settings['pruned_heads']!r}")
+    if settings.get("auto_map"):
+        faults.append("auto_map, which means code of its own")
     if faults:
         raise InputError(
             f"{where}: config.json describes a model that this one does not compute: {'; '.join(faults)}. "
@@ -122,8 +132,11 @@ def _tied(settings, tensors, norm):
     return head.shape == wte.shape and np.array_equal(head.load(), wte.load())
 
 
-def settings_of(c: GPTConfig, eot) -> dict:
-    """config.json, with every key that transformers would otherwise fill with GPT-2's own value."""
+def settings_of(c: GPTConfig, token_ids: dict) -> dict:
+    """config.json, with every key that transformers would otherwise fill with GPT-2's own value.
+
+    token_ids: bos_token_id, eos_token_id and perhaps pad_token_id.
+    """
     model_type = next(name for name, norm in MODEL_TYPES.items() if norm == c.norm)
     activation = {"activation_function": "gelu_new", "n_inner": None} if c.norm == "pre" else {"afn": "gelu"}
     return {
@@ -142,7 +155,6 @@ def settings_of(c: GPTConfig, eot) -> dict:
         "resid_pdrop": c.dropout,
         "attn_pdrop": c.dropout,
         "tie_word_embeddings": c.tied_head,
-        "bos_token_id": eot,
-        "eos_token_id": eot,
+        **token_ids,
         "torch_dtype": "float32",
     }

@@ -9,7 +9,6 @@ layers. Sources: transformers' modeling_gpt2.py and modeling_openai.py.
 """
 
 import contextlib
-import json
 import os
 import re
 import shutil
@@ -24,7 +23,7 @@ from safetensors.numpy import save_file
 
 from gptjax.errors import InputError
 from gptjax.interop.hf_config import ARCHITECTURES, HEAD, embedding_names, model_config, settings_of
-from gptjax.interop.hf_tokenizer import dump, write_tokenizer
+from gptjax.interop.hf_tokenizer import dump, read_json, token_ids, write_tokenizer
 from gptjax.model.spec import GPTConfig
 
 _PREFIX = "transformer."  # of every tensor but the head; files of the bare model leave it out
@@ -99,7 +98,8 @@ def read(source: str | os.PathLike) -> tuple[GPTConfig, dict]:
         tensors are widened. The head is tied unless config.json unties it or the file has another one.
     Raises:
         InputError: a file that is missing or damaged; an architecture that this model does not compute (the
-        key of config.json is named); tensors that are missing, extra or mis-shaped (all in one message).
+        key of config.json is named); tensors that are missing, extra or mis-shaped (all in one message), or that
+        hold NaN or infinite values.
     """
     files, settings, where = _locate(_local(source))
     with contextlib.ExitStack() as stack:
@@ -123,20 +123,34 @@ def read(source: str | os.PathLike) -> tuple[GPTConfig, dict]:
                 + "".join(f"\n  {fault}" for fault in faults)
                 + "\nUse a config.json and safetensors that were saved together, without extra heads."
             )
-        params = {}
+        params, broken = {}, []
         for row in rows:
             # One tensor at a time into the stack, so that memory holds the model once.
             stacked = np.empty((len(layers[row.ours]), *row.shape_here), np.float32)
             for i in layers[row.ours]:
-                stacked[i] = tensors[row.theirs.format(i)].load().reshape(row.shape_here)
+                tensor = tensors[row.theirs.format(i)]
+                with np.errstate(over="ignore"):  # a float64 beyond float32 becomes infinite, and is reported
+                    stacked[i] = tensor.load().reshape(row.shape_here)
+                if not np.isfinite(stacked[i]).all():
+                    broken.append(tensor.name)
             params[row.ours] = stacked if "{}" in row.theirs else stacked[0]
+    if broken:
+        raise InputError(
+            f"{where} has NaN or infinite values in {_listed(broken)}: the model would compute nothing else. Get the "
+            "file again, or take an earlier checkpoint of its training."
+        )
     return config, unflatten_dict(params, sep="/")
+
+
+def _listed(names) -> str:
+    more = f" and {len(names) - 10} more tensors" if len(names) > 10 else ""
+    return ", ".join(names[:10]) + more
 
 
 def _local(path):
     if "://" in os.fspath(path):
         raise InputError(f"{path} is not a local path: copy the directory here first (gcloud storage cp -r).")
-    return Path(path)
+    return Path(path).expanduser()
 
 
 def _locate(source: Path) -> tuple[list[Path], dict | None, Path]:
@@ -145,7 +159,10 @@ def _locate(source: Path) -> tuple[list[Path], dict | None, Path]:
     pickles = sorted(source.glob("pytorch_model*.bin")) if source.is_dir() else [source]
     index, whole = directory / "model.safetensors.index.json", directory / "model.safetensors"
     if not source.exists():
-        raise InputError(f"{source} does not exist: name a directory with model.safetensors, or that file.")
+        raise InputError(
+            f"{source} does not exist: name a directory with model.safetensors, or that file. A model of the Hub is "
+            "downloaded first: hf download NAME --local-dir DIR."
+        )
     if source.suffix == ".safetensors" and source.is_file():
         files = [source]
     elif source.is_dir() and whole.exists():
@@ -166,11 +183,11 @@ def _locate(source: Path) -> tuple[list[Path], dict | None, Path]:
             "has one, or the .safetensors file itself."
         )
     settings = directory / "config.json"
-    return files, _json(settings) if settings.exists() else None, source
+    return files, read_json(settings) if settings.exists() else None, source
 
 
 def _shards(index):
-    names = _json(index).get("weight_map")
+    names = read_json(index).get("weight_map")
     if not isinstance(names, dict) or any(Path(str(name)).name != name for name in names.values()):
         raise InputError(f"{index} has no weight_map from tensors to files beside it: get the file again.")
     files = [index.parent / name for name in sorted(set(names.values()))]
@@ -180,16 +197,6 @@ def _shards(index):
     return files
 
 
-def _json(path):
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise InputError(f"{path} cannot be read as JSON ({error}): get the file again.") from None
-    if not isinstance(value, dict):
-        raise InputError(f"{path} is not one JSON object: get the file again.")
-    return value
-
-
 def _open(files, stack) -> dict[str, _Tensor]:
     """All weights of some files by name without prefix; nothing but headers is read."""
     tensors = {}
@@ -197,6 +204,9 @@ def _open(files, stack) -> dict[str, _Tensor]:
         try:
             file = stack.enter_context(safe_open(path, framework="numpy"))
         except (SafetensorError, OSError) as error:
+            with contextlib.suppress(OSError), open(path, "rb") as pointer:
+                if pointer.read(40).startswith(b"version https://git-lfs"):
+                    raise InputError(f"{path} is a Git LFS pointer, not the weights: run git lfs pull.") from None
             raise InputError(f"{path} is damaged or no safetensors file ({error}): get it again.") from None
         for name in file.keys():
             short = name.removeprefix(_PREFIX)
@@ -227,16 +237,19 @@ def _differences(expected, found) -> list[str]:
 # --- Out --------------------------------------------------------------------------------------------------
 
 
-def write(directory: str | os.PathLike, config: GPTConfig, params, tokenizer=None) -> None:
+def write(directory: str | os.PathLike, config: GPTConfig, params, tokenizer=None, *, template: str | None = None,
+          generation: dict | None = None) -> None:  # fmt: skip
     """A directory that transformers' AutoModelForCausalLM and AutoTokenizer load, in float32.
 
     Args:
         directory: is made; it must not exist, or be empty. It appears complete or not at all.
         config, params: as gptjax.model.gpt.init gives them; jax or numpy arrays.
         tokenizer: a gptjax.data.tokenizer.Tokenizer, or None to leave its files out.
+        template: the kind of data/chat.py's Template the model was tuned with; 'chat' becomes a chat_template.
+        generation: settings for generation_config.json beside its token ids.
     Raises:
         InputError: banded attention, which neither layout can say; a directory with something in it, a full
-        disk; parameters that are not this configuration's; a tokenizer with more ids than the model.
+        disk; parameters that are not this configuration's, or not finite; a tokenizer with more ids than the model.
     """
     directory = _local(directory)
     _check_export(directory, config, tokenizer)
@@ -256,16 +269,20 @@ def write(directory: str | os.PathLike, config: GPTConfig, params, tokenizer=Non
             + "".join(f"\n  {fault}" for fault in faults)
             + "\nGive the configuration they were trained with."
         )
+    if broken := [name for name, tensor in tensors.items() if not np.isfinite(tensor).all()]:
+        raise InputError(
+            f"the parameters have NaN or infinite values in {_listed(broken)}: the model computes nothing else. Export "
+            "an earlier checkpoint (--step)."
+        )
     temporary = directory.parent / f".{directory.name}.{os.getpid()}.tmp"
     try:
         temporary.mkdir(parents=True)
         save_file(tensors, temporary / "model.safetensors", metadata={"format": "pt"})
-        eot = None if tokenizer is None else tokenizer.eot_id
-        dump(temporary / "config.json", settings_of(config, eot))
-        generation = {"bos_token_id": eot, "eos_token_id": eot, "pad_token_id": eot}
-        dump(temporary / "generation_config.json", {k: v for k, v in generation.items() if v is not None})
+        of_config, of_generation = token_ids(tokenizer)
+        dump(temporary / "config.json", settings_of(config, of_config))
+        dump(temporary / "generation_config.json", of_generation | (generation or {}))
         if tokenizer is not None:
-            write_tokenizer(temporary, config.context_length, tokenizer)
+            write_tokenizer(temporary, config.context_length, tokenizer, template)
         temporary.replace(directory)  # onto an empty directory too
     except (OSError, SafetensorError) as error:
         raise InputError(

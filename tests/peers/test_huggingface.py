@@ -13,11 +13,18 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from numerics import assert_close, model_terms
+from tokenizer_files import END, ROLES, write_legacy
 
-from gptjax.data.tokenizer import character_tokenizer, load_gpt1, train_bpe
+from gptjax import convert
+from gptjax.data.chat import Template, chat_tokenizer
+from gptjax.data.tokenizer import character_tokenizer, load_gpt1, make_tokenizer, train_bpe
+from gptjax.generation.sampling import Sampling
 from gptjax.interop import huggingface
+from gptjax.interop.hf_tokenizer import read_token_ids
 from gptjax.model import gpt
 from gptjax.model.spec import GPTConfig
+from gptjax.sample import continue_texts
+from gptjax.workdir import load_model
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # read when transformers is imported
 NEEDS = "needs torch and transformers: pip install -r requirements-peers.txt"
@@ -195,3 +202,125 @@ def test_greedy_text_is_the_same(tmp_path, norm, tied, kind, tokenizer_class):
     assert written.tolist() == ids
     assert theirs.decode(written) == tokenizer.decode(ids)
     assert len(set(ids[-24:])) >= 5
+
+
+# --- Added and special tokens -----------------------------------------------------------------------------
+
+ADDED = [END, "[NAME]", "<pad>", "<x>"]
+WITH_ADDED = ["hello [NAME] the cat", "the[NAME]cat  [NAME]\n", "<x> y <x>z", "  <x>  [NAME]", "a  <y>  cat"]
+
+
+def write_published(directory, layout, **config):
+    """The layouts that transformers reads: as version 3 wrote it, with tokenizer.json beside it, as version 5 does."""
+    write_legacy(directory, ADDED, ROLES | {"additional_special_tokens": ["<x>"]}, **config)
+    (directory / "config.json").write_text(json.dumps({"model_type": "gpt2"}))
+    if layout == "legacy":
+        return directory
+    tokenizer = transformers.AutoTokenizer.from_pretrained(directory)
+    tokenizer.add_tokens([transformers.AddedToken("<y>", lstrip=True, rstrip=True, normalized=False)])
+    tokenizer.save_pretrained(directory / "saved")
+    if layout == "slow":  # tokenizer_config.json alone says what was added, with its flags
+        path = directory / "saved/tokenizer_config.json"
+        added = {
+            str(i): {key: getattr(token, key) for key in ("content", "lstrip", "rstrip", "normalized", "special")}
+            for i, token in tokenizer.added_tokens_decoder.items()
+        }
+        path.write_text(json.dumps(json.loads(path.read_text()) | config | {"added_tokens_decoder": added}))
+        (directory / "saved/tokenizer.json").unlink()
+        for name in ("vocab.json", "merges.txt"):
+            (directory / "saved" / name).write_text((directory / name).read_text())
+    return directory / "saved"
+
+
+def assert_same_tokenizer(theirs, ours):
+    assert len(theirs) == ours.vocab_size
+    assert (theirs.eos_token_id, theirs.pad_token_id) == (ours.eot_id, ours.pad_id)
+    assert theirs.bos_token_id == ours.bos_id
+    begin = [ours.bos_id] if ours.specials.adds_bos else []
+    for text in WITH_ADDED:
+        assert theirs(text)["input_ids"] == begin + ours.encode(text), text
+    assert ours.eot_id not in ours.encode(f"a {theirs.eos_token}{theirs.pad_token}")  # where transformers has it
+
+
+@pytest.mark.parametrize("bos", [{}, {"add_bos_token": True}], ids=["", "bos"])
+@pytest.mark.parametrize("layout", ["legacy", "fast", "slow"])
+def test_added_tokens_in_and_out_again(tmp_path, layout, bos):
+    published = write_published(tmp_path / "published", layout, **bos)
+    theirs = transformers.AutoTokenizer.from_pretrained(published)
+    ours = make_tokenizer(str(published), list)
+    assert_same_tokenizer(theirs, ours)
+    assert ours.specials.adds_bos == bool(bos)
+
+    config = GPTConfig(ours.vocab_size, 1, 1, 16, 9)
+    huggingface.write(tmp_path / "a", config, random_params(config), ours.for_model(eos=[ours.eot_id, 7]))
+    again = transformers.AutoTokenizer.from_pretrained(tmp_path / "a")
+    assert_same_tokenizer(again, ours)
+    assert again.special_tokens_map == theirs.special_tokens_map
+    assert again.decode(again("hello [NAME]<x>")["input_ids"], skip_special_tokens=True) == "hello [NAME]"
+    settings = transformers.AutoConfig.from_pretrained(tmp_path / "a")
+    assert settings.eos_token_id == settings.bos_token_id == ours.eot_id
+    assert transformers.GenerationConfig.from_pretrained(tmp_path / "a").eos_token_id == [ours.eot_id, 7]
+    (tmp_path / "a/tokenizer_meta.json").unlink()  # what transformers knows is enough
+    found = make_tokenizer(str(tmp_path / "a"), list)
+    assert found.fingerprint == ours.fingerprint
+    assert found.for_model(**read_token_ids(tmp_path / "a")).stop_ids == (ours.eot_id, 7)
+
+
+@pytest.mark.parametrize("many", [False, True])
+def test_sampling_stops_where_transformers_does(tmp_path, many):
+    """At `</s>`, which config.json names, or at any of generation_config.json's."""
+    directory = write_published(tmp_path / "published", "legacy")
+    ours = make_tokenizer(str(directory), list)
+    config = GPTConfig(ours.vocab_size, 2, 2, 32, 48)
+    params = random_params(config, seed=1)
+    params["wte"] *= 0.1
+    huggingface.write(tmp_path / "a", config, params, ours)
+    model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "a")
+    prompt = torch.tensor([ours.encode("the cat")])
+    free = model.generate(prompt, max_new_tokens=24, do_sample=False, eos_token_id=None)[0].tolist()
+    later = free[prompt.shape[1] + 5]  # what it writes anyway ends it now
+    for name in ("tokenizer.json", "tokenizer_meta.json"):
+        (tmp_path / "a" / name).unlink()
+    path = tmp_path / "a" / ("generation_config.json" if many else "config.json")
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"eos_token_id": [1, later] if many else later}))
+    if not many:
+        (tmp_path / "a/generation_config.json").unlink()
+    model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "a")
+    expected = model.generate(prompt, max_new_tokens=24, do_sample=False)[0].tolist()
+    assert expected[-1] == later and len(expected) <= prompt.shape[1] + 6
+    convert.import_weights(tmp_path / "a", tmp_path / "w")
+    opened = load_model(tmp_path / "w")
+    text = continue_texts(opened, ["the cat"], max_new_tokens=24, sampling=Sampling(0.0), seed=0)[0]
+    assert text == ours.decode(expected[prompt.shape[1] : -1])
+
+
+CONVERSATION = [
+    {"role": "system", "content": "be kind. "},
+    {"role": "user", "content": " the cat?\n"},
+    {"role": "assistant", "content": "sat\n\n"},
+    {"role": "user", "content": "  and then  "},
+    {"role": "assistant", "content": "{{ ran }}"},
+]
+
+
+@pytest.mark.parametrize("kind", ["own", "imported", "char"])
+def test_chat_template_gives_the_same_ids(tmp_path, kind):
+    if kind == "imported":
+        base = make_tokenizer(str(write_published(tmp_path / "published", "fast")), list)
+    else:
+        base = train_bpe(TEXT, 300) if kind == "own" else character_tokenizer([str(CONVERSATION), "\n"])
+    ours = chat_tokenizer(base)
+    template = Template(ours, "chat")
+    config = GPTConfig(ours.vocab_size, 1, 1, 16, 9)
+    huggingface.write(tmp_path / "a", config, random_params(config), ours, template="chat")
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path / "a")
+    assert (theirs.eos_token_id, theirs.pad_token_id) == (template.eos_id, template.pad_id)
+    for messages in (CONVERSATION, CONVERSATION[1:], CONVERSATION[:3], CONVERSATION[1:3]):
+        ids = theirs.apply_chat_template(messages, return_dict=False)
+        assert ids == template.conversation(messages)[0]
+        prompt = theirs.apply_chat_template(messages[:-1], add_generation_prompt=True, return_dict=False)
+        assert prompt == template.prompt(messages[:-1])
+    assert prompt == template.prompt(CONVERSATION[1]["content"])  # one turn, given as text
+    for wrong in (CONVERSATION[2:], CONVERSATION[1:2] * 2, CONVERSATION[1:] + CONVERSATION[:1]):
+        with pytest.raises(Exception, match="a system turn may come first, then user and assistant alternate"):
+            theirs.apply_chat_template(wrong)
