@@ -7,7 +7,7 @@ TRL := .venv-trl
 ACCELERATOR ?= $(shell if nvidia-smi -L >/dev/null 2>&1; then echo 'jax[cuda12]'; \
 	elif ls /dev/accel0 /dev/vfio/0 >/dev/null 2>&1; then echo 'jax[tpu]'; fi)
 export JAX_COMPILATION_CACHE_DIR ?= $(CURDIR)/.jax_cache
-export JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS ?= 0.5
+export JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS ?= 0
 
 # Tests run in so many processes, whole files at a time; 0 is one process, as plain `pytest` is.
 WORKERS ?= 2

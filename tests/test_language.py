@@ -203,7 +203,8 @@ def test_token_log_probs_and_entropy_over_eight_devices(chunk):
     with jax.set_mesh(mesh):
         placed = jax.device_put((x, w), NamedSharding(mesh, PartitionSpec(None, None)))
         compiled = found.lower(*placed).compile()
-    assert_close(compiled(*placed), expected, terms=TERMS)
+    # the entropy is a difference of what log-probabilities are sums of
+    assert_close(compiled(*placed), expected, terms=TERMS, scale=float(np.abs(expected[0]).max()))
 
 
 @pytest.mark.parametrize("chunk", [8, 64])
