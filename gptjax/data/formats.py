@@ -357,7 +357,7 @@ def _python_value(scalar: Any) -> Any:
     except UnicodeDecodeError as error:
         return Unreadable(f"isn't UTF-8 ({error.reason} at byte offset {error.start})")
     except Exception as error:
-        return Unreadable(f"is a {scalar.type} that Python has no value for ({error})")
+        return Unreadable(f"is a {scalar.type} that Python has no value for ({str(error).partition('. ')[0]})")
 
 
 def _array_record(file: File, text_field: str) -> Iterator[Document]:
