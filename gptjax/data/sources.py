@@ -15,7 +15,7 @@ import platform
 import sysconfig
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any, NamedTuple
 
 import fsspec
@@ -142,12 +142,12 @@ def _file_rows(source: str) -> Iterator[tuple[str, Any]]:
         )
     for file in other:
         skipped.add(file.name, file.size)
-    skipped.stop_if_most("that hold no rows")
+    skipped.stop_if_most("that hold no rows", count_files=False)
     for file in found.files:
         if may_hold_rows(file.name):
             with _readable(file):
                 yield from read_rows(file, skipped.add if found.in_directory else None)
-    skipped.report("that hold no rows")
+    skipped.report("that hold no rows", count_files=False)
 
 
 class _Skipped:
@@ -161,19 +161,21 @@ class _Skipped:
         self._names.append(name)
         self._bytes += size
 
-    def stop_if_most(self, kind: str, count_files: bool = False) -> None:
-        """InputError: most of the directory's bytes were skipped or, with count_files, most of its files."""
+    def stop_if_most(self, kind: str, count_files: bool) -> None:
+        """InputError: most of the directory's bytes were skipped or, with count_files, most of its files (rows often
+        have a README and a license beside them)."""
         total = sum(file.size for file in self._found.files)
         names = [*self._found.broken, *self._names]
         files = len(self._found.files) + len(self._found.broken)
         if self._bytes * 2 > total or (count_files and len(names) * 2 > files):
+            pattern = os.path.join(self._source, "*.txt" if count_files else "*.jsonl")
             raise InputError(
                 f"most of source {self._source!r} would be skipped: {len(names)} of {files} files "
                 f"({self._bytes:,} of {total:,} bytes) {kind}: {_named(names)}. Convert them, or name the files to "
-                f"read with a pattern such as {os.path.join(self._source, '*.txt')}"
+                f"read with a pattern such as {pattern}"
             )
 
-    def report(self, kind: str, count_files: bool = False) -> None:
+    def report(self, kind: str, count_files: bool) -> None:
         self.stop_if_most(kind, count_files)
         broken = self._found.broken
         said = []
@@ -227,6 +229,13 @@ def _found(source: str) -> Found:
         ) from None
     if isinstance(fs, LocalFileSystem):
         fs = FollowingLinks()
+    try:
+        return _listed(source, fs, path)
+    except PermissionError as error:  # a folder in it, whose files would be missing
+        raise InputError(f"can't list {error.filename} of source {source!r} ({error}); check its permissions") from None
+
+
+def _listed(source: str, fs: Any, path: str) -> Found:
     if fs.isfile(path):
         return Found([_file(fs, path, fs.info(path), os.path.dirname(path))], False)
     if fs.isdir(path):
@@ -288,7 +297,8 @@ class FollowingLinks(LocalFileSystem):
                 out[path] = self._described(path, os.stat(path), "directory", False)
             above, parent = set(), os.path.realpath(path)
             while parent != (parent := os.path.dirname(parent)):
-                above.add(_identity(os.stat(parent)))
+                with suppress(OSError):
+                    above.add(_identity(os.stat(parent)))
             self._walk(path, maxdepth, withdirs, False, above, out)
         elif os.path.isfile(path):
             out[path] = self._described(path, os.stat(path), "file", False)
