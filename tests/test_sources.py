@@ -16,8 +16,8 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-from gptjax.data.formats import python_values
 from gptjax.data.sources import Document, Row, documents, fingerprint, rows
+from gptjax.data.values import python_values
 from gptjax.errors import InputError
 
 
