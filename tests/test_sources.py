@@ -16,8 +16,8 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-from gptjax.data.formats import python_values
 from gptjax.data.sources import Document, Row, documents, fingerprint, rows
+from gptjax.data.values import python_values
 from gptjax.errors import InputError
 
 
@@ -391,6 +391,21 @@ def test_link_loops_and_broken_links_are_named(tmp_path):
     assert [d.name for d in read(tmp_path / "sub" / "**" / "*.txt")] == ["b.txt"]
     with pytest.raises(InputError, match="a link to nowhere.txt, which isn't there"):
         read(tmp_path / "gone.txt")
+
+
+def test_a_folder_that_cannot_be_listed_is_named(tmp_path, monkeypatch):
+    (tmp_path / "sub").mkdir()
+    (tmp_path / "a.txt").write_text("a")
+    scan = os.scandir
+
+    def refused(path):
+        if str(path).endswith("sub"):
+            raise PermissionError(13, "Permission denied", path)
+        return scan(path)
+
+    monkeypatch.setattr(os, "scandir", refused)  # a superuser, as in a container, may list everything
+    with pytest.raises(InputError, match=f"can't list {tmp_path}/sub of source"):
+        read(tmp_path)
 
 
 # --- compressed -------------------------------------------------------------------------------------------

@@ -39,6 +39,8 @@ class DataConfig:
     def __post_init__(self):
         if self.split not in (None, *HOW):
             raise InputError(f"data.split={self.split!r} is none of {', '.join(HOW)}")
+        if self.document_separator == "":
+            raise InputError("data.document_separator is empty; give the text that stands between documents")
         if self.mixture and (min(self.mixture.values()) < 0 or sum(self.mixture.values()) <= 0):
             raise InputError("data.mixture: weights are >= 0 and not all 0.")
 

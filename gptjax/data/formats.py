@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import codecs
 import itertools
-import json
 import os
 import tempfile
 from collections.abc import Callable, Iterator
 from typing import Any, BinaryIO, NamedTuple
 
 from gptjax.data.compression import Part, parts, uncompressed_name
+from gptjax.data.values import Unreadable, parse_json, python_values
 from gptjax.errors import InputError
 
 _JSON_LINES = (".jsonl", ".ndjson")
@@ -37,19 +37,6 @@ class File(NamedTuple):
     name: str
     size: int
     stamp: str  # modification time or etag, whatever the file system keeps
-
-
-class Unreadable:
-    """A value that has no Python form, in the place of it: an error only where the value is needed.
-
-    reason: a sentence's end, as "isn't UTF-8 (invalid start byte at byte offset 3)".
-    """
-
-    def __init__(self, reason: str):
-        self.reason = reason
-
-    def __repr__(self) -> str:
-        return f"<a value that {self.reason}>"
 
 
 class NotText(Exception):
@@ -251,28 +238,6 @@ def _one_value(first: bytes, stream: BinaryIO) -> tuple[list | None, Iterator[by
     raise NotRows(reason, data, value)
 
 
-def parse_json(text: str | bytes) -> Any:
-    """json.loads; an integer of more digits than Python converts is an Unreadable.
-
-    ValueError: no JSON, not UTF-8, or nested deeper than Python's parser goes.
-    """
-    try:
-        return json.loads(text)
-    except (json.JSONDecodeError, UnicodeDecodeError):
-        raise
-    except RecursionError:
-        raise ValueError("lists or objects nested too deep") from None
-    except ValueError:  # of int(), which takes no more than sys.get_int_max_str_digits() digits
-        return json.loads(text, parse_int=_integer)
-
-
-def _integer(digits: str) -> Any:
-    try:
-        return int(digits)
-    except ValueError:
-        return Unreadable(f"is an integer of {len(digits)} digits")
-
-
 def text_of(row: Any, text_field: str, where: str) -> str:
     """The text in a field of a row. InputError, which says where: no such field, or no text in it."""
     if isinstance(row, InputError):
@@ -329,37 +294,6 @@ def _parquet_rows(file: File, column: str | None = None) -> Iterator[tuple[int, 
             if getattr(error, "errno", None) is not None:  # of the disk
                 raise
             raise InputError(f"{file.path} isn't a whole Parquet file ({error}); get it again") from None
-
-
-def python_values(array: Any) -> list:
-    """A pyarrow array's to_pylist(), with an Unreadable for each value, however deep, that has no Python form:
-    nanoseconds, dates out of range, unknown time zones, strings that aren't UTF-8."""
-    import pyarrow.types as kinds
-
-    try:
-        return array.to_pylist()
-    except Exception:  # whatever a type raises: each value by itself
-        pass
-    kind = array.type
-    if kinds.is_struct(kind):
-        names = [field.name for field in kind]
-        fields = [python_values(array.field(i)) for i in range(len(names))]
-        rows = [dict(zip(names, row, strict=True)) for row in zip(*fields, strict=True)]
-        return [row if here else None for row, here in zip(rows, array.is_valid().to_pylist(), strict=True)]
-    if kinds.is_list(kind) or kinds.is_large_list(kind) or kinds.is_fixed_size_list(kind):
-        items = iter(python_values(array.flatten()))
-        lengths = array.value_lengths().to_pylist()
-        return [None if n is None else list(itertools.islice(items, n)) for n in lengths]
-    return [_python_value(array[i]) for i in range(len(array))]
-
-
-def _python_value(scalar: Any) -> Any:
-    try:
-        return scalar.as_py()
-    except UnicodeDecodeError as error:
-        return Unreadable(f"isn't UTF-8 ({error.reason} at byte offset {error.start})")
-    except Exception as error:
-        return Unreadable(f"is a {scalar.type} that Python has no value for ({error})")
 
 
 def _array_record(file: File, text_field: str) -> Iterator[Document]:

@@ -22,6 +22,7 @@ import fsspec
 from fsspec.implementations.local import LocalFileSystem
 
 from gptjax.data.formats import Document, File, may_hold_rows, read_documents, read_rows, split_document, text_of
+from gptjax.data.links import FollowingLinks, once
 from gptjax.data.tokenizer import END_OF_TEXT
 from gptjax.errors import InputError
 
@@ -142,12 +143,12 @@ def _file_rows(source: str) -> Iterator[tuple[str, Any]]:
         )
     for file in other:
         skipped.add(file.name, file.size)
-    skipped.stop_if_most("that hold no rows")
+    skipped.stop_if_most("that hold no rows", count_files=False)
     for file in found.files:
         if may_hold_rows(file.name):
             with _readable(file):
                 yield from read_rows(file, skipped.add if found.in_directory else None)
-    skipped.report("that hold no rows")
+    skipped.report("that hold no rows", count_files=False)
 
 
 class _Skipped:
@@ -161,19 +162,21 @@ class _Skipped:
         self._names.append(name)
         self._bytes += size
 
-    def stop_if_most(self, kind: str, count_files: bool = False) -> None:
-        """InputError: most of the directory's bytes were skipped or, with count_files, most of its files."""
+    def stop_if_most(self, kind: str, count_files: bool) -> None:
+        """InputError: most of the directory's bytes were skipped or, with count_files, most of its files (rows often
+        have a README and a license beside them)."""
         total = sum(file.size for file in self._found.files)
         names = [*self._found.broken, *self._names]
         files = len(self._found.files) + len(self._found.broken)
         if self._bytes * 2 > total or (count_files and len(names) * 2 > files):
+            pattern = os.path.join(self._source, "*.txt" if count_files else "*.jsonl")
             raise InputError(
                 f"most of source {self._source!r} would be skipped: {len(names)} of {files} files "
                 f"({self._bytes:,} of {total:,} bytes) {kind}: {_named(names)}. Convert them, or name the files to "
-                f"read with a pattern such as {os.path.join(self._source, '*.txt')}"
+                f"read with a pattern such as {pattern}"
             )
 
-    def report(self, kind: str, count_files: bool = False) -> None:
+    def report(self, kind: str, count_files: bool) -> None:
         self.stop_if_most(kind, count_files)
         broken = self._found.broken
         said = []
@@ -227,6 +230,13 @@ def _found(source: str) -> Found:
         ) from None
     if isinstance(fs, LocalFileSystem):
         fs = FollowingLinks()
+    try:
+        return _listed(source, fs, path)
+    except PermissionError as error:  # a folder in it, whose files would be missing
+        raise InputError(f"can't list {error.filename} of source {source!r} ({error}); check its permissions") from None
+
+
+def _listed(source: str, fs: Any, path: str) -> Found:
     if fs.isfile(path):
         return Found([_file(fs, path, fs.info(path), os.path.dirname(path))], False)
     if fs.isdir(path):
@@ -253,78 +263,9 @@ def _sorted(fs: Any, root: str, found: dict[str, dict], in_directory: bool) -> F
     if in_directory:
         found = {p: i for p, i in found.items() if not any(part.startswith(".") for part in name(p).split("/"))}
     of_type = lambda kind: sorted(path for path, info in found.items() if info["type"] == kind)
-    paths, repeated = _once(of_type("file"), found)
+    paths, repeated = once(of_type("file"), found)
     files = sorted((_file(fs, path, found[path], root) for path in paths), key=lambda f: f.name)
     return Found(files, in_directory, *([name(p) for p in ps] for ps in (of_type("broken"), of_type("loop"), repeated)))
-
-
-def _once(paths: list[str], found: dict[str, dict]) -> tuple[list[str], list[str]]:
-    """(paths without those that only show a file again through a link, those).
-
-    Else a document could be trained on and held out at once. Of several names, one with a suffix stays (the Hub's cache
-    keeps data in blobs/ under hashes and links to it under names), and the file's own rather than a link's.
-    """
-    names: dict[Any, list[str]] = {}
-    for path in paths:
-        names.setdefault(found[path].get("identity", path), []).append(path)
-    repeated = set()
-    for same in names.values():
-        if len(same) > 1 and any(found[path]["linked"] for path in same):
-            same.sort(key=lambda p: ("." not in os.path.basename(p), found[p]["linked"], p))
-            repeated.update(same[1:])
-    return [path for path in paths if path not in repeated], sorted(repeated)
-
-
-class FollowingLinks(LocalFileSystem):
-    """Local files, where find() and glob() take a link for what it points to: fsspec's own leave links out."""
-
-    def find(self, path, maxdepth=None, withdirs=False, detail=False, **kwargs):
-        """As fsspec's, with the types 'broken' (a link to nothing) and 'loop' (to a folder above, not followed), and
-        in each info whether a link led there ('linked') and the file's 'identity', whatever its name."""
-        path = self._strip_protocol(path)
-        out: dict[str, dict] = {}
-        if os.path.isdir(path):
-            if withdirs:
-                out[path] = self._described(path, os.stat(path), "directory", False)
-            above, parent = set(), os.path.realpath(path)
-            while parent != (parent := os.path.dirname(parent)):
-                above.add(_identity(os.stat(parent)))
-            self._walk(path, maxdepth, withdirs, False, above, out)
-        elif os.path.isfile(path):
-            out[path] = self._described(path, os.stat(path), "file", False)
-        return dict(sorted(out.items())) if detail else sorted(out)
-
-    def _walk(self, folder, depth, withdirs, linked, above, out):
-        above = above | {_identity(os.stat(folder))}
-        with os.scandir(folder) as entries:
-            for entry in entries:
-                path = f"{folder.rstrip('/')}/{entry.name}"
-                link = linked or entry.is_symlink()
-                try:
-                    stat = os.stat(path)
-                except OSError:
-                    if entry.is_symlink():
-                        out[path] = {"name": path, "size": 0, "type": "broken"}
-                    continue  # else removed meanwhile
-                if not entry.is_dir():
-                    out[path] = self._described(path, stat, "file" if entry.is_file() else "other", link)
-                elif _identity(stat) in above:
-                    out[path] = {"name": path, "size": 0, "type": "loop"}
-                else:
-                    if withdirs:
-                        out[path] = self._described(path, stat, "directory", link)
-                    if depth is None or depth > 1:
-                        self._walk(path, depth and depth - 1, withdirs, link, above, out)
-
-    def _described(self, path, stat, kind, linked):
-        return {
-            "name": path, "size": stat.st_size, "type": kind, "mtime": stat.st_mtime, "linked": linked,
-            "identity": _identity(stat),
-        }  # fmt: skip
-
-
-def _identity(stat: os.stat_result) -> tuple[int, int]:
-    return stat.st_dev, stat.st_ino
 
 
 def _file(fs: Any, path: str, info: dict, root: str) -> File:
