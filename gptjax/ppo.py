@@ -187,7 +187,8 @@ def ppo(config: mlc.ConfigDict, workdir: str, reward_fn: Callable | None = None)
             needed=c.ppo.ptx_coefficient > 0, resumed=known or not hosts.first(),
         )
     )  # fmt: skip
-    configs.claim_workdir(workdir, "ppo", c, **sections)
+    if not known:
+        configs.claim_workdir(workdir, "ppo", c, **sections)
 
     # --- abstract state, shardings, the jitted phases ---
     policy_tx, value_tx = make_optimizer(c.optimizer), make_optimizer(c.value_optimizer)

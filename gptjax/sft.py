@@ -168,7 +168,8 @@ def sft(config: mlc.ConfigDict, workdir: str) -> bool:
                 resumed=known or not hosts.first(),
             )
         )  # fmt: skip
-    configs.claim_workdir(workdir, "sft", c, **sections)
+    if not known:
+        configs.claim_workdir(workdir, "sft", c, **sections)
     here = hosts.batch_rows(batch_sharding(mesh, 0), c.microbatch_rows)
     kind = {"byte_lengths": tokenizer.byte_lengths, "loss_on": c.data.loss_on, "here": here}
     batches = DemonstrationBatches(packed, c.batch_size, c.seed, mix=mix, mix_fraction=c.mix.fraction, **kind)

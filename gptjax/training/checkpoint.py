@@ -176,9 +176,11 @@ class Checkpointer:
             training=ocp.args.PyTreeSave(training),
             meta=ocp.args.JsonSave(record),
         )
-        if not self._guarded(step, lambda: self.manager.save(step, args=items)):
-            return False
-        return self._trusted or (self.wait() and self._read_back(step, {"params": params, "training": training}))
+        started = self._guarded(step, lambda: self.manager.save(step, args=items))
+        if self._trusted:
+            return started
+        written = hosts.all_true(started and self.wait())
+        return written and self._read_back(step, {"params": params, "training": training})
 
     def save_params(self, step: int, params, meta: dict | None = None):
         """Weights alone, as an import or a frozen model has them."""
