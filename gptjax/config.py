@@ -175,9 +175,9 @@ def define_flags():
     flags.mark_flags_as_required(["config", "workdir"])
 
 
-def define_path(name: str, default: str | None, help: str):
+def define_path(name: str, default: str | None, help: str, required: bool = False):
     """A flag for a path, in which `~` is the home directory."""
-    flags.DEFINE(_PathParser(), name, default, help, serializer=flags.ArgumentSerializer())
+    flags.DEFINE(_PathParser(), name, default, help, serializer=flags.ArgumentSerializer(), required=required)
 
 
 def define_step():

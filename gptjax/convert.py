@@ -1,7 +1,7 @@
 """Weights in from, and out to, Hugging Face's layout (GPT-1 and GPT-2, safetensors).
 
     python -m gptjax.convert --from=hf --input=DIR_OR_SAFETENSORS --workdir=runs/gpt2 [--tokenizer=DIR|none]
-    python -m gptjax.convert --to=hf --output=DIR --workdir=runs/x [--step=N]
+    python -m gptjax.convert --to=hf --output=DIR --workdir=runs/x [--step=N|best]
 
 Into a workdir: sample, evaluate and every later stage open it as one of our own; train on from it with
 --config.init_from. With --tokenizer=none it reads and writes no text: pre-training goes on from it with a tokenizer

@@ -187,7 +187,8 @@ def ppo(config: mlc.ConfigDict, workdir: str, reward_fn: Callable | None = None)
             needed=c.ppo.ptx_coefficient > 0, resumed=known or not hosts.first(),
         )
     )  # fmt: skip
-    configs.claim_workdir(workdir, "ppo", c, **sections)
+    if not known:
+        configs.claim_workdir(workdir, "ppo", c, **sections)
     more_left_out = held_out.left_out if c.eval.source else LeftOut()
     hosts.only_first(lambda: (prompts.left_out + more_left_out).write(workdir))
 

@@ -176,7 +176,8 @@ def sft(config: mlc.ConfigDict, workdir: str) -> bool:
                 resumed=known or not hosts.first(),
             )
         )  # fmt: skip
-    configs.claim_workdir(workdir, "sft", c, **sections)
+    if not known:
+        configs.claim_workdir(workdir, "sft", c, **sections)
     hosts.only_first(lambda: demonstrations.left_out.write(workdir))
     here = hosts.batch_rows(batch_sharding(mesh, 0), c.microbatch_rows)
     kind = {"byte_lengths": tokenizer.byte_lengths, "loss_on": c.data.loss_on, "here": here}

@@ -97,7 +97,7 @@ def load_base(init_from, workdir, *, mesh: jax.sharding.Mesh) -> Model:
     """The model that a run begins from. Where its folder is gone and the run in `workdir` has checkpoints, it
     is what the run's config and tokenizer tell of it, without weights (params is None): nothing more is needed."""
     base, workdir = paths.local(init_from), paths.local(workdir)
-    if base.exists() or not configs.has_checkpoints(workdir):
+    if not configs.has_checkpoints(workdir) or base.exists():
         return load_model(base, mesh=mesh)
     hosts.say(f"note: {base} is not there any more; the run goes on from its own checkpoint")
     run = configs.read_config(workdir)

@@ -422,15 +422,15 @@ def test_weights_of_another_run_to_start_from(trained, text, tmp_path):
         pretrain(tiny(text, model__n_layer=3, **same), str(tmp_path / "other"))
 
 
-def test_a_run_goes_on_without_the_weights_it_began_with(trained, text, tmp_path, capsys):
-    base = shutil.copytree(trained[0], tmp_path / "base")
+def test_a_run_goes_on_without_the_weights_it_began_with(trained, text, tmp_path):
+    base = shutil.copytree(trained[0], tmp_path / "[2026]" / "base")
     same = {"init_from": str(base), "model__vocab_size": 10}
-    pretrain(tiny(text, steps=1, **same), str(tmp_path / "run"))
-    origin = read_config(tmp_path / "run")["origin"]
+    pretrain(tiny(text, steps=1, **same), str(tmp_path / "[2026]" / "run"))
+    origin = read_config(tmp_path / "[2026]" / "run")["origin"]
     assert origin["init_from_step"] == STEPS and len(origin["init_from_weights"]) == 64
     shutil.rmtree(base)
-    assert pretrain(tiny(text, steps=2, **same), str(tmp_path / "run")) is True
-    assert read_config(tmp_path / "run")["origin"] == origin
+    assert pretrain(tiny(text, steps=2, **same), str(tmp_path / "[2026]" / "run")) is True
+    assert read_config(tmp_path / "[2026]" / "run")["origin"] == origin
 
 
 def test_eight_devices_are_what_these_tests_run_on():

@@ -57,6 +57,14 @@ def test_in_and_out_again_is_bitwise_and_the_workdir_is_whole(exported, tokenize
     assert continue_texts(second, ["the cat"], max_new_tokens=8, sampling=Sampling(0.0), seed=0)[0] == text
 
 
+def test_folders_with_characters_of_patterns(exported, tmp_path):
+    directory, _, params = exported
+    convert.import_weights(shutil.copytree(directory, tmp_path / "in[1]"), tmp_path / "[2026] a*" / "w")
+    assert not (tmp_path / "[2026] a*" / "w" / "lock").exists()
+    convert.export_weights(tmp_path / "[2026] a*" / "w", tmp_path / "out[1]")
+    jax.tree.map(np.testing.assert_array_equal, huggingface.read(tmp_path / "out[1]")[1], params)
+
+
 def test_a_single_file_takes_a_given_tokenizer(exported, tokenizer, tmp_path):
     directory, config, _ = exported
     bare = tmp_path / "bare"

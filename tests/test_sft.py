@@ -309,14 +309,14 @@ def test_a_finished_run_can_be_made_longer(pretrained, alignment, tmp_path):
 
 
 def test_a_base_that_is_gone_is_not_needed_any_more(pretrained, alignment, tmp_path, capsys):
-    base = shutil.copytree(pretrained, tmp_path / "base")
-    sft(sft_config(base, alignment["demonstrations"], steps=2, **RESUMED), str(tmp_path / "run"))
+    base, options = shutil.copytree(pretrained, tmp_path / "base"), {"samples__count": 2}
+    sft(sft_config(base, alignment["demonstrations"], steps=2, **options), str(tmp_path / "run"))
     weights = read_config(tmp_path / "run")["origin"]["init_from_weights"]
     assert len(weights) == 64
     shutil.rmtree(base)
     with pytest.raises(InputError, match=f"{base} is not a workdir: there is no such folder"):
-        sft(sft_config(base, alignment["demonstrations"], steps=4, **RESUMED), str(tmp_path / "new"))
-    assert sft(sft_config(base, alignment["demonstrations"], steps=4, **RESUMED), str(tmp_path / "run")) is True
+        sft(sft_config(base, alignment["demonstrations"], steps=4, **options), str(tmp_path / "new"))
+    assert sft(sft_config(base, alignment["demonstrations"], steps=4, **options), str(tmp_path / "run")) is True
     assert "goes on from its own checkpoint" in capsys.readouterr().out
     assert read_config(tmp_path / "run")["origin"]["init_from_weights"] == weights
 

@@ -196,10 +196,10 @@ def say(result: dict):
 
 if __name__ == "__main__":
     FLAGS = flags.FLAGS
-    flags.DEFINE_string("data", None, "The folder of UKPConvArg's .csv files.", required=True)
-    flags.DEFINE_string("text", "../shared/data/lm/books_small/train", "Text to pre-train on, or 'stdlib'.")
-    flags.DEFINE_string("workdir", None, "Where everything of this run is kept.", required=True)
-    flags.DEFINE_string("results", None, "Another file for the results.")
+    configs.define_path("data", None, "The folder of UKPConvArg's .csv files.", required=True)
+    configs.define_path("text", "../shared/data/lm/books_small/train", "Text to pre-train on, or 'stdlib'.")
+    configs.define_path("workdir", None, "Where everything of this run is kept.", required=True)
+    configs.define_path("results", None, "Another file for the results.")
     flags.DEFINE_integer("folds", 3, "Parts that the topics are dealt out into.", lower_bound=2)
     flags.DEFINE_integer("seed", 0, "Seed of the folds and of all training.")
     configs.run(main)

@@ -14,6 +14,7 @@ checkpoint that a start writes is read back at once, before the training after i
 import dataclasses
 import glob
 import hashlib
+import itertools
 import json
 import math
 import sys
@@ -110,7 +111,7 @@ class _LocalPath(gpath.PosixGPath):
         return (self / found for found in glob.glob(pattern, root_dir=self))
 
 
-_READ_BACK = 2**30  # bytes of arrays whose digests are compared when the first checkpoint is read back
+_READ_BACK = 2**28  # bytes of an item's arrays that are compared when the first checkpoint is read back
 
 
 class _Keep(preservation_policy.PreservationPolicy):
@@ -179,9 +180,11 @@ class Checkpointer:
             training=ocp.args.PyTreeSave(training),
             meta=ocp.args.JsonSave(record),
         )
-        if not self._guarded(step, lambda: self.manager.save(step, args=items)):
-            return False
-        return self._trusted or (self.wait() and self._read_back(step, {"params": params, "training": training}))
+        started = self._guarded(step, lambda: self.manager.save(step, args=items))
+        if self._trusted:
+            return started
+        written = hosts.all_true(started and self.wait())
+        return written and self._read_back(step, {"params": params, "training": training})
 
     def save_params(self, step: int, params, meta: dict | None = None):
         """Weights alone, as an import or a frozen model has them."""
@@ -192,20 +195,16 @@ class Checkpointer:
         self._read_back(step, {"params": params})
 
     def _read_back(self, step: int, items: dict) -> bool:
-        """Restores arrays of a checkpoint just written and compares their digests: the smallest ones first, one of each
-        item at least, up to _READ_BACK bytes, so that a large model costs neither much time nor a second copy."""
-        leaves = sorted(jax.tree.leaves(items), key=lambda x: x.nbytes)
-        total, most = 0, 0
-        for x in leaves:
-            total += x.nbytes
-            most = x.nbytes if total <= _READ_BACK else most
+        """Restores arrays of a checkpoint just written and compares their digests: of each item the smallest, up to
+        _READ_BACK bytes, so that a large model costs neither much time nor a second copy."""
 
         def chosen(tree):
-            limit = max(most, min(x.nbytes for x in jax.tree.leaves(tree)))
-            return jax.tree.map(
-                lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding) if x.nbytes <= limit else ...,
-                jax.tree.map(jnp.asarray, tree),
-            )
+            leaves, structure = jax.tree.flatten(tree)
+            order = sorted(range(len(leaves)), key=lambda i: leaves[i].nbytes)
+            ends = itertools.accumulate(leaves[i].nbytes for i in order)
+            read = set(order[: max(1, sum(end <= _READ_BACK for end in ends))])
+            shape = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding)
+            return structure.unflatten([shape(x) if i in read else ... for i, x in enumerate(leaves)])
 
         reason = "another host cannot read it"
         try:
