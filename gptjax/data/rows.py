@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
@@ -207,6 +208,11 @@ def load(
         raise InputError(_message(wrong, made, flags))
     if not made:
         raise InputError(f"source {source!r}: all {len(left_out)} rows were left out: {left_out}; {left_out.first()}")
+    if len(left_out) > len(made):
+        warnings.warn(
+            f"source {source!r}: more rows are left out ({left_out}) than used ({len(made):,}); {left_out.first()}",
+            stacklevel=2,
+        )
     return made, left_out
 
 
