@@ -116,7 +116,8 @@ def test_the_first_ten_are(tmp_path):
 
 
 def test_bad_rows_are_dropped_and_written_down(tmp_path):
-    loaded = prompts(bad_lines(tmp_path / "x.jsonl", bad=5), bad_rows="drop")
+    with pytest.warns(UserWarning, match=r"more rows are left out \(5 bad\) than used \(4\); .*x.jsonl:5: "):
+        loaded = prompts(bad_lines(tmp_path / "x.jsonl", bad=5), bad_rows="drop")
     assert loaded.texts == ["a"] * 4 and len(loaded.left_out) == 5 and str(loaded.left_out) == "5 bad"
     loaded.left_out.write(tmp_path)
     written = [json.loads(line) for line in (tmp_path / "dropped_rows.jsonl").read_text().splitlines()]

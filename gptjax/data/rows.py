@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
@@ -196,7 +197,7 @@ def load(
         else:
             wrong.append((where, error, reason))
             if len(wrong) == _MOST_ERRORS:
-                raise InputError(_told(wrong, made, flags)) from None
+                raise InputError(_message(wrong, made, flags)) from None
 
     for row in sources.rows(source, refuse):
         try:
@@ -204,13 +205,18 @@ def load(
         except InputError as error:
             refuse(row.where, error)
     if wrong:
-        raise InputError(_told(wrong, made, flags))
+        raise InputError(_message(wrong, made, flags))
     if not made:
         raise InputError(f"source {source!r}: all {len(left_out)} rows were left out: {left_out}; {left_out.first()}")
+    if len(left_out) > len(made):
+        warnings.warn(
+            f"source {source!r}: more rows are left out ({left_out}) than used ({len(made):,}); {left_out.first()}",
+            stacklevel=2,
+        )
     return made, left_out
 
 
-def _told(wrong: list[tuple[str, InputError, str]], good: list, flags: str | None) -> str:
+def _message(wrong: list[tuple[str, InputError, str]], good: list, flags: str | None) -> str:
     """One message for all the bad rows: places that share a reason are named together. good: the rows that are not."""
     places: dict[str, list[str]] = {}
     for where, _, reason in wrong:
@@ -226,12 +232,12 @@ def _told(wrong: list[tuple[str, InputError, str]], good: list, flags: str | Non
 
 def _together(places: list[str]) -> str:
     """'x.jsonl:3, 5, y.jsonl:1' of 'x.jsonl:3', 'x.jsonl:5', 'y.jsonl:1'."""
-    told, last = [], None
+    listed, last = [], None
     for place in places:
         file = place.rstrip("0123456789")
-        told.append(place[len(file) :] if file == last else place)
+        listed.append(place[len(file) :] if file == last else place)
         last = file
-    return ", ".join(told)
+    return ", ".join(listed)
 
 
 def load_split(
