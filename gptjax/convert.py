@@ -25,6 +25,8 @@ from gptjax.errors import InputError
 from gptjax.interop import huggingface
 from gptjax.interop.hf_tokenizer import CHAT_TEMPLATE, read_json, read_token_ids
 from gptjax.model.spec import parameter_count
+from gptjax.parallel.mesh import MeshConfig, make_mesh
+from gptjax.rlhf.reward_model import load_reward_model
 from gptjax.training.checkpoint import Checkpointer
 from gptjax.training.precision import PrecisionConfig
 from gptjax.workdir import Model, load_model
@@ -130,14 +132,27 @@ def export_weights(workdir, output, step: int | str | None = None):
     What the format cannot keep is printed, a line each.
     """
     run = configs.read_config(workdir)
-    model = load_model(workdir, step=step, needs_tokenizer=False)
+    if run.get("stage") == "reward":
+        model, head = _reward_model(workdir, step)
+    else:
+        model, head = load_model(workdir, step=step, needs_tokenizer=False), None
     huggingface.write(
         output, model.config, jax.tree.map(np.asarray, model.params), model.tokenizer, template=model.template,
-        generation=_generation(run),
+        generation=_generation(run), head=head,
     )  # fmt: skip
     for note in _export_notes(run, model):
         print(f"note: {note}")
     return model
+
+
+def _reward_model(workdir, step: int | None) -> tuple[Model, dict]:
+    """(trunk, head) of a reward model, normalised."""
+    mesh = make_mesh(MeshConfig(), jax.devices()[:1])
+    judge = load_reward_model(workdir, mesh=mesh)
+    if step not in (None, judge.step):
+        raise InputError(f"--step={step}: a reward model is exported as it was normalised, at step {judge.step}.")
+    trunk, head = judge.params["trunk"], jax.tree.map(np.asarray, judge.params["head"])
+    return Model(judge.config, trunk, judge.tokenizer, judge.dtype, judge.step, mesh, judge.template), head
 
 
 def _generation(run: dict) -> dict:
@@ -154,6 +169,11 @@ def _export_notes(run: dict, model: Model) -> list[str]:
     notes, tokenizer, stage = [], model.tokenizer, run.get("stage")
     if stage == "ppo":
         notes.append("exported is the policy's moving average; its value network and PPO's state are not")
+    elif stage == "reward":
+        notes.append(
+            "exported is a GPT2ForSequenceClassification of one label, whose logit is the normalised score (the bias "
+            "is in the last LayerNorm); reward.json's accuracies are not in the format"
+        )
     elif stage != "convert":
         notes.append("the optimizer's state is not exported: training is resumed in the workdir")
     if tokenizer is None:

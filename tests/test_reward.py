@@ -19,10 +19,14 @@ from alignment_runs import (
 )
 from numerics import approx, assert_close, model_terms
 from runs import assert_same_run, lines, until_sigterm
+from safetensors.numpy import load_file, save_file
 
+from gptjax import convert
 from gptjax import reward as stage
 from gptjax.data.tokenizer import Tokenizer
 from gptjax.errors import InputError
+from gptjax.interop import huggingface
+from gptjax.model import gpt
 from gptjax.parallel.mesh import MeshConfig, make_mesh
 from gptjax.pretrain import pretrain
 from gptjax.reward import reward
@@ -78,6 +82,28 @@ def test_a_planted_preference_is_learnt(judge, model):
         for a, rank in zip(found, row["ranks"], strict=True):
             right += [a > b for b, other in zip(found, row["ranks"], strict=True) if rank < other]
     assert len(right) > 60 and np.mean(right) > 0.95
+
+
+def test_exported_scores_are_the_normalised_ones(judge, model, tmp_path, capsys):
+    """Its bias too, which that layout's head has no place for; that transformers agrees: tests/peers."""
+    convert.export_weights(judge, tmp_path / "out")
+    assert "normalised score" in capsys.readouterr().out
+    tensors = load_file(tmp_path / "out/model.safetensors")
+    kernel = tensors.pop("score.weight")
+    assert kernel.shape == (1, model.config.d_model)
+    save_file(tensors, tmp_path / "out/model.safetensors")
+    config, trunk = huggingface.read(tmp_path / "out")
+    chat = template(judge)
+    text = [*chat.prompt("ba ko"), *chat.response(LIKED)]
+    x = gpt.hidden(trunk, config, np.array([text]))[0, -1]
+    expected = model.score([text[:-2]], [text[-2:]])
+    np.testing.assert_allclose(x @ kernel[0], expected[0], rtol=1e-4, atol=1e-4)
+    assert abs(float(model.params["head"]["bias"])) > 0.01  # or this would show nothing of it
+    settings = json.loads((tmp_path / "out/config.json").read_text())
+    assert settings["architectures"] == ["GPT2ForSequenceClassification"] and len(settings["id2label"]) == 1
+    assert settings["pad_token_id"] == chat.pad_id
+    with pytest.raises(InputError, match="exported as it was normalised, at step"):
+        convert.export_weights(judge, tmp_path / "other", step=1)
 
 
 def test_what_a_run_leaves(judge):

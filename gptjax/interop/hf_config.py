@@ -11,7 +11,8 @@ from gptjax.model.spec import GPTConfig
 
 MODEL_TYPES = {"gpt2": "pre", "openai-gpt": "post"}
 ARCHITECTURES = {"pre": "GPT2LMHeadModel", "post": "OpenAIGPTLMHeadModel"}
-HEAD = "lm_head.weight"
+SCORERS = {"pre": "GPT2ForSequenceClassification", "post": "OpenAIGPTForSequenceClassification"}
+HEAD, SCORE = "lm_head.weight", "score.weight"
 _LAYER = re.compile(r"h\.(\d+)\.")
 _OTHER_POSITIONS = ("rotary", "rotary_dim", "rotary_pct", "rope_theta", "rope_scaling", "rope_parameters", "alibi")
 _ALIASES = {"n_embd": "hidden_size", "n_positions": "max_position_embeddings", "n_layer": "num_hidden_layers",
@@ -132,15 +133,16 @@ def _tied(settings, tensors, norm):
     return head.shape == wte.shape and np.array_equal(head.load(), wte.load())
 
 
-def settings_of(c: GPTConfig, token_ids: dict) -> dict:
+def settings_of(c: GPTConfig, token_ids: dict, scorer: bool = False) -> dict:
     """config.json, with every key that transformers would otherwise fill with GPT-2's own value.
 
-    token_ids: bos_token_id, eos_token_id and perhaps pad_token_id.
+    token_ids: bos_token_id, eos_token_id and perhaps pad_token_id. scorer: a reward model's, with one label.
     """
+    labels = {"num_labels": 1, "id2label": {"0": "score"}, "label2id": {"score": 0}, "problem_type": "regression"}
     model_type = next(name for name, norm in MODEL_TYPES.items() if norm == c.norm)
     activation = {"activation_function": "gelu_new", "n_inner": None} if c.norm == "pre" else {"afn": "gelu"}
     return {
-        "architectures": [ARCHITECTURES[c.norm]],
+        "architectures": [(SCORERS if scorer else ARCHITECTURES)[c.norm]],
         "model_type": model_type,
         "vocab_size": c.vocab_size,
         "n_positions": c.context_length,
@@ -157,4 +159,5 @@ def settings_of(c: GPTConfig, token_ids: dict) -> dict:
         "tie_word_embeddings": c.tied_head,
         **token_ids,
         "torch_dtype": "float32",
+        **(labels if scorer else {}),
     }

@@ -9,6 +9,7 @@ layers. Sources: transformers' modeling_gpt2.py and modeling_openai.py.
 """
 
 import contextlib
+import dataclasses
 import os
 import re
 import shutil
@@ -22,7 +23,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from gptjax.errors import InputError
-from gptjax.interop.hf_config import ARCHITECTURES, HEAD, embedding_names, model_config, settings_of
+from gptjax.interop.hf_config import ARCHITECTURES, HEAD, SCORE, embedding_names, model_config, settings_of
 from gptjax.interop.hf_tokenizer import dump, read_json, token_ids, write_tokenizer
 from gptjax.model.spec import GPTConfig
 
@@ -238,8 +239,11 @@ def _differences(expected, found) -> list[str]:
 
 
 def write(directory: str | os.PathLike, config: GPTConfig, params, tokenizer=None, *, template: str | None = None,
-          generation: dict | None = None) -> None:  # fmt: skip
+          generation: dict | None = None, head: dict | None = None) -> None:  # fmt: skip
     """A directory that transformers' AutoModelForCausalLM and AutoTokenizer load, in float32.
+
+    With a scalar head it is one for AutoModelForSequenceClassification, whose logit at a text's last token that is no
+    padding is the score.
 
     Args:
         directory: is made; it must not exist, or be empty. It appears complete or not at all.
@@ -247,12 +251,15 @@ def write(directory: str | os.PathLike, config: GPTConfig, params, tokenizer=Non
         tokenizer: a gptjax.data.tokenizer.Tokenizer, or None to leave its files out.
         template: the kind of data/chat.py's Template the model was tuned with; 'chat' becomes a chat_template.
         generation: settings for generation_config.json beside its token ids.
+        head: of a reward model, {'kernel' [d], 'bias' []}; params are then its trunk's.
     Raises:
         InputError: banded attention, which neither layout can say; a directory with something in it, a full
         disk; parameters that are not this configuration's, or not finite; a tokenizer with more ids than the model.
     """
     directory = _local(directory)
     _check_export(directory, config, tokenizer)
+    if head is not None:
+        config, params = dataclasses.replace(config, tied_head=True), _with_bias(config, params, head)
     flat = flatten_dict(params, sep="/")
     tensors, expected = {}, {}
     for row in table(config):
@@ -269,6 +276,8 @@ def write(directory: str | os.PathLike, config: GPTConfig, params, tokenizer=Non
             + "".join(f"\n  {fault}" for fault in faults)
             + "\nGive the configuration they were trained with."
         )
+    if head is not None:
+        tensors[SCORE] = np.asarray(head["kernel"], np.float32)[None]
     if broken := [name for name, tensor in tensors.items() if not np.isfinite(tensor).all()]:
         raise InputError(
             f"the parameters have NaN or infinite values in {_listed(broken)}: the model computes nothing else. Export "
@@ -279,8 +288,9 @@ def write(directory: str | os.PathLike, config: GPTConfig, params, tokenizer=Non
         temporary.mkdir(parents=True)
         save_file(tensors, temporary / "model.safetensors", metadata={"format": "pt"})
         of_config, of_generation = token_ids(tokenizer)
-        dump(temporary / "config.json", settings_of(config, of_config))
-        dump(temporary / "generation_config.json", of_generation | (generation or {}))
+        dump(temporary / "config.json", settings_of(config, of_config, scorer=head is not None))
+        if head is None:
+            dump(temporary / "generation_config.json", of_generation | (generation or {}))
         if tokenizer is not None:
             write_tokenizer(temporary, config.context_length, tokenizer, template)
         temporary.replace(directory)  # onto an empty directory too
@@ -291,6 +301,19 @@ def write(directory: str | os.PathLike, config: GPTConfig, params, tokenizer=Non
         ) from None
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _with_bias(config, params, head):
+    """The trunk whose output, times the head's kernel, is the score with its bias: that layout's head has none. The
+    bias goes along the kernel into the bias of the last LayerNorm, which nothing else reads."""
+    kernel = np.asarray(head["kernel"], np.float64)
+    if not kernel.any():
+        raise InputError("the reward model's head is zero, so it scores every text the same: train it first.")
+    shift = (float(head["bias"]) / (kernel @ kernel) * kernel).astype(np.float32)
+    flat = {name: np.array(array) for name, array in flatten_dict(params, sep="/").items()}
+    last = flat["ln_f/bias"] if config.norm == "pre" else flat["blocks/ln_2/bias"][-1]
+    last += shift
+    return unflatten_dict(flat, sep="/")
 
 
 def _check_export(directory, config, tokenizer):

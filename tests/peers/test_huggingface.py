@@ -23,6 +23,7 @@ from gptjax.interop import huggingface
 from gptjax.interop.hf_tokenizer import read_token_ids
 from gptjax.model import gpt
 from gptjax.model.spec import GPTConfig
+from gptjax.rlhf.reward_model import score_at_end
 from gptjax.sample import continue_texts
 from gptjax.workdir import load_model
 
@@ -324,3 +325,24 @@ def test_chat_template_gives_the_same_ids(tmp_path, kind):
     for wrong in (CONVERSATION[2:], CONVERSATION[1:2] * 2, CONVERSATION[1:] + CONVERSATION[:1]):
         with pytest.raises(Exception, match="a system turn may come first, then user and assistant alternate"):
             theirs.apply_chat_template(wrong)
+
+
+@pytest.mark.parametrize("norm", ["pre", "post"])
+def test_reward_model_gives_the_same_scores(tmp_path, norm):
+    """Of rows padded on the right, the bias of the head included."""
+    tokenizer = chat_tokenizer(train_bpe(TEXT, 300))
+    config = GPTConfig(tokenizer.vocab_size, 2, 2, 32, 24, norm=norm)
+    trunk, rng = random_params(config), np.random.default_rng(2)
+    head = {"kernel": rng.standard_normal(32).astype(np.float32), "bias": np.float32(1.7)}
+    huggingface.write(tmp_path / "a", config, trunk, tokenizer, template="chat", head=head)
+    model, report = transformers.AutoModelForSequenceClassification.from_pretrained(
+        tmp_path / "a", output_loading_info=True
+    )
+    assert not any(report[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    lengths = np.array([3, 24, 11])
+    tokens = np.where(np.arange(24) < lengths[:, None], rng.integers(0, 300, (3, 24)), tokenizer.pad_id)
+    with jax.default_matmul_precision("highest"):
+        ours = score_at_end({"trunk": trunk, "head": head}, tokens, lengths, config, jnp.float32)
+    theirs = their_logits(model, tokens)[:, 0]
+    assert theirs.std() > 1
+    np.testing.assert_allclose(ours, theirs, rtol=0, atol=TOLERANCE)
