@@ -237,6 +237,11 @@ def ppo(config: mlc.ConfigDict, workdir: str, reward_fn: Callable | None = None)
                 f"{iterations} iterations of {c.batch_size} episodes, {c.ppo.epochs} x {c.ppo.minibatches} steps each"
                 f"{pipeline.describe(policy_config, mesh.shape, c.ppo.microbatch_size or rows)}"
             )
+            if start < iterations <= c.rate.warmup:
+                print(
+                    f"warning: the run ends within its warm-up (rate.warmup={c.rate.warmup} iterations): the learning "
+                    f"rate never exceeds {c.rate.fraction(iterations - 1, iterations):.0%} of its peak."
+                )
 
         # --- one phase each ---
         def sample(policy, prompts, lengths, key):

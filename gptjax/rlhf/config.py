@@ -52,7 +52,7 @@ class RolloutConfig:
 @dataclasses.dataclass(frozen=True)
 class RateConfig:
     """Learning rates over iterations: linear from warmup_start x peak over `warmup` iterations, then 'constant' or
-    'linear' to 0 at the end."""
+    'linear' to 0, which the iteration after the last would have. No iteration is taken at a rate of 0."""
 
     kind: str = "constant"
     warmup: int = 0
@@ -61,6 +61,8 @@ class RateConfig:
     def __post_init__(self):
         if self.kind not in ("constant", "linear") or self.warmup < 0 or not 0 <= self.warmup_start <= 1:
             raise InputError("rate: kind is constant or linear, warmup >= 0, warmup_start in [0, 1].")
+        if self.warmup and not self.warmup_start:
+            raise InputError("rate.warmup_start=0: the first iteration would change nothing. Set it above 0.")
 
     def fraction(self, iteration: int, iterations: int) -> float:
         if iteration < self.warmup:

@@ -9,6 +9,7 @@ import dataclasses
 import faulthandler
 import functools
 import itertools
+import math
 import signal
 import sys
 import time
@@ -24,7 +25,7 @@ from gptjax.model.flops import mfu
 from gptjax.objectives.language import bits_per_byte
 from gptjax.parallel import hosts
 from gptjax.training.checkpoint import Checkpointer
-from gptjax.training.metrics import MetricWriter
+from gptjax.training.metrics import JsonLines, MetricWriter
 from gptjax.training.schedule import Schedule
 from gptjax.training.state import TrainState
 from gptjax.training.step import batch_sharding, memory_needed
@@ -155,6 +156,10 @@ def train(
         TrainingDiverged: naming the step and the checkpoint to go back to.
     """
     devices, dispatch, log, start = jax.devices(), Dispatch(step_fn), c.log, int(state.step)
+    if start < schedule.steps:
+        for text in schedule.warnings():
+            hosts.say(f"warning: {text}")
+        _compare_rates(checkpointer.workdir, schedule, start)
     stops_on_overflow = not c.precision.scaled  # float16 skips a step that is not finite instead
     clock = _Clock(seconds_before)
     bar = tqdm(
@@ -259,6 +264,20 @@ def train(
             f"give the same command again, which goes on from step {max(checkpointer.steps(), default=0)}."
         )
     return state, finished
+
+
+def _compare_rates(workdir, schedule: Schedule, start: int):
+    """Says so where the step before `start` had another learning rate than the schedule now gives it: the length of the
+    run changed, or it began with a version whose schedule was another."""
+    if not start or not hosts.first():
+        return
+    before = [line for line in JsonLines.read(workdir / "metrics.jsonl") if line["step"] == start]
+    now = schedule.learning_rate(start - 1)
+    if before and not math.isclose(before[-1].get("learning_rate", now), now, rel_tol=1e-6):
+        print(
+            f"the learning rate of step {start:,} was {before[-1]['learning_rate']:.4g}; by the schedule as it is now it "
+            f"would have been {now:.4g}, and the run continues with {schedule.learning_rate(start):.4g}"
+        )
 
 
 def _bits(nats, n_bytes) -> dict:
