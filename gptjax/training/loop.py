@@ -275,8 +275,8 @@ def _compare_rates(workdir, schedule: Schedule, start: int):
     now = schedule.learning_rate(start - 1)
     if before and not math.isclose(before[-1].get("learning_rate", now), now, rel_tol=1e-6):
         print(
-            f"the learning rate of step {start:,} was {before[-1]['learning_rate']:.4g}; by the schedule as it is now it "
-            f"would have been {now:.4g}, and the run continues with {schedule.learning_rate(start):.4g}"
+            f"the learning rate of step {start:,} was {before[-1]['learning_rate']:.4g}; by the schedule as it is now "
+            f"it would have been {now:.4g}, and the run continues with {schedule.learning_rate(start):.4g}"
         )
 
 
