@@ -26,9 +26,10 @@ from gptjax.data.rows import (
     prompt_text,
 )
 from gptjax.errors import InputError
+from gptjax.ranges import Count
 
 _FIELDS = ("prompt", "completions", "ranks", "chosen", "rejected")
-_MOST = 9  # completions of a prompt, as in InstructGPT §3.5
+MOST = 9  # completions of a prompt, as in InstructGPT §3.5
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,7 +42,7 @@ class ComparisonConfig:
     source: str | None = None
     fields: Mapping[str, str] = dataclasses.field(default_factory=lambda: {name: name for name in _FIELDS})
     validation: str = "0.1"
-    max_length: int | None = None
+    max_length: Count | None = None
     drop_long: bool = False
 
     def __post_init__(self):
@@ -199,8 +200,8 @@ def _ranked(record: Record) -> tuple[list[Any], list[float]]:
     for name, value in (("completions", texts), ("ranks", ranks)):
         if not isinstance(value, list):
             raise InputError(f"the {name} are {type(value).__name__}, not a list; mend the row")
-    if not 2 <= len(texts) <= _MOST:
-        raise InputError(f"the row has {len(texts)} completions; give 2 to {_MOST}")
+    if not 2 <= len(texts) <= MOST:
+        raise InputError(f"the row has {len(texts)} completions; give 2 to {MOST}")
     if len(ranks) != len(texts):
         raise InputError(f"the row has {len(ranks)} ranks for {len(texts)} completions; give one for each")
     for rank in ranks:

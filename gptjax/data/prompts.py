@@ -12,6 +12,7 @@ from gptjax.data import lm
 from gptjax.data.chat import Template
 from gptjax.data.rows import Record, TooLong, check_config, fingerprint, limit, load
 from gptjax.errors import InputError
+from gptjax.ranges import Count
 
 _FIELDS = ("prompt",)
 
@@ -25,9 +26,9 @@ class PromptConfig:
 
     source: str | None = None
     fields: Mapping[str, str] = dataclasses.field(default_factory=lambda: {name: name for name in _FIELDS})
-    max_length: int | None = None
+    max_length: Count | None = None
     drop_long: bool = False
-    buckets: int = 4
+    buckets: Count = 4
 
     def __post_init__(self):
         check_config(self, _FIELDS)

@@ -3,6 +3,7 @@
 import dataclasses
 
 from gptjax.errors import InputError
+from gptjax.ranges import Count, Positive, Real, Share, TopP
 
 
 @dataclasses.dataclass(frozen=True)
@@ -11,8 +12,8 @@ class KLConfig:
     to (Ziegler et al. 2019 §2.2), None = fixed; horizon: of that controller, in episodes."""
 
     coefficient: float = 0.02
-    target: float | None = None
-    horizon: float = 10_000.0
+    target: Positive | None = None
+    horizon: Positive = 10_000.0
 
     def __post_init__(self):
         if self.coefficient < 0 or (self.target is not None and self.target <= 0) or self.horizon <= 0:
@@ -26,16 +27,16 @@ class RolloutConfig:
     end-of-text, in place of its own; None = its own. gamma, lam: of GAE. forward_rows: responses scored in one forward
     pass; None = all."""
 
-    max_new_tokens: int = 64
-    temperature: float = 1.0
+    max_new_tokens: Count = 64
+    temperature: Positive = 1.0
     top_k: int = 0
-    top_p: float = 1.0
-    missing_eos: float | None = -1.0
-    gamma: float = 1.0
-    lam: float = 0.95
+    top_p: TopP = 1.0
+    missing_eos: Real | None = -1.0
+    gamma: Share = 1.0
+    lam: Share = 0.95
     whiten_rewards: bool = False
     whiten_advantages: bool = True
-    forward_rows: int | None = None
+    forward_rows: Count | None = None
 
     def __post_init__(self):
         if self.top_k != 0 or self.top_p != 1.0:
@@ -56,7 +57,7 @@ class RateConfig:
 
     kind: str = "constant"
     warmup: int = 0
-    warmup_start: float = 0.1
+    warmup_start: Share = 0.1
 
     def __post_init__(self):
         if self.kind not in ("constant", "linear") or self.warmup < 0 or not 0 <= self.warmup_start <= 1:
@@ -77,8 +78,8 @@ class PtxConfig:
     """Pre-training text of PPO-ptx. per_episode: sequences for each episode of the minibatch (InstructGPT: 8).
     context_length: tokens of one; None = the model's. source: None = what the policy was pre-trained on."""
 
-    per_episode: float = 8.0
-    context_length: int | None = None
+    per_episode: Positive = 8.0
+    context_length: Count | None = None
     source: str | None = None
 
 
@@ -90,9 +91,9 @@ class EvaluationConfig:
     gold_fn: 'package.module:function' that is measured and never trained on, to see over-optimisation (Gao et al.
     2022)."""
 
-    every: int = 10
+    every: Count = 10
     source: str | None = None
-    prompts: int = 64
+    prompts: Count = 64
     lm_batches: int = 8
     samples: int = 8
     gold_fn: str | None = None

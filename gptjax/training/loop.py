@@ -24,6 +24,7 @@ from gptjax.errors import InputError
 from gptjax.model.flops import mfu
 from gptjax.objectives.language import bits_per_byte
 from gptjax.parallel import hosts
+from gptjax.ranges import Count
 from gptjax.training.checkpoint import Checkpointer
 from gptjax.training.metrics import JsonLines, MetricWriter
 from gptjax.training.schedule import Schedule
@@ -36,7 +37,7 @@ class EvalConfig:
     """every: steps between evaluations; one more before the first step and after the last. batches: how many
     validation batches; 0 = all of them."""
 
-    every: int = 1000
+    every: Count = 1000
     batches: int = 0
 
     def __post_init__(self):

@@ -8,6 +8,7 @@ import dataclasses
 import math
 
 from gptjax.errors import InputError
+from gptjax.ranges import Positive, Share
 
 FEW_STEPS = 20  # Adam moves a weight by about the learning rate a step: fewer leave a model close to its start
 
@@ -27,11 +28,11 @@ class ScheduleConfig:
 
     kind: str = "cosine"
     warmup_tokens: float = 0.0
-    decay_tokens: float | None = None
-    final_fraction: float = 0.1
+    decay_tokens: Positive | None = None
+    final_fraction: Share = 0.1
     ramp_tokens: float = 0.0
-    ramp_start_batch_tokens: float = 32_000.0
-    ramp_full_batch_tokens: float | None = None
+    ramp_start_batch_tokens: Positive = 32_000.0
+    ramp_full_batch_tokens: Positive | None = None
 
     def __post_init__(self):
         if self.kind not in ("cosine", "linear", "constant"):
