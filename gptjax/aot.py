@@ -4,10 +4,10 @@
 
 --topology: libtpu's name or Cloud's (v5p-1024, v5litepod-16; --num_slices for several). --program: train or decode,
 and with a PPO config ppo_collect or ppo_update, which both have to fit; --policy and --reward name the models, and no
-workdir is needed:
+workdir is needed. For SFT and a reward model --policy is the model that they begin with:
 
     python -m gptjax.aot --config=configs/instructgpt/ppo.py:1.3b --policy=gpt3:1.3b --reward=gpt3:6.7b \
-        --program=ppo_update --topology=v5p:2x2x2 --config.precision.compute=bfloat16
+        --program=ppo_update --topology=v5p:2x2x2
 
 A mesh smaller than the slice grows along fsdp, and rows that do not divide over it are rounded: `adjusted` lists what
 was changed.
@@ -40,6 +40,8 @@ from gptjax.parallel.topology import Topology
 from gptjax.peak import KEPT, STATE
 from gptjax.ppo import PPOConfig
 from gptjax.pretrain import PretrainConfig
+from gptjax.reward import RewardConfig
+from gptjax.sft import SFTConfig
 
 PROGRAMS = ("train", "decode", "ppo_collect", "ppo_update")
 PRESETS = {"gpt1": GPT1} | {f"gpt2:{k}": v for k, v in GPT2.items()} | {f"gpt3:{k}": v for k, v in GPT3.items()}
@@ -48,7 +50,7 @@ PRESETS = {"gpt1": GPT1} | {f"gpt2:{k}": v for k, v in GPT2.items()} | {f"gpt3:{
 @dataclasses.dataclass(frozen=True)
 class Request:
     """program of PROGRAMS. rows, prompt_length, new_tokens: of decode; None = half the context each. policy, reward:
-    the models of a PPO config."""
+    the models of a PPO config; policy: that which SFT and a reward model begin with."""
 
     program: str = "train"
     rows: int = 8
@@ -70,6 +72,12 @@ def build_program(config: dict, topology: Topology, request: Request) -> program
         c = configs.build(PPOConfig, config)
         make = programs.collect_program if request.program == "ppo_collect" else programs.update_program
         return make(c, request.policy, request.reward, topologies.topology_mesh(c.mesh, topology))
+    for key, kind, make in (
+        ("mix", SFTConfig, programs.sft_program), ("objective", RewardConfig, programs.reward_program)
+    ):  # fmt: skip
+        if key in config:  # no other stage has it
+            c = configs.build(kind, config)
+            return make(c, request.policy, topologies.topology_mesh(c.mesh, topology))
     c = configs.build(PretrainConfig, with_vocabulary(config))
     mesh = topologies.topology_mesh(c.mesh, topology)
     if request.program == "train":
@@ -90,6 +98,11 @@ def adjusted(config: dict, topology: Topology, request: Request) -> tuple[dict, 
     if request.program.startswith("ppo") != of_ppo:
         suits = "ppo_collect or --program=ppo_update" if of_ppo else "train or --program=decode"
         raise InputError(f"program={request.program} is not of this config: give --program={suits}.")
+    if ("mix" in config or "objective" in config) and (request.program != "train" or request.policy is None):
+        raise InputError(
+            "This config is of a stage that begins with another's model: give --program=train and --policy, one of "
+            f"{', '.join(PRESETS)}."
+        )
     changes = {}
     mesh = {axis: config["mesh"][axis] for axis in AXES}
     slices = topology.num_slices

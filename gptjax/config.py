@@ -11,20 +11,21 @@ import dataclasses
 import difflib
 import errno
 import functools
+import importlib.util
 import json
 import math
 import os
 import socket
 import sys
-import types
 import typing
+from collections.abc import Mapping
 
 from absl import app, flags
 from etils import epath
 from ml_collections import config_dict as mlc
 from ml_collections import config_flags
 
-from gptjax import console, paths
+from gptjax import console, paths, ranges
 from gptjax.errors import INTERRUPTED, InputError
 from gptjax.parallel import hosts, rules
 
@@ -40,7 +41,7 @@ def config_dict(cls, **overrides) -> mlc.ConfigDict:
         if dataclasses.is_dataclass(kind):
             result[field.name] = config_dict(kind)
             continue
-        optional = isinstance(kind, types.UnionType) and type(None) in kind.__args__
+        optional = type(None) in typing.get_args(kind)
         if field.default_factory is not dataclasses.MISSING:
             value = mlc.ConfigDict(field.default_factory())
         elif field.default is dataclasses.MISSING or (optional and field.default is None):
@@ -53,10 +54,12 @@ def config_dict(cls, **overrides) -> mlc.ConfigDict:
 
 
 def build(cls, section, path="config"):
-    """The dataclass that a ConfigDict or dict describes. Unknown and missing keys are InputErrors."""
+    """The dataclass that a ConfigDict or dict describes. Unknown and missing keys, values of another type and numbers
+    outside their range (ranges.py) are InputErrors."""
+    hints, fields = typing.get_type_hints(cls, include_extras=True), {f.name: f for f in dataclasses.fields(cls)}
+    if not isinstance(section, mlc.ConfigDict | Mapping):
+        raise InputError(f"{path}={section!r} must be a section with the keys {', '.join(fields)}.")
     section = section.to_dict() if isinstance(section, mlc.ConfigDict) else dict(section)
-    hints = typing.get_type_hints(cls)
-    fields = {f.name: f for f in dataclasses.fields(cls)}
     for key in section:
         if key not in fields:
             raise InputError(f"Unknown key {path}.{key}{nearest(key, fields)}.")
@@ -65,14 +68,14 @@ def build(cls, section, path="config"):
         kind = hints[name]
         if dataclasses.is_dataclass(kind):
             value = build(kind, value, f"{path}.{name}")
-        elif value is None and fields[name].default is dataclasses.MISSING and not _is_optional(kind):
-            raise InputError(f"{path}.{name} is not set: give it with --{path}.{name}=...")
-        elif isinstance(value, list):
-            value = tuple(value)
-        elif isinstance(value, dict):
-            value = dict(value)
-        elif "path" in fields[name].metadata and paths.is_path(value, fields[name].metadata["path"]):
-            value = paths.expand(value)
+        else:
+            ranges.check(value, kind, f"{path}.{name}")
+            if isinstance(value, list):
+                value = tuple(value)
+            elif isinstance(value, dict):
+                value = dict(value)
+            elif "path" in fields[name].metadata and paths.is_path(value, fields[name].metadata["path"]):
+                value = paths.expand(value)
         values[name] = value
     try:
         return cls(**values)
@@ -91,10 +94,6 @@ def by_its_rules(stage):
             return stage(config, *args, **kwargs)
 
     return under_rules
-
-
-def _is_optional(kind):
-    return isinstance(kind, types.UnionType) and type(None) in kind.__args__
 
 
 def nearest(name, names) -> str:
@@ -120,8 +119,19 @@ def run(main):
         try:
             argv = [paths.expand_flag(argument, "config") for argument in argv]
             _check_config_file(argv)
-            return flags.FLAGS(argv)
-        except (flags.Error, InputError, AttributeError, KeyError, TypeError, ValueError, OSError) as error:
+            argv, weights = _mixture_weights(argv)
+            before, sys.argv = sys.argv, argv  # config_flags reads it
+            try:
+                rest = flags.FLAGS(argv)
+            finally:
+                sys.argv = before
+            if weights:
+                with flags.FLAGS.config.unlocked():
+                    flags.FLAGS.config.data.mixture.update(weights)
+            return rest
+        except (AttributeError, KeyError) as error:
+            _fail(_unknown_key(argv) or error)
+        except (flags.Error, InputError, TypeError, ValueError, OSError) as error:
             _fail(error)
 
     def guarded(argv):
@@ -213,14 +223,50 @@ def _check_config_file(argv):
             raise InputError(f"There is no config file {path}{nearest(path, there) if there else ''}.")
 
 
+def _mixture_weights(argv) -> tuple[list[str], dict[str, float]]:
+    """The arguments without those for new keys of the one section whose keys are the user's own, and those:
+    --config.data.mixture.web=.5 gives {'web': .5}."""
+    flag = "config.data.mixture."
+    ours = [a for a in argv[1:] if a.lstrip("-").startswith(flag) and "=" in a]
+    weights = {}
+    for name, _, value in (a.lstrip("-").removeprefix(flag).partition("=") for a in ours):
+        try:
+            weights[name] = float(value)
+        except ValueError:
+            raise InputError(f"config.data.mixture.{name}={value!r} must be a number, the weight of {name}.") from None
+    return [a for a in argv if a not in ours], weights
+
+
+def _unknown_key(argv) -> str | None:
+    """What is wrong with the first --config.x.y of the arguments whose key the config file does not have: absl says no
+    more than the key. None where every key is known."""
+    given = dict(a.lstrip("-").partition("=")[::2] for a in argv[1:])
+    path, _, argument = given.get("config", "").partition(":")
+    try:
+        spec = importlib.util.spec_from_file_location("config_file", path)
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        config = module.get_config(*([argument] if argument else []))
+    except Exception:  # the file itself is at fault: that error is the one to report
+        return None
+    for flag in given:
+        section, *keys = flag.split(".")
+        here, within = config, section
+        for key in keys if section == "config" else ():
+            if not isinstance(here, mlc.ConfigDict) or key not in here:
+                if not isinstance(here, mlc.ConfigDict):
+                    return f"unknown config key {flag}: {within} has no keys of its own."
+                return f"unknown config key {within}.{key}{nearest(key, list(here))}"
+            here, within = here.get(key), f"{within}.{key}"
+    return None
+
+
 def _fail(error):
     """One line: what ml_collections and absl wrap around a message is peeled off."""
     text = str(error.args[0]) if isinstance(error, KeyError) and error.args else str(error)
     text = text.strip()
     if "Traceback" in text:  # an error inside a config file
         text = text.splitlines()[-1].split("InputError: ")[-1]
-    if isinstance(error, AttributeError | KeyError) and "Did you mean" in text:
-        text = "unknown config key " + text.strip("\"'").replace("'\n", ": ").replace("\\'", "'").replace("\\n", " ")
     print(f"error: {text}", file=sys.stderr)
     sys.exit(2)
 

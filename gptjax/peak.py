@@ -61,10 +61,10 @@ def cache_bytes(c: GPTConfig, tokens: int, dtype, platform: str = "tpu") -> int:
 def layer_arrays(c: GPTConfig, sizes, rows: int, dtype) -> tuple[tuple[str, tuple[int, ...], int], ...]:
     """What the forward pass of `rows` rows keeps of its layers for the backward pass, largest first: ((name, shape
     [layer, rows, ...] over all devices, bytes on one), ...). The attention path must be resolved."""
-    dropout = jax.random.key(0) if c.dropout else None
+    dropout = jax.random.split(jax.random.key(0), rows) if c.dropout else None
 
     def residuals(params, tokens, segments):
-        run = lambda p: gpt.hidden(p, c, tokens, segment_ids=segments, dropout_key=dropout, dtype=dtype)
+        run = lambda p: gpt.hidden(p, c, tokens, segment_ids=segments, dropout_keys=dropout, dtype=dtype)
         return jax.vjp(run, params)[1]
 
     params = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.value.shape, x.value.dtype), gpt.abstract_params(c),

@@ -30,6 +30,7 @@ from gptjax.model.spec import ModelOptions
 from gptjax.objectives.ppo import adaptive_kl_coefficient
 from gptjax.parallel import hosts, pipeline
 from gptjax.parallel.mesh import MeshConfig, batch_ways, check_fits, make_mesh
+from gptjax.ranges import Count, Seed
 from gptjax.rlhf import ptx, rewards, rollout
 from gptjax.rlhf.alarms import check_iteration
 from gptjax.rlhf.clock import Clock
@@ -78,11 +79,11 @@ class PPOConfig:
     checkpoint: CheckpointConfig = CheckpointConfig(every=10)
     eval: EvaluationConfig = EvaluationConfig()
     log: LogConfig = LogConfig()
-    seed: int = 0
-    steps: int | None = None
-    episodes: int | None = None
-    batch_size: int = 512
-    loss_chunk: int = 128
+    seed: Seed = 0
+    steps: Count | None = None
+    episodes: Count | None = None
+    batch_size: Count = 512
+    loss_chunk: Count = 128
 
     def __post_init__(self):
         rows = self.batch_size // self.ppo.minibatches
@@ -242,6 +243,11 @@ def ppo(config: mlc.ConfigDict, workdir: str, reward_fn: Callable | None = None)
                 f"{iterations} iterations of {c.batch_size} episodes, {c.ppo.epochs} x {c.ppo.minibatches} steps each"
                 f"{pipeline.describe(policy_config, mesh.shape, c.ppo.microbatch_size or rows)}"
             )
+            if start < iterations <= c.rate.warmup:
+                print(
+                    f"warning: the run ends within its warm-up (rate.warmup={c.rate.warmup} iterations): the learning "
+                    f"rate never exceeds {c.rate.fraction(iterations - 1, iterations):.0%} of its peak."
+                )
 
         # --- one phase each ---
         def sample(policy, prompts, lengths, key):
@@ -273,7 +279,7 @@ def ppo(config: mlc.ConfigDict, workdir: str, reward_fn: Callable | None = None)
             if not c.ppo.ptx_coefficient:
                 return None
             shape = ptx.batch_shape(c.ptx, c.ppo.minibatches, rows, c.ppo.microbatch_size, mesh)
-            return text.batch(int(state.ptx_position), shape, mesh)
+            return text.batch(int(state.ptx_position), shape, ptx.sequences(c.ptx, rows), mesh)
 
         evaluate = evaluator(
             c.eval, n, held_out, eval_widths, template, text, (sample, judge, rule_score, finish), mesh, c.seed

@@ -28,6 +28,7 @@ from gptjax.model.spec import GPTConfig, parameter_count
 from gptjax.objectives.language import bits_per_byte
 from gptjax.parallel import hosts, pipeline
 from gptjax.parallel.mesh import MeshConfig, check_fits, make_mesh
+from gptjax.ranges import Count, Positive, Seed, TopP
 from gptjax.training import loop, report
 from gptjax.training.checkpoint import CheckpointConfig, Checkpointer
 from gptjax.training.metrics import LogConfig, MetricWriter
@@ -50,9 +51,9 @@ class SamplesConfig:
     """Texts written to samples.jsonl before the first step and after the last."""
 
     prompts: tuple[str, ...] = ()
-    max_new_tokens: int = 128
+    max_new_tokens: Count = 128
     temperature: float = 0.8
-    top_p: float = 0.95
+    top_p: TopP = 0.95
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,14 +72,14 @@ class PretrainConfig:
     eval: loop.EvalConfig = loop.EvalConfig()
     log: LogConfig = LogConfig()
     samples: SamplesConfig = SamplesConfig()
-    seed: int = 0
-    steps: int | None = None
-    tokens: float | None = None
-    epochs: float | None = None
-    batch_size: int = 32
-    microbatch_size: int | None = None
-    steps_per_dispatch: int = 1
-    loss_chunk: int = 128
+    seed: Seed = 0
+    steps: Count | None = None
+    tokens: Positive | None = None
+    epochs: Positive | None = None
+    batch_size: Count = 32
+    microbatch_size: Count | None = None
+    steps_per_dispatch: Count = 1
+    loss_chunk: Count = 128
     init_from: str | None = paths.field()
 
     def __post_init__(self):

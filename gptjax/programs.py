@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec
 
+from gptjax.data import comparisons
 from gptjax.data.prompts import bucket_widths
 from gptjax.errors import InputError
 from gptjax.generation.decode import decode
@@ -26,11 +27,13 @@ from gptjax.parallel.rules import cut_over, parameter_shardings
 from gptjax.peak import cache_bytes, training_peak
 from gptjax.ppo import PPOConfig
 from gptjax.pretrain import PretrainConfig
+from gptjax.reward import RewardConfig, reward_loss
 from gptjax.rlhf import networks, rollout
 from gptjax.rlhf import state as ppo_state
 from gptjax.rlhf.ptx import batch_shape
 from gptjax.rlhf.reward_model import prompt_room
 from gptjax.rlhf.update import make_update
+from gptjax.sft import SFTConfig
 from gptjax.training import precision
 from gptjax.training.offload import MEMORY
 from gptjax.training.optimizer import make_optimizer
@@ -82,29 +85,57 @@ def whole(mesh, *arrays):
     return tuple(jax.ShapeDtypeStruct(shape, dtype, sharding=everywhere) for shape, dtype in arrays)
 
 
-# --- pre-training -----------------------------------------------------------------------------------------
+# --- training ---------------------------------------------------------------------------------------------
 
 
 def train_program(c: PretrainConfig, mesh) -> Program:
     """One optimiser step at the full batch (pretrain.py)."""
-    check_fits(
-        mesh.shape, n_head=c.model.n_head, batch_size=c.batch_size, microbatch_size=c.microbatch_rows,
-        time=c.model.context_length,
-    )  # fmt: skip
-    model = dataclasses.replace(c.model, attention=resolve(c.model.attention, mesh.devices.flat[0].platform))
-    tx = make_optimizer(c.optimizer)
-    abstract, shardings = state_shardings(gpt.abstract_params(model), tx, c.precision, mesh)
-    state = placed(abstract, shardings)
-    loss = causal_lm_loss(model, c.precision.dtype, c.loss_chunk, mesh)
-    step = train_step(loss, tx, c.optimizer.clip_norm, c.precision, c.seed, dropout=model.dropout > 0)
+    return _language_program(c, c.model, mesh, c.model.context_length, c.data.isolate_documents)
 
-    rows, micro, time = c.microbatch_rows, c.batch_size // c.microbatch_rows, model.context_length
-    fields = {"tokens": (time + 1, jnp.int32), "weights": (time, jnp.float32)}
-    if c.data.isolate_documents:
-        fields |= {"segment_ids": (time, jnp.int32), "positions": (time, jnp.int32)}
+
+def sft_program(c: SFTConfig, base: GPTConfig, mesh) -> Program:
+    """The same of supervised fine-tuning (sft.py) from a model like `base`, whatever rows are packed with."""
+    model = c.model.apply(base)
+    return _language_program(c, model, mesh, c.data.max_length or model.context_length, c.data.packing)
+
+
+def reward_program(c: RewardConfig, base: GPTConfig, mesh, completions: int = comparisons.MOST) -> Program:
+    """The same of a reward model (reward.py) on a trunk like `base`, each prompt with the most completions."""
+    model = dataclasses.replace(c.model, dropout=c.model.dropout or 0.0).apply(base)
+    time, rows = c.data.max_length or model.context_length, c.microbatch_rows
+    shapes = {
+        "tokens": ((completions, time), jnp.int32), "lengths": ((completions,), jnp.int32),
+        "ranks": ((completions,), jnp.float32), "valid": ((completions,), jnp.bool_), "weights": ((), jnp.float32),
+    }  # fmt: skip
+    loss = lambda model: reward_loss(model, c.precision.dtype, c.objective, mesh)
+    return _step_program(
+        c, model, mesh, time, shapes, loss, heads.abstract_scalar_model, sequences=rows * completions, chunk=1
+    )
+
+
+def _language_program(c, model: GPTConfig, mesh, time: int, isolated: bool) -> Program:
+    shapes = {"tokens": ((time + 1,), jnp.int32), "weights": ((time,), jnp.float32)}
+    if isolated:
+        shapes |= {"segment_ids": ((time,), jnp.int32), "positions": ((time,), jnp.int32)}
+    loss = lambda model: causal_lm_loss(model, c.precision.dtype, c.loss_chunk, mesh)
+    return _step_program(
+        c, model, mesh, time, shapes, loss, gpt.abstract_params, sequences=c.microbatch_rows, chunk=c.loss_chunk
+    )
+
+
+def _step_program(c, model, mesh, time, shapes, make_loss, abstract_params, *, sequences, chunk) -> Program:
+    """A stage's optimiser step. shapes: {name: (shape of a row, dtype)} of a batch; sequences: those of a micro-batch,
+    of `time` tokens."""
+    rows, micro = c.microbatch_rows, c.batch_size // c.microbatch_rows
+    check_fits(mesh.shape, n_head=model.n_head, batch_size=c.batch_size, microbatch_size=rows, time=time)
+    model = dataclasses.replace(model, attention=resolve(model.attention, mesh.devices.flat[0].platform))
+    tx = make_optimizer(c.optimizer)
+    abstract, shardings = state_shardings(abstract_params(model), tx, c.precision, mesh)
+    state = placed(abstract, shardings)
+    step = train_step(make_loss(model), tx, c.optimizer.clip_norm, c.precision, c.seed, dropout=model.dropout > 0)
     batch = {
-        name: jax.ShapeDtypeStruct((1, micro, rows, length), dtype, sharding=batch_sharding(mesh, 2))
-        for name, (length, dtype) in fields.items()
+        name: jax.ShapeDtypeStruct((1, micro, rows, *shape), dtype, sharding=batch_sharding(mesh, 2))
+        for name, (shape, dtype) in shapes.items()
     }
     rates = whole(mesh, ((1,), jnp.float32))[0]
 
@@ -112,14 +143,14 @@ def train_program(c: PretrainConfig, mesh) -> Program:
         "params": device_bytes(state.params), "optimizer": device_bytes(state.opt_state), "batch": device_bytes(batch)
     }  # fmt: skip
     parts, kept, arrays = training_peak(
-        model, mesh.shape, rows=rows, micro_batches=micro, chunk=c.loss_chunk, dtype=c.precision.dtype,
-        state=state_bytes,
+        dataclasses.replace(model, context_length=time), mesh.shape, rows=sequences, micro_batches=micro, chunk=chunk,
+        dtype=c.precision.dtype, state=state_bytes,
     )  # fmt: skip
-    tokens = c.batch_size * time
+    tokens = micro * sequences * time
     work = train_work(
         model, tokens=tokens, devices=mesh.size, micro_batches=micro, ways=mesh.shape["tensor"] * mesh.shape["stage"],
         state_bytes=state_bytes["params"] + state_bytes["optimizer"], parameter_bytes=state_bytes["params"],
-        kept_bytes=kept, bubble=pipeline.make_plan(model, mesh.shape, rows).bubble,
+        kept_bytes=kept, bubble=pipeline.make_plan(model, mesh.shape, sequences).bubble,
     )  # fmt: skip
     return Program(jit_train_step(step, shardings), (state, batch, rates), {}, mesh, tokens, work, parts, arrays)
 

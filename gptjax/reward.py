@@ -28,6 +28,7 @@ from gptjax.model.spec import GPTConfig, ModelOptions
 from gptjax.objectives.preference import best_of_k_loss, ranking_loss, ranking_statistics
 from gptjax.parallel import hosts, pipeline
 from gptjax.parallel.mesh import MeshConfig, check_fits, make_mesh
+from gptjax.ranges import Count, Positive, Seed
 from gptjax.rlhf.agreement import agreement, calibration, length_explains, pairs
 from gptjax.rlhf.reward_model import RewardModel, normalised, score_at_end
 from gptjax.training import loop, report
@@ -65,12 +66,12 @@ class RewardConfig:
     demonstrations: str | None = paths.field(paths.SOURCE)
     template: str | None = None
     selection: str = "last"
-    seed: int = 0
-    steps: int | None = None
-    epochs: float | None = None
-    batch_size: int = 64
-    microbatch_size: int | None = None
-    steps_per_dispatch: int = 1
+    seed: Seed = 0
+    steps: Count | None = None
+    epochs: Positive | None = None
+    batch_size: Count = 64
+    microbatch_size: Count | None = None
+    steps_per_dispatch: Count = 1
 
     def __post_init__(self):
         for name, known in (
@@ -129,8 +130,9 @@ def reward(config: mlc.ConfigDict, workdir: str) -> bool:
     examples = None if c.normalise == "none" else reference_texts(c, of_sft, template, model.context_length)
     here = hosts.batch_rows(batch_sharding(mesh, 0), c.microbatch_rows)
     longest = max(len(x.prompt) + max(map(len, x.completions)) for x in comparisons.train + comparisons.validation)
-    step_of = 8 * mesh.shape["seq"]
-    length = min(length, -(-longest // step_of) * step_of)
+    padded = lambda step_of: min(length, -(-longest // step_of) * step_of)
+    counted = padded(8)  # a completion's tokens as the schedule counts them, whatever the mesh pads them to
+    length = padded(8 * mesh.shape["seq"])
     check_fits(mesh.shape, n_head=model.n_head, batch_size=c.batch_size, microbatch_size=c.microbatch_rows, time=length)
     batches = ComparisonBatches(
         comparisons.train, c.batch_size, comparisons.k, length, c.seed, pad_id=template.pad_id, here=here
@@ -138,7 +140,7 @@ def reward(config: mlc.ConfigDict, workdir: str) -> bool:
     if c.steps is None and c.epochs is None:
         raise InputError("Say how long to train: --config.epochs=1 (more overfits) or --config.steps.")
     schedule = Schedule(
-        c.schedule, batch_size=c.batch_size, context_length=length * comparisons.k,
+        c.schedule, batch_size=c.batch_size, context_length=counted * comparisons.k,
         learning_rate=c.optimizer.learning_rate, steps=c.steps if c.steps is not None else batches.steps(c.epochs),
     )  # fmt: skip
     hosts.agree("The comparisons", comparisons.fingerprint)
@@ -209,10 +211,12 @@ def reward_loss(model: GPTConfig, dtype, objective: str, mesh=None):
     """Sum over prompts of their ranking loss. Microbatch: tokens [rows, K, time], lengths, ranks, valid [rows, K]."""
     criterion = ranking_loss if objective == "pairs" else best_of_k_loss
 
-    def loss(params, batch, dropout_key):
+    def loss(params, batch, dropout_keys):
         rows, k, time = batch["tokens"].shape
+        if dropout_keys is not None:  # each completion's own
+            dropout_keys = jax.vmap(lambda key: jax.random.split(key, k))(dropout_keys).reshape(rows * k)
         flat = batch["tokens"].reshape(rows * k, time), batch["lengths"].reshape(rows * k)
-        scores = score_at_end(params, *flat, model, dtype, mesh, dropout_key).reshape(rows, k)
+        scores = score_at_end(params, *flat, model, dtype, mesh, dropout_keys).reshape(rows, k)
         total, count = criterion(scores, batch["ranks"], batch["valid"])
         return total, count, ranking_statistics(scores, batch["ranks"], batch["valid"])
 

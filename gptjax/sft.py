@@ -34,6 +34,7 @@ from gptjax.objectives.finetune import auxiliary_weights
 from gptjax.objectives.language import bits_per_byte
 from gptjax.parallel import hosts, pipeline
 from gptjax.parallel.mesh import MeshConfig, check_fits, make_mesh
+from gptjax.ranges import BelowOne, Count, Positive, Seed
 from gptjax.rlhf.best_of_n import respond
 from gptjax.rlhf.reward_model import load_reward_model
 from gptjax.training import loop, report
@@ -53,7 +54,7 @@ class MixConfig:
 
     fraction: share of the rows of a batch, 0 = none. source: None = what the run's weights were pre-trained on."""
 
-    fraction: float = 0.0
+    fraction: BelowOne = 0.0
     source: str | None = paths.field(paths.SOURCE)
 
     def __post_init__(self):
@@ -67,7 +68,7 @@ class SamplesConfig:
     also what selection='reward' scores."""
 
     count: int = 8
-    max_new_tokens: int = 64
+    max_new_tokens: Count = 64
     temperature: float = 0.7
 
 
@@ -93,13 +94,13 @@ class SFTConfig:
     selection: str = "last"
     reward: str | None = paths.field()
     lm_weight: float = 0.0
-    seed: int = 0
-    steps: int | None = None
-    epochs: float | None = None
-    batch_size: int = 32
-    microbatch_size: int | None = None
-    steps_per_dispatch: int = 1
-    loss_chunk: int = 128
+    seed: Seed = 0
+    steps: Count | None = None
+    epochs: Positive | None = None
+    batch_size: Count = 32
+    microbatch_size: Count | None = None
+    steps_per_dispatch: Count = 1
+    loss_chunk: Count = 128
 
     def __post_init__(self):
         if self.selection not in ("last", "loss", "reward"):
@@ -233,8 +234,8 @@ def sft_loss(model: GPTConfig, dtype, chunk: int, mesh=None):
     weights themselves without an auxiliary term."""
     language_model = causal_lm_loss(model, dtype, chunk, mesh)
 
-    def loss(params, batch, dropout_key):
-        total, _ = language_model(params, batch, dropout_key)
+    def loss(params, batch, dropout_keys):
+        total, _ = language_model(params, batch, dropout_keys)
         return total, batch.get("task", batch["weights"]).sum()
 
     return loss

@@ -357,6 +357,15 @@ PRETRAIN = ("gptjax.pretrain", "--workdir=/nonexistent/workdir")
         ((*DESCRIBE, "--config=configs/gpt2.py:125m"), "Unknown GPT-2 size '125m': did you mean '124m'"),
         ((*PRETRAIN, "--config=configs/gpt2.py", "--config.model.n_layers=3"), "unknown config key.*n_layer"),
         (
+            (*PRETRAIN, "--config=configs/gpt2.py", "--config.optimizer.lr=3"),
+            "unknown config key config.optimizer.lr: there are b1, b2, clip_norm, .*learning_rate, name",
+        ),
+        ((*DESCRIBE, "--config=configs/gpt2.py", "--config.log.every=0"), "config.log.every=0 must be at least 1"),
+        (
+            (*DESCRIBE, "--config=configs/gpt2.py", "--config.data.mixture.web=much"),
+            "config.data.mixture.web='much' must be a number",
+        ),
+        (
             (*DESCRIBE, "--config=configs/gpt4.py"),
             "There is no config file configs/gpt4.py: did you mean 'configs/gpt[123].py'",
         ),
@@ -364,7 +373,7 @@ PRETRAIN = ("gptjax.pretrain", "--workdir=/nonexistent/workdir")
         (("gptjax.pretrain", "--config=configs/gpt2.py"), "--workdir"),
         ((*DESCRIBE, "--config=configs/gpt2.py", "json"), "Unexpected argument 'json'"),
     ],
-    ids=["preset", "key", "file", "value", "no workdir", "no flag"],
+    ids=["preset", "key", "no near key", "range", "weight", "file", "value", "no workdir", "no flag"],
 )
 def test_a_mistake_on_the_command_line_is_one_line_and_exit_code_2(command, says):
     done = subprocess.run([sys.executable, "-m", *command], cwd=ROOT, capture_output=True, text=True, timeout=60)
@@ -373,6 +382,52 @@ def test_a_mistake_on_the_command_line_is_one_line_and_exit_code_2(command, says
     lines = [line for line in done.stderr.strip().splitlines() if line]
     assert len(lines) == 1 and lines[0].startswith("error: "), done.stderr
     assert re.search(says, lines[0]), lines[0]
+
+
+UNKNOWN = {  # the argument: what is said
+    "checkpoint.keep": "config.checkpoint.keep: did you mean 'keep_last'?",
+    "eval.foo": "config.eval.foo: there are batches, every",
+    "foo": "config.foo: there are batch_size, checkpoint, data,",
+    "data.sources": "config.data.sources: did you mean 'source'?",
+    "zzz.every": "config.zzz: there are batch_size",
+    "steps.most": "config.steps.most: config.steps has no keys of its own.",
+}
+
+
+@pytest.fixture
+def parsed(monkeypatch, tmp_path):
+    """parsed(config file, arguments) -> the config that a main is given."""
+    from absl import flags
+
+    def parse(file, *arguments):
+        values = flags.FlagValues()
+        monkeypatch.setattr(flags, "FLAGS", values)
+        monkeypatch.setattr(sys, "argv", ["main", f"--config={ROOT / 'configs' / file}", *arguments])
+        configs.config_flags.DEFINE_config_file("config", None, "", lock_config=True, flag_values=values)
+        monkeypatch.setattr(configs.app, "run", lambda main, flags_parser: main(flags_parser(sys.argv)))
+        found = []
+        run(lambda _: found.append(values.config))
+        return found[0]
+
+    return parse
+
+
+@pytest.mark.parametrize("key", UNKNOWN)
+def test_an_unknown_key_of_the_command_line_names_the_nearest_or_all(parsed, capsys, key):
+    with pytest.raises(SystemExit) as caught:
+        parsed("gpt2.py", f"--config.{key}=1")
+    assert caught.value.code == 2
+    assert capsys.readouterr().err.startswith(f"error: unknown config key {UNKNOWN[key]}")
+
+
+def test_a_mixture_is_named_on_the_command_line(parsed):
+    """Its keys are the user's own, so that no config file has them: they are added, or override what is there."""
+    before = list(sys.argv)
+    c = parsed("gpt2.py", "--config.data.mixture.web=.5", "--config.data.mixture.my.books=2", "--config.steps=7")
+    assert c.data.mixture.to_dict() == {"web": 0.5, "my.books": 2.0} and c.steps == 7
+    c = parsed("gpt3.py:125m,mixture", "--config.data.mixture.books1=3", "--config.data.mixture.web=1")
+    assert c.data.mixture["books1"] == 3.0 and c.data.mixture["web"] == 1.0 and c.data.mixture["webtext2"] == 22.0
+    assert c.is_locked and sys.argv[1] != before
 
 
 def test_an_input_error_of_a_main_is_told_the_same_way(monkeypatch, capsys):

@@ -428,13 +428,15 @@ def test_the_whole_loss_is_the_mean_of_log_probs():
 def test_dropout_is_decided_by_its_key():
     c = dataclasses.replace(TINY, dropout=0.2)
     params, tokens = random_params(c), random_tokens(c)
-    drop = jax.jit(lambda key: gpt.hidden(jax.tree.map(jnp.asarray, params), c, jnp.asarray(tokens), dropout_key=key))
+    keys = lambda key: jax.random.split(key, len(tokens))
+    whole = jax.tree.map(jnp.asarray, params)
+    drop = jax.jit(lambda key: gpt.hidden(whole, c, jnp.asarray(tokens), dropout_keys=keys(key)))
     a, again, other = drop(jax.random.key(0)), drop(jax.random.key(0)), drop(jax.random.key(1))
     without = forward(params, c, tokens)[0]
     np.testing.assert_array_equal(a, again)
     assert np.abs(a - other).max() > 0.1 and np.abs(a - without).max() > 0.1
     np.testing.assert_array_equal(without, forward(params, TINY, tokens)[0])  # no key: the rate does not matter
-    same = gpt.hidden(params, TINY, tokens, dropout_key=jax.random.key(0))  # no rate: the key does not
+    same = gpt.hidden(params, TINY, tokens, dropout_keys=keys(jax.random.key(0)))  # no rate: the key does not
     assert_close(same, without, terms=TERMS)
 
 

@@ -1,5 +1,6 @@
 """AdamW and GPT-1's Adam against the papers' figures and optax, what decays, and clipping."""
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -8,7 +9,7 @@ import pytest
 from numerics import assert_close, unit_roundoff
 
 from gptjax.errors import InputError
-from gptjax.model import gpt
+from gptjax.model import gpt, heads
 from gptjax.model.spec import GPTConfig
 from gptjax.training.optimizer import OptimizerConfig, decay_mask, make_optimizer, parameter_path
 from gptjax.training.precision import PrecisionConfig
@@ -92,6 +93,14 @@ def test_exactly_matrices_and_embeddings_decay(params):
     stacked = paths(params)
     assert stacked["blocks/ln_1/scale"].shape == (3, 8)  # two axes, yet a gain
     assert stacked["blocks/attn/c_attn/bias"].ndim == 3  # three, yet a bias
+
+
+def test_the_kernel_of_a_scalar_head_decays_and_its_bias_does_not():
+    """As in Hugging Face's Trainer and TRL: a linear layer to one output has a matrix like any other."""
+    config = GPTConfig(17, n_layer=1, n_head=2, d_model=8, context_length=5)
+    mask = paths(decay_mask(nn.meta.unbox(heads.abstract_scalar_model(config))))
+    assert (mask["head/kernel"], mask["head/bias"]) == (True, False)
+    assert {name for name, on in mask.items() if on} == {f"trunk/{n}" for n in DECAYED - {"lm_head"}} | {"head/kernel"}
 
 
 @pytest.mark.parametrize("name", ["adamw", "gpt1_adam"])

@@ -46,7 +46,7 @@ from gptjax.rlhf import best_of_n as best_of_n_tool
 from gptjax.rlhf import reward_model, rollout
 from gptjax.rlhf.best_of_n import best_of_n, expected_best
 from gptjax.rlhf.config import PtxConfig
-from gptjax.rlhf.ptx import batch_shape
+from gptjax.rlhf.ptx import Text, batch_shape, sequences
 from gptjax.rlhf.reward_model import load_reward_model
 from gptjax.rlhf.rewards import load_callable
 from gptjax.sample import continue_texts
@@ -794,6 +794,23 @@ def test_forward_passes_that_do_not_divide_over_the_mesh(ruled, tmp_path, monkey
 def test_rows_of_pretraining_text(per_episode, microbatch, ways, shape):
     mesh = make_mesh(MeshConfig(data=ways), jax.devices()[:ways])
     assert batch_shape(PtxConfig(per_episode=per_episode), 2, 8, microbatch, mesh) == shape
+
+
+def test_the_text_of_ptx_does_not_depend_on_the_micro_batches():
+    """3 sequences for each of two minibatches, one after the other, and rows of padding beside them."""
+
+    class Examples:
+        def read(self, index):
+            return np.repeat(np.asarray(index)[:, None], 5, axis=1)
+
+    c, mesh = PtxConfig(per_episode=0.75), make_mesh(MeshConfig(), jax.devices()[:1])
+    source = Text(Examples(), None, 4)
+    for microbatch in (None, 4, 2, 1):
+        shape = batch_shape(c, 2, 4, microbatch, mesh)
+        tokens = np.asarray(source.batch(10, shape, sequences(c, 4), mesh))
+        assert tokens.shape == (*shape, 5)
+        assert [row[row[..., 0] >= 0][:, 0].tolist() for row in tokens] == [[10, 11, 12], [13, 14, 15]]
+
 
 
 def test_text_of_its_own_is_gone_on_with_as_it_was(tmp_path, tuned):

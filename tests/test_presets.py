@@ -3,10 +3,16 @@
 import importlib.util
 from pathlib import Path
 
+import jax
 import pytest
 
+from configs import gpt3
+from configs.instructgpt import ppo, reward, sft
 from gptjax import config as configs
+from gptjax.aot import PRESETS, Request, adjusted, build_program, check
+from gptjax.describe import describe
 from gptjax.errors import InputError
+from gptjax.parallel.topology import CHIPS, parse, slices
 from gptjax.ppo import PPOConfig
 from gptjax.reward import RewardConfig
 from gptjax.sft import SFTConfig
@@ -97,6 +103,59 @@ def test_nplus():
     assert of(c.ppo, "epochs", "minibatches", "clip", "value_clip", "value_coefficient") == (4, 1, 0.2, 0.2, 0.1)
     assert of(c.rollout, "max_new_tokens", "temperature", "gamma", "lam", "missing_eos") == (53, 0.7, 1.0, 0.95, -1.0)
     assert (c.kl.coefficient, c.kl.target, c.data.max_length, c.rate.kind) == (0.05, None, 512, "linear")
+
+
+# --- the hardware that their docstrings name ----------------------------------------------------------------
+
+
+
+STAGES = {"sft": sft, "reward": reward, "ppo": ppo}
+PROGRAMS = [  # (stage, argument, slice, program, model or policy, reward model)
+    *(("sft", size, sft.SLICES[size], "train", sft.MODELS[size], None) for size in sft.SIZES),
+    ("reward", None, reward.SLICE, "train", reward.MODEL, None),
+    *(
+        ("ppo", size, ppo.SLICES[size], program, ppo.MODELS[size], ppo.REWARD)
+        for size in ppo.SIZES
+        for program in ("ppo_collect", "ppo_update")
+    ),
+]
+
+
+def on_its_slice(stage, argument, slice_, program, policy, reward):
+    pytest.importorskip("libtpu", reason="needs libtpu, the TPU compiler: pip install 'jax[tpu]'")
+    config = STAGES[stage].get_config(*([argument] if argument else [])).to_dict()
+    return config, parse(slice_), Request(program, policy=PRESETS[policy], reward=reward and PRESETS[reward])
+
+
+@pytest.mark.parametrize("case", PROGRAMS, ids=lambda case: "-".join(filter(None, (case[0], case[1], case[3]))))
+def test_instructgpt_fits_its_slice_by_our_count(case):
+    """Without any setting of the command line."""
+    config, topology, request = on_its_slice(*case)
+    assert adjusted(config, topology, request)[1] == {}
+    program = build_program(config, topology, request)
+    assert 0 < sum(program.parts.values()) < 0.9 * topology.chip.hbm
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", PROGRAMS, ids=lambda case: "-".join(filter(None, (case[0], case[1], case[3]))))
+def test_instructgpt_fits_its_slice_by_the_compiler(case):
+    config, topology, request = on_its_slice(*case)
+    with jax.default_matmul_precision("default"):  # conftest.py's is for the CPU
+        assert check(config, topology, request)["fits"]
+
+
+@pytest.mark.parametrize("size", ["125m", "350m", "760m", "1.3b", "2.7b", "6.7b", "13b", "175b"])
+def test_gpt3_fits_a_v5p_slice_of_its_mesh(size):
+    d = describe(gpt3.get_config(size).to_dict())
+    assert d["devices"] in {t.device_count for t in slices("v5p")}
+    assert sum(d["peak_per_tpu_chip"].values()) < 0.9 * CHIPS["v5p"].hbm
+
+
+def test_a_stage_that_begins_with_another_model_is_told_to_name_it():
+    config = sft.get_config().to_dict()
+    for request in (Request(), Request("decode", policy=PRESETS["gpt3:1.3b"])):
+        with pytest.raises(InputError, match="give --program=train and --policy, one of gpt1"):
+            adjusted(config, parse("v5p:2x2x2"), request)
 
 
 def test_a_preset_of_another_name_is_refused():

@@ -4,6 +4,7 @@ import errno
 import json
 import os
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -144,6 +145,20 @@ def test_a_finished_run_can_be_made_longer(text, tmp_path, one_device):
     pretrain(tiny(text, steps=25, **constant), str(tmp_path / "parts"))
     pretrain(tiny(text, steps=25, **constant), str(tmp_path / "straight"))
     assert_same_run(tmp_path / "parts", tmp_path / "straight", STEPS)
+
+
+def test_a_run_whose_schedule_was_another_is_told(text, tmp_path, one_device, capsys):
+    """By the rate in its metrics: of an earlier version (whose decay ended one step sooner), or of another length."""
+    pretrain(tiny(text, steps=3), str(tmp_path / "run"))
+    said = r"the learning rate of step 3 was 0.0003; by the schedule as it is now it would have been 0.002325"
+    assert "the learning rate of step" not in capsys.readouterr().out
+    path = tmp_path / "run" / "metrics.jsonl"
+    rows = lines(tmp_path / "run")
+    pretrain(tiny(text, steps=3), str(tmp_path / "run"))  # finished: nothing to tell
+    assert "the learning rate of step" not in capsys.readouterr().out
+    path.write_text("".join(json.dumps(r | {"learning_rate": 3e-4}) + "\n" for r in rows))
+    pretrain(tiny(text, steps=6), str(tmp_path / "run"))
+    assert re.search(said, capsys.readouterr().out)
 
 
 def test_a_run_goes_on_with_its_own_tokens_whatever_became_of_the_source(text, tmp_path, one_device):

@@ -282,6 +282,27 @@ def test_scoring_more_than_one_batch_keeps_the_order(model):
 # --- length -----------------------------------------------------------------------------------------------
 
 
+def test_fewer_comparisons_than_a_batch_train_and_are_warned_of(tuned, alignment, tmp_path, capsys):
+    """One step of a decay to 0: it is taken at the peak, moves the trunk, and what it is worth is said."""
+    from gptjax.model import heads
+
+    c = reward_config(tuned, alignment["comparisons"], steps=None, epochs=1.0, batch_size=256, model__dropout=0.0)
+    c.optimizer.learning_rate = 1e-3
+    c.schedule.final_fraction = 0.0
+    assert reward(c, str(tmp_path / "run")) is True
+    (line,) = lines(tmp_path / "run")
+    assert line["learning_rate"] == 1e-3
+    assert "warning: the run has only 1 optimizer step, which hardly move" in capsys.readouterr().out
+    before, after = load_model(tuned).params, load_reward_model(tmp_path / "run", mesh=one_mesh()).params["trunk"]
+    moved = jax.tree.map(lambda a, b: float(np.abs(a - b).max()), heads.trunk(before), after)
+    del moved["ln_f"]["bias"]  # the same for all completions: no gradient but for rounding
+    assert min(jax.tree.leaves(moved)) > 9e-4  # Adam's first step is the learning rate, for every parameter
+
+
+def one_mesh():
+    return make_mesh(MeshConfig(), jax.devices()[:1])
+
+
 def longer_wins(n, seed=4):
     return comparisons(n, seed, rank=lambda text: -len(text.split()))
 

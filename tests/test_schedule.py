@@ -4,6 +4,7 @@ import bisect
 import importlib.util
 import math
 
+import numpy as np
 import pytest
 from conftest import ROOT
 from hypothesis import given, settings
@@ -13,6 +14,7 @@ from gptjax.config import build
 from gptjax.describe import describe
 from gptjax.errors import InputError
 from gptjax.pretrain import PretrainConfig
+from gptjax.rlhf.config import RateConfig
 from gptjax.training.schedule import Schedule, ScheduleConfig
 
 
@@ -170,8 +172,9 @@ def test_gpt1_learning_rate():
     assert s.learning_rate(999) == pytest.approx(1.25e-4)  # the 1,000th update
     assert s.learning_rate(1999) == pytest.approx(2.5e-4)
     assert s.learning_rate(2999) < 2.5e-4
-    assert s.learning_rate(1999 + 14_000) == pytest.approx(1.25e-4)  # half of a cosine
-    assert s.learning_rate(29_999) == pytest.approx(0.0, abs=1e-12)
+    assert s.learning_rate(2000 + 14_000) == pytest.approx(1.25e-4)  # half of a cosine is behind this update
+    last = 2.5e-4 * math.sin(math.pi / 2 / 28_000) ** 2  # one update short of its end: (1 + cos(pi - x)) / 2
+    assert s.learning_rate(29_999) == pytest.approx(last, rel=1e-4) and s.fraction(s.total_tokens) == 0
 
 
 @pytest.mark.parametrize("kind, half", [("cosine", 0.55), ("linear", 0.55), ("constant", 1.0)])
@@ -183,13 +186,57 @@ def test_kinds(kind, half):
     assert s.fraction(1500) == pytest.approx(1.0 if kind == "constant" else 0.1)
     quarter = {"cosine": 0.1 + 0.9 * (0.5 + math.sqrt(0.125)), "linear": 0.775, "constant": 1.0}[kind]
     assert s.fraction(350) == pytest.approx(quarter)
-    assert s.learning_rate(599) == pytest.approx(2 * half)
+    assert s.learning_rate(600) == pytest.approx(2 * half)
 
 
 def test_the_fall_ends_with_the_run_unless_told():
-    s = Schedule(ScheduleConfig(final_fraction=0.0), batch_size=2, context_length=5, learning_rate=1.0, steps=10)
-    assert s.learning_rate(9) == pytest.approx(0.0, abs=1e-15) and s.learning_rate(8) > 0
-    assert s.learning_rate(4) == pytest.approx(0.5)
+    """The rate would be final_fraction in the step after the last: 1 - t/T in a linear decay to 0, as torch has it."""
+    of = lambda kind: Schedule(
+        ScheduleConfig(kind, final_fraction=0.0), batch_size=2, context_length=5, learning_rate=1.0, steps=10
+    )
+    assert [of("linear").learning_rate(t) for t in range(10)] == pytest.approx([1 - t / 10 for t in range(10)])
+    cosine = [0.5 * (1 + math.cos(math.pi * t / 10)) for t in range(10)]
+    assert [of("cosine").learning_rate(t) for t in range(10)] == pytest.approx(cosine)
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    kind=st.sampled_from(["cosine", "linear", "constant"]), steps=st.integers(1, 10_000),
+    warmup=st.floats(0, 2), final=st.sampled_from([0.0, 0.1, 1.0]), ramp=st.booleans(),
+)  # fmt: skip
+def test_no_step_that_is_taken_has_a_rate_of_0(kind, steps, warmup, final, ramp):
+    config = ScheduleConfig(
+        kind, warmup_tokens=warmup * steps * 64, final_fraction=final, ramp_tokens=640.0 * ramp,
+        ramp_start_batch_tokens=16.0,
+    )  # fmt: skip
+    s = Schedule(config, batch_size=8, context_length=8, learning_rate=3e-6, steps=steps)
+    for step in {0, steps // 2, max(steps - 2, 0), steps - 1}:
+        assert 0 < np.float32(s.learning_rate(step)) <= np.float32(3e-6)
+    assert s.learning_rate(0) == 3e-6 or warmup > 0  # a run of one step is trained
+
+
+def test_a_run_too_short_to_learn_is_said_to_be():
+    make = lambda steps, **fields: Schedule(
+        ScheduleConfig(**fields), batch_size=2, context_length=5, learning_rate=1.0, steps=steps
+    )
+    assert make(1000, warmup_tokens=100.0).warnings() == []
+    (short,) = make(1).warnings()
+    assert "only 1 optimizer step," in short and "--config.epochs" in short
+    assert [("within its warm-up" in w, "10.0% of its peak" in w) for w in make(100, warmup_tokens=1e4).warnings()] == [
+        (True, True)
+    ]
+    (idle,) = make(1000, final_fraction=0.0, decay_tokens=9000.0).warnings()
+    assert "is 0 from step 901 of 1,000 on" in idle  # 900 steps of 10 tokens are taken above 0
+
+
+def test_ppo_takes_no_iteration_at_a_rate_of_0():
+    for kind in ("constant", "linear"):
+        for warmup in (0, 1, 10):
+            rate = RateConfig(kind, warmup=warmup)
+            assert all(rate.fraction(i, n) > 0 for n in (1, 2, 10, 11) for i in range(n))
+    assert RateConfig("linear").fraction(9, 10) == pytest.approx(0.1)
+    with pytest.raises(InputError, match="warmup_start=0: the first iteration would change nothing"):
+        RateConfig(warmup=3, warmup_start=0.0)
 
 
 # --- errors -----------------------------------------------------------------------------------------------

@@ -342,3 +342,20 @@ def test_a_parameter_without_names():
     boxed = {"attn": {"extra": jax.ShapeDtypeStruct((4,), jnp.float32)}}
     with pytest.raises(InputError, match="attn/extra has no logical axis names"):
         parameter_shardings(boxed, make_mesh(MeshConfig()))
+
+
+@pytest.mark.slow
+def test_unrolled_layers_that_are_recomputed_compile_on_a_cpu():
+    """Two layers an iteration, in a loop over micro-batches: XLA:CPU made a call with arguments missing of it."""
+    mesh = make_mesh(MeshConfig(data=1, fsdp=8))
+    model = GPTConfig(64, n_layer=4, n_head=2, d_model=32, context_length=16, unroll=2, remat="full", attention="cpu")
+    tx, precision = make_optimizer(OptimizerConfig()), PrecisionConfig()
+    abstract, shardings = state_shardings(gpt.abstract_params(model), tx, precision, mesh)
+    loss = causal_lm_loss(model, precision.dtype, 128, mesh)
+    step = jit_train_step(train_step(loss, tx, 1.0, precision, 0, False), shardings)
+    batch = {
+        name: jax.ShapeDtypeStruct((1, 2, 8, length), dtype, sharding=batch_sharding(mesh, 2))
+        for name, length, dtype in (("tokens", 17, jnp.int32), ("weights", 16, jnp.float32))
+    }
+    with jax.set_mesh(mesh):
+        assert step.lower(abstract, batch, jax.ShapeDtypeStruct((1,), jnp.float32)).compile()

@@ -113,23 +113,33 @@ def test_a_batch_without_any_weight_is_no_division_by_zero(descend, params, batc
 # --- dropout ----------------------------------------------------------------------------------------------
 
 
-def test_every_step_and_micro_batch_has_its_own_dropout_key():
-    def loss(params, micro, key):
-        return params["a"] * 0 + jax.random.uniform(key), jnp.float32(1)
+def test_every_step_and_row_has_its_own_dropout_key():
+    """The same in micro-batches of any size: a row's key is of its place in the batch."""
+
+    def loss(params, micro, keys):
+        draws = jax.vmap(jax.random.uniform)(keys)
+        return params["a"] * 0 + draws.sum(), jnp.float32(1), {"draws": (micro["weights"][..., 0] * draws[:, None]).sum(0)}
 
     state = new_state({"a": jnp.float32(0)}, KEEP, F32)
     draws = {}
     for seed in (0, 1):
         step = gradient_step(loss, seed=seed, dropout=True)
-        for n_micro in (1, 2, 3):
-            s = state
-            for t in range(3):
-                s, metrics = step(s, ({"weights": jnp.ones((n_micro, 1, 1))}, jnp.float32(1)))
-                draws[seed, n_micro, t] = float(metrics["loss_sum"])
-    assert len({round(d, 5) for d in draws.values()}) == len(draws)
-    for t in range(3):  # the first micro-batch's draw does not depend on how many there are; the second has its own
-        second = draws[0, 2, t] - draws[0, 1, t]
-        assert 0 <= second < 1 and abs(second - draws[0, 1, t]) > 1e-4
+        for n_micro in (1, 2, 4):
+            s, one_hot = state, jnp.eye(4).reshape(n_micro, 4 // n_micro, 4, 1)
+            for t in range(2):
+                s, metrics = step(s, ({"weights": one_hot}, jnp.float32(1)))
+                draws[seed, n_micro, t] = tuple(np.asarray(metrics["sums"]["draws"]).tolist())
+    for (seed, _, t), found in draws.items():
+        assert found == draws[seed, 1, t]
+    assert len({d for found in draws.values() for d in found}) == 2 * 2 * 4
+
+
+def test_dropout_is_the_same_in_micro_batches_of_any_size(params, batch):
+    step = gradient_step(causal_lm_loss(DROPOUT, jnp.float32, 8), dropout=True)
+    whole, metrics = gradient(step, params, batch, ROWS)
+    parts, of_parts = gradient(step, params, batch, ROWS // 4)
+    assert float(of_parts["loss_sum"]) == pytest.approx(float(metrics["loss_sum"]), rel=1e-6)
+    assert_close(parts, whole, 1e-6)
 
 
 def test_no_key_without_dropout():

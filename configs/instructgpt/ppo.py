@@ -8,6 +8,10 @@ tokens each, so the policy's context must be 2,000 or more; for a smaller one lo
 rollout.max_new_tokens. The paper does not publish the released models' policy learning rate, GAE's lambda, or how the
 two terms of eq. 2 are normalised: those are ours, and grad_norm/ppo, grad_norm/ptx and grad_norm/cosine in
 metrics.jsonl say what gamma came to.
+
+Hardware: SLICES says which TPU slice each size, with a reward model and a value network of 6B, is compiled for and fits
+(bf16, everything recomputed); on others mesh.fsdp takes all the devices (with 175b: half of them), which must divide
+ppo.microbatch_size and rollout.forward_rows.
 """
 
 from gptjax.config import choose, config_dict
@@ -18,6 +22,10 @@ SIZES = {  # policy's rate (ours, inside the sweeps of C.4), value's rate (C.4)
     "6b": (5e-6, 9e-6),
     "175b": (2.55e-6, 5e-6),  # 2.55e-6 and 3.74e-6 were tried
 }
+
+SLICES = {"1.3b": "v5p:2x2x2", "6b": "v5p:2x2x4", "175b": "v5p:4x4x8"}  # 8, 16 and 128 chips
+MODELS = {"1.3b": "gpt3:1.3b", "6b": "gpt3:6.7b", "175b": "gpt3:175b"}  # the policy's
+REWARD = "gpt3:6.7b"  # §3.5: one 6B reward model for policies of every size
 
 
 def get_config(arg="1.3b"):
@@ -47,6 +55,10 @@ def get_config(arg="1.3b"):
     c.rate.update(kind="constant", warmup=10, warmup_start=0.1)  # C.4: over the first 10 iterations, from a tenth
     for optimizer, learning_rate in ((c.optimizer, rate), (c.value_optimizer, value_rate)):
         optimizer.update(learning_rate=learning_rate, b1=0.9, b2=0.95, weight_decay=0.0, clip_norm=1.0)
+    c.model.remat = "full"
+    c.precision.compute = "bfloat16"
+    c.mesh.update(data=1, fsdp=-1, tensor=2 if size == "175b" else 1)
+    c.ppo.microbatch_size = c.rollout.forward_rows = 64 if size == "175b" else 16
     c.data.update(max_length=1000, drop_long=True)  # C: longer prompts filtered
     c.eval.every = c.checkpoint.every = 50
     return c

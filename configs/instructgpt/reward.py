@@ -5,10 +5,16 @@
 
 One 6B model served policies of every size; the paper had 33,207 training prompts of 4 to 9 ranked completions.
 Expected on people's rankings: 72.4 % of the pairs of its training labelers, 69.6 % of held-out ones.
+
+Hardware: SLICE is compiled for and fits 6B with 9 completions of 2,048 tokens a prompt (bf16, everything recomputed);
+on others mesh.fsdp takes all the devices, which must divide microbatch_size.
 """
 
 from gptjax.config import config_dict
 from gptjax.reward import RewardConfig
+
+SLICE = "v5p:2x2x4"  # 16 chips
+MODEL = "gpt3:6.7b"  # what init_from is, and aot's --policy
 
 
 def get_config():
@@ -24,5 +30,9 @@ def get_config():
     )  # fmt: skip
     c.schedule.update(kind="cosine", final_fraction=0.1, warmup_tokens=0.0)  # C.2: cosine to 10 %
     c.data.drop_long = True
+    c.microbatch_size = 16
+    c.model.remat = "full"
+    c.precision.compute = "bfloat16"
+    c.mesh.update(data=1, fsdp=-1)
     c.eval.every = c.checkpoint.every = 100
     return c

@@ -5,6 +5,9 @@
 
 1.3b, 6b, 175b: the SFT baseline of C.1. With ',rl' (1.3b,rl): the model that RL starts from and that is its KL
 reference, C.3: 2 epochs with a tenth of pre-training text. The paper's were trained on about 13,000 prompts.
+
+Hardware: SLICES says which TPU slice each size is compiled for and fits (bf16, everything recomputed); on others
+mesh.fsdp takes all the devices, which must divide batch_size (with 175b: devices / 16).
 """
 
 from gptjax.config import choose, config_dict
@@ -15,6 +18,9 @@ SIZES = {  # C.1: learning rate, batch; C.3: learning rate of the RL initialisat
     "6b": (9.65e-6, 32, 1.04e-5),
     "175b": (5.03e-6, 8, 2.45e-6),
 }
+
+SLICES = {"1.3b": "v5p:2x2x2", "6b": "v5p:2x2x4", "175b": "v5p:4x4x8"}  # 8, 16 and 128 chips
+MODELS = {"1.3b": "gpt3:1.3b", "6b": "gpt3:6.7b", "175b": "gpt3:175b"}  # what init_from is, and aot's --policy
 
 
 def get_config(arg="1.3b"):
@@ -31,6 +37,9 @@ def get_config(arg="1.3b"):
     c.schedule.update(kind="cosine", final_fraction=0.1, warmup_tokens=0.0)  # C.1: cosine to 10 %, no warm-up
     c.data.packing = False  # the batch is counted in demonstrations
     c.data.drop_long = True  # C: prompts over 1k tokens filtered, context 2k
+    c.model.remat = "full"
+    c.precision.compute = "bfloat16"
+    c.mesh.update(data=1, fsdp=-1, tensor=16 if size == "175b" else 1)  # a batch of 8 is cut over 8 devices at the most
     if rl:
         c.epochs = 2.0  # C.3
         c.mix.fraction = 0.1  # C.3: 10 % pre-training data

@@ -30,9 +30,10 @@ from gptjax.data.rows import (
     prompt_text,
 )
 from gptjax.errors import InputError
+from gptjax.ranges import Count
 
 _FIELDS = ("prompt", "completions", "ranks", "chosen", "rejected")
-_MOST = 9  # completions of a prompt, as in InstructGPT §3.5
+MOST = 9  # completions of a prompt, as in InstructGPT §3.5
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,7 +49,7 @@ class ComparisonConfig:
     source: str | None = paths.field(paths.SOURCE)
     fields: Mapping[str, str] = dataclasses.field(default_factory=lambda: {name: name for name in _FIELDS})
     validation: str = paths.field(paths.SHARE, "0.1")
-    max_length: int | None = None
+    max_length: Count | None = None
     drop_long: bool = False
     bad_rows: str = "stop"
 
@@ -220,8 +221,8 @@ def _ranked(record: Record, kind: str) -> tuple[Any, list[Any], list[float]]:
     for name, value in (("completions", texts), ("ranks", ranks)):
         if not isinstance(value, list):
             raise InputError(f"the {name} are {type(value).__name__}, not a list; fix the row")
-    if not 2 <= len(texts) <= _MOST:
-        raise InputError(f"the row has {len(texts)} completions; give 2 to {_MOST}")
+    if not 2 <= len(texts) <= MOST:
+        raise InputError(f"the row has {len(texts)} completions; give 2 to {MOST}")
     if len(ranks) != len(texts):
         raise InputError(f"the row has {len(ranks)} ranks for {len(texts)} completions; give one for each")
     for rank in ranks:

@@ -30,6 +30,7 @@ from gptjax.data.rows import (
     prompt_text,
 )
 from gptjax.errors import InputError
+from gptjax.ranges import Count
 
 _FIELDS = ("prompt", "response", "messages")
 _LOSS_ON = ("response", "all")
@@ -50,7 +51,7 @@ class DemonstrationConfig:
     fields: Mapping[str, str] = dataclasses.field(default_factory=lambda: {name: name for name in _FIELDS})
     validation: str = paths.field(paths.SHARE, "0.05")
     template: str = "chat"
-    max_length: int | None = None
+    max_length: Count | None = None
     loss_on: str = "response"
     packing: bool = True
     drop_long: bool = False

@@ -13,6 +13,7 @@ from gptjax.data import lm, published
 from gptjax.data.chat import Template
 from gptjax.data.rows import FLAGS, LeftOut, Record, TooLong, check_config, fingerprint, limit, load
 from gptjax.errors import InputError
+from gptjax.ranges import Count
 
 _FIELDS = ("prompt",)
 
@@ -28,9 +29,9 @@ class PromptConfig:
 
     source: str | None = paths.field(paths.SOURCE)
     fields: Mapping[str, str] = dataclasses.field(default_factory=lambda: {name: name for name in _FIELDS})
-    max_length: int | None = None
+    max_length: Count | None = None
     drop_long: bool = False
-    buckets: int = 4
+    buckets: Count = 4
     bad_rows: str = "stop"
 
     def __post_init__(self):

@@ -174,6 +174,15 @@ _REMAT = {
 }
 
 
+def _unroll(c: GPTConfig, mesh) -> int:
+    """Layers of an iteration of the scan. One where XLA:CPU fails on several ("Incorrect number of arguments passed to
+    called function", jaxlib 0.10.2): within a loop, fully recomputed, of parameters cut over fsdp."""
+    sizes = jax.sharding.get_abstract_mesh().shape
+    platform = jax.default_backend() if mesh is None else mesh.devices.flat[0].platform
+    fails = platform == "cpu" and c.remat == "full" and sizes.get("fsdp", 1) > 1
+    return 1 if fails and c.unroll < c.n_layer else c.unroll
+
+
 class GPT(nn.Module):
     config: GPTConfig
     mode: Mode = Mode()
@@ -219,7 +228,7 @@ class GPT(nn.Module):
             split_rngs={"params": True},
             in_axes=(0, nn.broadcast),
             length=c.n_layer,
-            unroll=c.unroll,
+            unroll=_unroll(c, self.mode.mesh),
             metadata_params={nn.PARTITION_NAME: "layers"},
         )(c, self.mode, name="blocks")
         (x, cache), kv = blocks((x, cache), by_layer, shared)
@@ -257,7 +266,7 @@ def hidden(
     *,
     positions=None,
     segment_ids=None,
-    dropout_key=None,
+    dropout_keys=None,
     dtype=jnp.float32,
     mesh=None,
 ):
@@ -267,7 +276,7 @@ def hidden(
         tokens: int [batch, time], time <= context_length.
         positions: int [batch, time], or None for 0..time-1.
         segment_ids: int [batch, time], or None; attention stays within a segment.
-        dropout_key: None means no dropout.
+        dropout_keys: a key for each row, [batch]; None means no dropout.
         dtype: of the activations and matmuls.
         mesh: for attention kernels that need a shard_map.
     Returns:
@@ -276,9 +285,7 @@ def hidden(
     _check_time(tokens, config)
     if positions is None:
         positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
-    keys = None
-    if dropout_key is not None and config.dropout:
-        keys = jax.vmap(jax.random.fold_in, (None, 0))(dropout_key, jnp.arange(tokens.shape[0]))
+    keys = dropout_keys if config.dropout else None
     return GPT(config, Mode(mesh=mesh), dtype).apply({"params": params}, tokens, positions, segment_ids, keys)[0]
 
 

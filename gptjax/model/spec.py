@@ -13,6 +13,7 @@ import dataclasses
 from typing import Literal
 
 from gptjax.errors import InputError
+from gptjax.ranges import BelowOne, Count
 
 ATTENTION_PATHS = ("auto", "reference", "xla", "cpu", "splash", "cudnn")
 REMAT_POLICIES = ("none", "dots", "full", "offload")
@@ -39,21 +40,21 @@ class GPTConfig:
         stage. pipeline_rounds: groups of layers on each stage; more make the bubble smaller (parallel/pipeline.py).
     """
 
-    vocab_size: int
-    n_layer: int
-    n_head: int
-    d_model: int
-    context_length: int
+    vocab_size: Count
+    n_layer: Count
+    n_head: Count
+    d_model: Count
+    context_length: Count
     norm: Literal["pre", "post"] = "pre"
-    local_window: int | None = None
+    local_window: Count | None = None
     tied_head: bool = True
-    dropout: float = 0.0
+    dropout: BelowOne = 0.0
     dropout_sites: str = "all"
     attention: str = "auto"
     remat: str = "none"
-    unroll: int = 1
-    pipeline_microbatches: int | None = None
-    pipeline_rounds: int = 1
+    unroll: Count = 1
+    pipeline_microbatches: Count | None = None
+    pipeline_rounds: Count = 1
 
     def __post_init__(self):
         for name in ("vocab_size", "n_layer", "n_head", "d_model", "context_length"):
@@ -149,13 +150,13 @@ GPT3 = {  # Brown et al. 2020, Table 2.1, mended as the docstring says
 class ModelOptions:
     """What a later stage may change about the model it starts from; None = as that run had it."""
 
-    dropout: float | None = None
+    dropout: BelowOne | None = None
     dropout_sites: str | None = None
     attention: str | None = None
     remat: str | None = None
-    unroll: int | None = None
-    pipeline_microbatches: int | None = None
-    pipeline_rounds: int | None = None
+    unroll: Count | None = None
+    pipeline_microbatches: Count | None = None
+    pipeline_rounds: Count | None = None
 
     def apply(self, config: GPTConfig, **others) -> GPTConfig:
         changed = {k: v for k, v in dataclasses.asdict(self).items() if v is not None}

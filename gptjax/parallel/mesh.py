@@ -9,6 +9,7 @@ from jax.sharding import AxisType, Mesh
 
 from gptjax.errors import InputError
 from gptjax.parallel.rules import AXES, Rules
+from gptjax.ranges import Axis, Count
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,12 +25,12 @@ class MeshConfig:
     rules: which axes of the model's arrays lie on which of these axes; `use` of rules.py puts them in force.
     """
 
-    data: int = -1
-    fsdp: int = 1
-    tensor: int = 1
-    stage: int = 1
-    seq: int = 1
-    dcn_data: int = 1
+    data: Axis = -1
+    fsdp: Axis = 1
+    tensor: Axis = 1
+    stage: Axis = 1
+    seq: Axis = 1
+    dcn_data: Count = 1
     rules: Rules = dataclasses.field(default=Rules(), repr=False)
 
     def __post_init__(self):

@@ -1,9 +1,11 @@
 """The vocabulary cut up over the mesh's tensor axis, in computation only: embedding and loss of each device's part.
 
 At rest the table is [vocab, d_model], cut up along d_model over fsdp like every matrix: 50,257 is divisible by
-nothing, and at 175B on 64-way fsdp the copies over `tensor` are 0.1 GB of a chip. In computation it is padded to
-a multiple of `tensor` and each device takes its rows [vocab / tensor, d_model], gathered over fsdp in the dtype of
-the computation. Logits are never gathered: what devices tell each other is a maximum, a sum and the target's logit.
+nothing, and at 175B on 64-way fsdp the copies over `tensor` are 0.1 GB of a chip. In computation it is padded to a
+multiple of `tensor` and each device takes its rows [vocab / tensor, d_model], gathered over fsdp: for the loss in the
+dtype of the computation, for the embedding in float32, in which tokens and positions are added, so that the sum is the
+one that a single device rounds. Logits are never gathered: what devices tell each other is a maximum, a sum and the
+target's logit.
 """
 
 import jax

@@ -6,6 +6,7 @@ import math
 from gptjax import paths
 from gptjax.errors import InputError
 from gptjax.objectives.ppo import MOST_KL_ERROR
+from gptjax.ranges import Count, Positive, Real, Share, TopP
 
 # Below it the log-probabilities are 0 and -large, and their gradients overflow.
 _LEAST_TEMPERATURE = 0.01
@@ -18,8 +19,8 @@ class KLConfig:
     batch."""
 
     coefficient: float = 0.02
-    target: float | None = None
-    horizon: float = 10_000.0
+    target: Positive | None = None
+    horizon: Positive = 10_000.0
 
     def __post_init__(self):
         if not 0 <= self.coefficient < math.inf:  # NaN fails these comparisons too
@@ -52,16 +53,16 @@ class RolloutConfig:
     end-of-text, in place of its own; None = its own. gamma, lam: of GAE. forward_rows: responses scored in one forward
     pass; None = all."""
 
-    max_new_tokens: int = 64
-    temperature: float = 1.0
+    max_new_tokens: Count = 64
+    temperature: Positive = 1.0
     top_k: int = 0
-    top_p: float = 1.0
-    missing_eos: float | None = -1.0
-    gamma: float = 1.0
-    lam: float = 0.95
+    top_p: TopP = 1.0
+    missing_eos: Real | None = -1.0
+    gamma: Share = 1.0
+    lam: Share = 0.95
     whiten_rewards: bool = False
     whiten_advantages: bool = True
-    forward_rows: int | None = None
+    forward_rows: Count | None = None
 
     def __post_init__(self):
         if self.top_k != 0 or self.top_p != 1.0:
@@ -83,15 +84,17 @@ class RolloutConfig:
 @dataclasses.dataclass(frozen=True)
 class RateConfig:
     """Learning rates over iterations: linear from warmup_start x peak over `warmup` iterations, then 'constant' or
-    'linear' to 0 at the end."""
+    'linear' to 0, which the iteration after the last would have. No iteration is taken at a rate of 0."""
 
     kind: str = "constant"
     warmup: int = 0
-    warmup_start: float = 0.1
+    warmup_start: Share = 0.1
 
     def __post_init__(self):
         if self.kind not in ("constant", "linear") or self.warmup < 0 or not 0 <= self.warmup_start <= 1:
             raise InputError("rate: kind is constant or linear, warmup >= 0, warmup_start in [0, 1].")
+        if self.warmup and not self.warmup_start:
+            raise InputError("rate.warmup_start=0: the first iteration would change nothing. Set it above 0.")
 
     def fraction(self, iteration: int, iterations: int) -> float:
         if iteration < self.warmup:
@@ -106,8 +109,8 @@ class PtxConfig:
     """Pre-training text of PPO-ptx. per_episode: sequences for each episode of the minibatch (InstructGPT: 8).
     context_length: tokens of one; None = the model's. source: None = what the policy was pre-trained on."""
 
-    per_episode: float = 8.0
-    context_length: int | None = None
+    per_episode: Positive = 8.0
+    context_length: Count | None = None
     source: str | None = paths.field(paths.SOURCE)
 
 
@@ -119,9 +122,9 @@ class EvaluationConfig:
     gold_fn: 'package.module:function' that is measured and never trained on, to see over-optimisation (Gao et al.
     2022)."""
 
-    every: int = 10
+    every: Count = 10
     source: str | None = paths.field(paths.SOURCE)
-    prompts: int = 64
+    prompts: Count = 64
     lm_batches: int = 8
     samples: int = 8
     gold_fn: str | None = None

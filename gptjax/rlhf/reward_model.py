@@ -90,10 +90,10 @@ def prompt_room(contexts: Mapping[str, int], new_tokens: int, flag: str) -> int:
     return room
 
 
-def score_at_end(params, tokens, lengths, config: GPTConfig, dtype, mesh=None, dropout_key=None):
+def score_at_end(params, tokens, lengths, config: GPTConfig, dtype, mesh=None, dropout_keys=None):
     """The scalar at each row's last real token: float32 [rows]. tokens: int [rows, time], padded on the right; what
     stands after the last token changes nothing, for attention is causal."""
-    x = gpt.hidden(params["trunk"], config, tokens, dtype=dtype, mesh=mesh, dropout_key=dropout_key)
+    x = gpt.hidden(params["trunk"], config, tokens, dtype=dtype, mesh=mesh, dropout_keys=dropout_keys)
     last = jnp.take_along_axis(x, (lengths - 1)[:, None, None], axis=1)[:, 0]
     return heads.scalar(params["head"], last)
 

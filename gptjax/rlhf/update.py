@@ -15,6 +15,7 @@ from gptjax.model import gpt
 from gptjax.objectives import ppo
 from gptjax.objectives.language import cross_entropy_sum
 from gptjax.parallel.rules import constrain
+from gptjax.ranges import BelowOne, Count, Positive
 from gptjax.rlhf import networks
 from gptjax.rlhf.networks import Networks
 from gptjax.rlhf.rollout import Rollout
@@ -30,16 +31,16 @@ class UpdateConfig:
     gamma of PPO-ptx; 0 = plain PPO. ptx_normalise: log pi(x) as a mean over 'token's or summed over a 'sequence':
     the paper does not say, and gamma means nothing without it."""
 
-    epochs: int = 4
-    minibatches: int = 1
-    microbatch_size: int | None = None
-    clip: float = 0.2
-    value_clip: float = 0.2
+    epochs: Count = 4
+    minibatches: Count = 1
+    microbatch_size: Count | None = None
+    clip: Positive = 0.2
+    value_clip: Positive = 0.2
     value_coefficient: float = 1.0
     normalise: str = "token"
     ptx_coefficient: float = 0.0
     ptx_normalise: str = "token"
-    ema_decay: float = 0.992
+    ema_decay: BelowOne = 0.992
 
     def __post_init__(self):
         if self.epochs < 1 or self.minibatches < 1:
@@ -100,13 +101,14 @@ def ppo_gradients(c: UpdateConfig, n: Networks, policy, value, batch: Rollout):
 def ptx_gradient(c: UpdateConfig, n: Networks, policy, tokens):
     """Gradient of -E[log pi(x)] on pre-training sequences (without gamma), and the loss.
 
-    tokens: int [micro-batches, rows, time + 1].
+    tokens: int [micro-batches, rows, time + 1], below 0 in rows that count for nothing (ptx.PADDING).
     """
-    micro, rows, time = tokens.shape
-    count = micro * rows * ((time - 1) if c.ptx_normalise == "token" else 1)
+    micro, _, time = tokens.shape
+    count = (tokens[..., 0] >= 0).sum() * ((time - 1) if c.ptx_normalise == "token" else 1)
 
     def loss(policy, x):
-        weights = jnp.ones((rows, time - 1), jnp.float32)
+        weights = jnp.broadcast_to((x[:, :1] >= 0).astype(jnp.float32), (x.shape[0], time - 1))
+        x = jnp.maximum(x, 0)
         h = gpt.hidden(policy, n.policy, x[:, :-1], dtype=n.dtype, mesh=n.mesh)
         return cross_entropy_sum(h, gpt.unembedding(policy, n.policy), x[:, 1:], weights, n.loss_chunk) / count
 
@@ -181,7 +183,7 @@ def make_update(c: UpdateConfig, n: Networks, policy_tx, value_tx, clip_norm: fl
             state, step=state.step + 1, policy=policy, policy_opt=policy_opt, value=value, value_opt=value_opt,
             average=ppo.exponential_moving_average(state.average, policy, c.ema_decay), key=jax.random.key_data(key),
             prompt_position=state.prompt_position + B,
-            ptx_position=state.ptx_position + (0 if ptx is None else ptx.shape[0] * ptx.shape[1] * ptx.shape[2]),
+            ptx_position=state.ptx_position + (0 if ptx is None else (ptx[..., 0] >= 0).sum(dtype=jnp.int32)),
         )  # fmt: skip
         return new, metrics
 

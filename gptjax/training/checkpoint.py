@@ -32,6 +32,7 @@ from gptjax import paths
 from gptjax.config import write_json
 from gptjax.errors import InputError
 from gptjax.parallel import hosts
+from gptjax.ranges import Count
 from gptjax.training import files
 
 
@@ -40,8 +41,8 @@ class CheckpointConfig:
     """every: steps between saves. keep_last: newest ones kept. keep_best: keep the best evaluated one too
     (make eval.every a multiple of `every`). keep_every: steps whose multiples are kept for good; 0 = none."""
 
-    every: int = 1000
-    keep_last: int = 2
+    every: Count = 1000
+    keep_last: Count = 2
     keep_best: bool = True
     keep_every: int = 0
 

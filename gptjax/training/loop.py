@@ -9,6 +9,7 @@ import dataclasses
 import faulthandler
 import functools
 import itertools
+import math
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -22,8 +23,9 @@ from gptjax.errors import InputError
 from gptjax.model.flops import mfu
 from gptjax.objectives.language import bits_per_byte
 from gptjax.parallel import hosts
+from gptjax.ranges import Count
 from gptjax.training.checkpoint import Checkpointer
-from gptjax.training.metrics import MetricWriter
+from gptjax.training.metrics import JsonLines, MetricWriter
 from gptjax.training.schedule import Schedule
 from gptjax.training.state import TrainState
 from gptjax.training.step import batch_sharding, memory_needed
@@ -35,7 +37,7 @@ class EvalConfig:
     """every: steps between evaluations; one more before the first step and after the last. batches: how many
     validation batches; 0 = all of them."""
 
-    every: int = 1000
+    every: Count = 1000
     batches: int = 0
 
     def __post_init__(self):
@@ -135,6 +137,10 @@ def train(
         TrainingDiverged: naming the step and the checkpoint to go back to.
     """
     devices, dispatch, log, start = jax.devices(), Dispatch(step_fn), c.log, int(state.step)
+    if start < schedule.steps:
+        for text in schedule.warnings():
+            hosts.say(f"warning: {text}")
+        _compare_rates(checkpointer.workdir, schedule, start)
     stops_on_overflow = not c.precision.scaled  # float16 skips a step that is not finite instead
     clock = _Clock(seconds_before)
     bar = progress(total=schedule.steps, initial=start, unit="step", disable=not hosts.first())
@@ -254,6 +260,20 @@ def train(
             "later stages, could not be written: free some disk space and give the same command again."
         )
     return state, finished
+
+
+def _compare_rates(workdir, schedule: Schedule, start: int):
+    """Says so where the step before `start` had another learning rate than the schedule now gives it: the length of the
+    run changed, or it began with a version whose schedule was another."""
+    if not start or not hosts.first():
+        return
+    before = [line for line in JsonLines.read(workdir / "metrics.jsonl") if line["step"] == start]
+    now = schedule.learning_rate(start - 1)
+    if before and not math.isclose(before[-1].get("learning_rate", now), now, rel_tol=1e-6):
+        print(
+            f"the learning rate of step {start:,} was {before[-1]['learning_rate']:.4g}; by the schedule as it is now "
+            f"it would have been {now:.4g}, and the run continues with {schedule.learning_rate(start):.4g}"
+        )
 
 
 def _bits(nats, n_bytes) -> dict:

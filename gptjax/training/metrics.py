@@ -1,6 +1,7 @@
 """Where figures go: metrics.jsonl first, TensorBoard always, Weights & Biases if asked."""
 
 import dataclasses
+import importlib.util
 import json
 import os
 import socket
@@ -13,7 +14,9 @@ from tensorboardX.proto.summary_pb2 import Summary
 from tensorboardX.record_writer import masked_crc32c
 
 from gptjax.config import json_safe
+from gptjax.errors import InputError
 from gptjax.parallel import hosts
+from gptjax.ranges import Count, Seconds
 from gptjax.training.files import AppendFile, give_up, warn
 
 
@@ -24,12 +27,16 @@ class LogConfig:
     without a new step, evaluations and checkpoints included, after which the process writes the stack of each of its
     threads and ends; None = never. Of many hosts one that is stuck would keep the others waiting for good."""
 
-    every: int = 1
+    every: Count = 1
     tensorboard: bool = True
     wandb: bool = False
     profile_start: int = 10
     profile_steps: int = 0
-    stuck_after: float | None = None
+    stuck_after: Seconds | None = None
+
+    def __post_init__(self):
+        if self.wandb and importlib.util.find_spec("wandb") is None:
+            raise InputError("log.wandb=True needs the package wandb: pip install wandb, or leave it at False.")
 
 
 class JsonLines:

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import optax
 
 from gptjax.errors import InputError
+from gptjax.ranges import BelowOne, Positive
 from gptjax.training.offload import Offloaded
 
 DECAYED = r"(^|/)(kernel|wte|wpe|lm_head)$"  # never biases or gains, whatever their stacked rank
@@ -20,16 +21,18 @@ DECAYED = r"(^|/)(kernel|wte|wpe|lm_head)$"  # never biases or gains, whatever t
 
 @dataclasses.dataclass(frozen=True)
 class OptimizerConfig:
-    """name: 'adamw' (Loshchilov & Hutter 2019) or 'gpt1_adam'. weight_decay applies to the parameters whose
-    path matches `decayed`; GPT-3 says only "weight decay of 0.1", the choice of parameters is ours (nanoGPT's:
-    matrices and embeddings). clip_norm: global norm the gradient is cut to; 0 = no clipping. offload: the moments in
-    host memory, a layer's at a time on the device (offload.py): the same steps, slower by what the transfers take."""
+    """name: 'adamw' (Loshchilov & Hutter 2019) or 'gpt1_adam'. weight_decay applies to the parameters whose path matches
+    `decayed`; GPT-3 says only "weight decay of 0.1", the choice of parameters is ours (nanoGPT's: matrices and
+    embeddings). The kernel of a scalar head is a matrix [d_model, 1] and decays too, as in Hugging Face's Trainer
+    and TRL, which leave out biases and LayerNorms alone. clip_norm: global norm the gradient is cut to; 0 = no
+    clipping. offload: the moments in host memory, a layer's at a time on the device (offload.py): the same steps,
+    slower by what the transfers take."""
 
     name: str = "adamw"
-    learning_rate: float = 6e-4
-    b1: float = 0.9
-    b2: float = 0.95
-    eps: float = 1e-8
+    learning_rate: Positive = 6e-4
+    b1: BelowOne = 0.9
+    b2: BelowOne = 0.95
+    eps: Positive = 1e-8
     weight_decay: float = 0.1
     decayed: str = DECAYED
     clip_norm: float = 1.0

@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from gptjax.errors import InputError
+from gptjax.ranges import Count, Positive
 
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16, "float16": jnp.float16}
 
@@ -21,8 +22,8 @@ class PrecisionConfig:
     """compute: dtype of activations and matmuls. The two others are for float16 alone."""
 
     compute: str = "float32"
-    initial_scale: float = 2.0**16
-    growth_interval: int = 2000
+    initial_scale: Positive = 2.0**16
+    growth_interval: Count = 2000
 
     def __post_init__(self):
         if self.compute not in DTYPES:

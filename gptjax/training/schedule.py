@@ -3,10 +3,14 @@
 Everything is closed-form arithmetic in Python floats: no state to save, the same on every host.
 """
 
+import bisect
 import dataclasses
 import math
 
 from gptjax.errors import InputError
+from gptjax.ranges import Positive, Share
+
+FEW_STEPS = 20  # Adam moves a weight by about the learning rate a step: fewer leave a model close to its start
 
 
 @dataclasses.dataclass(frozen=True)
@@ -15,7 +19,8 @@ class ScheduleConfig:
 
     kind: what follows the warm-up: 'cosine', 'linear' (both fall to final_fraction) or 'constant'.
     warmup_tokens: linear from 0.
-    decay_tokens: where the fall ends, counted from the first token (GPT-3: 260B of 300B); None = the end.
+    decay_tokens: where the fall ends, counted from the first token (GPT-3: 260B of 300B); None = the end: the rate
+        would be final_fraction in the step after the last, so that no step of a decay to 0 is taken at 0.
     ramp_tokens: tokens over which the batch grows linearly in tokens (GPT-3 appendix B: 4-12B); 0 = none.
     ramp_start_batch_tokens, ramp_full_batch_tokens: its ends, in tokens per batch; the full batch is at
         most batch_size x context_length.
@@ -23,11 +28,11 @@ class ScheduleConfig:
 
     kind: str = "cosine"
     warmup_tokens: float = 0.0
-    decay_tokens: float | None = None
-    final_fraction: float = 0.1
+    decay_tokens: Positive | None = None
+    final_fraction: Share = 0.1
     ramp_tokens: float = 0.0
-    ramp_start_batch_tokens: float = 32_000.0
-    ramp_full_batch_tokens: float | None = None
+    ramp_start_batch_tokens: Positive = 32_000.0
+    ramp_full_batch_tokens: Positive | None = None
 
     def __post_init__(self):
         if self.kind not in ("cosine", "linear", "constant"):
@@ -99,8 +104,34 @@ class Schedule:
         return self.tokens_before(self.steps)
 
     def learning_rate(self, step: int) -> float:
-        """Of a step, at the tokens seen once it is done: the first is above 0, the last is the final one."""
-        return self.peak * self.fraction(self.tokens_before(step + 1))
+        """Of a step: in the warm-up at the tokens seen once it is done, so that the first is above 0, and later at
+        those seen before it, so that the last is above 0 too (torch's and nanoGPT's schedules: 1 - t/T, t < T)."""
+        after = self.tokens_before(step + 1)
+        if after >= self.config.warmup_tokens:
+            after = max(self.tokens_before(step), self.config.warmup_tokens)
+        return self.peak * self.fraction(after)
+
+    def warnings(self) -> list[str]:
+        """What is amiss with a run this short, one sentence each."""
+        found = []
+        if self.steps < FEW_STEPS:
+            found.append(
+                f"the run has only {self.steps} optimizer step{'s' * (self.steps > 1)}, which hardly move the weights "
+                "from where they began: give more data, more epochs (--config.epochs) or a smaller --config.batch_size."
+            )
+        top = self.fraction(self.total_tokens)
+        if self.total_tokens < self.config.warmup_tokens:
+            found.append(
+                f"the run ends within its warm-up (schedule.warmup_tokens={self.config.warmup_tokens:,.0f}, "
+                f"{self.total_tokens:,} in all): the learning rate never exceeds {top:.1%} of its peak."
+            )
+        if self.learning_rate(self.steps - 1) == 0:
+            first = bisect.bisect_left(range(self.steps), True, key=lambda step: self.learning_rate(step) == 0)
+            found.append(
+                f"the learning rate is 0 from step {first + 1:,} of {self.steps:,} on, which change nothing: raise "
+                "schedule.decay_tokens or schedule.final_fraction, or train for fewer steps."
+            )
+        return found
 
     def fraction(self, tokens: float) -> float:
         """Learning rate over its peak after so many tokens; the fall is measured from the end of warm-up."""

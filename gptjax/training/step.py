@@ -1,8 +1,9 @@
 """The train and evaluation steps, for any loss that is a sum over tokens.
 
-A loss function takes (params, microbatch, dropout_key) and returns (sum, count), or (sum, count, {name: further
-sum}). Gradients of the sums are accumulated over micro-batches in float32 and divided once by the count of the
-whole global batch, so that one big batch and many small ones give the same step however their tokens are spread.
+A loss function takes (params, microbatch, dropout_keys) and returns (sum, count), or (sum, count, {name: further
+sum}); dropout_keys: of the rows [rows], or None. Gradients of the sums are accumulated over micro-batches in float32
+and divided once by the count of the whole global batch, so that one big batch and many small ones give the same step
+however their tokens are spread.
 """
 
 import math
@@ -25,12 +26,12 @@ def causal_lm_loss(config: GPTConfig, dtype, chunk: int, mesh=None):
     """-log p(next token) (GPT-1 eq. 1). Microbatch: tokens int [rows, time + 1], weights [rows, time], and
     optionally segment_ids and positions [rows, time]."""
 
-    def loss(params, batch, dropout_key):
+    def loss(params, batch, dropout_keys):
         tokens = batch["tokens"]
         x = gpt.hidden(
             params, config, tokens[:, :-1],
             positions=batch.get("positions"), segment_ids=batch.get("segment_ids"),
-            dropout_key=dropout_key, dtype=dtype, mesh=mesh,
+            dropout_keys=dropout_keys, dtype=dtype, mesh=mesh,
         )  # fmt: skip
         w = gpt.unembedding(params, config)
         return cross_entropy_sum(x, w, tokens[:, 1:], batch["weights"], chunk), batch["weights"].sum()
@@ -51,12 +52,14 @@ def train_step(loss_fn, tx, clip_norm: float, precision: PrecisionConfig, seed: 
         batch, learning_rate = batch_and_rate
         batch = weigh(batch) if weigh else batch
         n_micro, *one = batch["weights"].shape
-        key = jax.random.fold_in(jax.random.key(seed), state.step)
+        # A row's noise depends on its place in the whole batch, not on the micro-batch it is computed in.
+        key = jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), state.step), 0)
+        keys_of = lambda index: jax.vmap(jax.random.fold_in, (None, 0))(key, index * one[0] + jnp.arange(one[0]))
         # A static denominator keeps the scaled loss near a mean: float16 would overflow on a sum.
         scale = state.loss_scale.scale / math.prod(one)
 
         def scaled_loss(params, micro, index):
-            sums = loss_fn(params, micro, jax.random.fold_in(key, index) if dropout else None)
+            sums = loss_fn(params, micro, keys_of(index) if dropout else None)
             return sums[0] * scale, sums
 
         gradient = jax.grad(scaled_loss, has_aux=True)
