@@ -1,5 +1,7 @@
 """The bound of every comparison of two computations: sums in any order keep within it, an error of 1e-4 does not."""
 
+import contextlib
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -11,6 +13,7 @@ from test_gpt import TINY, numpy_forward, random_params, random_tokens
 
 from gptjax.model import gpt
 from gptjax.objectives import language
+from gptjax.parallel.mesh import MeshConfig, make_mesh
 
 FAULT = 1 + 1e-4
 MAGNITUDES = [1e-20, 1e-3, 1.0, 7.28, 1e6]
@@ -132,18 +135,23 @@ def forward():
     assert_close(x, numpy_forward(params, TINY, tokens)[0], terms=model_terms(TINY, 3))
 
 
-def loss():
+def loss(mesh=None):
     import test_language as here
 
-    arguments = here.problem()
+    arguments = here.problem(batch=8)
     f = lambda x, w: language.cross_entropy_sum(x, w, *arguments[2:], 4)
-    value, (d_x, d_w) = jax.jit(jax.value_and_grad(f, (0, 1)))(*arguments[:2])
+    with jax.set_mesh(mesh) if mesh else contextlib.nullcontext():
+        value, (d_x, d_w) = jax.jit(jax.value_and_grad(f, (0, 1)))(*arguments[:2])
     assert_close([value, d_x, d_w], list(here.oracle(*arguments)), terms=here.TERMS)
+
+
+def sharded_loss():
+    loss(make_mesh(MeshConfig(data=2, fsdp=2, tensor=2)))
 
 
 @pytest.mark.parametrize(
     "check, module, name",
-    [(forward, gpt, "attention"), (forward, gpt, "gelu"), (loss, language, "_d_x")],
+    [(forward, gpt, "attention"), (forward, gpt, "gelu"), (loss, language, "_d_x"), (sharded_loss, language, "_d_w")],
 )
 def test_a_fault_in_the_code_is_seen(check, module, name, monkeypatch):
     """One part of the model or the loss too large by 1e-4."""
