@@ -345,4 +345,4 @@ def test_reward_model_gives_the_same_scores(tmp_path, norm):
         ours = score_at_end({"trunk": trunk, "head": head}, tokens, lengths, config, jnp.float32)
     theirs = their_logits(model, tokens)[:, 0]
     assert theirs.std() > 1
-    np.testing.assert_allclose(ours, theirs, rtol=0, atol=TOLERANCE)
+    assert_close(ours, theirs, terms=model_terms(config))
