@@ -171,8 +171,8 @@ def _export_notes(run: dict, model: Model) -> list[str]:
         notes.append("exported is the policy's moving average; its value network and PPO's state are not")
     elif stage == "reward":
         notes.append(
-            "exported is a GPT2ForSequenceClassification of one label, whose logit is the normalised score (the bias "
-            "is in the last LayerNorm); reward.json's accuracies are not in the format"
+            "exported is a sequence classifier of one label, whose logit is the normalised score (its bias is in the "
+            "last LayerNorm's); reward.json's accuracies are not in the format"
         )
     elif stage != "convert":
         notes.append("the optimizer's state is not exported: training is resumed in the workdir")

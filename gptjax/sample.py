@@ -37,19 +37,19 @@ def continue_texts(
     tokenizer, context = model.tokenizer, model.config.context_length
     template = Template(tokenizer, model.template) if model.template and not raw else None
     ids = []
-    for prompt in prompts:
+    for i, prompt in enumerate(prompts):
         try:
             tokens = template.prompt(prompt) if template else tokenizer.encode(prompt)
         except InputError as error:
-            raise InputError(f"--prompt={prompt!r}: {error}") from None
+            raise InputError(f"--prompt={_shortened(prompt)!r}: {error}") from None
         if not tokens and tokenizer.bos_id is None:
             raise InputError("This tokenizer has no end-of-text to start from: give a --prompt that is not empty.")
         if not tokens or (tokenizer.specials.adds_bos and not template):
             tokens = [tokenizer.bos_id, *tokens]
         if len(tokens) > context:
             raise InputError(
-                f"--prompt={_shortened(prompt)!r} has {len(tokens)} tokens and the model's context is {context}, which "
-                "leaves no room for new ones: shorten it."
+                f"Prompt {i} has {len(tokens)} tokens and the model's context is {context}, which leaves no room for "
+                "new ones: shorten it."
             )
         if tokenizer.unk_id is not None and tokenizer.unk_id in tokens:
             unknown = f"{tokens.count(tokenizer.unk_id)} of its {len(tokens)} tokens are the unknown one"
