@@ -123,7 +123,8 @@ def test_every_step_and_row_has_its_own_dropout_key():
 
     def loss(params, micro, keys):
         draws = jax.vmap(jax.random.uniform)(keys)
-        return params["a"] * 0 + draws.sum(), jnp.float32(1), {"draws": (micro["weights"][..., 0] * draws[:, None]).sum(0)}
+        by_row = (micro["weights"][..., 0] * draws[:, None]).sum(0)
+        return params["a"] * 0 + draws.sum(), jnp.float32(1), {"draws": by_row}
 
     state = new_state({"a": jnp.float32(0)}, KEEP, F32)
     draws = {}

@@ -21,8 +21,8 @@ DECAYED = r"(^|/)(kernel|wte|wpe|lm_head)$"  # never biases or gains, whatever t
 
 @dataclasses.dataclass(frozen=True)
 class OptimizerConfig:
-    """name: 'adamw' (Loshchilov & Hutter 2019) or 'gpt1_adam'. weight_decay applies to the parameters whose path matches
-    `decayed`; GPT-3 says only "weight decay of 0.1", the choice of parameters is ours (nanoGPT's: matrices and
+    """name: 'adamw' (Loshchilov & Hutter 2019) or 'gpt1_adam'. weight_decay applies to the parameters whose path
+    matches `decayed`; GPT-3 says only "weight decay of 0.1", the choice of parameters is ours (nanoGPT's: matrices and
     embeddings). The kernel of a scalar head is a matrix [d_model, 1] and decays too, as in Hugging Face's Trainer
     and TRL, which leave out biases and LayerNorms alone. clip_norm: global norm the gradient is cut to; 0 = no
     clipping. offload: the moments in host memory, a layer's at a time on the device (offload.py): the same steps,
