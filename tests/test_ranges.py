@@ -54,6 +54,7 @@ def with_value(stage, name, value):
     c = config_dict(STAGES[stage]).to_dict()
     if stage == "pretrain":
         c["model"] |= MODEL
+    c["mesh"]["data"] = 1  # at most one axis takes the rest
     *sections, last = name.split(".")
     functools.reduce(dict.get, sections, c)[last] = value
     return build(STAGES[stage], c)

@@ -191,3 +191,13 @@ def test_kinds_of_errors():
         left_out.add("x:1", error, str(error))
     assert str(left_out + left_out) == "4 too long, 2 with nothing but ties, 2 bad" and left_out
     assert not LeftOut() and LeftOut().describe() == ""
+
+
+def test_a_value_without_a_python_form_is_named_where_it_is_needed(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    long = "9" * 5000  # more digits than Python converts
+    path.write_text(f'{{"prompt": "a", "id": {long}}}\n')
+    assert len(prompts(str(path)).ids) == 1
+    path.write_text(f'{{"prompt": {long}}}\n')
+    with pytest.raises(InputError, match="field 'prompt' is an integer of 5000 digits; fix or remove the row"):
+        prompts(str(path))

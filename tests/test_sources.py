@@ -511,7 +511,8 @@ def test_json_is_read_as_rows(tmp_path):
         with pytest.raises(InputError, match="name the file .txt"):
             read(path)
         (tmp_path / "code.py").write_text("code")
-        assert [d.text for d in read(tmp_path)] == ["code", data]  # in a folder of code it is one more file
+        with pytest.warns(UserWarning, match="read as text 1 .json files that hold no rows: 'x.json'"):
+            assert [d.text for d in read(tmp_path)] == ["code", data]  # in a folder of code it is one more file
 
 
 def test_byte_order_marks(tmp_path):

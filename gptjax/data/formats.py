@@ -59,11 +59,17 @@ Skip = Callable[[str, int], None]  # is told the name of a file that can't be re
 
 
 def read_documents(
-    file: File, text_field: str, *, lines: bool = False, skip: Skip | None = None
+    file: File,
+    text_field: str,
+    *,
+    lines: bool = False,
+    skip: Skip | None = None,
+    as_text: Callable[[str], None] | None = None,
 ) -> Iterator[Document]:
     """The documents of a file. text_field: holds a row's text. lines: each line of a text file is a document.
 
-    skip: called for a file or member of a zip archive that isn't text; None: an InputError.
+    skip: called for a file or member of a zip archive that isn't text; None: an InputError. as_text: called with the
+    name of a .json file that holds no rows, whose JSON is then the text; None: an InputError.
     """
     name = uncompressed_name(file.name).lower()
     if name.endswith(_PARQUET):
@@ -74,7 +80,7 @@ def read_documents(
         with file.fs.open(file.path, "rb") as stream:
             for part in parts(stream, file.name, file.path, file.size):
                 try:
-                    yield from _part_documents(part, text_field, lines, skip is not None)
+                    yield from _part_documents(part, text_field, lines, as_text)
                 except NotText as error:
                     if skip is None:
                         raise InputError(
@@ -110,7 +116,9 @@ def read_rows(file: File, skip: Skip | None = None) -> Iterator[tuple[str, Any]]
 # --- text -------------------------------------------------------------------------------------------------
 
 
-def _part_documents(part: Part, text_field: str, lines: bool, in_directory: bool) -> Iterator[Document]:
+def _part_documents(
+    part: Part, text_field: str, lines: bool, as_text: Callable[[str], None] | None
+) -> Iterator[Document]:
     if part.name.lower().endswith((*_JSON_LINES, *_JSON)):
         try:
             for number, where, row in _json_rows(part):
@@ -123,9 +131,10 @@ def _part_documents(part: Part, text_field: str, lines: bool, in_directory: bool
             if isinstance(error.value, dict) and text_field in error.value:  # a document a file
                 yield Document(part.label, text_of(error.value, text_field, part.path))
                 return
-            if not in_directory:
+            if as_text is None:
                 raise InputError(f"{part.path} {error}; to train on the JSON itself, name the file .txt") from None
             text = _decode(error.data)  # as other files of a folder of code
+            as_text(part.label)
     else:
         text = _text(part.stream)
     if not lines:

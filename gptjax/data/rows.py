@@ -16,6 +16,7 @@ from etils import epath
 
 from gptjax.config import nearest
 from gptjax.data import sources
+from gptjax.data.values import Unreadable
 from gptjax.errors import InputError
 
 BAD_ROWS = ("stop", "drop")
@@ -54,6 +55,8 @@ class Record:
             if self._flags is None:
                 fix = f"rename the one that holds it to {name!r}"
             raise InputError(f"no field {self._field(name)!r}; the row has {there or 'none'}: {fix}")
+        if isinstance(found, Unreadable):
+            raise InputError(f"field {self._field(name)!r} {found.reason}; fix or remove the row")
         return found
 
     def _field(self, name: str) -> str:

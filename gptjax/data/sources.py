@@ -125,8 +125,8 @@ def _file_documents(source: str, text_field: str, lines: bool) -> Iterator[Docum
     skipped = _Skipped(source, found)
     for file in found.files:
         with _readable(file):
-            skip = skipped.add if found.in_directory else None
-            yield from read_documents(file, text_field, lines=lines, skip=skip)
+            skip, as_text = (skipped.add, skipped.as_text.append) if found.in_directory else (None, None)
+            yield from read_documents(file, text_field, lines=lines, skip=skip, as_text=as_text)
     if source != "stdlib":  # whose few files in other encodings are part of it
         skipped.report("that can't be read as UTF-8 text", count_files=True)
 
@@ -157,6 +157,7 @@ class _Skipped:
     def __init__(self, source: str, found: Found):
         self._source, self._found = source, found
         self._names, self._bytes = [], 0
+        self.as_text: list[str] = []  # .json files that hold no rows
 
     def add(self, name: str, size: int) -> None:
         self._names.append(name)
@@ -189,6 +190,8 @@ class _Skipped:
         if self._found.repeated:
             count = len(self._found.repeated)
             said.append(f"read once {count} files that links show again: {_named(self._found.repeated)}")
+        if self.as_text:
+            said.append(f"read as text {len(self.as_text)} .json files that hold no rows: {_named(self.as_text)}")
         if said:
             warnings.warn(f"source {self._source!r}: {'; '.join(said)}", stacklevel=4)
 
