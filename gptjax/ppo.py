@@ -22,6 +22,7 @@ from tqdm import tqdm
 
 from gptjax import config as configs
 from gptjax.data.chat import Template
+from gptjax.data.corpus import start_record, write_record
 from gptjax.data.prompts import PromptBatches, PromptConfig, bucket_widths, load_prompts, longest_of
 from gptjax.errors import InputError
 from gptjax.model import gpt, heads
@@ -160,7 +161,9 @@ def ppo(config: mlc.ConfigDict, workdir: str, reward_fn: Callable | None = None)
         )
     prompts = load_prompts(c.data, template, room)
     widths = bucket_widths(longest_of(prompts), c.data.buckets, room)
-    batches = PromptBatches(prompts, c.batch_size, widths, c.seed, template.pad_id)
+    known = hosts.from_first((workdir / "config.json").exists)
+    record = start_record(workdir, known)
+    batches = PromptBatches(prompts, c.batch_size, widths, c.seed, template.pad_id, record["shuffle"])
     held_out = load_prompts(dataclasses.replace(c.data, source=c.eval.source or c.data.source), template, room)
     eval_widths = sorted({*widths, *bucket_widths(longest_of(held_out), 1, room)})
     n = Networks(
@@ -170,7 +173,6 @@ def ppo(config: mlc.ConfigDict, workdir: str, reward_fn: Callable | None = None)
         dtype=c.precision.dtype, mesh=mesh,
     )  # fmt: skip
     hosts.agree("The prompts", prompts.fingerprint)
-    known = hosts.from_first((workdir / "config.json").exists)
     # A resumed run must find the reference and the reward it began with, so what they are is part of its config.
     origin = {"policy_step": base.step}
     if judge_model:
@@ -180,12 +182,12 @@ def ppo(config: mlc.ConfigDict, workdir: str, reward_fn: Callable | None = None)
     if known:
         configs.claim_workdir(workdir, "ppo", c, **sections)
     hosts.only_first(lambda: base.tokenizer.save(workdir / "tokenizer"))
-    text = hosts.first_then_others(
-        lambda: ptx.load_text(
-            c.ptx, c.policy, workdir, policy_config.context_length, c.seed + 2,  # another order than the stages before
-            needed=c.ppo.ptx_coefficient > 0, resumed=known or not hosts.first(),
-        )
+    text = ptx.load_text(
+        c.ptx, c.policy, workdir, policy_config.context_length, c.seed + 2,  # another order than the stages before
+        needed=c.ppo.ptx_coefficient > 0, record=record, known=known,
     )  # fmt: skip
+    if not known:
+        write_record(workdir, record, text and text.text)
     configs.claim_workdir(workdir, "ppo", c, **sections)
 
     # --- abstract state, shardings, the jitted phases ---
@@ -271,7 +273,8 @@ def ppo(config: mlc.ConfigDict, workdir: str, reward_fn: Callable | None = None)
             return text.batch(int(state.ptx_position), shape, mesh)
 
         evaluate = evaluator(
-            c.eval, n, held_out, eval_widths, template, text, (sample, judge, rule_score, finish), mesh, c.seed
+            c.eval, n, held_out, eval_widths, template, text, (sample, judge, rule_score, finish), mesh, c.seed,
+            record["shuffle"],
         )
 
         # --- the loop ---

@@ -19,6 +19,7 @@ from ml_collections import config_dict as mlc
 from gptjax import config as configs
 from gptjax.data.chat import Template, chat_tokenizer
 from gptjax.data.comparisons import ComparisonBatches, ComparisonConfig, load_comparisons, validation_batches
+from gptjax.data.corpus import start_record, write_record
 from gptjax.data.demonstrations import DemonstrationConfig, load_demonstrations
 from gptjax.errors import InputError
 from gptjax.model import heads
@@ -124,9 +125,12 @@ def reward(config: mlc.ConfigDict, workdir: str) -> bool:
     step_of = 8 * mesh.shape["seq"]
     length = min(length, -(-longest // step_of) * step_of)
     check_fits(mesh.shape, n_head=model.n_head, batch_size=c.batch_size, microbatch_size=c.microbatch_rows, time=length)
+    known = hosts.from_first((workdir / "config.json").exists)
+    record = start_record(workdir, known)
     batches = ComparisonBatches(
-        comparisons.train, c.batch_size, comparisons.k, length, c.seed, pad_id=template.pad_id, here=here
-    )
+        comparisons.train, c.batch_size, comparisons.k, length, c.seed, pad_id=template.pad_id, here=here,
+        shuffle=record["shuffle"],
+    )  # fmt: skip
     if c.steps is None and c.epochs is None:
         raise InputError("Say how long to train: --config.epochs=1 (more overfits) or --config.steps.")
     schedule = Schedule(
@@ -134,6 +138,8 @@ def reward(config: mlc.ConfigDict, workdir: str) -> bool:
         learning_rate=c.optimizer.learning_rate, steps=c.steps if c.steps is not None else batches.steps(c.epochs),
     )  # fmt: skip
     hosts.agree("The comparisons", comparisons.fingerprint)
+    if not known:
+        write_record(workdir, record)
     configs.claim_workdir(workdir, "reward", dataclasses.replace(c, template=kind), model=model)
     hosts.only_first(lambda: tokenizer.save(workdir / "tokenizer"))
 

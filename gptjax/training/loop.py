@@ -33,7 +33,7 @@ from gptjax.training.step import batch_sharding, memory_needed
 @dataclasses.dataclass(frozen=True)
 class EvalConfig:
     """every: steps between evaluations; one more before the first step and after the last. batches: how many
-    validation batches; 0 = all of them."""
+    validation batches, of a mixture of each part; 0 = all of them."""
 
     every: int = 1000
     batches: int = 0

@@ -72,8 +72,16 @@ class JsonLines:
         return lines
 
 
+def dumps(value, **options) -> str:
+    """json.dumps of a result: JSON has no NaN and no infinity, which become null wherever they are."""
+    return json.dumps(_finite(value), allow_nan=False, **options)
+
+
 def _finite(value):
-    """JSON has no NaN."""
+    if isinstance(value, dict):
+        return {k: _finite(v) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(v) for v in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
