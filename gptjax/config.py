@@ -24,6 +24,7 @@ from ml_collections import config_flags
 
 from gptjax.errors import InputError
 from gptjax.parallel import hosts, rules
+from gptjax.training.metrics import dumps
 
 # --- dataclass <-> ConfigDict -----------------------------------------------------------------------------
 
@@ -174,7 +175,7 @@ def _fail(error):
 _MAY_CHANGE = (
     "mesh", "checkpoint", "eval", "log", "steps", "tokens", "epochs", "episodes", "steps_per_dispatch", "samples",
     "offload", "microbatch_size", "loss_chunk", "rollout.forward_rows", "ppo.microbatch_size", "model.remat",
-    "model.pipeline_microbatches", "model.pipeline_rounds", "optimizer.offload",
+    "model.pipeline_microbatches", "model.pipeline_rounds", "optimizer.offload", "data.cache", "mix.cache", "ptx.cache",
 )  # fmt: skip
 
 
@@ -188,7 +189,7 @@ def write_json(path, value):
     """Atomic: a reader sees the old file or the new one."""
     path = epath.Path(path)
     temporary = path.parent / f".{path.name}.{os.getpid()}.tmp"
-    temporary.write_text(json.dumps(value, indent=2, sort_keys=False) + "\n")
+    temporary.write_text(dumps(value, indent=2, sort_keys=False) + "\n")
     temporary.replace(path)
 
 

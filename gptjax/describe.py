@@ -8,7 +8,6 @@ compiler's with Splash, which `aot` asks.
 """
 
 import dataclasses
-import json
 import math
 
 import jax
@@ -25,6 +24,7 @@ from gptjax.model.spec import non_embedding_count, parameter_count
 from gptjax.parallel.mesh import AXES, batch_ways
 from gptjax.peak import training_peak
 from gptjax.pretrain import PretrainConfig
+from gptjax.training.metrics import dumps
 from gptjax.training.offload import MEMORY
 from gptjax.training.optimizer import make_optimizer
 from gptjax.training.schedule import Schedule
@@ -100,7 +100,7 @@ def main(_):
     jax.config.update("jax_platforms", "cpu")  # tracing looks for devices
     d = describe(FLAGS.config.to_dict())
     if FLAGS.json:
-        print(json.dumps(d))
+        print(dumps(d))
         return
     m = d["model"]
     gib = lambda n: f"{n / 2**30:,.2f} GiB"

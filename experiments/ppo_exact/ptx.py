@@ -9,7 +9,6 @@ back.
 """
 
 import itertools
-import json
 
 import jax
 import jax.numpy as jnp
@@ -20,6 +19,7 @@ from tqdm import tqdm
 from experiments.ppo_exact.bed import LENGTH, VOCAB, Bed, BedConfig, enumerated
 from gptjax import config as configs
 from gptjax.rlhf.update import UpdateConfig
+from gptjax.training.metrics import dumps
 
 CONTEXT = np.array([1, 3, 3], np.int32)
 PER_EPISODE = 1.0  # pre-training sequences for each episode; InstructGPT has 8
@@ -62,7 +62,7 @@ def main(_):
     for coefficient in map(float, FLAGS.coefficients.split(",")):
         result = run(coefficient, FLAGS.seed, FLAGS.iterations)
         if FLAGS.json:
-            print(json.dumps(result), flush=True)
+            print(dumps(result), flush=True)
         else:
             print(f"gamma {coefficient:<6g} tax {result['tax']:.4f} nats, gap {result['gap']:.4f}, "
                   f"KL to the optimum {result['kl_to_optimum']:.4f}")  # fmt: skip

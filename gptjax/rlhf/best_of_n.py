@@ -6,7 +6,6 @@ The strong baseline PPO is to be held against, at a KL known in closed form: log
 exact where no two scores tie, else an upper bound).
 """
 
-import json
 
 import jax
 import numpy as np
@@ -20,6 +19,7 @@ from gptjax.errors import InputError
 from gptjax.generation.decode import generate
 from gptjax.generation.sampling import Sampling
 from gptjax.objectives.ppo import best_of_n_kl
+from gptjax.training.metrics import dumps
 
 
 def respond(params, model, prompts, template: Template, *, max_new_tokens, temperature, seed, dtype, mesh, rows=256,
@@ -87,9 +87,9 @@ def main(_):
     best, kl = best_of_n(scores, FLAGS.n)
     for i, j in enumerate(best):
         text = template.decode(responses[i * FLAGS.n + j])
-        print(json.dumps({"prompt": prompts.texts[i], "response": text, "score": float(scores[i, j])}))
+        print(dumps({"prompt": prompts.texts[i], "response": text, "score": float(scores[i, j])}))
     print(
-        json.dumps({"n": FLAGS.n, "kl": kl, "score": float(scores.max(1).mean()), "score_of_one": float(scores.mean())})
+        dumps({"n": FLAGS.n, "kl": kl, "score": float(scores.max(1).mean()), "score_of_one": float(scores.mean())})
     )
 
 
