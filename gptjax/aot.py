@@ -17,7 +17,6 @@ are counted by model/flops.py, collectives from the compiled program (parallel/h
 """
 
 import dataclasses
-import json
 import math
 import re
 import sys
@@ -373,7 +372,7 @@ def main(_):
     result = check(config, topology, request, status)
     if not result["fits"] and FLAGS.remedy:
         result["remedy"] = find_remedy(config, topology, request, result, status)
-    print(json.dumps(configs.json_safe(result), allow_nan=False) if FLAGS.json else table(result))
+    print(configs.dumps(result) if FLAGS.json else table(result))
     if not result["fits"]:
         sys.exit(3)
 

@@ -277,7 +277,7 @@ def _fail(error):
 _MAY_CHANGE = (
     "mesh", "checkpoint", "eval", "log", "steps", "tokens", "epochs", "episodes", "steps_per_dispatch", "samples",
     "offload", "microbatch_size", "loss_chunk", "rollout.forward_rows", "ppo.microbatch_size", "model.remat",
-    "model.pipeline_microbatches", "model.pipeline_rounds", "optimizer.offload",
+    "model.pipeline_microbatches", "model.pipeline_rounds", "optimizer.offload", "data.cache", "mix.cache", "ptx.cache",
 )  # fmt: skip
 
 
@@ -298,11 +298,16 @@ def json_safe(value):
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
+def dumps(value, **options) -> str:
+    """json.dumps of what json_safe makes of a value."""
+    return json.dumps(json_safe(value), allow_nan=False, **options)
+
+
 def write_json(path, value):
     """Atomic: a reader sees the old file or the new one. What isn't finite becomes null (json_safe)."""
     path = epath.Path(path)
     temporary = path.parent / f".{path.name}.{os.getpid()}.tmp"
-    text = json.dumps(json_safe(value), indent=2, sort_keys=False, allow_nan=False) + "\n"
+    text = dumps(value, indent=2) + "\n"
     try:
         temporary.write_text(text)
         temporary.replace(path)

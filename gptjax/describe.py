@@ -8,7 +8,6 @@ compiler's with Splash, which `aot` asks.
 """
 
 import dataclasses
-import json
 import math
 
 import jax
@@ -100,7 +99,7 @@ def main(_):
     jax.config.update("jax_platforms", "cpu")  # tracing looks for devices
     d = describe(FLAGS.config.to_dict())
     if FLAGS.json:
-        print(json.dumps(configs.json_safe(d), allow_nan=False))
+        print(configs.dumps(d))
         return
     m = d["model"]
     gib = lambda n: f"{n / 2**30:,.2f} GiB"

@@ -1,12 +1,12 @@
 """Loss, perplexity and bits per byte of a trained model on any text.
 
-    python -m gptjax.evaluate --workdir=runs/x [--source=PATH] [--json]
+    python -m gptjax.evaluate --workdir=runs/x [--source=PATH] [--stride=256] [--per_document] [--json]
 
-Without --source: the validation split the run held out. With it: every document of the source, joined by
-end-of-text and cut into consecutive windows of the context; each token is scored once.
+Without --source: the validation split the run held out; of a mixture each part's and the mean under its weights. With
+it: every document of the source, joined as in training. Each token is scored once; the first one is predicted from
+end-of-text, as documents begin in training, and is counted as unscored where the tokenizer has none.
 """
 
-import json
 import math
 
 import jax
@@ -15,75 +15,110 @@ from absl import flags
 
 from gptjax import config as configs
 from gptjax.console import progress
-from gptjax.data import lm, sources
-from gptjax.data.corpus import pretraining_split
+from gptjax.data import sources
+from gptjax.data.corpus import Part, Text, isolates_documents, pretraining_text
+from gptjax.data.tokens import around
 from gptjax.errors import InputError
-from gptjax.objectives.language import bits_per_byte
 from gptjax.parallel.mesh import batch_ways
 from gptjax.training.loop import evaluation_sums
 from gptjax.training.step import batch_sharding, causal_lm_loss, jit_eval_step
 from gptjax.workdir import Model, load_model
 
 
-def score(model: Model, batches, loss_chunk: int = 128) -> dict:
-    """{'loss' nats/token, 'perplexity', 'bits_per_byte', 'tokens', 'bytes', 'step'} over batches of lm.LmBatches."""
+def score(model: Model, text: Text, rows: int, *, stride: int | None = None, per_document: bool = False,
+          loss_chunk: int = 128) -> dict:  # fmt: skip
+    """{'loss' nats/token, 'perplexity', 'bits_per_byte', 'tokens', 'tokens_unscored', 'bytes', 'step'} on a text's
+    validation tokens; of a mixture the means under its weights, and 'loss/<name>' of each part.
+
+    rows: sequences at a time. stride, per_document: as lm.Scored has stride and documents.
+    """
     loss = causal_lm_loss(model.config, model.dtype, loss_chunk, model.mesh)
     step, sharding = jit_eval_step(loss, model.mesh), batch_sharding(model.mesh, 0)
+    documents = document_spans if per_document else None
+    batches = text.validation_batches(model.config.context_length, rows, stride=stride, documents=documents)
     with jax.set_mesh(model.mesh):
-        total, count, more = evaluation_sums(step, model.params, batches, sharding)
-    mean, n_bytes = total / count, more["target_bytes"]
+        sums = {name: evaluation_sums(step, model.params, part, sharding) for name, part in batches.items()}
+    figures = text.figures(sums)
+    mean = figures.pop("loss")
     return {
         "loss": mean,
-        "perplexity": math.exp(mean),
-        "bits_per_byte": float(bits_per_byte(total, n_bytes)),
-        "tokens": int(count),
-        "bytes": int(n_bytes),
+        "perplexity": math.exp(mean) if mean < 709 else mean * math.inf,  # e^710 is more than a float holds
+        "bits_per_byte": figures.pop("bits_per_byte"),
+        "tokens": figures["tokens"],
+        "tokens_unscored": sum(len(part.validation) for part in text.parts) - figures.pop("tokens"),
+        "bytes": round(sum(p.validation.byte_ratio * sums[p.name][2]["target_bytes"] for p in text.parts)),
+        **figures,
         "step": model.step,
     }
 
 
 def main(_):
     model = load_model(FLAGS.workdir, step=FLAGS.step)
-    run = configs.read_config(FLAGS.workdir)
-    data = run.get("data") or {}
     rows = -(-FLAGS.batch_size // batch_ways(model.mesh.shape)) * batch_ways(model.mesh.shape)
     if FLAGS.source is None:
         try:
-            shards = pretraining_split(FLAGS.workdir, "validation")[0][0]
+            text = pretraining_text(FLAGS.workdir)
         except InputError as error:
-            raise InputError(f"This workdir was not trained on text here ({error}): give --source=PATH.") from error
+            raise InputError(
+                f"The text this workdir was trained on is not at hand ({error}): give --source=PATH."
+            ) from error
     else:
-        shards = tokenised(FLAGS.source, model.tokenizer, FLAGS.text_field)
-    isolate = data.get("isolate_documents", False) and model.tokenizer.eot_id is not None
-    batches = lm.validation_batches(
-        shards, model.config.context_length, rows,
-        byte_lengths=model.tokenizer.byte_lengths, isolate_documents=isolate,
-    )  # fmt: skip
-    result = score(model, batches)
+        text = source_text(FLAGS.source, model.tokenizer, FLAGS.text_field, isolates_documents(FLAGS.workdir))
+    result = score(model, text, rows, stride=FLAGS.stride, per_document=FLAGS.per_document)
     if FLAGS.json:
-        print(json.dumps(configs.json_safe(result), allow_nan=False))
+        print(configs.dumps(result))
     else:
+        width = max(14, *map(len, result))
         for name, value in result.items():
-            print(f"{name:>14}  {value:,.4f}" if isinstance(value, float) else f"{name:>14}  {value:,}")
+            print(f"{name:>{width}}  {value:,.4f}" if isinstance(value, float) else f"{name:>{width}}  {value:,}")
 
 
-class tokenised:
-    """A source's documents, tokenised in memory, with the interface of TokenShards that lm.py reads."""
+def source_text(source: str, tokenizer, text_field: str, isolate_documents: bool = False) -> Text:
+    """A source as a text to score."""
+    shards = TokensInMemory(source, tokenizer, text_field)
+    return Text(tokenizer, (Part("", 1.0, shards, shards),), isolate_documents, {})
+
+
+class TokensInMemory:
+    """A source's documents as tokens.TokenShards has them, not on disk: 4 bytes a token.
+
+    spans: int64 [documents, 2], first and last + 1 token of each."""
 
     def __init__(self, source: str, tokenizer, text_field: str):
-        ids: list[int] = []
-        for document in progress(sources.documents(source, text_field=text_field), desc="tokenising", unit="doc"):
-            ids += tokenizer.encode(document.text)
-            if tokenizer.eot_id is not None:
-                ids.append(tokenizer.eot_id)
-        self._ids = np.array(ids, np.int32)
+        ids, spans, n_bytes, total = [], [], 0, 0
+        for document in progress(sources.documents(source, text_field=text_field), desc="tokenizing", unit="doc"):
+            before, after = around(tokenizer, first=not ids)
+            ids.append(np.array(before + tokenizer.encode(document.text) + after, np.int32))
+            n_bytes += len(document.text.encode()) + int(tokenizer.byte_lengths[before + after].sum())
+            spans.append((total + len(before), total + len(ids[-1])))
+            total += len(ids[-1])
+        self._ids, self.spans = np.concatenate(ids), np.array(spans, np.int64)
         self.eot_id, self.vocab_size = tokenizer.eot_id, tokenizer.vocab_size
+        of_tokens = int(tokenizer.byte_lengths[self._ids].sum(dtype=np.int64))
+        self.byte_ratio = 1.0 if tokenizer.lossless else n_bytes / max(of_tokens, 1)
 
     def __len__(self):
         return len(self._ids)
 
     def read(self, starts, length):
+        """int32 [n, length]: the `length` tokens from each of starts."""
         return self._ids[np.asarray(starts)[:, None] + np.arange(length)]
+
+
+def document_spans(shards) -> np.ndarray:
+    """int64 [documents, 2]: first and last + 1 token of each. InputError: a split that does not tell them apart."""
+    if isinstance(shards, TokensInMemory):
+        return shards.spans
+    if shards.eot_id is None:
+        raise InputError(
+            "The tokenizer has no end-of-text, so that the documents of the validation split can't be told apart: "
+            "give the text itself with --source=PATH."
+        )
+    block = 1 << 22
+    pieces = [shards.read(np.array([i]), min(block, len(shards) - i))[0] for i in range(0, len(shards), block)]
+    ends = 1 + np.concatenate([i * block + np.flatnonzero(p == shards.eot_id) for i, p in enumerate(pieces)])
+    ends = ends if len(ends) and ends[-1] == len(shards) else np.append(ends, len(shards))
+    return np.stack([np.concatenate([[0], ends[:-1]]), ends], axis=1)
 
 
 if __name__ == "__main__":
@@ -93,6 +128,11 @@ if __name__ == "__main__":
     flags.DEFINE_string("text_field", "text", "Field of JSONL and Parquet rows.")
     flags.DEFINE_integer("batch_size", 16, "Sequences at a time.", lower_bound=1)
     configs.define_step()
+    flags.DEFINE_integer(
+        "stride", None, "Tokens between windows, so that a token has at least context - stride tokens before it; the "
+        "context if not given.", lower_bound=1,
+    )  # fmt: skip
+    flags.DEFINE_bool("per_document", False, "Score each document by itself, not what was joined.")
     flags.DEFINE_bool("json", False, "One JSON object.")
     flags.mark_flag_as_required("workdir")
     configs.run(main)

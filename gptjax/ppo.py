@@ -22,6 +22,7 @@ from gptjax import config as configs
 from gptjax import lock, paths
 from gptjax.console import progress
 from gptjax.data.chat import Template
+from gptjax.data.corpus import start_record, write_record
 from gptjax.data.prompts import PromptBatches, PromptConfig, bucket_widths, load_prompts, longest_of
 from gptjax.data.rows import LeftOut
 from gptjax.errors import InputError
@@ -163,7 +164,9 @@ def ppo(config: mlc.ConfigDict, workdir: str, reward_fn: Callable | None = None)
         )
     prompts = load_prompts(c.data, template, room)
     widths = bucket_widths(longest_of(prompts), c.data.buckets, room)
-    batches = PromptBatches(prompts, c.batch_size, widths, c.seed, template.pad_id)
+    known = hosts.from_first((workdir / "config.json").exists)
+    record = start_record(workdir, known)
+    batches = PromptBatches(prompts, c.batch_size, widths, c.seed, template.pad_id, record["shuffle"])
     held_out = load_prompts(dataclasses.replace(c.data, source=c.eval.source or c.data.source), template, room)
     eval_widths = sorted({*widths, *bucket_widths(longest_of(held_out), 1, room)})
     n = Networks(
@@ -173,7 +176,6 @@ def ppo(config: mlc.ConfigDict, workdir: str, reward_fn: Callable | None = None)
         dtype=c.precision.dtype, mesh=mesh,
     )  # fmt: skip
     hosts.agree("The prompts", prompts.fingerprint)
-    known = hosts.from_first((workdir / "config.json").exists)
     # A resumed run must find the reference and the reward it began with, so what they are is part of its config.
     about = origin(policy=base, reward=judge_model)
     if judge_model:
@@ -182,13 +184,12 @@ def ppo(config: mlc.ConfigDict, workdir: str, reward_fn: Callable | None = None)
     if known:
         configs.claim_workdir(workdir, "ppo", c, **sections)
     hosts.only_first(lambda: base.tokenizer.save(workdir / "tokenizer"))
-    text = hosts.first_then_others(
-        lambda: ptx.load_text(
-            c.ptx, c.policy, workdir, policy_config.context_length, c.seed + 2,  # another order than the stages before
-            needed=c.ppo.ptx_coefficient > 0, resumed=known or not hosts.first(),
-        )
+    text = ptx.load_text(
+        c.ptx, c.policy, workdir, policy_config.context_length, c.seed + 2,  # another order than the stages before
+        needed=c.ppo.ptx_coefficient > 0, record=record, known=known,
     )  # fmt: skip
     if not known:
+        write_record(workdir, record, text and text.text)
         configs.claim_workdir(workdir, "ppo", c, **sections)
     more_left_out = held_out.left_out if c.eval.source else LeftOut()
     hosts.only_first(lambda: (prompts.left_out + more_left_out).write(workdir))
@@ -282,7 +283,8 @@ def ppo(config: mlc.ConfigDict, workdir: str, reward_fn: Callable | None = None)
             return text.batch(int(state.ptx_position), shape, ptx.sequences(c.ptx, rows), mesh)
 
         evaluate = evaluator(
-            c.eval, n, held_out, eval_widths, template, text, (sample, judge, rule_score, finish), mesh, c.seed
+            c.eval, n, held_out, eval_widths, template, text, (sample, judge, rule_score, finish), mesh, c.seed,
+            record["shuffle"],
         )
 
         # --- the loop ---

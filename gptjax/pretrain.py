@@ -16,7 +16,7 @@ from ml_collections import config_dict as mlc
 from gptjax import config as configs
 from gptjax import lock, paths
 from gptjax.data import lm
-from gptjax.data.corpus import Corpus, DataConfig, load_corpus, shards_directory
+from gptjax.data.corpus import DataConfig, Text, load_corpus, shards_directory, start_record, write_record
 from gptjax.data.tokenizer import Tokenizer
 from gptjax.errors import InputError
 from gptjax.generation.decode import generate
@@ -25,7 +25,6 @@ from gptjax.model import gpt
 from gptjax.model.attention import resolve
 from gptjax.model.flops import flops_per_token
 from gptjax.model.spec import GPTConfig, parameter_count
-from gptjax.objectives.language import bits_per_byte
 from gptjax.parallel import hosts, pipeline
 from gptjax.parallel.mesh import MeshConfig, check_fits, make_mesh
 from gptjax.ranges import Count, Positive, Seed, TopP
@@ -120,10 +119,12 @@ def pretrain(config: mlc.ConfigDict, workdir: str) -> bool:
 
     # --- data ---
     # of many hosts one tokenises; the others open what it made, or, where data.cache isn't shared, make their own
-    corpus = hosts.first_then_others(
-        lambda: load_corpus(c.data, workdir, c.model.context_length, c.seed, resumed=known or not hosts.first())
-    )
+    record = start_record(workdir, known)
+    corpus = load_corpus(c.data, workdir, c.seed, record, known)
+    examples = corpus.examples(c.model.context_length, c.seed, record["shuffle"])
     hosts.agree("The tokens", [corpus.fingerprint, corpus.tokenizer.fingerprint])
+    for part in corpus.parts:
+        lm.warn_if_few(part.validation, c.model.context_length)
     vocab = corpus.tokenizer.vocab_size
     if unset and not known:
         c = configs.build(PretrainConfig, _with_vocab(config, vocab))
@@ -144,8 +145,8 @@ def pretrain(config: mlc.ConfigDict, workdir: str) -> bool:
     rows = lambda step: -(-schedule.sequences(step) // c.microbatch_rows) * c.microbatch_rows
     here = hosts.batch_rows(batch_sharding(mesh, 0), c.microbatch_rows)
     batches = lm.LmBatches(
-        corpus.train, lambda step: (schedule.sequences_before(step), schedule.sequences(step)), rows,
-        byte_lengths=corpus.tokenizer.byte_lengths, eot_id=corpus.tokenizer.eot_id,
+        examples, lambda step: (schedule.sequences_before(step), schedule.sequences(step)), rows,
+        byte_lengths=corpus.byte_lengths, eot_id=corpus.tokenizer.eot_id,
         isolate_documents=c.data.isolate_documents, here=here,
     )  # fmt: skip
 
@@ -164,6 +165,8 @@ def pretrain(config: mlc.ConfigDict, workdir: str) -> bool:
             base = load_weights(c.init_from, model, abstract.params, shardings.params, corpus.tokenizer)
 
     # --- everything that can be refused has been: the workdir is ours ---
+    if not known:
+        write_record(workdir, record, corpus)
     if not known or base:
         configs.claim_workdir(workdir, "pretrain", c, **({"origin": origin(init_from=base)} if base else {}))
     hosts.only_first(lambda: corpus.tokenizer.save(workdir / "tokenizer"))
@@ -177,7 +180,7 @@ def pretrain(config: mlc.ConfigDict, workdir: str) -> bool:
         checkpointer = kept.enter_context(contextlib.closing(Checkpointer(workdir, c.checkpoint)))
         state, seconds = checkpointer.take_up(
             abstract, shardings, data=corpus.fingerprint, total=schedule.steps,
-            changed=f"The tokens in {shards_directory(c.data, workdir)} are not those this run was trained on: "
+            changed=f"The tokens in {shards_directory(c.data.cache, workdir)} are not those this run was trained on: "
             "put them back, or start anew in another --workdir.",
         )  # fmt: skip
         if state is None:
@@ -209,7 +212,7 @@ def _with_vocab(config: mlc.ConfigDict, vocab_size: int) -> dict:
     return {**section, "model": {**section["model"], "vocab_size": vocab_size}}
 
 
-def describe_run(c: PretrainConfig, model: GPTConfig, corpus: Corpus, schedule: Schedule, mesh):
+def describe_run(c: PretrainConfig, model: GPTConfig, corpus: Text, schedule: Schedule, mesh):
     if not hosts.first():
         return
     axes = " x ".join(f"{k} {v}" for k, v in mesh.shape.items() if v > 1) or "1 device"
@@ -221,19 +224,16 @@ def describe_run(c: PretrainConfig, model: GPTConfig, corpus: Corpus, schedule: 
     )
 
 
-def evaluator(loss, corpus: Corpus, c: PretrainConfig, mesh, here):
-    """params -> {'loss' in nats per token, 'bits_per_byte', 'tokens'} over the validation split."""
-    batches = lm.validation_batches(
-        corpus.validation, c.model.context_length, c.microbatch_rows, c.eval.batches or None,
-        byte_lengths=corpus.tokenizer.byte_lengths, isolate_documents=c.data.isolate_documents, here=here,
-    )  # fmt: skip
+def evaluator(loss, corpus: Text, c: PretrainConfig, mesh, here):
+    """params -> {'loss' in nats per token, 'bits_per_byte', 'tokens'} over the validation split; of a mixture the
+    means under its weights, with 'loss/<name>' of each part."""
+    batches = corpus.validation_batches(c.model.context_length, c.microbatch_rows, c.eval.batches or None, here=here)
     step = jit_eval_step(loss, mesh)
     sharding = batch_sharding(mesh, 0)
 
     def evaluate(params) -> dict:
-        total, count, more = loop.evaluation_sums(step, params, batches, sharding)
-        bits = float(bits_per_byte(total, more["target_bytes"]))
-        return {"loss": total / count, "bits_per_byte": bits, "tokens": int(count)}
+        sums = {name: loop.evaluation_sums(step, params, part, sharding) for name, part in batches.items()}
+        return corpus.figures(sums)
 
     return evaluate
 

@@ -312,7 +312,7 @@ def update_program(c: PPOConfig, policy: GPTConfig, reward: GPTConfig | None, me
     if c.ppo.ptx_coefficient:
         time = c.ptx.context_length or n.policy.context_length
         shape = batch_shape(c.ptx, c.ppo.minibatches, rows // c.ppo.minibatches, c.ppo.microbatch_size, mesh)
-        ptx = jax.ShapeDtypeStruct((*shape, time + 1), jnp.int32, sharding=batch_sharding(mesh, 2))
+        ptx = {"tokens": jax.ShapeDtypeStruct((*shape, time + 1), jnp.int32, sharding=batch_sharding(mesh, 2))}
         sequences = c.ppo.epochs * math.prod(shape)
         ptx_flops, ptx_tokens = 3 * sequences * forward_flops(n.policy, time), sequences * time
     inner = make_update(c.ppo, n, *p.txs, c.optimizer.clip_norm, c.value_optimizer.clip_norm)

@@ -21,6 +21,7 @@ from gptjax import config as configs
 from gptjax import lock, paths
 from gptjax.data.chat import Template, chat_tokenizer
 from gptjax.data.comparisons import ComparisonBatches, ComparisonConfig, load_comparisons, validation_batches
+from gptjax.data.corpus import start_record, write_record
 from gptjax.data.demonstrations import DemonstrationConfig, load_demonstrations
 from gptjax.errors import InputError
 from gptjax.model import heads
@@ -134,9 +135,12 @@ def reward(config: mlc.ConfigDict, workdir: str) -> bool:
     counted = padded(8)  # a completion's tokens as the schedule counts them, whatever the mesh pads them to
     length = padded(8 * mesh.shape["seq"])
     check_fits(mesh.shape, n_head=model.n_head, batch_size=c.batch_size, microbatch_size=c.microbatch_rows, time=length)
+    known = hosts.from_first((workdir / "config.json").exists)
+    record = start_record(workdir, known)
     batches = ComparisonBatches(
-        comparisons.train, c.batch_size, comparisons.k, length, c.seed, pad_id=template.pad_id, here=here
-    )
+        comparisons.train, c.batch_size, comparisons.k, length, c.seed, pad_id=template.pad_id, here=here,
+        shuffle=record["shuffle"],
+    )  # fmt: skip
     if c.steps is None and c.epochs is None:
         raise InputError("Say how long to train: --config.epochs=1 (more overfits) or --config.steps.")
     schedule = Schedule(
@@ -144,6 +148,8 @@ def reward(config: mlc.ConfigDict, workdir: str) -> bool:
         learning_rate=c.optimizer.learning_rate, steps=c.steps if c.steps is not None else batches.steps(c.epochs),
     )  # fmt: skip
     hosts.agree("The comparisons", comparisons.fingerprint)
+    if not known:
+        write_record(workdir, record)
     about = origin(init_from=base)
     configs.claim_workdir(workdir, "reward", dataclasses.replace(c, template=kind), model=model, origin=about)
     hosts.only_first(lambda: comparisons.left_out.write(workdir))

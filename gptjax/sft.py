@@ -18,7 +18,7 @@ from ml_collections import config_dict as mlc
 from gptjax import config as configs
 from gptjax import lock, paths
 from gptjax.data.chat import Template, chat_tokenizer
-from gptjax.data.corpus import text_windows
+from gptjax.data.corpus import load_text, start_record, write_record
 from gptjax.data.demonstrations import (
     DemonstrationBatches,
     DemonstrationConfig,
@@ -52,10 +52,12 @@ from gptjax.workdir import load_base, origin
 class MixConfig:
     """Pre-training text mixed into the demonstrations (InstructGPT C.3: 10 % for the model RL starts from).
 
-    fraction: share of the rows of a batch, 0 = none. source: None = what the run's weights were pre-trained on."""
+    fraction: share of the rows of a batch, 0 = none. source: None = what the run's weights were pre-trained on. cache:
+    local folder for the tokens of `source`, as data.cache of pre-training; None = `data` in the workdir."""
 
     fraction: BelowOne = 0.0
     source: str | None = paths.field(paths.SOURCE)
+    cache: str | None = paths.field()
 
     def __post_init__(self):
         if not 0 <= self.fraction < 1:
@@ -169,20 +171,20 @@ def sft(config: mlc.ConfigDict, workdir: str) -> bool:
     if known:
         configs.claim_workdir(workdir, "sft", c, **sections)
     hosts.only_first(lambda: tokenizer.save(workdir / "tokenizer"))
-    mix = None
+    mix, text, record = None, None, start_record(workdir, known)
     if c.mix.fraction:
-        mix, _ = hosts.first_then_others(
-            lambda: text_windows(
-                c.mix.source, c.init_from, workdir / "tokenizer", workdir / "data", length, c.seed + 1,
-                resumed=known or not hosts.first(),
-            )
-        )  # fmt: skip
+        text = load_text(c.mix.source, c.init_from, workdir, c.mix.cache, "mix.cache", c.seed + 1, record, known)
+        mix = text.examples(length, c.seed + 1, record["shuffle"])
     if not known:
+        write_record(workdir, record, text)
         configs.claim_workdir(workdir, "sft", c, **sections)
     hosts.only_first(lambda: demonstrations.left_out.write(workdir))
     here = hosts.batch_rows(batch_sharding(mesh, 0), c.microbatch_rows)
     kind = {"byte_lengths": tokenizer.byte_lengths, "loss_on": c.data.loss_on, "here": here}
-    batches = DemonstrationBatches(packed, c.batch_size, c.seed, mix=mix, mix_fraction=c.mix.fraction, **kind)
+    batches = DemonstrationBatches(
+        packed, c.batch_size, c.seed, mix=mix, mix_fraction=c.mix.fraction, mix_eot_id=text and text.eot_id,
+        shuffle=record["shuffle"], **kind,
+    )  # fmt: skip
     schedule = Schedule(
         c.schedule, batch_size=c.batch_size, context_length=length, learning_rate=c.optimizer.learning_rate,
         steps=c.steps if c.steps is not None else batches.steps(c.epochs),

@@ -19,9 +19,9 @@ from runs import lines, one_device_environment
 from gptjax import config as configs
 from gptjax.config import config_dict, read_config
 from gptjax.data import tokens
-from gptjax.data.corpus import pretraining_split
+from gptjax.data.corpus import pretraining_text
 from gptjax.errors import InputError
-from gptjax.evaluate import score, tokenised
+from gptjax.evaluate import score, source_text
 from gptjax.generation.sampling import Sampling
 from gptjax.model.spec import GPTConfig
 from gptjax.pretrain import PretrainConfig, pretrain
@@ -201,21 +201,20 @@ def test_evaluate_is_what_training_measured(trained):
 
 
 def test_evaluate_of_another_text_and_an_older_step(trained, model, tmp_path):
-    """Every token but the first is scored once, whatever the size of the batch, but for a rest below one context."""
-    from gptjax.data import lm
-
+    """Every token is scored once, whatever the size of the batch; the first one has nothing before it here."""
     path = tmp_path / "other.txt"
     path.write_text("abc def\n" * 40)
-    shards = tokenised(str(path), model.tokenizer, "text")
-    options = dict(byte_lengths=model.tokenizer.byte_lengths)
-    results = [score(model, lm.validation_batches(shards, 32, rows, **options)) for rows in (8, 16)]
-    assert results[0]["tokens"] == results[1]["tokens"] == 319 // 32 * 32
+    other = source_text(str(path), model.tokenizer, "text")
+    results = [score(model, other, rows) for rows in (8, 16)]
+    assert results[0]["tokens"] == results[1]["tokens"] == 319 and results[0]["tokens_unscored"] == 1
+    assert score(model, other, 8, stride=8)["tokens"] == 319
     assert results[0]["loss"] == approx(results[1]["loss"], terms=TERMS)
     printed = command("evaluate", f"--workdir={trained[0]}", f"--source={path}", "--step=15")
     assert re.search(r"step\s+15\b", printed) and "perplexity" in printed
-    assert len(pretraining_split(trained[0], "validation")[0][0]) == lines(trained[0], "evaluations")[0][
-        "tokens"
-    ] // 32 * 32 + (len(pretraining_split(trained[0], "validation")[0][0]) % 32 or 32)
+    assert len(pretraining_text(trained[0]).parts[0].validation) == lines(trained[0], "evaluations")[0]["tokens"] + 1
+    path.write_text("abc")  # shorter than a context
+    result = json.loads(command("evaluate", f"--workdir={trained[0]}", f"--source={path}", "--per_document", "--json"))
+    assert (result["tokens"], result["tokens_unscored"]) == (2, 1)
 
 
 # --- describe ---------------------------------------------------------------------------------------------
@@ -413,11 +412,11 @@ def test_a_tokenizer_too_large_for_its_dtype(tmp_path):
 def test_shards_that_do_not_match_their_manifest(trained, text, tmp_path):
     workdir = tmp_path / "run"
     assert pretrain(tiny(text), str(workdir)) is True
-    shard = workdir / "data" / "train-00000.bin"
+    (shard,) = (workdir / "data").glob("*/train-00000.bin")
     content = bytearray(shard.read_bytes())
     content[100] ^= 1
     shard.write_bytes(content)
-    with pytest.raises(InputError, match="train-00000.bin.*sha256.*delete .*/run/data to have it built again"):
+    with pytest.raises(InputError, match="train-00000.bin.*sha256.*delete .*/data/[0-9a-f]{16} to have it"):
         pretrain(tiny(text, steps=4), str(workdir))
     shutil.rmtree(workdir / "data")  # as the message says
     assert pretrain(tiny(text, steps=4), str(workdir)) is True

@@ -5,12 +5,22 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gptjax.data.lm import LmBatches, Mixture, Windows, iterate, permute, validation_batches, with_segments
+from gptjax.data.lm import (
+    LmBatches,
+    Mixture,
+    Scored,
+    Windows,
+    iterate,
+    permute,
+    shuffled,
+    validation_batches,
+    with_segments,
+)
 from gptjax.errors import InputError
 
 EOT = 9
 PINNED_ORDER = [2, 6, 7, 5, 4, 9, 1, 3, 8, 0]
-PINNED_STARTS = [970, 746, 201, 649, 463]
+PINNED_STARTS = {1: [970, 746, 201, 649, 463], 2: [26, 938, 665, 377, 895]}  # of each version of the shuffle
 
 
 class Array:
@@ -82,7 +92,36 @@ def test_permute_keys():
 def test_values_are_pinned():
     """A change of these changes the data order of every run that is resumed."""
     assert permute(np.arange(10), 10, 42).tolist() == PINNED_ORDER
-    assert Windows(count(1000), 16, seed=3).starts(np.array([0, 1, 61, 62, 10**12])).tolist() == PINNED_STARTS
+    index = np.array([0, 1, 61, 62, 10**12])
+    for version, starts in PINNED_STARTS.items():
+        assert Windows(count(1000), 16, seed=3, shuffle=version).starts(index).tolist() == starts
+    assert Windows(count(1000), 16, seed=3).starts(index).tolist() == PINNED_STARTS[2]
+
+
+@pytest.mark.parametrize("n", [4, 8])
+def test_short_ranges_are_shuffled_uniformly(n):
+    """Chi-square over seeds and epochs: each item at each place, and of 4 items all 24 orders."""
+    draws = np.concatenate([shuffled(np.arange(n * 300), n, seed).reshape(300, n) for seed in range(100)])
+    assert (np.sort(draws, axis=1) == np.arange(n)).all()
+    expected = len(draws) / n
+    places = np.stack([np.bincount(draws[:, i], minlength=n) for i in range(n)])
+    freedom = (n - 1) ** 2
+    assert abs(((places - expected) ** 2 / expected).sum() - freedom) < 5 * np.sqrt(2 * freedom)
+    if n == 4:
+        _, orders = np.unique(draws, axis=0, return_counts=True)
+        assert len(orders) == 24
+        expected = len(draws) / 24
+        assert abs(((orders - expected) ** 2 / expected).sum() - 23) < 5 * np.sqrt(2 * 23)
+
+
+def test_shuffles_are_by_the_place_alone():
+    """In any order and any number at a time, over the limit between the two ways of shuffling too."""
+    for n in (1, 7, 4096, 4097):
+        index = np.array([0, 5 * n, 1, 3 * n - 1, 10**15])
+        together = shuffled(index, n, 5)
+        assert [int(shuffled(np.array([i]), n, 5)[0]) for i in index] == together.tolist()
+        epoch = shuffled(np.arange(n, 2 * n), n, 5)
+        assert sorted(epoch.tolist()) == list(range(n))
 
 
 @settings(max_examples=100, deadline=None)
@@ -113,8 +152,9 @@ def test_windows_change_order_and_cuts():
 def test_too_short_a_split():
     with pytest.raises(InputError, match="16 tokens, fewer than one context of 16"):
         Windows(count(16), 16, 0)
-    with pytest.raises(InputError, match="16 tokens, fewer than one context of 16"):
-        validation_batches(count(16), 16, 2, byte_lengths=np.ones(20))
+    assert len(validation_batches(count(16), 16, 2, byte_lengths=np.ones(20))) == 1
+    with pytest.raises(InputError, match="nothing to score in a split of 1 tokens"):
+        validation_batches(Array([3], eot_id=None), 16, 2, byte_lengths=np.ones(20))
     assert len(Windows(count(17), 16, 0)) == 1
 
 
@@ -246,8 +286,12 @@ def test_segments_by_definition(rows):
 def test_isolated_batches_use_the_inputs():
     tokens = Array([1, 2, 3, EOT, 4, 5, 6, EOT, 7])
     batch = validation_batches(tokens, 4, 2, byte_lengths=np.ones(10), isolate_documents=True)[0]
-    assert batch["segment_ids"].tolist() == [[1, 1, 1, 2], [1, 1, 1, 2]]
-    assert batch["positions"].tolist() == [[0, 1, 2, 0], [0, 1, 2, 0]]
+    assert batch["tokens"].tolist() == [[EOT, 1, 2, 3, EOT], [EOT, 4, 5, 6, EOT]]
+    assert batch["segment_ids"].tolist() == [[1, 1, 1, 1], [1, 1, 1, 1]]
+    batch = validation_batches(tokens, 4, 2, byte_lengths=np.ones(10), isolate_documents=True, stride=2)[0]
+    assert batch["segment_ids"].tolist() == [[1, 1, 1, 1], [1, 1, 2, 2]]
+    assert batch["positions"].tolist() == [[0, 1, 2, 3], [0, 1, 0, 1]]
+    assert batch["weights"].tolist() == [[1, 1, 1, 1], [0, 0, 1, 1]]
 
 
 @pytest.mark.parametrize("threads", [1, 2])
@@ -284,20 +328,67 @@ def test_validation_batches():
     tokens = count(8 * 11 + 5)
     batches = validation_batches(tokens, 8, 4, byte_lengths=np.full(200, 2))
     assert len(batches) == 3
-    assert [b["sequences"] for b in batches] == [4, 4, 3]  # iterates like a list, and ends
+    assert [b["sequences"] for b in batches] == [4, 4, 4]  # iterates like a list, and ends
     targets = np.concatenate([b["tokens"][:, 1:][b["weights"] > 0] for b in batches])
-    np.testing.assert_array_equal(targets, np.arange(1, 89))  # each once, in order
+    np.testing.assert_array_equal(targets, np.arange(93))  # each once, in order: the first and the rest too
+    assert batches[0]["tokens"][0].tolist() == [EOT, *range(8)]
+    assert batches[2]["tokens"][3].tolist()[-4:] == [92, 0, 0, 0]
     assert [b["tokens"].shape for b in batches] == [(4, 9)] * 3
-    assert [b["target_bytes"].tolist() for b in batches] == [[16] * 4, [16] * 4, [16] * 3 + [0]]
+    assert [b["target_bytes"].tolist() for b in batches] == [[16] * 4, [16] * 4, [16] * 3 + [10]]
     assert len(validation_batches(tokens, 8, 4, 2, byte_lengths=np.ones(200))) == 2
     assert len(validation_batches(tokens, 8, 4, 99, byte_lengths=np.ones(200))) == 3
-    spread = validation_batches(count(8 * 40 + 1), 8, 4, 2, byte_lengths=np.ones(400))  # 8 of 40 windows
+    long = Array(np.arange(8 * 40 + 1), eot_id=None)
+    spread = validation_batches(long, 8, 4, 2, byte_lengths=np.ones(400))  # 8 of 40 windows
     assert [int(row[0]) for i in range(2) for row in spread[i]["tokens"]] == [8 * 5 * i for i in range(8)]
-    exact = validation_batches(count(8 * 11), 8, 4, byte_lengths=np.ones(200))  # no target for the last token
-    assert [b["sequences"] for b in exact] == [4, 4, 2]
+    exact = validation_batches(count(8 * 11), 8, 4, byte_lengths=np.ones(200))
+    assert [b["sequences"] for b in exact] == [4, 4, 3]
     with pytest.raises(IndexError):
         batches[3]
     halves = [
         validation_batches(tokens, 8, 4, byte_lengths=np.ones(200), here=here_of(h, 2))[2]["tokens"] for h in range(2)
     ]
     np.testing.assert_array_equal(join(halves), batches[2]["tokens"])
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.data())
+def test_each_token_is_scored_once(data):
+    """Any length, context, stride and documents: with context - stride tokens before it where its text has them."""
+    eot = data.draw(st.sampled_from([None, 777_777]))
+    lengths = data.draw(st.lists(st.integers(0, 40), min_size=1, max_size=6))
+    context = data.draw(st.integers(1, 12))
+    stride = data.draw(st.integers(1, context))
+    ends = np.cumsum(lengths)
+    spans = np.stack([np.concatenate([[0], ends[:-1]]), ends], 1)
+    if data.draw(st.booleans()):
+        spans, documents = np.array([[0, ends[-1]]]), None
+    else:
+        documents = spans
+    tokens = Array(np.arange(ends[-1]), eot)
+    expected = [t for start, end in spans for t in range(start + (eot is None), end)]
+    if not expected:
+        with pytest.raises(InputError, match="nothing to score"):
+            Scored(tokens, context, stride=stride, documents=documents)
+        return
+    batches = validation_batches(
+        tokens, context, 3, byte_lengths=np.ones(10**6), stride=stride, documents=documents,
+    )  # fmt: skip
+    start_of = {t: start for start, end in spans for t in range(start, end)}
+    seen = []
+    for batch in (batches[i] for i in range(len(batches))):
+        assert batch["target_bytes"].tolist() == batch["weights"].sum(1).tolist()
+        for row, weights in zip(batch["tokens"], batch["weights"], strict=True):
+            for place in np.flatnonzero(weights):
+                target = int(row[place + 1])
+                seen.append(target)
+                before = row[: place + 1]
+                true = np.concatenate([[] if eot is None else [eot], np.arange(start_of[target], target)])
+                assert place + 1 >= min(len(true), context - stride + 1)
+                np.testing.assert_array_equal(before, true[len(true) - place - 1 :])
+    assert seen == expected
+
+
+def test_scored_windows_of_a_bad_stride():
+    for stride in (-1, 17):
+        with pytest.raises(InputError, match="not in 1 .. 16"):
+            Scored(count(100), 16, stride=stride)

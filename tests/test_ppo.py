@@ -33,7 +33,7 @@ from runs import arrays, lines, one_device_environment, without_times
 
 from gptjax import config as configs
 from gptjax import ppo as stage
-from gptjax.data.corpus import text_windows
+from gptjax.data.corpus import load_text, read_record, start_record, write_record
 from gptjax.data.prompts import PromptBatches, PromptConfig, load_prompts
 from gptjax.errors import InputError
 from gptjax.generation.sampling import Sampling
@@ -814,15 +814,29 @@ def test_the_text_of_ptx_does_not_depend_on_the_micro_batches():
 
 
 def test_text_of_its_own_is_gone_on_with_as_it_was(tmp_path, tuned):
-    """A source that changed after the run began changes nothing; another run takes it as it is now."""
+    """A source that changed after the run began changes nothing; another run takes it as it is now. Two runs may share
+    a cache, and without one a remote workdir is refused with the key to give."""
     (tmp_path / "more.txt").write_text("ba la da " * 400)
-    read = lambda where, resumed: text_windows(
-        str(tmp_path / "more.txt"), tuned, tuned / "tokenizer", where, 16, 0, resumed=resumed
-    )[0].read(np.arange(4))  # fmt: skip
-    before = read(tmp_path / "a", False)
+
+    def read(name, known):
+        workdir = tmp_path / name
+        shutil.copytree(tuned / "tokenizer", workdir / "tokenizer", dirs_exist_ok=True)
+        record = start_record(workdir, known)
+        source, cache = str(tmp_path / "more.txt"), str(tmp_path / "cache")
+        text = load_text(source, tuned, workdir, cache, "ptx.cache", 0, record, known)
+        if not known:
+            write_record(workdir, record, text)
+        return text.examples(16, 0, record["shuffle"]).read(np.arange(4))
+
+    before = read("a", False)
     (tmp_path / "more.txt").write_text("da ba ba " * 400)
-    assert read(tmp_path / "a", True).tobytes() == before.tobytes()
-    assert read(tmp_path / "b", False).tobytes() != before.tobytes()
+    assert read("b", False).tobytes() != before.tobytes()
+    assert read("a", True).tobytes() == before.tobytes()
+    shutil.rmtree(tmp_path / "cache" / read_record(tmp_path / "a")["text"]["parts"][""]["directory"])
+    with pytest.raises(InputError, match="are not those that .*a was trained on"):
+        read("a", True)  # what is made anew is another text now
+    with pytest.raises(InputError, match="memory map and can't be in memory://run.*--config.ptx.cache=DIR"):
+        load_text(str(tmp_path / "more.txt"), tuned, "memory://run", None, "ptx.cache", 0, {}, False)
 
 
 def test_ptx_without_a_text_leaves_no_workdir(config, tmp_path):

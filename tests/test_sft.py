@@ -28,7 +28,7 @@ from gptjax import sft as stage
 from gptjax.config import read_config
 from gptjax.data import lm
 from gptjax.data.chat import Template, chat_tokenizer
-from gptjax.data.corpus import pretraining_split
+from gptjax.data.corpus import pretraining_text
 from gptjax.data.demonstrations import DemonstrationConfig, PackedRows, load_demonstrations
 from gptjax.data.tokenizer import Tokenizer
 from gptjax.errors import InputError
@@ -251,7 +251,7 @@ def test_new_tokens_leave_the_old_ones_as_they_were(pretrained, alignment, tmp_p
 def test_mixed_rows_are_of_the_pre_training_text(pretrained, alignment, tmp_path, monkeypatch):
     c = sft_config(pretrained, alignment["demonstrations"], mix__fraction=0.3, batch_size=8, steps=5)
     _, batches = state_and_batches(c, tmp_path / "run", monkeypatch, steps=5)
-    shards = pretraining_split(pretrained, "train")[0][0]
+    shards = pretraining_text(pretrained).parts[0].train
     whole = shards.read(np.array([0]), len(shards))[0].astype(np.int32)
     starts = {}
     for i in range(len(whole) - CONTEXT):

@@ -167,22 +167,30 @@ def test_unchanged_is_reused_without_reading_the_source(folder, tmp_path, monkey
         {"validation": 0.2},
         {"tokenizer": "bpe:301"},
         {"shard_tokens": 50},
+        {"text_field": "body"},
         {"token_dtype": "uint32"},
     ],
     ids=str,
 )
-def test_another_request_is_made_anew(folder, tmp_path, options):
-    make(folder, tmp_path / "tokens")
-    before = state(tmp_path / "tokens")["manifest.json"]
-    make(folder, tmp_path / "tokens", **options)
-    assert state(tmp_path / "tokens")["manifest.json"] != before
-    assert sorted(p.name for p in tmp_path.iterdir()) == [".tokens.lock", "source", "tokens"]
+def test_another_request_has_a_folder_of_its_own(folder, tmp_path, options):
+    """A run that has the first one's tokens open, by lazy memory maps, goes on reading those."""
+    _, running = make(folder, tmp_path / "tokens", shard_tokens=100, by_content=True)
+    before, expected = state(tmp_path / "tokens"), TokenShards.read(running["train"], np.array([0]), 10)
+    _, other = make(folder, tmp_path / "tokens", **{"shard_tokens": 100, "by_content": True, **options})
+    assert other["train"].directory != running["train"].directory
+    assert other["train"].directory.parent == running["train"].directory.parent == tmp_path / "tokens"
+    now = state(running["train"].directory)
+    assert now == {name: before[name] for name in now}
+    np.testing.assert_array_equal(everything(running["train"])[:10], expected[0])
+    with pytest.raises(InputError, match="holds tokens of another request"):
+        make(folder, running["train"].directory, **{"shard_tokens": 100, **options})
+    assert state(running["train"].directory) == now
 
 
 def test_changed_source_is_made_anew(folder, tmp_path):
-    make(folder, tmp_path / "tokens")
+    make(folder, tmp_path / "tokens", by_content=True)
     (folder / "00.txt").write_text("something new")
-    tokenizer, splits = make(folder, tmp_path / "tokens")
+    tokenizer, splits = make(folder, tmp_path / "tokens", by_content=True)
     assert "something new" in texts(tokenizer, splits["train"]) + texts(tokenizer, splits["validation"])
 
 
@@ -190,7 +198,7 @@ def test_changed_validation_source_is_made_anew(folder, tmp_path):
     held_out = tmp_path / "held_out.txt"
     for text in ("first text", "quite another"):
         held_out.write_text(text)
-        tokenizer, splits = make(folder, tmp_path / "tokens", validation=str(held_out))
+        tokenizer, splits = make(folder, tmp_path / "tokens", validation=str(held_out), by_content=True)
         assert texts(tokenizer, splits["validation"]) == [text]
 
 
@@ -307,12 +315,12 @@ def test_hashes_are_taken_once(folder, tmp_path, monkeypatch):
 
 
 def test_failure_half_way_leaves_the_old_one(folder, tmp_path, monkeypatch):
-    make(folder, tmp_path / "tokens")
-    before = state(tmp_path / "tokens")
+    _, splits = make(folder, tmp_path / "tokens", by_content=True)
+    before = state(splits["train"].directory)
     (folder / "99.txt").write_bytes(b"a text")
     (folder / "zz.jsonl").write_text("{broken")
     with pytest.raises(InputError, match="zz.jsonl:1"):
-        make(folder, tmp_path / "tokens")
+        make(folder, tmp_path / "tokens", by_content=True)
     (folder / "zz.jsonl").unlink()
 
     def full(self, *_):
@@ -321,9 +329,9 @@ def test_failure_half_way_leaves_the_old_one(folder, tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(tokens._Writer, "write", full)
         with pytest.raises(InputError, match="disk is full"):
-            make(folder, tmp_path / "tokens")
-    assert state(tmp_path / "tokens") == before
-    assert sorted(p.name for p in tmp_path.iterdir()) == [".tokens.lock", "source", "tokens"]
+            make(folder, tmp_path / "tokens", by_content=True)
+    assert state(splits["train"].directory) == before
+    assert [p for p in (tmp_path / "tokens").iterdir() if p.is_dir()] == [splits["train"].directory]
 
 
 KILLED = """

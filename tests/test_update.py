@@ -286,7 +286,7 @@ def test_with_another_estimator_in_the_reward_it_is_not(problem, k, monkeypatch)
 @functools.cache
 def text_gradient():
     """(gradient, loss) of eight sequences."""
-    return of_text(UpdateConfig(), N, policy(), text()[0])
+    return of_text(UpdateConfig(), N, policy(), {"tokens": text()[0]})
 
 
 def text(seed=0):
@@ -311,7 +311,7 @@ def test_eight_devices_are_one_device(sizes):
     with jax.set_mesh(mesh):
         state = jax.device_put(fresh(SGD), shardings)
         batch = jax.device_put(stale(), batch_sharding(mesh, 0))
-        ptx = jax.device_put(text().reshape(1, 1, 8, 9), batch_sharding(mesh, 2))
+        ptx = jax.device_put({"tokens": text().reshape(1, 1, 8, 9)}, batch_sharding(mesh, 2))
         state, metrics = host(update(state, batch, ptx, (np.float32(0.1), np.float32(0.1))))
     moved = lambda new, old: jax.tree.map(lambda a, b: a - b, new, old)
     expected = with_text(0.5, 0.1)
@@ -351,7 +351,7 @@ def text_loss():
 @pytest.mark.parametrize("normalise, shape, count", [("token", (2, 4, 9), 64), ("sequence", (1, 8, 9), 8)])
 def test_the_gradient_of_the_text_is_that_of_its_mean_loss(normalise, shape, count):
     """Over tokens or sequences, in one micro-batch or two."""
-    gradient, value = of_text(UpdateConfig(ptx_normalise=normalise), N, policy(), text().reshape(shape))
+    gradient, value = of_text(UpdateConfig(ptx_normalise=normalise), N, policy(), {"tokens": text().reshape(shape)})
     expected, d_expected = text_loss()
     assert float(value) == approx(float(expected) / count, terms=TERMS)
     close(gradient, jax.tree.map(lambda g: g / count, d_expected))
@@ -375,7 +375,7 @@ def test_rows_that_fill_a_micro_batch_count_for_nothing(normalise):
 
 def test_at_gamma_0_the_run_is_the_run_without_text():
     """Bit for bit, over 2 epochs x 2 minibatches of AdamW."""
-    state, metrics = jitted(BASE)(fresh(), experience(), two_texts(), RATES)
+    state, metrics = jitted(BASE)(fresh(), experience(), {"tokens": two_texts()}, RATES)
     figures, expected = base_run()
     same((state.policy, state.value, state.average), (expected.policy, expected.value, expected.average))
     same(state.policy_opt, expected.policy_opt)
@@ -386,7 +386,8 @@ def test_at_gamma_0_the_run_is_the_run_without_text():
 def test_the_step_is_ppos_gradient_plus_gamma_times_the_texts():
     """In micro-batches of both."""
     c = dataclasses.replace(ONE_STEP, ptx_coefficient=3.0, microbatch_size=4)
-    state, metrics = jitted(c, "sgd", (0.0, 0.0))(fresh(SGD), stale(), text(), (np.float32(1), np.float32(1)))
+    rates = np.float32(1), np.float32(1)
+    state, metrics = jitted(c, "sgd", (0.0, 0.0))(fresh(SGD), stale(), {"tokens": text()}, rates)
     moved = lambda new: jax.tree.map(lambda a, b: a - b, new, policy())
     close(moved(state.policy), moved(with_text(3.0, 1.0)), stored=policy())
     (g_ppo, _), (g_ptx, loss) = whole(ONE_STEP)[0], text_gradient()
@@ -400,8 +401,8 @@ def test_the_step_is_ppos_gradient_plus_gamma_times_the_texts():
 
 def test_each_minibatch_has_text_of_its_own():
     """At learning rates of 0, the loss of the two texts is their mean."""
-    state, metrics = jitted(BASE)(fresh(), experience(), two_texts(), ZERO)
-    each = [float(of_text(UpdateConfig(), N, policy(), tokens)[1]) for tokens in two_texts()]
+    state, metrics = jitted(BASE)(fresh(), experience(), {"tokens": two_texts()}, ZERO)
+    each = [float(of_text(UpdateConfig(), N, policy(), {"tokens": tokens})[1]) for tokens in two_texts()]
     assert abs(each[0] - each[1]) > 0.01
     assert float(metrics["loss/ptx"]) == approx(sum(each) / 2, terms=TERMS)
     assert int(state.ptx_position) == 2 * 8 and int(state.prompt_position) == ROWS and int(state.step) == 1

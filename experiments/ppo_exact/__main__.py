@@ -6,7 +6,6 @@ Per seed: gap, the share of J* - J_ref that PPO closed (1 is the optimum), and k
 bar is gap >= .98 and kl_to_optimum <= .05. --mutation plants one of the faults of mutations.py first.
 """
 
-import json
 import time
 
 from absl import flags
@@ -39,7 +38,7 @@ def main(_):
         if FLAGS.mutation:
             result["mutation"] = FLAGS.mutation
         if FLAGS.json:
-            print(json.dumps(result), flush=True)
+            print(configs.dumps(result), flush=True)
         else:
             good = result["gap"] >= 0.98 and result["kl_to_optimum"] <= 0.05
             verdict = "ok" if good else "OUTSIDE THE BAR"

@@ -9,7 +9,6 @@ back.
 """
 
 import itertools
-import json
 
 import jax
 import jax.numpy as jnp
@@ -42,12 +41,12 @@ class PtxBed(Bed):
         return float((jnp.exp(self.text_log_ref) * (self.text_log_ref - self.text_log_probs(policy))).sum())
 
     def pretraining_batch(self, state):
-        """Fresh texts each iteration, a pure function of how many were used: int [minibatches, 1, rows, time + 1]."""
+        """Fresh texts each iteration, a pure function of how many were used: [minibatches, 1, rows, time + 1]."""
         minibatches = self.c.ppo.minibatches
         rows = int(PER_EPISODE * self.c.batch // minibatches)
         key = jax.random.fold_in(jax.random.key(10_000 + self.seed), int(state.ptx_position))
         chosen = jax.random.categorical(key, self.text_log_ref, shape=(minibatches * rows,))
-        return jnp.asarray(self.texts)[chosen].reshape(minibatches, 1, rows, -1)
+        return {"tokens": jnp.asarray(self.texts)[chosen].reshape(minibatches, 1, rows, -1)}
 
 
 def run(coefficient: float, seed: int = 0, iterations: int = 200, progress: bool = True) -> dict:
@@ -62,7 +61,7 @@ def main(_):
     for coefficient in map(float, FLAGS.coefficients.split(",")):
         result = run(coefficient, FLAGS.seed, FLAGS.iterations)
         if FLAGS.json:
-            print(json.dumps(result), flush=True)
+            print(configs.dumps(result), flush=True)
         else:
             print(f"gamma {coefficient:<6g} tax {result['tax']:.4f} nats, gap {result['gap']:.4f}, "
                   f"KL to the optimum {result['kl_to_optimum']:.4f}")  # fmt: skip

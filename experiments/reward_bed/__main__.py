@@ -11,7 +11,6 @@ prompts. The bar is accuracy in [Bayes - .02, Bayes], cross-entropy within .02 a
 --pairs=one keeps two completions of each prompt: what a pair a prompt teaches, at far fewer labels.
 """
 
-import json
 import time
 
 from absl import flags
@@ -34,7 +33,7 @@ def main(_):
             params = bed.train(record=lambda *_, bar=bar: bar.update())
         result = {"seed": seed, "pairs": FLAGS.pairs, "prompts": FLAGS.prompts, **bed.figures(params),
                   "seconds": time.perf_counter() - began}  # fmt: skip
-        print(json.dumps(result) if FLAGS.json else line(result), flush=True)
+        print(configs.dumps(result) if FLAGS.json else line(result), flush=True)
 
 
 def line(r: dict) -> str:

@@ -128,7 +128,8 @@ class ComparisonBatches:
     weights: float32 [rows], 1
 
     The comparisons come in a new order each epoch. rows: comparisons of a step, over all hosts; here: rows of a
-    batch → those of them to give, by default all. InputError: a comparison that doesn't fit k or length.
+    batch → those of them to give, by default all. shuffle: version of lm.shuffled. InputError: a comparison that
+    doesn't fit k or length.
     """
 
     def __init__(
@@ -141,9 +142,11 @@ class ComparisonBatches:
         *,
         pad_id: int,
         here: Callable[[int], np.ndarray] = np.arange,
+        shuffle: int = lm.SHUFFLE,
     ):
         self._padded = _Padded(comparisons, k, length, pad_id)
         self._count, self._rows, self._seed = len(comparisons), rows, seed
+        self._shuffle = shuffle
         self._here = here(rows)
 
     def __len__(self) -> int:
@@ -153,7 +156,7 @@ class ComparisonBatches:
         if step < 0:
             raise IndexError(f"step {step}")
         place = step * self._rows + self._here
-        return self._padded.arrays(lm.shuffled(place, self._count, self._seed))
+        return self._padded.arrays(lm.shuffled(place, self._count, self._seed, self._shuffle))
 
     def steps(self, epochs: float) -> int:
         """The fewest steps in which the comparisons are used `epochs` times; at least 1."""

@@ -171,8 +171,9 @@ class DemonstrationBatches:
 
     The packed rows come in a new order each epoch. mix: examples of which each step has its share, after
     its demonstrations, ⌊tRf⌋ in the first t steps of R rows; they count everywhere. rows: of a step, over
-    all hosts; here: rows of a batch → those of them to give, by default all. InputError: a mix of another
-    context, a share of it outside [0, 1).
+    all hosts; here: rows of a batch → those of them to give, by default all. mix_eot_id: end-of-text, after
+    which a mixed row's next document is isolated, as the base was trained; None = it is not. shuffle: version of
+    lm.shuffled. InputError: a mix of another context, a share of it outside [0, 1).
     """
 
     def __init__(
@@ -185,6 +186,8 @@ class DemonstrationBatches:
         loss_on: str,
         mix: lm.Examples | None = None,
         mix_fraction: float = 0.0,
+        mix_eot_id: int | None = None,
+        shuffle: int = lm.SHUFFLE,
         here: Callable[[int], np.ndarray] = np.arange,
     ):
         if not 0 <= mix_fraction < 1:
@@ -200,6 +203,7 @@ class DemonstrationBatches:
         self._packed, self._rows, self._seed = packed, rows, seed
         self._byte_lengths, self._loss_on = byte_lengths, loss_on
         self._mix, self._mix_fraction = mix, mix_fraction
+        self._mix_eot_id, self._shuffle = mix_eot_id, shuffle
         self._here = here(rows)
 
     def __len__(self) -> int:
@@ -211,7 +215,7 @@ class DemonstrationBatches:
         row = self._here
         own = self._first(step + 1) - self._first(step)
         place = self._first(step) + row[row < own]
-        batch = self._packed.arrays(lm.shuffled(place, len(self._packed), self._seed))
+        batch = self._packed.arrays(lm.shuffled(place, len(self._packed), self._seed, self._shuffle))
         if own < self._rows:
             mixed = self._mixed_arrays(self._mixed(step) + row[row >= own] - own)
             batch = {name: np.concatenate([batch[name], mixed[name]]) for name in batch}
@@ -236,12 +240,17 @@ class DemonstrationBatches:
     def _mixed_arrays(self, index: np.ndarray) -> dict[str, np.ndarray]:
         """Rows of the mix as PackedRows.arrays gives its own: each one example, all of it to be learned."""
         shape = (len(index), self._packed.length)
+        tokens = np.asarray(self._mix.read(index), np.int32)
+        segment_ids = np.ones(shape, np.int32)
+        positions = np.broadcast_to(np.arange(shape[1], dtype=np.int32), shape)
+        if self._mix_eot_id is not None:
+            segment_ids, positions = lm.with_segments(tokens[:, :-1], self._mix_eot_id)
         return {
-            "tokens": np.asarray(self._mix.read(index), np.int32),
+            "tokens": tokens,
             "response": np.ones(shape, np.float32),
             "real": np.ones(shape, np.float32),
-            "segment_ids": np.ones(shape, np.int32),
-            "positions": np.broadcast_to(np.arange(shape[1], dtype=np.int32), shape),
+            "segment_ids": segment_ids,
+            "positions": positions,
         }
 
 

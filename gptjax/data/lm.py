@@ -24,6 +24,8 @@ _ROUNDS = 6
 _FEW = 20  # validation examples under which a warning is due
 _PHASE, _ORDER, _BLOCK = range(3)  # what a key is for
 _U64 = np.uint64
+_DRAWN = 4096  # up to so many items an epoch's order is drawn as a whole
+SHUFFLE = 2  # version of `shuffled`; a run keeps the one it began with (corpus.py's data.json)
 
 
 class Examples(Protocol):
@@ -76,24 +78,37 @@ def permute(index: np.ndarray, length: int, key: int | np.ndarray) -> np.ndarray
     return out.astype(np.int64).reshape(index.shape)
 
 
-def shuffled(index: np.ndarray, length: int, seed: int) -> np.ndarray:
+@functools.lru_cache(maxsize=256)
+def _drawn(length: int, key: int) -> np.ndarray:
+    """int64 [length]: a permutation, all of them as likely but for ties: splitmix64's stream from `key`, sorted."""
+    stream = _mix(_U64(key) + np.arange(1, length + 1, dtype=_U64) * _U64(0x9E3779B97F4A7C15))
+    return np.argsort(stream, kind="stable")
+
+
+def shuffled(index: np.ndarray, length: int, seed: int, version: int = SHUFFLE) -> np.ndarray:
     """int64 of index's shape: what an endless stream over range(length) has at each place, int64 ≥ 0.
 
-    Place i is in epoch i // length; each epoch has an order of its own.
+    Place i is in epoch i // length; each epoch has an order of its own. version: of the shuffle; 1 permutes short
+    ranges, too, by `permute`, whose orders of a few items are not all as likely.
     """
     epoch, number = np.divmod(np.asarray(index, np.int64), length)
-    return permute(number, length, _key(seed, _ORDER, epoch))
+    if version == 1 or length > _DRAWN:
+        return permute(number, length, _key(seed, _ORDER, epoch))
+    out = np.empty_like(number)
+    for e in np.unique(epoch).tolist():
+        out[epoch == e] = _drawn(length, int(_key(seed, _ORDER, e)[0]))[number[epoch == e]]
+    return out
 
 
 class Windows:
     """Windows of context_length + 1 tokens from one split, in a new order and at new cuts each epoch.
 
     len() is the number of windows in an epoch; neighbours share one token, the target of one and the
-    input of the next. InputError: a split shorter than context_length + 1.
+    input of the next. shuffle: version of `shuffled`. InputError: a split shorter than context_length + 1.
     """
 
-    def __init__(self, shards: TokenShards, context_length: int, seed: int):
-        self.context_length, self._shards, self._seed = context_length, shards, seed
+    def __init__(self, shards: TokenShards, context_length: int, seed: int, shuffle: int = SHUFFLE):
+        self.context_length, self._shards, self._seed, self._shuffle = context_length, shards, seed, shuffle
         _check_length(shards, context_length)
         # As many as fit wherever the first one starts; at least one, with less room to start in.
         self._windows = max(1, len(shards) // context_length - 1)
@@ -105,7 +120,7 @@ class Windows:
     def starts(self, index: np.ndarray) -> np.ndarray:
         """int64 [n]: the first token of each example of index, int64 [n]."""
         index = np.asarray(index, np.int64)
-        position = shuffled(index, self._windows, self._seed)
+        position = shuffled(index, self._windows, self._seed, self._shuffle)
         phase = (_key(self._seed, _PHASE, index // self._windows) % _U64(self._phases)).astype(np.int64)
         return phase + position * self.context_length
 
@@ -188,14 +203,15 @@ class LmBatches:
     """One host's part of the batch of each step, by random access: batches[step] is a dict.
 
     tokens: int32 [rows, context_length + 1]; inputs are [:, :-1], targets [:, 1:]
-    weights: float32 [rows, context_length], 1 for real rows, 0 for padding
+    weights: float32 [rows, context_length], 1 for targets of real rows (`weigh` may leave some out), 0 for padding
     sequences: int, real rows of all hosts
-    target_bytes: int32 [rows], UTF-8 bytes of each row's real targets
+    target_bytes: int32 [rows], UTF-8 bytes of each row's targets of weight 1
     segment_ids, positions: int32 [rows, context_length], with isolate_documents only
 
     schedule: step → (number of its first example, number of sequences), over all hosts.
     rows: step → rows of the padded batch; None for no padding. here: rows of a batch → those of them to give,
-    ascending (parallel/hosts.py); by default all. byte_lengths: of the tokenizer, int [vocab_size].
+    ascending (parallel/hosts.py); by default all. byte_lengths: of each token, [vocab_size] (Tokenizer.byte_lengths).
+    weigh: numbers of examples [n] → weights [n, context_length]; None = 1.
     InputError: isolate_documents without an end-of-text.
     """
 
@@ -209,6 +225,7 @@ class LmBatches:
         eot_id: int | None = None,
         isolate_documents: bool = False,
         here: Callable[[int], np.ndarray] = np.arange,
+        weigh: Callable[[np.ndarray], np.ndarray] | None = None,
         steps: int = sys.maxsize,
     ):
         if isolate_documents and eot_id is None:
@@ -218,6 +235,7 @@ class LmBatches:
             )
         self._examples, self._schedule, self._rows, self._steps = examples, schedule, rows, steps
         self._byte_lengths, self._eot_id, self._isolate, self._here = byte_lengths, eot_id, isolate_documents, here
+        self._weigh = weigh
 
     def __len__(self) -> int:
         return self._steps
@@ -233,12 +251,11 @@ class LmBatches:
         real = int(np.searchsorted(row, sequences))  # the rows after them are padding
         context = self._examples.context_length
         tokens = np.zeros((len(row), context + 1), np.int32)
+        weights = np.zeros((len(row), context), np.float32)
         if real:
             tokens[:real] = self._examples.read(first + row[:real])
-        weights = np.zeros((len(row), context), np.float32)
-        weights[:real] = 1
-        target_bytes = np.zeros(len(row), np.int32)
-        target_bytes[:real] = self._byte_lengths.take(tokens[:real, 1:]).sum(1)
+            weights[:real] = 1 if self._weigh is None else self._weigh(first + row[:real])
+        target_bytes = np.rint((self._byte_lengths.take(tokens[:, 1:]) * (weights > 0)).sum(1)).astype(np.int32)
         batch = {"tokens": tokens, "weights": weights, "sequences": sequences, "target_bytes": target_bytes}
         if self._isolate:
             batch["segment_ids"], batch["positions"] = with_segments(tokens[:, :-1], self._eot_id)
@@ -261,24 +278,71 @@ def iterate(
         iterator.close()
 
 
-class _Spread:
-    """Windows of a split in their order, all of them or `most` spread evenly over it: validation's examples.
+class Scored:
+    """Windows in which each token of a split is a target of weight 1 just once; len() of them.
 
-    The first ones alone would be whatever documents happen to come first.
+    Window k of a document has its targets from k·stride on, up to context_length of them: all of the first window
+    count, of the others the last `stride`, which have the tokens before them as context (as in transformers' guide to
+    perplexity). The first token is predicted from end-of-text, as by lm-evaluation-harness; where the tokenizer has
+    none, nothing comes before it and it can't be scored.
+
+    most: at most so many windows, spread evenly (the first alone would be whatever documents come first).
+    documents: int64 [n, 2], first and last + 1 token of each text scored by itself; None = the split as one text.
+    InputError: nothing to score, a stride outside 1 .. context_length.
     """
 
-    def __init__(self, shards: TokenShards, context_length: int, most: int | None):
-        _check_length(shards, context_length)
-        self.context_length, self._shards = context_length, shards
-        self._windows = (len(shards) - 1) // context_length
+    def __init__(self, shards: TokenShards, context_length: int, *, stride: int | None = None, most: int | None = None,
+                 documents: np.ndarray | None = None):  # fmt: skip
+        stride = stride or context_length
+        if not 1 <= stride <= context_length:
+            raise InputError(f"a stride of {stride} is not in 1 .. {context_length}, the context")
+        self.context_length, self._shards, self._stride = context_length, shards, stride
+        spans = np.array([[0, len(shards)]]) if documents is None else np.asarray(documents, np.int64).reshape(-1, 2)
+        given = shards.eot_id is not None
+        self._ends = spans[:, 1]
+        self._first = spans[:, 0] + (not given)  # targets of each document
+        targets = np.maximum(self._ends - self._first, 0)
+        windows = np.where(targets > 0, 1 + -(-np.maximum(targets - context_length, 0) // stride), 0)
+        self._before = np.concatenate([[0], np.cumsum(windows)])
+        self._windows = int(self._before[-1])
         self._used = self._windows if most is None else min(most, self._windows)
+        if not self._windows:
+            raise InputError(
+                f"there is nothing to score in a split of {len(shards)} tokens (the first one is not scored where the "
+                "tokenizer has no end-of-text); give more text"
+            )
 
     def __len__(self) -> int:
         return self._used
 
-    def read(self, index: np.ndarray) -> np.ndarray:
+    def _places(self, index: np.ndarray) -> tuple[np.ndarray, ...]:
+        """Of each window, int64 [n]: its number in its document, its first target, the end of its document."""
         window = np.asarray(index, np.int64) * self._windows // self._used
-        return self._shards.read(window * self.context_length, self.context_length + 1)
+        document = np.searchsorted(self._before, window, side="right") - 1
+        number = window - self._before[document]
+        return number, self._first[document] + number * self._stride, self._ends[document]
+
+    def read(self, index: np.ndarray) -> np.ndarray:
+        """int32 [n, context_length + 1] for index int64 [n]; zeros after the end of a document."""
+        number, first, ends = self._places(index)
+        length = self.context_length + 1
+        out = np.zeros((len(first), length), np.int32)
+        inside = (first > 0) & (first - 1 + length <= ends)
+        out[inside] = self._shards.read(first[inside] - 1, length)
+        for row in np.flatnonzero(~inside).tolist():
+            start, stop = max(int(first[row]) - 1, 0), min(int(first[row]) - 1 + length, int(ends[row]))
+            offset = start - (int(first[row]) - 1)
+            out[row, offset : offset + stop - start] = self._shards.read(np.array([start]), stop - start)[0]
+        if self._shards.eot_id is not None:
+            out[number == 0, 0] = self._shards.eot_id
+        return out
+
+    def weights(self, index: np.ndarray) -> np.ndarray:
+        """float32 [n, context_length]: 1 where a target counts."""
+        number, first, ends = self._places(index)
+        place = np.arange(self.context_length)
+        new = (number[:, None] == 0) | (place >= self.context_length - self._stride)
+        return (new & (first[:, None] + place < ends[:, None])).astype(np.float32)
 
 
 def validation_batches(
@@ -290,15 +354,17 @@ def validation_batches(
     byte_lengths: np.ndarray,
     isolate_documents: bool = False,
     here: Callable[[int], np.ndarray] = np.arange,
+    stride: int | None = None,
+    documents: np.ndarray | None = None,
 ) -> LmBatches:
-    """The same batches each time: windows of a split whose targets don't overlap.
+    """The same batches each time: windows of a split in which each token is a target once (Scored).
 
-    Every batch has batch_size rows; the last is padded with rows of weight 0. A rest shorter than one
-    context is left out. max_batches None: the whole split; else that many batches of windows spread evenly
-    over it. InputError: as Windows and LmBatches.
+    Every batch has batch_size rows; the last is padded with rows of weight 0. max_batches None: the whole split; else
+    that many batches of windows spread evenly over it. stride, documents: of Scored. InputError: as Scored and
+    LmBatches.
     """
-    windows = _Spread(shards, context_length, None if max_batches is None else max_batches * batch_size)
-
+    most = None if max_batches is None else max_batches * batch_size
+    windows = Scored(shards, context_length, stride=stride, most=most, documents=documents)
     return LmBatches(
         windows,
         schedule=lambda step: (step * batch_size, min(batch_size, len(windows) - step * batch_size)),
@@ -307,6 +373,7 @@ def validation_batches(
         eot_id=shards.eot_id,
         isolate_documents=isolate_documents,
         here=here,
+        weigh=windows.weights,
         steps=-(-len(windows) // batch_size),
     )
 

@@ -97,18 +97,22 @@ def _eights(n: int) -> int:
 
 class PromptBatches:
     """Batches of an endless stream of the prompts, in a new order each epoch; all is arithmetic on (seed, place), the
-    width of a batch too: the first of `widths` (ascending) that its longest prompt fits.
+    width of a batch too: the first of `widths` (ascending) that its longest prompt fits. shuffle: version of
+    lm.shuffled.
 
     InputError: no prompts, or one longer than the last of `widths`.
     """
 
-    def __init__(self, prompts: Prompts, batch: int, widths: Sequence[int], seed: int, pad_id: int):
+    def __init__(
+        self, prompts: Prompts, batch: int, widths: Sequence[int], seed: int, pad_id: int, shuffle: int = lm.SHUFFLE
+    ):
         longest = longest_of(prompts)
         if not 0 < longest <= widths[-1]:
             raise InputError(
                 f"a prompt of {longest} tokens doesn't fit {widths[-1]}; load the prompts with that length"
             )
         self._ids, self._batch, self._widths, self._seed, self._pad_id = prompts.ids, batch, widths, seed, pad_id
+        self._shuffle = shuffle
 
     def at(self, position: int) -> dict[str, np.ndarray]:
         """The prompts at places position to position + batch - 1.
@@ -116,7 +120,7 @@ class PromptBatches:
         tokens: int32 [batch, width], left-padded with pad_id; lengths: int32 [batch], without padding;
         index: int64 [batch], which prompts they are.
         """
-        index = lm.shuffled(position + np.arange(self._batch), len(self._ids), self._seed)
+        index = lm.shuffled(position + np.arange(self._batch), len(self._ids), self._seed, self._shuffle)
         chosen = [self._ids[i] for i in index]
         lengths = np.array([len(ids) for ids in chosen], np.int32)
         width = next(w for w in self._widths if w >= lengths.max())

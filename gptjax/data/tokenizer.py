@@ -50,6 +50,7 @@ class Tokenizer:
     specials: the roles of its special tokens (data/specials.py).
     byte_lengths: int32 [vocab_size], the UTF-8 bytes of text each token stands for. End-of-text counts
         1, as a separator, other special tokens 0; a GPT-1 token that ends a word counts its text and one space.
+    lossless: whether ids give back the text to the byte; not where it is normalized first (GPT-1's lower case).
     fingerprint: sha256 (hex) of kind, vocabulary and merges; the same after save and load.
     """
 
@@ -81,6 +82,8 @@ class Tokenizer:
         self.byte_lengths = np.zeros(self.vocab_size, np.int32)
         for token, index in vocabulary.items():
             self.byte_lengths[index] = _byte_length(token, kind, token in special, token in added, end)
+        prefixed = (spec["pre_tokenizer"] or {}).get("add_prefix_space", False)
+        self.lossless = kind == "char" or (kind == "bpe" and spec["normalizer"] is None and not prefixed)
         self.fingerprint = _fingerprint(kind, vocabulary, spec, specials)
         self._may_cut = kind == "bpe" and _is_gpt2_pattern(spec, added - special)
         if kind == "char":

@@ -1,7 +1,8 @@
 """Token shards on disk: a source, split and tokenised once, then read by memory map.
 
 A directory holds train-00000.bin …, validation-00000.bin …, manifest.json (what it was made from, counts
-and sha256 of each shard) and tokenizer/. It is written beside its place and renamed into it whole.
+and sha256 of each shard) and tokenizer/. It is written beside its place and renamed into it whole, and never
+replaced: a run that has it open would read another's tokens.
 """
 
 from __future__ import annotations
@@ -41,12 +42,15 @@ class TokenShards:
 
     dtype: of the files ('<u2' or '<u4'); vocab_size; eot_id (None: no end-of-text between documents);
     bytes: UTF-8 bytes of the text; documents: their number; fingerprint: of the tokens in their order; name: of the
-    split and its source, for messages.
+    split and its source, for messages; directory: where they are.
     """
 
-    def __init__(self, directory: Path, manifest: dict, split: str):
+    def __init__(self, directory: Path, manifest: dict, split: str, tokenizer: Tokenizer):
         record = manifest["splits"][split]
         self.name = f"the {split} split of {manifest['source']}"
+        self.directory = directory
+        self._tokenizer, self._token_bytes = tokenizer, record.get("token_bytes")
+        self._separated = "between_documents" in manifest["request"]  # not by an earlier version
         self.dtype = np.dtype(manifest["dtype"])
         self.vocab_size: int = manifest["vocab_size"]
         self.eot_id: int | None = manifest["eot_id"]
@@ -59,6 +63,26 @@ class TokenShards:
 
     def __len__(self) -> int:
         return int(self._ends[-1])
+
+    @functools.cached_property
+    def byte_ratio(self) -> float:
+        """Bytes of the text itself for each byte that its tokens stand for (Tokenizer.byte_lengths): 1 but for a
+        tokenizer that normalizes, as GPT-1's, whose tokens' bytes are not the text's. Separators count on both sides.
+        """
+        if self._tokenizer.lossless:
+            return 1.0
+        lengths = self._tokenizer.byte_lengths
+        if self._token_bytes is None:  # of an earlier version
+            blocks = (self._shard(i)[j : j + 2**22] for i in range(len(self._paths))
+                      for j in range(0, int(self._ends[i + 1] - self._ends[i]), 2**22))  # fmt: skip
+            self._token_bytes = sum(int(lengths[block].sum(dtype=np.int64)) for block in blocks)
+        if self.eot_id is not None:
+            separators = self.documents
+        elif self.documents > 1 and self._separated:
+            separators = (self.documents - 1) * int(lengths[self._tokenizer.separator_ids].sum())
+        else:
+            separators = 0
+        return (self.bytes + separators) / max(self._token_bytes, 1)
 
     def _map(self, index: int) -> np.ndarray:
         return np.asarray(np.memmap(self._paths[index], self.dtype, "r"))
@@ -84,6 +108,14 @@ class TokenShards:
         return out
 
 
+def around(tokenizer: Tokenizer, first: bool) -> tuple[list[int], list[int]]:
+    """Ids before and after a document's own: end-of-text ends each one; where the tokenizer has none,
+    Tokenizer.separator_ids stand between two, so before each but the `first`."""
+    if tokenizer.eot_id is not None:
+        return [], [tokenizer.eot_id]
+    return [] if first else tokenizer.separator_ids, []
+
+
 def prepare(
     source: str,
     tokenizer: str,
@@ -96,9 +128,13 @@ def prepare(
     document_separator: str | None = None,
     shard_tokens: int = 2**27,
     token_dtype: str | None = None,
+    by_content: bool = False,
     progress: bool = True,
 ) -> tuple[Tokenizer, dict[str, TokenShards]]:
     """Splits and tokenises a source into `directory`, or reuses what is there when nothing changed.
+
+    by_content: `directory` is a cache that many runs share; the tokens are in a folder of it that is named by all
+    that they depend on, so that another source, tokenizer or seed gets another folder.
 
     source, text_field: as `sources.documents`. tokenizer: as `make_tokenizer`; a BPE is trained on the
     train split, a character vocabulary is taken from both. validation: the fraction of documents held
@@ -110,7 +146,7 @@ def prepare(
 
     Returns the tokenizer and the splits 'train' and 'validation'. InputError: whatever `documents`,
     `make_tokenizer` and `open_shards` refuse; a vocabulary larger than token_dtype; a directory with
-    something else in it; a full disk.
+    something else in it, or with tokens of another request; a full disk.
     """
     if "://" in str(directory):
         raise InputError(f"token shards are read by memory map, so {directory} must be a local directory")
@@ -139,15 +175,37 @@ def prepare(
     request |= {"document_separator": document_separator} if document_separator else {}
     if tokenizer == "char" or (given and given.eot_id is None):
         request["between_documents"] = "blank line"  # once there was nothing between them
+    if by_content:
+        directory /= _short_hash({"format": _FORMAT, **request})
     if _made_from(directory) == request:
         return open_shards(directory, progress=progress)
     with _locked(directory):
-        if _made_from(directory) != request:  # another process may have made it meanwhile
+        there = _made_from(directory)
+        if there is None:
             splitting = splitter(source, validation, text_field, seed, split=split, separator=document_separator)
             about = {"source": source, "tokenizer": tokenizer, "validation_source": str(validation)}
-            with _replacing(directory) as partial:
+            with _made_in_place(directory) as partial:
                 _write(partial, request, about, splitting, given, progress)
+        elif there != request:  # else another process made it meanwhile
+            different = ", ".join(k for k in sorted(request.keys() | there.keys()) if request.get(k) != there.get(k))
+            raise InputError(
+                f"{directory} holds tokens of another request ({different}), which a run may be reading; name another "
+                "directory or delete it"
+            )
     return open_shards(directory, progress=progress)
+
+
+def shared_tokenizer(spec: str, texts: Callable[[], Iterator[str]], about: dict, cache: str | os.PathLike) -> str:
+    """Directory of the tokenizer that several sources share: the one `spec` names, or one trained on all of `texts`
+    and kept in `cache` in a folder that is named by `about`, what the texts are."""
+    if not (spec == "char" or spec.startswith("bpe:")):
+        return spec
+    directory = Path(cache).expanduser().resolve() / f"tokenizer-{_short_hash({'tokenizer': spec, **about})}"
+    with _locked(directory):
+        if not directory.exists():
+            with _made_in_place(directory) as partial:
+                make_tokenizer(spec, texts).save(partial)
+    return str(directory)
 
 
 def open_shards(directory: str | os.PathLike, *, progress: bool = True) -> tuple[Tokenizer, dict[str, TokenShards]]:
@@ -163,7 +221,7 @@ def open_shards(directory: str | os.PathLike, *, progress: bool = True) -> tuple
     tokenizer = Tokenizer.load(directory / "tokenizer")
     if tokenizer.fingerprint != manifest["tokenizer_fingerprint"]:
         raise InputError(f"the tokenizer in {directory} isn't the one its tokens were made with; {_rebuild(directory)}")
-    return tokenizer, {split: TokenShards(directory, manifest, split) for split in SPLITS}
+    return tokenizer, {split: TokenShards(directory, manifest, split, tokenizer) for split in SPLITS}
 
 
 def _rebuild(directory: Path) -> str:
@@ -188,6 +246,10 @@ def _read_manifest(directory: Path) -> dict | None:
 def _checksum(manifest: dict) -> str:
     content = {key: value for key, value in manifest.items() if key != "checksum"}
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def _short_hash(request: dict) -> str:
+    return hashlib.sha256(json.dumps(request, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def _made_from(directory: Path) -> dict | None:
@@ -252,16 +314,15 @@ def _locked(directory: Path) -> Iterator[None]:
 
 
 @contextmanager
-def _replacing(directory: Path) -> Iterator[Path]:
-    """Yields a sibling to write into, which then takes the directory's place; call it under the lock."""
-    partial, replaced = (directory.with_name(f".{directory.name}.{end}") for end in ("partial", "replaced"))
-    for leftover in (partial, replaced):  # of a process that was killed
-        shutil.rmtree(leftover, ignore_errors=True)
+def _made_in_place(directory: Path) -> Iterator[Path]:
+    """Yields a sibling to write into, which then becomes the directory (new or empty); call it under the lock."""
+    partial = directory.with_name(f".{directory.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)  # of a process that was killed
     try:
         partial.mkdir()
         yield partial
         if directory.exists():
-            directory.rename(replaced)
+            directory.rmdir()
         partial.rename(directory)
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
@@ -270,8 +331,7 @@ def _replacing(directory: Path) -> Iterator[Path]:
             f"the disk is full while writing token shards to {directory}; free some space or name another directory"
         ) from None
     finally:
-        for leftover in (partial, replaced):
-            shutil.rmtree(leftover, ignore_errors=True)
+        shutil.rmtree(partial, ignore_errors=True)
 
 
 def _bar(label: str, total: int | None, progress: bool) -> tqdm:
@@ -290,7 +350,7 @@ class _Writer:
 
     def __init__(self, directory: Path, split: str, shard_tokens: int):
         self.shards: list[dict] = []
-        self.tokens = self.bytes = self.documents = 0
+        self.tokens = self.bytes = self.token_bytes = self.documents = 0
         self._directory, self._split, self._shard_tokens = directory, split, shard_tokens
         self._stream = None
 
@@ -353,13 +413,12 @@ def _write(
             encoded = tokenizer.encode_batch([piece for _, piece, _ in batch])
             for (name, piece, last), ids in zip(batch, encoded, strict=True):
                 writer, size = writers[name], len(piece.encode())
-                if begins and writer.documents and tokenizer.eot_id is None:
-                    ids = tokenizer.separator_ids + ids
+                before, after = around(tokenizer, first=not writer.documents)
+                ids = np.array((before if begins else []) + ids + (after if last else []), dtype)
                 begins = last
-                if last and tokenizer.eot_id is not None:
-                    ids.append(tokenizer.eot_id)
-                writer.write(np.array(ids, dtype))
+                writer.write(ids)
                 writer.bytes += size
+                writer.token_bytes += int(tokenizer.byte_lengths[ids].sum(dtype=np.int64))
                 writer.documents += last
                 bar.update(size)
     for writer in writers.values():
@@ -374,10 +433,11 @@ def _write(
         "vocab_size": tokenizer.vocab_size,
         "eot_id": tokenizer.eot_id,
         "splits": {
-            name: {"tokens": w.tokens, "bytes": w.bytes, "documents": w.documents, "shards": w.shards}
+            name: {"tokens": w.tokens, "bytes": w.bytes, "token_bytes": w.token_bytes, "documents": w.documents,
+                   "shards": w.shards}
             for name, w in writers.items()
         },
-    }
+    }  # fmt: skip
     manifest["checksum"] = _checksum(manifest)
     (directory / _MANIFEST).write_text(json.dumps(manifest, indent=1), encoding="utf-8")
     shards = [shard for writer in writers.values() for shard in writer.shards]

@@ -6,7 +6,6 @@ The strong baseline PPO is to be held against, at a KL known in closed form: log
 exact where no two scores tie, else an upper bound).
 """
 
-import json
 import sys
 
 import jax
@@ -97,7 +96,7 @@ def main(_):
         )  # fmt: skip
     scores = reward.score(repeated, responses).reshape(-1, FLAGS.n)
     best, kl = best_of_n(scores, FLAGS.n)
-    show = lambda row: print(json.dumps(configs.json_safe(row), allow_nan=False))
+    show = lambda row: print(configs.dumps(row))
     for i, j in enumerate(best):
         text = template.decode(responses[i * FLAGS.n + j])
         show({"prompt": prompts.texts[i], "response": text, "score": scores[i, j]})

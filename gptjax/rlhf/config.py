@@ -107,11 +107,13 @@ class RateConfig:
 @dataclasses.dataclass(frozen=True)
 class PtxConfig:
     """Pre-training text of PPO-ptx. per_episode: sequences for each episode of the minibatch (InstructGPT: 8).
-    context_length: tokens of one; None = the model's. source: None = what the policy was pre-trained on."""
+    context_length: tokens of one; None = the model's. source: None = what the policy was pre-trained on. cache: local
+    folder for the tokens of `source`, as data.cache of pre-training; None = `data` in the workdir."""
 
     per_episode: Positive = 8.0
     context_length: Count | None = None
     source: str | None = paths.field(paths.SOURCE)
+    cache: str | None = paths.field()
 
 
 @dataclasses.dataclass(frozen=True)

@@ -6,7 +6,6 @@ import jax
 import numpy as np
 
 from gptjax.data.chat import Template
-from gptjax.data.lm import validation_batches
 from gptjax.data.prompts import PromptBatches
 from gptjax.parallel import hosts
 from gptjax.parallel.mesh import batch_ways
@@ -17,27 +16,26 @@ from gptjax.training import loop
 from gptjax.training.step import batch_sharding, causal_lm_loss, jit_eval_step
 
 
-def evaluator(c: EvaluationConfig, n: Networks, prompts, widths, template: Template, text, phases, mesh, seed):
+def evaluator(c: EvaluationConfig, n: Networks, prompts, widths, template: Template, text, phases, mesh, seed,
+              shuffle: int):  # fmt: skip
     """state -> (record, table of samples) of the policy's moving average, always with the same noise.
 
     record: score (reward model and rules, as trained on), raw_score (the same before `missing_eos`), gold, kl, entropy,
-    length, eos_rate, and lm_loss on pre-training text where there is some (`text`, rlhf/ptx.py). phases: ppo.py's
-    (sample, judge, rule_score, finish). widths: that the prompts may be padded to (data/prompts.py).
+    length, eos_rate, and lm_loss on pre-training text where there is some (`text`, rlhf/ptx.py), of a mixture the mean
+    under its weights and lm_loss/<name> of each part. phases: ppo.py's (sample, judge, rule_score, finish). widths:
+    that the prompts may be padded to (data/prompts.py). shuffle: version of lm.shuffled.
     """
     sample, judge, rule_score, finish = phases
     ways = batch_ways(mesh.shape)
     rows = -(-min(c.prompts, len(prompts.ids)) // ways) * ways
-    batch = PromptBatches(prompts, rows, widths, 0, template.pad_id).at(0)
+    batch = PromptBatches(prompts, rows, widths, 0, template.pad_id, shuffle).at(0)
     texts = [prompts.texts[i] for i in batch["index"]]
     gold = c.gold_fn and rewards.load_callable(c.gold_fn)
     lm_step = jit_eval_step(causal_lm_loss(n.policy, n.dtype, n.loss_chunk, mesh), mesh)
-    lm_batches = []
+    lm_batches = {}
     if text is not None and c.lm_batches:
-        lm_batches = validation_batches(
-            text.validation, text.context_length, 8 * ways, c.lm_batches,
-            byte_lengths=np.ones(n.policy.vocab_size, np.int32),
-            here=hosts.batch_rows(batch_sharding(mesh, 0), 8 * ways),
-        )  # fmt: skip
+        here = hosts.batch_rows(batch_sharding(mesh, 0), 8 * ways)
+        lm_batches = text.text.validation_batches(text.context_length, 8 * ways, c.lm_batches, here=here)
 
     def evaluate(state):
         averaged = dataclasses.replace(state, policy=state.average)
@@ -58,9 +56,10 @@ def evaluator(c: EvaluationConfig, n: Networks, prompts, widths, template: Templ
         if gold:
             of_gold = rewards.call(gold, "text", template, ids, texts, responses)
             record["gold"] = float(of_gold.mean())
-        if len(lm_batches):
-            total, count, _ = loop.evaluation_sums(lm_step, averaged.policy, lm_batches, batch_sharding(mesh, 0))
-            record["lm_loss"] = total / count
+        if lm_batches:
+            sharding = batch_sharding(mesh, 0)
+            sums = {k: loop.evaluation_sums(lm_step, averaged.policy, v, sharding) for k, v in lm_batches.items()}
+            record |= {f"lm_{k}": v for k, v in text.text.figures(sums).items() if k.startswith("loss")}
         table = [
             {"prompt": texts[i], "text": template.decode(responses[i]), "score": float(score[i])}
             | ({"gold": float(of_gold[i])} if gold else {})

@@ -4,7 +4,7 @@ import dataclasses
 
 import numpy as np
 
-from gptjax.data.corpus import text_windows
+from gptjax.data import corpus, lm
 from gptjax.errors import InputError
 from gptjax.parallel import hosts
 from gptjax.parallel.mesh import batch_ways
@@ -16,33 +16,39 @@ PADDING = -1  # a token of a row that is there to fill a micro-batch
 
 @dataclasses.dataclass(frozen=True)
 class Text:
-    examples: object  # lm.Windows or lm.Mixture
-    validation: object  # tokens.TokenShards
+    examples: lm.Examples
+    text: corpus.Text
     context_length: int
 
-    def batch(self, position: int, shape: tuple[int, int, int], sequences: int, mesh):
-        """Tokens int [minibatches, micro-batches, rows, context + 1] on the mesh: the sequences from `position` on, so
-        many in each minibatch. Rows beyond those are PADDING and count for nothing."""
+    def batch(self, position: int, shape: tuple[int, int, int], sequences: int, mesh) -> dict:
+        """{tokens: int [minibatches, micro-batches, rows, context + 1]} on the mesh: the sequences from `position` on,
+        so many in each minibatch; rows beyond those are PADDING and count for nothing. Where the policy's base was
+        pre-trained with isolated documents also segment_ids and positions, [..., context]."""
         sharding = batch_sharding(mesh, 2)
         minibatches, micro, rows = shape
         place = np.broadcast_to(np.arange(micro * rows).reshape(1, micro, rows), shape)
         index = position + np.minimum(place, sequences - 1) + sequences * np.arange(minibatches)[:, None, None]
         here = np.asarray(hosts.rows_here(sharding, rows))
         index, place = index[..., here], place[..., here]
-        tokens = self.examples.read(index.ravel()).reshape(*index.shape, -1).astype(np.int32)
-        return hosts.global_array(np.where(place[..., None] < sequences, tokens, PADDING), sharding)
+        tokens = self.examples.read(index.ravel()).astype(np.int32)
+        batch = {"tokens": np.where(place.reshape(-1, 1) < sequences, tokens, PADDING)}
+        if self.text.eot_id is not None:
+            batch["segment_ids"], batch["positions"] = lm.with_segments(tokens[:, :-1], self.text.eot_id)
+        return {k: hosts.global_array(v.reshape(*index.shape, -1), sharding) for k, v in batch.items()}
 
 
-def load_text(c: PtxConfig, policy, workdir, context_length: int, seed: int, *, needed: bool, resumed: bool):
+def load_text(
+    c: PtxConfig, policy, workdir, context_length: int, seed: int, *, needed: bool, record: dict, known: bool
+) -> Text | None:
     """A Text, or None where there is none and it is not needed. Its order is a draw of its own, by `seed`.
 
-    policy: the workdir whose pre-training text it is when the config names no source.
+    policy: the workdir whose pre-training text it is when the config names no source. record, known:
+    corpus.start_record, and whether the run is resumed.
     """
     length = c.context_length or context_length
     try:
-        examples, validation = text_windows(
-            c.source, policy, workdir / "tokenizer", workdir / "data", length, seed, resumed=resumed
-        )
+        text = corpus.load_text(c.source, policy, workdir, c.cache, "ptx.cache", seed, record, known)
+        examples = text.examples(length, seed, record["shuffle"])
     except InputError as error:
         if needed:
             raise InputError(
@@ -52,7 +58,7 @@ def load_text(c: PtxConfig, policy, workdir, context_length: int, seed: int, *, 
             raise
         hosts.say(f"no loss on pre-training text will be measured: {error}")
         return None
-    return Text(examples, validation, length)
+    return Text(examples, text, length)
 
 
 def sequences(c: PtxConfig, episodes: int) -> int:

@@ -98,26 +98,31 @@ def ppo_gradients(c: UpdateConfig, n: Networks, policy, value, batch: Rollout):
     }
 
 
-def ptx_gradient(c: UpdateConfig, n: Networks, policy, tokens):
+def ptx_gradient(c: UpdateConfig, n: Networks, policy, text):
     """Gradient of -E[log pi(x)] on pre-training sequences (without gamma), and the loss.
 
-    tokens: int [micro-batches, rows, time + 1], below 0 in rows that count for nothing (ptx.PADDING).
+    text: {tokens: int [micro-batches, rows, time + 1]}, below 0 in rows that count for nothing (ptx.PADDING), and where
+    documents are isolated segment_ids and positions, int [micro-batches, rows, time].
     """
-    micro, _, time = tokens.shape
-    count = (tokens[..., 0] >= 0).sum() * ((time - 1) if c.ptx_normalise == "token" else 1)
+    micro, _, time = text["tokens"].shape
+    count = (text["tokens"][..., 0] >= 0).sum() * ((time - 1) if c.ptx_normalise == "token" else 1)
 
     def loss(policy, x):
-        weights = jnp.broadcast_to((x[:, :1] >= 0).astype(jnp.float32), (x.shape[0], time - 1))
-        x = jnp.maximum(x, 0)
-        h = gpt.hidden(policy, n.policy, x[:, :-1], dtype=n.dtype, mesh=n.mesh)
-        return cross_entropy_sum(h, gpt.unembedding(policy, n.policy), x[:, 1:], weights, n.loss_chunk) / count
+        tokens = x["tokens"]
+        weights = jnp.broadcast_to((tokens[:, :1] >= 0).astype(jnp.float32), (tokens.shape[0], time - 1))
+        tokens = jnp.maximum(tokens, 0)
+        h = gpt.hidden(
+            policy, n.policy, tokens[:, :-1], positions=x.get("positions"), segment_ids=x.get("segment_ids"),
+            dtype=n.dtype, mesh=n.mesh,
+        )  # fmt: skip
+        return cross_entropy_sum(h, gpt.unembedding(policy, n.policy), tokens[:, 1:], weights, n.loss_chunk) / count
 
     gradient = jax.value_and_grad(loss)
     if micro == 1:
-        return gradient(policy, tokens[0])[::-1]
+        return gradient(policy, jax.tree.map(lambda a: a[0], text))[::-1]
     zeros = (jnp.float32(0), jax.tree.map(jnp.zeros_like, policy))
     (total, grads), _ = lax.scan(
-        lambda carry, x: (jax.tree.map(jnp.add, carry, gradient(policy, x)), None), zeros, tokens
+        lambda carry, x: (jax.tree.map(jnp.add, carry, gradient(policy, x)), None), zeros, text
     )
     return grads, total
 
@@ -125,8 +130,8 @@ def ptx_gradient(c: UpdateConfig, n: Networks, policy, tokens):
 def make_update(c: UpdateConfig, n: Networks, policy_tx, value_tx, clip_norm: float, value_clip_norm: float):
     """Returns update(state, rollout, ptx, learning_rates) -> (state, metrics), to be jitted with the state donated.
 
-    ptx: int [minibatches, micro-batches, rows, time + 1], or None. learning_rates: (policy's, value's) of this
-    iteration. metrics: means over the optimiser steps, and of the first one `policy/first_ratio_deviation`, the
+    ptx: the `text` of ptx_gradient with a leading axis of minibatches, or None. learning_rates: (policy's, value's) of
+    this iteration. metrics: means over the optimiser steps, and of the first one `policy/first_ratio_deviation`, the
     largest |ratio - 1|, which must be 0 but for rounding. A step whose gradient is not finite changes nothing and
     sets `finite` to 0.
     """
@@ -154,7 +159,8 @@ def make_update(c: UpdateConfig, n: Networks, policy_tx, value_tx, clip_norm: fl
             metrics["grad_norm/ppo"] = optax.tree.norm(d_policy)
             metrics["grad_norm/value"] = optax.tree.norm(d_value)
             if ptx is not None:
-                d_ptx, metrics["loss/ptx"] = ptx_gradient(c, n, policy, ptx[index % c.minibatches])
+                text = jax.tree.map(lambda a: a[index % c.minibatches], ptx)
+                d_ptx, metrics["loss/ptx"] = ptx_gradient(c, n, policy, text)
                 d_ptx = jax.tree.map(lambda g: c.ptx_coefficient * g, d_ptx)
                 metrics["grad_norm/ptx"] = optax.tree.norm(d_ptx)  # with gamma: as it enters the step
                 dot = optax.tree.vdot(d_policy, d_ptx)
@@ -183,7 +189,8 @@ def make_update(c: UpdateConfig, n: Networks, policy_tx, value_tx, clip_norm: fl
             state, step=state.step + 1, policy=policy, policy_opt=policy_opt, value=value, value_opt=value_opt,
             average=ppo.exponential_moving_average(state.average, policy, c.ema_decay), key=jax.random.key_data(key),
             prompt_position=state.prompt_position + B,
-            ptx_position=state.ptx_position + (0 if ptx is None else (ptx[..., 0] >= 0).sum(dtype=jnp.int32)),
+            ptx_position=state.ptx_position
+            + (0 if ptx is None else (ptx["tokens"][..., 0] >= 0).sum(dtype=jnp.int32)),
         )  # fmt: skip
         return new, metrics
 

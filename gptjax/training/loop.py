@@ -35,7 +35,7 @@ from gptjax.training.stopping import Interrupted, leave_if_asked, stop_on_signal
 @dataclasses.dataclass(frozen=True)
 class EvalConfig:
     """every: steps between evaluations; one more before the first step and after the last. batches: how many
-    validation batches; 0 = all of them."""
+    validation batches, of a mixture of each part; 0 = all of them."""
 
     every: Count = 1000
     batches: int = 0

@@ -13,7 +13,7 @@ from tensorboardX.proto.event_pb2 import Event, SessionLog
 from tensorboardX.proto.summary_pb2 import Summary
 from tensorboardX.record_writer import masked_crc32c
 
-from gptjax.config import json_safe
+from gptjax.config import dumps
 from gptjax.errors import InputError
 from gptjax.parallel import hosts
 from gptjax.ranges import Count, Seconds
@@ -55,7 +55,7 @@ class JsonLines:
         self._file = AppendFile(path, keep)
 
     def write(self, record: dict):
-        self._file.add(json.dumps(json_safe(record), allow_nan=False).encode() + b"\n")
+        self._file.add(dumps(record).encode() + b"\n")
 
     def flush(self):
         self._file.flush()

@@ -3,6 +3,7 @@
 import base64
 import html
 import io
+import itertools
 import json
 import math
 import platform
@@ -130,6 +131,9 @@ _PANELS = (
 )
 
 
+_COLORS = ("#d1495b", "#2e8b57", "#8e6bbf", "#c9822b", "#4aa3a2", "#7a7a7a")
+
+
 def _figure(train, evaluations) -> str:
     import matplotlib
 
@@ -145,7 +149,9 @@ def _figure(train, evaluations) -> str:
         if key in train[-1]:
             points = [(line["step"], math.nan if line.get(key) is None else line[key]) for line in train]
             axis.plot(*zip(*points, strict=True), lw=0.8, label="training", color="#3b6fb6")
-        for name, colour in zip(of_evaluation, ("#d1495b", "#2e8b57"), strict=False):
+        parts = {k for e in evaluations for k in e if k.startswith(tuple(f"{name}/" for name in of_evaluation))}
+        of_evaluation = (*of_evaluation, *sorted(parts))
+        for name, colour in zip(of_evaluation, itertools.cycle(_COLORS), strict=False):
             points = [(e["step"], e[name]) for e in evaluations if e.get(name) is not None]
             if points:
                 label = "validation" if len(of_evaluation) == 1 else f"validation: {name}"
