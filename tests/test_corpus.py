@@ -13,6 +13,7 @@ from gptjax.data.corpus import DataConfig, load_corpus, load_text, pretraining_t
 from gptjax.errors import InputError
 from gptjax.parallel.mesh import MeshConfig, make_mesh
 from gptjax.rlhf import ptx
+from gptjax.training.metrics import dumps
 
 
 @pytest.fixture
@@ -147,3 +148,9 @@ def test_bytes_are_the_texts_own_where_the_tokenizer_normalizes(source, tmp_path
         shards._token_bytes = recorded
         own = shards.bytes + 2 * shards.documents
         assert shards.byte_ratio * 2 * lengths[ids(shards)].sum() == pytest.approx(own, rel=1e-12)
+
+
+def test_json_of_a_result_has_no_nan_and_no_infinity():
+    value = {"loss": float("nan"), "parts": [float("inf"), {"x": float("-inf"), "y": 1.5}], "n": 3}
+    assert json.loads(dumps(value)) == {"loss": None, "parts": [None, {"x": None, "y": 1.5}], "n": 3}
+    assert "NaN" not in dumps(value) and "Infinity" not in dumps(value)
