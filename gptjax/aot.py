@@ -360,7 +360,7 @@ def main(_):
     result = check(config, topology, request, status)
     if not result["fits"] and FLAGS.remedy:
         result["remedy"] = find_remedy(config, topology, request, result, status)
-    print(json.dumps(result) if FLAGS.json else table(result))
+    print(json.dumps(configs.json_safe(result), allow_nan=False) if FLAGS.json else table(result))
     if not result["fits"]:
         sys.exit(3)
 

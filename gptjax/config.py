@@ -9,6 +9,7 @@ live in the dataclasses alone: `config_dict` makes the ConfigDict from them.
 
 import dataclasses
 import difflib
+import errno
 import functools
 import json
 import math
@@ -23,7 +24,8 @@ from etils import epath
 from ml_collections import config_dict as mlc
 from ml_collections import config_flags
 
-from gptjax.errors import InputError
+from gptjax import console
+from gptjax.errors import INTERRUPTED, InputError
 from gptjax.parallel import hosts, rules
 
 # --- dataclass <-> ConfigDict -----------------------------------------------------------------------------
@@ -77,12 +79,13 @@ def build(cls, section, path="config"):
 
 
 def by_its_rules(stage):
-    """Of a function whose first argument is a config: called with that config's mesh.rules in force."""
+    """Of a stage, whose first argument is a config: called with that config's mesh.rules in force, and with an output
+    whose failing does not end it (console.lenient_output)."""
 
     @functools.wraps(stage)
     def under_rules(config, *args, **kwargs):
         section = (config.get("mesh") or {}).get("rules") or {}  # a config may leave out what it takes as it is
-        with rules.use(build(rules.Rules, section, "config.mesh.rules")):
+        with console.lenient_output(), rules.use(build(rules.Rules, section, "config.mesh.rules")):
             return stage(config, *args, **kwargs)
 
     return under_rules
@@ -109,7 +112,7 @@ def choose(presets: dict, name: str, what: str):
 
 
 def run(main):
-    """absl's app.run, with bad input told in one line instead of a traceback (exit code 2)."""
+    """absl's app.run, with bad input told in one line instead of a traceback (exit code 2), and so Ctrl-C (130)."""
 
     def parse(argv):
         try:
@@ -122,11 +125,23 @@ def run(main):
         if len(argv) > 1:
             _fail(f"Unexpected argument {argv[1]!r}: every option is written --name=value.")
         try:
-            return main(argv)
+            main(argv)
+            sys.stdout.flush()
         except InputError as error:
             _fail(error)
+        except BrokenPipeError:  # `| head` has seen enough
+            console.reader_is_gone()
+        except OSError as error:
+            if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+                raise
+            _fail(f"the disk is full ({error.filename or error.strerror}): free some space and start again")
 
-    app.run(guarded, flags_parser=parse)
+    console.escape_unprintable()
+    try:
+        app.run(guarded, flags_parser=parse)
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        sys.exit(INTERRUPTED)
 
 
 def run_stage(stage):
@@ -138,6 +153,15 @@ def run_stage(stage):
             stage(flags.FLAGS.config, flags.FLAGS.workdir)
 
     run(main)
+
+
+def overridden(key: str) -> bool:
+    """Whether the command line gives this config key itself, instead of the config file. True where there is no command
+    line: code that calls a stage is responsible for all of its config."""
+    try:
+        return key in config_flags.get_override_values(flags.FLAGS["config"])
+    except (KeyError, TypeError):  # no such flag, or another program's
+        return True
 
 
 def define_flags():

@@ -100,7 +100,7 @@ def main(_):
     jax.config.update("jax_platforms", "cpu")  # tracing looks for devices
     d = describe(FLAGS.config.to_dict())
     if FLAGS.json:
-        print(json.dumps(d))
+        print(json.dumps(configs.json_safe(d), allow_nan=False))
         return
     m = d["model"]
     gib = lambda n: f"{n / 2**30:,.2f} GiB"

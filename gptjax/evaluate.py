@@ -12,9 +12,9 @@ import math
 import jax
 import numpy as np
 from absl import flags
-from tqdm import tqdm
 
 from gptjax import config as configs
+from gptjax.console import progress
 from gptjax.data import lm, sources
 from gptjax.data.corpus import pretraining_split
 from gptjax.errors import InputError
@@ -61,7 +61,7 @@ def main(_):
     )  # fmt: skip
     result = score(model, batches)
     if FLAGS.json:
-        print(json.dumps(result))
+        print(json.dumps(configs.json_safe(result), allow_nan=False))
     else:
         for name, value in result.items():
             print(f"{name:>14}  {value:,.4f}" if isinstance(value, float) else f"{name:>14}  {value:,}")
@@ -72,7 +72,7 @@ class tokenised:
 
     def __init__(self, source: str, tokenizer, text_field: str):
         ids: list[int] = []
-        for document in tqdm(sources.documents(source, text_field=text_field), desc="tokenising", unit="doc"):
+        for document in progress(sources.documents(source, text_field=text_field), desc="tokenising", unit="doc"):
             ids += tokenizer.encode(document.text)
             if tokenizer.eot_id is not None:
                 ids.append(tokenizer.eot_id)

@@ -10,7 +10,6 @@ epochs x minibatches optimiser steps on them. The same command takes a run kille
 import contextlib
 import dataclasses
 import math
-import sys
 import time
 from collections.abc import Callable
 
@@ -18,9 +17,9 @@ import jax
 import numpy as np
 from etils import epath
 from ml_collections import config_dict as mlc
-from tqdm import tqdm
 
 from gptjax import config as configs
+from gptjax.console import progress
 from gptjax.data.chat import Template
 from gptjax.data.prompts import PromptBatches, PromptConfig, bucket_widths, load_prompts, longest_of
 from gptjax.errors import InputError
@@ -33,7 +32,7 @@ from gptjax.rlhf import ptx, rewards, rollout
 from gptjax.rlhf.alarms import check_iteration
 from gptjax.rlhf.clock import Clock
 from gptjax.rlhf.config import EvaluationConfig, KLConfig, PtxConfig, RateConfig, RolloutConfig
-from gptjax.rlhf.evaluation import evaluator, write_samples
+from gptjax.rlhf.evaluation import evaluator
 from gptjax.rlhf.memory import memory_plan, offloaded, on_device
 from gptjax.rlhf.networks import Networks
 from gptjax.rlhf.reward_model import load_reward_model
@@ -45,6 +44,7 @@ from gptjax.training.metrics import LogConfig, MetricWriter
 from gptjax.training.optimizer import OptimizerConfig, make_optimizer
 from gptjax.training.precision import PrecisionConfig, frozen
 from gptjax.training.step import batch_sharding
+from gptjax.training.stopping import Interrupted, stop_on_signals
 from gptjax.workdir import load_model
 
 
@@ -102,7 +102,7 @@ class PPOConfig:
 
 @configs.by_its_rules
 def ppo(config: mlc.ConfigDict, workdir: str, reward_fn: Callable | None = None) -> bool:
-    """The whole stage. Returns whether the run is finished (False after a SIGTERM).
+    """The whole stage. Returns whether the run is finished (False after a SIGTERM or Ctrl-C).
 
     reward_fn: a callable in place of the config's `reward_fn` (rlhf/rewards.py).
     """
@@ -275,23 +275,34 @@ def ppo(config: mlc.ConfigDict, workdir: str, reward_fn: Callable | None = None)
         )
 
         # --- the loop ---
-        def assess(step):
+        def assess(step) -> bool:
+            """Whether the iteration has an evaluation, before the run was asked to stop."""
             if step in {line["step"] for line in writer.evaluations()}:
-                return
-            record, table = evaluate(state)
+                return True
+            try:
+                record, table = evaluate(state)
+            except Interrupted:
+                return False
             writer.evaluation({"step": step, **record})
-            write_samples(workdir, step, table)
+            writer.samples(step, table)
             bar.clear()
             shown = [f"{k} {v:.3f}" for k, v in record.items() if isinstance(v, float)]
             hosts.say(f"iteration {step}: {', '.join(shown)}")
+            return True
 
-        bar = tqdm(total=iterations, initial=start, unit="it", dynamic_ncols=True, file=sys.stderr,
-                   disable=not hosts.first())  # fmt: skip
-        saved, compiled = start if start else -1, set()
-        with loop.stop_on_sigterm() as asked_to_stop, loop.ends_when_stuck(c.log.stuck_after) as alive:
+        def save(step):
+            nonlocal saved
+            writer.flush()
+            if checkpointer.save(step, state, {"seconds": seconds, "data": prompts.fingerprint}):
+                saved = step
+
+        bar = progress(total=iterations, initial=start, unit="it", disable=not hosts.first())
+        saved, compiled, stopping = start if start else -1, set(), False
+        with stop_on_signals() as asked_to_stop, loop.ends_when_stuck(c.log.stuck_after) as alive:
             if start % c.eval.every == 0 or start == iterations:
-                assess(start)  # at the beginning, or where a kill came between saving and evaluating
-            for iteration in range(start, iterations):
+                # at the beginning, or where a kill came between saving and evaluating
+                stopping = not assess(start)
+            for iteration in range(start, start if stopping else iterations):
                 clock = Clock()
                 batch = batches.at(int(state.prompt_position))
                 width = batch["tokens"].shape[1]
@@ -324,7 +335,7 @@ def ppo(config: mlc.ConfigDict, workdir: str, reward_fn: Callable | None = None)
                 line["prompt/width"] = width
                 step = iteration + 1
                 writer.train({"step": step, "episodes": step * c.batch_size, **line})
-                check_iteration(line, iteration, n.dtype, checkpointer, writer)
+                check_iteration(line, iteration, n.dtype, checkpointer, writer, c.rollout.missing_eos)
                 bar.update()
                 bar.set_postfix_str(
                     f"score {line['objective/score']:.3f}, kl {line['objective/kl']:.2f}, "
@@ -334,25 +345,28 @@ def ppo(config: mlc.ConfigDict, workdir: str, reward_fn: Callable | None = None)
                 alive()
                 at_end = step == iterations or stopping
                 if at_end or step % c.checkpoint.every == 0:
-                    writer.flush()
-                    if checkpointer.save(step, state, {"seconds": seconds, "data": prompts.fingerprint}):
-                        saved = step
-                if step % c.eval.every == 0 or step == iterations:
-                    assess(step)
+                    save(step)
+                if not stopping and (step % c.eval.every == 0 or step == iterations) and not assess(step):
+                    stopping = True  # resuming the run evaluates this iteration
+                    save(step)
                 if stopping:
                     break
-        bar.close()
-        done = int(state.step)
-        on_disk = checkpointer.wait() and saved == done
+            bar.close()
+            done = int(state.step)
+            on_disk = checkpointer.wait() and (saved == done or done == 0)
     if not on_disk:
         raise InputError(
             "The last checkpoint could not be written: free some disk space and give the same command again."
         )
-    if done < iterations:
-        hosts.say(f"asked to stop: saved iteration {saved}; the same command goes on from there")
+    finished = done >= iterations and not stopping
+    if not finished:
+        hosts.say(
+            f"asked to stop: saved iteration {saved}; the same command goes on from there" if saved >= 0
+            else "asked to stop before the first iteration; the same command starts again"
+        )  # fmt: skip
     if hosts.first():
         print(f"{time.perf_counter() - began:.0f} s in all; report: {report.write(workdir)}")
-    return done >= iterations
+    return finished
 
 
 def steer_kl(state, kl, c: PPOConfig):

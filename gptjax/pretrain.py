@@ -5,6 +5,7 @@
 The same command takes a stopped run up again where it was: bit for bit on the same mesh, to rounding on another.
 """
 
+import contextlib
 import dataclasses
 import time
 
@@ -28,7 +29,7 @@ from gptjax.parallel import hosts, pipeline
 from gptjax.parallel.mesh import MeshConfig, check_fits, make_mesh
 from gptjax.training import loop, report
 from gptjax.training.checkpoint import CheckpointConfig, Checkpointer
-from gptjax.training.metrics import JsonLines, LogConfig, MetricWriter
+from gptjax.training.metrics import LogConfig, MetricWriter
 from gptjax.training.optimizer import OptimizerConfig, make_optimizer
 from gptjax.training.precision import PrecisionConfig
 from gptjax.training.schedule import Schedule, ScheduleConfig
@@ -93,7 +94,7 @@ class PretrainConfig:
 
 @configs.by_its_rules
 def pretrain(config: mlc.ConfigDict, workdir: str) -> bool:
-    """The whole stage. Returns whether the run is finished (False after a SIGTERM)."""
+    """The whole stage. Returns whether the run is finished (False after a SIGTERM or Ctrl-C)."""
     began = time.perf_counter()
     workdir = epath.Path(workdir)
 
@@ -127,7 +128,7 @@ def pretrain(config: mlc.ConfigDict, workdir: str) -> bool:
             f"The tokenizer has {vocab} tokens and the model {c.model.vocab_size}: raise --config.model.vocab_size "
             "or train a smaller tokenizer (--config.data.tokenizer=bpe:SIZE)."
         )
-    encode_prompts(c.samples.prompts, corpus.tokenizer, c.model.context_length)  # refused now, not after training
+    prompts = sample_prompts(c.samples.prompts, corpus.tokenizer, c.model.context_length)  # refused now, not at the end
     check_same_tokenizer(c.init_from, corpus.tokenizer)
     tokens = c.tokens if c.epochs is None or c.tokens is not None else c.epochs * corpus.train_tokens
     schedule = Schedule(
@@ -156,12 +157,13 @@ def pretrain(config: mlc.ConfigDict, workdir: str) -> bool:
         configs.claim_workdir(workdir, "pretrain", c)
     hosts.only_first(lambda: corpus.tokenizer.save(workdir / "tokenizer"))
 
-    with jax.set_mesh(mesh):
+    # Whatever stops the run, the checkpoint being written and the last lines are kept.
+    with jax.set_mesh(mesh), contextlib.ExitStack() as kept:
         # --- where the state comes from ---
         #   1. the newest good checkpoint of this run
         #   2. the weights of another workdir (init_from)
         #   3. random numbers
-        checkpointer = Checkpointer(workdir, c.checkpoint)
+        checkpointer = kept.enter_context(contextlib.closing(Checkpointer(workdir, c.checkpoint)))
         state, seconds = checkpointer.take_up(
             abstract, shardings, data=corpus.fingerprint, total=schedule.steps,
             changed=f"The tokens in {shards_directory(c.data, workdir)} are not those this run was trained on: "
@@ -173,21 +175,19 @@ def pretrain(config: mlc.ConfigDict, workdir: str) -> bool:
                 params = load_weights(c.init_from, model, abstract.params, shardings.params)
                 state = dataclasses.replace(state, params=params)
         start = int(state.step)
-        writer = MetricWriter(workdir, c.log, start, configs.to_json(c))
+        writer = kept.enter_context(contextlib.closing(MetricWriter(workdir, c.log, start, configs.to_json(c))))
 
         # --- loop ---
         describe_run(c, model, corpus, schedule, mesh)
         if start == 0:
-            write_samples(workdir, 0, state.params, model, corpus.tokenizer, c, mesh)
+            write_samples(writer, 0, state.params, model, corpus.tokenizer, prompts, c, mesh)
         state, finished = loop.train(
             c, state, jit_train_step(step, shardings), batches, mesh=mesh, schedule=schedule, checkpointer=checkpointer,
             writer=writer, evaluate=evaluate, data=corpus.fingerprint, seconds_before=seconds,
             train_flops_per_token=flops_per_token(model).palm,
         )  # fmt: skip
         if finished:
-            write_samples(workdir, schedule.steps, state.params, model, corpus.tokenizer, c, mesh)
-        writer.close()
-        checkpointer.close()
+            write_samples(writer, schedule.steps, state.params, model, corpus.tokenizer, prompts, c, mesh)
     if hosts.first():
         print(f"{time.perf_counter() - began:.0f} s in all; report: {report.write(workdir)}")
     return finished
@@ -248,41 +248,47 @@ def load_weights(workdir, model: GPTConfig, abstract, shardings):
     return restored[0]
 
 
-def encode_prompts(prompts, tokenizer, context_length: int) -> list[list[int]]:
-    """Token ids of samples.prompts. Raises InputError for one that cannot be a prompt."""
-    encoded = []
+def sample_prompts(prompts, tokenizer, context_length: int) -> dict[str, list[int]]:
+    """{prompt: its token ids} of samples.prompts.
+
+    One that cannot be a prompt (characters that the tokenizer lacks, longer than the context) is skipped with a warning
+    where it is the config file's own, which knows nothing of the data. Raises InputError where the command line or code
+    gave it.
+    """
+    encoded = {}
     for prompt in prompts:
+        ids, problem = [], None
         try:
             ids = tokenizer.encode(prompt)
         except InputError as error:
-            raise InputError(f"samples.prompts {prompt!r}: {error}.") from error
-        if not 0 < len(ids) <= context_length:
-            raise InputError(
-                f"samples.prompts {prompt!r} has {len(ids)} tokens; it must have 1 to {context_length} (the context). "
-                "Change --config.samples.prompts."
+            problem = str(error)
+        if problem is None and not 0 < len(ids) <= context_length:
+            problem = f"it has {len(ids)} tokens and must have 1 to {context_length} (the context)"
+        if problem is None:
+            encoded[prompt] = ids
+        elif configs.overridden("samples.prompts"):
+            raise InputError(f"samples.prompts {prompt!r}: {problem}. Change --config.samples.prompts.")
+        else:
+            hosts.say(
+                f"warning: no sample of the config file's prompt {prompt!r} is written: {problem}. Give another with "
+                "--config.samples.prompts."
             )
-        encoded.append(ids)
     return encoded
 
 
-def write_samples(workdir, step, params, model, tokenizer, c: PretrainConfig, mesh):
-    """Continues the configured prompts, prints them and appends them to samples.jsonl."""
-    if not c.samples.prompts:
+def write_samples(writer: MetricWriter, step, params, model, tokenizer, prompts, c: PretrainConfig, mesh):
+    """Continues the prompts ({text: ids}), prints them and appends them to samples.jsonl."""
+    if not prompts:
         return
-    prompts = encode_prompts(c.samples.prompts, tokenizer, model.context_length)
     out = generate(
-        params, model, prompts, max_new_tokens=c.samples.max_new_tokens,
+        params, model, list(prompts.values()), max_new_tokens=c.samples.max_new_tokens,
         sampling=Sampling(c.samples.temperature, top_p=c.samples.top_p), seed=c.seed, eot_id=tokenizer.eot_id,
         vocab=tokenizer.vocab_size, dtype=c.precision.dtype, mesh=mesh,
     )  # fmt: skip
-    if not hosts.first():
-        return
-    lines = JsonLines(epath.Path(workdir) / "samples.jsonl", max(step - 1, 0) if step else -1)
-    for prompt, ids in zip(c.samples.prompts, out, strict=True):
-        text = tokenizer.decode(ids)
-        lines.write({"step": step, "prompt": prompt, "text": text})
-        print(f"--- sample at step {step} ---\n{prompt}{text}\n")
-    lines.close()
+    rows = [{"prompt": p, "text": tokenizer.decode(ids)} for p, ids in zip(prompts, out, strict=True)]
+    writer.samples(step, rows)
+    for row in rows:
+        hosts.say(f"--- sample at step {step} ---\n{row['prompt']}{row['text']}\n")
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ Rows are {"prompt", "completions", "ranks"} with 2 to 9 completions (lower rank 
 once. After training a bias makes demonstrations score 0 on average.
 """
 
+import contextlib
 import dataclasses
 import time
 
@@ -36,6 +37,7 @@ from gptjax.training.precision import PrecisionConfig
 from gptjax.training.schedule import Schedule, ScheduleConfig
 from gptjax.training.state import new_state, state_shardings
 from gptjax.training.step import batch_sharding, jit_train_step, train_step
+from gptjax.training.stopping import leave_if_asked
 from gptjax.workdir import load_model
 
 
@@ -90,7 +92,7 @@ class RewardConfig:
 
 @configs.by_its_rules
 def reward(config: mlc.ConfigDict, workdir: str) -> bool:
-    """The whole stage. Returns whether the run is finished (False after a SIGTERM)."""
+    """The whole stage. Returns whether the run is finished (False after a SIGTERM or Ctrl-C)."""
     began = time.perf_counter()
     workdir = epath.Path(workdir)
 
@@ -148,9 +150,10 @@ def reward(config: mlc.ConfigDict, workdir: str) -> bool:
     judge = judge_of(model, c.precision.dtype, mesh)
     evaluate = evaluator(c, judge, held_out, mesh)
 
-    with jax.set_mesh(mesh):
+    # Whatever stops the run, the checkpoint being written and the last lines are kept.
+    with jax.set_mesh(mesh), contextlib.ExitStack() as kept:
         # --- where the state comes from: the newest good checkpoint of this run, else init_from's trunk ---
-        checkpointer = Checkpointer(workdir, c.checkpoint)
+        checkpointer = kept.enter_context(contextlib.closing(Checkpointer(workdir, c.checkpoint)))
         state, seconds = checkpointer.take_up(
             abstract, shardings, data=comparisons.fingerprint, total=schedule.steps,
             changed=f"{c.data.source} has changed since the run began: put it back or take another --workdir.",
@@ -164,7 +167,7 @@ def reward(config: mlc.ConfigDict, workdir: str) -> bool:
             state = jax.jit(make, out_shardings=shardings)(base.params, jax.random.key(c.seed))
         del base
         start = int(state.step)
-        writer = MetricWriter(workdir, c.log, start, configs.to_json(c))
+        writer = kept.enter_context(contextlib.closing(MetricWriter(workdir, c.log, start, configs.to_json(c))))
 
         # --- loop ---
         describe_run(c, model, comparisons, length, schedule, mesh)
@@ -175,8 +178,6 @@ def reward(config: mlc.ConfigDict, workdir: str) -> bool:
             writer=writer, evaluate=evaluate, data=comparisons.fingerprint, seconds_before=seconds,
             figures=figures, unit="prompts",
         )  # fmt: skip
-        writer.close()
-        checkpointer.close()
 
         # --- the zero of its scale, and how far it can be trusted ---
         if finished:
@@ -229,6 +230,7 @@ def judge_of(model: GPTConfig, dtype, mesh):
     def judge(params, batches):
         sharding, parts = batch_sharding(mesh, 0), []
         for i in range(len(batches)):
+            leave_if_asked()
             batch = {k: hosts.global_array(a, sharding) for k, a in batches[i].items() if k != "weights"}
             parts.append(jax.device_get(score(params, batch)))
         return tuple(np.concatenate(p) for p in zip(*parts, strict=True))

@@ -7,6 +7,7 @@ Rows are {"prompt", "response"} or {"messages": [{"role", "content"}, ...]}. The
 again where it was, bit for bit.
 """
 
+import contextlib
 import dataclasses
 import time
 
@@ -36,7 +37,7 @@ from gptjax.rlhf.best_of_n import respond
 from gptjax.rlhf.reward_model import load_reward_model
 from gptjax.training import loop, report
 from gptjax.training.checkpoint import CheckpointConfig, Checkpointer, check_selection
-from gptjax.training.metrics import JsonLines, LogConfig, MetricWriter
+from gptjax.training.metrics import LogConfig, MetricWriter
 from gptjax.training.optimizer import OptimizerConfig, make_optimizer
 from gptjax.training.precision import PrecisionConfig
 from gptjax.training.schedule import Schedule, ScheduleConfig
@@ -123,7 +124,7 @@ class SFTConfig:
 
 @configs.by_its_rules
 def sft(config: mlc.ConfigDict, workdir: str) -> bool:
-    """The whole stage. Returns whether the run is finished (False after a SIGTERM)."""
+    """The whole stage. Returns whether the run is finished (False after a SIGTERM or Ctrl-C)."""
     began = time.perf_counter()
     workdir = epath.Path(workdir)
 
@@ -184,9 +185,10 @@ def sft(config: mlc.ConfigDict, workdir: str) -> bool:
     evaluate = evaluator(c, model, packed_validation(c, demonstrations, length, template, kind), judge, demonstrations,
                          template, mesh)  # fmt: skip
 
-    with jax.set_mesh(mesh):
+    # Whatever stops the run, the checkpoint being written and the last lines are kept.
+    with jax.set_mesh(mesh), contextlib.ExitStack() as kept:
         # --- where the state comes from: the newest good checkpoint of this run, else init_from's weights ---
-        checkpointer = Checkpointer(workdir, c.checkpoint)
+        checkpointer = kept.enter_context(contextlib.closing(Checkpointer(workdir, c.checkpoint)))
         state, seconds = checkpointer.take_up(
             abstract, shardings, data=demonstrations.fingerprint, total=schedule.steps,
             changed=f"{c.data.source} has changed since the run began: put it back or take another --workdir.",
@@ -196,21 +198,19 @@ def sft(config: mlc.ConfigDict, workdir: str) -> bool:
             state = jax.jit(make, out_shardings=shardings)(base.params)
         del base
         start = int(state.step)
-        writer = MetricWriter(workdir, c.log, start, configs.to_json(c))
+        writer = kept.enter_context(contextlib.closing(MetricWriter(workdir, c.log, start, configs.to_json(c))))
 
         # --- loop ---
         describe_run(c, model, demonstrations, packed, schedule, mesh)
         if start == 0:
-            write_samples(workdir, 0, state.params, model, demonstrations, template, c, mesh)
+            write_samples(writer, 0, state.params, model, demonstrations, template, c, mesh)
         state, finished = loop.train(
             c, state, jit_train_step(step, shardings), batches, mesh=mesh, schedule=schedule, checkpointer=checkpointer,
             writer=writer, evaluate=evaluate, data=demonstrations.fingerprint, seconds_before=seconds,
             train_flops_per_token=None if mix is None and c.data.loss_on == "response" else flops_per_token(model).palm,
         )  # fmt: skip
         if finished:
-            write_samples(workdir, schedule.steps, state.params, model, demonstrations, template, c, mesh)
-        writer.close()
-        checkpointer.close()
+            write_samples(writer, schedule.steps, state.params, model, demonstrations, template, c, mesh)
     if hosts.first():
         print(f"{time.perf_counter() - began:.0f} s in all; report: {report.write(workdir)}")
     return finished
@@ -275,20 +275,20 @@ def sampled(params, model: GPTConfig, prompts, template: Template, c: SFTConfig,
     )  # fmt: skip
 
 
-def write_samples(workdir, step, params, model, demonstrations, template: Template, c: SFTConfig, mesh):
+def write_samples(writer: MetricWriter, step, params, model, demonstrations, template: Template, c: SFTConfig, mesh):
     """Responses to the first validation prompts, beside the demonstration: to samples.jsonl and the screen."""
     if not c.samples.count:
         return
     shown = [d for d in demonstrations.validation if d.prompt][: c.samples.count]
     responses = sampled(params, model, [d.ids[: d.prompt] for d in shown], template, c, mesh)
-    if not hosts.first():
-        return
-    lines = JsonLines(epath.Path(workdir) / "samples.jsonl", max(step - 1, 0) if step else -1)
-    for d, response in zip(shown, responses, strict=True):
-        prompt, text = template.decode(d.ids[: d.prompt]), template.decode(response)
-        lines.write({"step": step, "prompt": prompt, "text": text, "demonstration": template.decode(d.ids[d.prompt :])})
-        print(f"--- sample at step {step} ---\n{prompt}\n=> {text}")
-    lines.close()
+    rows = [
+        {"prompt": template.decode(d.ids[: d.prompt]), "text": template.decode(response),
+         "demonstration": template.decode(d.ids[d.prompt :])}
+        for d, response in zip(shown, responses, strict=True)
+    ]  # fmt: skip
+    writer.samples(step, rows)
+    for row in rows:
+        hosts.say(f"--- sample at step {step} ---\n{row['prompt']}\n=> {row['text']}")
 
 
 def describe_run(c: SFTConfig, model: GPTConfig, demonstrations, packed: PackedRows, schedule: Schedule, mesh):

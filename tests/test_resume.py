@@ -20,7 +20,7 @@ from gptjax.config import config_dict
 from gptjax.errors import InputError
 from gptjax.parallel.mesh import make_mesh
 from gptjax.pretrain import PretrainConfig, pretrain
-from gptjax.training import loop
+from gptjax.training import stopping
 from gptjax.training.checkpoint import Checkpointer
 from gptjax.training.loop import TrainingDiverged
 from gptjax.training.schedule import Schedule
@@ -314,12 +314,26 @@ def test_compiling_is_not_training_time(text, tmp_path, monkeypatch, one_device)
 
 
 def test_the_loop_puts_the_signal_handler_back():
-    before = signal.getsignal(signal.SIGTERM)
-    with loop.stop_on_sigterm() as asked:
-        os.kill(os.getpid(), signal.SIGTERM)
-        time.sleep(0.01)
-        assert asked() is True
-    assert signal.getsignal(signal.SIGTERM) is before
+    """SIGTERM, Ctrl-C and SIGHUP each ask to stop, but for one that is ignored (nohup)."""
+    numbers = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+    before = [signal.signal(number, signal.SIG_DFL) for number in numbers]
+    try:
+        for number in numbers:
+            with stopping.stop_on_signals() as asked:
+                assert asked() is False
+                os.kill(os.getpid(), number)
+                time.sleep(0.01)
+                assert asked() is True
+            assert [signal.getsignal(n) for n in numbers] == [signal.SIG_DFL] * 3
+            assert signal.set_wakeup_fd(-1) == -1
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)
+        with stopping.stop_on_signals() as asked:
+            os.kill(os.getpid(), signal.SIGHUP)
+            time.sleep(0.01)
+            assert asked() is False
+    finally:
+        for number, old in zip(numbers, before, strict=True):
+            signal.signal(number, old)
 
 
 # --- the process itself: SIGTERM, kill -9, bytes flipped on disk --------------------------------------------

@@ -19,6 +19,7 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
+from gptjax import console
 from gptjax.data import sources
 from gptjax.data.splits import SPLITS, splitter
 from gptjax.data.tokenizer import Tokenizer, make_tokenizer
@@ -264,7 +265,7 @@ def _replacing(directory: Path) -> Iterator[Path]:
 
 
 def _bar(label: str, total: int | None, progress: bool) -> tqdm:
-    return tqdm(desc=label, total=total, unit="B", unit_scale=True, delay=1, disable=not progress)
+    return console.progress(desc=label, total=total, unit="B", unit_scale=True, delay=1, disable=not progress)
 
 
 def _token_dtype(asked: str | None, vocab_size: int) -> np.dtype:

@@ -23,7 +23,7 @@ from jax._src import distributed  # no public name: the key-value store of the j
 from jax.experimental import multihost_utils
 from jax.sharding import NamedSharding, PartitionSpec
 
-from gptjax.errors import InputError
+from gptjax.errors import INTERRUPTED, InputError
 from gptjax.parallel import gpu, roll
 
 _LONG = 7 * 24 * 3600 * 1000  # ms. Host 0 may tokenise for days; if it dies, the open connection tells
@@ -67,6 +67,9 @@ def join(config, workdir, limit: int = 300):
     except InputError as error:
         watch.stopped(str(error), 2)
         roll.end(f"error: {error}", 2)
+    except KeyboardInterrupt:  # before or after the training itself, which saves (training/stopping.py)
+        watch.stopped("interrupted by Ctrl-C", roll.LOST)
+        roll.end("interrupted", INTERRUPTED)
     except BaseException as error:
         time.sleep(2)  # if this is what another's end looks like from here, the watch says so and ends us
         traceback.print_exc()

@@ -17,8 +17,9 @@ _KL = {"float32": 1e-4, "bfloat16": 1e-4}  # policy and reference go through one
 _SAMPLER = {"float32": 1e-2, "bfloat16": 0.5}
 
 
-def alarms(line: dict, iteration: int, dtype) -> list[str]:
-    """Sentences, each with likely causes; empty when all is well. line: the iteration's metrics."""
+def alarms(line: dict, iteration: int, dtype, missing_eos: float | None = None) -> list[str]:
+    """Sentences, each with likely causes; empty when all is well. line: the iteration's metrics. missing_eos: the score
+    of a response that does not end, None = its own."""
     name = jnp.dtype(dtype).name
     found = []
     ratio = line["policy/first_ratio_deviation"]
@@ -41,12 +42,18 @@ def alarms(line: dict, iteration: int, dtype) -> list[str]:
         found.append(
             f"the sampler's log-probabilities differ from the scorer's by up to {line['policy/rollout_logp_diff']:.3g}"
         )
+    if missing_eos is not None and not line["response/eos_rate"] > 0:
+        found.append(
+            f"no response ended, so each was scored rollout.missing_eos={missing_eos:g} and none by the reward, which "
+            "teaches nothing: raise rollout.max_new_tokens, start from an SFT model that ends its responses, or set "
+            "rollout.missing_eos=None in the config file to score responses as they are"
+        )
     return found
 
 
-def check_iteration(line: dict, iteration: int, dtype, checkpointer, writer):
+def check_iteration(line: dict, iteration: int, dtype, checkpointer, writer, missing_eos: float | None = None):
     """Prints the alarms. Raises TrainingDiverged where the gradient or the reward stopped being finite."""
-    for text in alarms(line, iteration, dtype):
+    for text in alarms(line, iteration, dtype, missing_eos):
         print(f"warning: iteration {iteration + 1}: {text}", file=sys.stderr)
     if line["finite"] < 1 or not math.isfinite(line["objective/rlhf_reward"]):
         checkpointer.wait()

@@ -11,9 +11,9 @@ import json
 import jax
 import numpy as np
 from absl import flags
-from tqdm import tqdm
 
 from gptjax import config as configs
+from gptjax import console
 from gptjax.data.chat import Template
 from gptjax.data.prompts import PromptConfig, load_prompts
 from gptjax.errors import InputError
@@ -30,7 +30,8 @@ def respond(params, model, prompts, template: Template, *, max_new_tokens, tempe
     progress: what a progress bar says; None = no bar.
     """
     out = []
-    for first in tqdm(range(0, len(prompts), rows), desc=progress, unit="batch", leave=False, disable=progress is None):
+    for first in console.progress(range(0, len(prompts), rows), desc=progress, unit="batch", leave=False,
+                                  disable=progress is None):  # fmt: skip
         some = prompts[first : first + rows]
         texts = generate(
             params, model, [list(map(int, p)) for p in some], max_new_tokens=max_new_tokens,
@@ -85,12 +86,11 @@ def main(_):
         )  # fmt: skip
     scores = reward.score(repeated, responses).reshape(-1, FLAGS.n)
     best, kl = best_of_n(scores, FLAGS.n)
+    show = lambda row: print(json.dumps(configs.json_safe(row), allow_nan=False))
     for i, j in enumerate(best):
         text = template.decode(responses[i * FLAGS.n + j])
-        print(json.dumps({"prompt": prompts.texts[i], "response": text, "score": float(scores[i, j])}))
-    print(
-        json.dumps({"n": FLAGS.n, "kl": kl, "score": float(scores.max(1).mean()), "score_of_one": float(scores.mean())})
-    )
+        show({"prompt": prompts.texts[i], "response": text, "score": scores[i, j]})
+    show({"n": FLAGS.n, "kl": kl, "score": scores.max(1).mean(), "score_of_one": scores.mean()})
 
 
 if __name__ == "__main__":

@@ -4,7 +4,6 @@ import dataclasses
 
 import jax
 import numpy as np
-from etils import epath
 
 from gptjax.data.chat import Template
 from gptjax.data.lm import validation_batches
@@ -15,7 +14,6 @@ from gptjax.rlhf import rewards
 from gptjax.rlhf.config import EvaluationConfig
 from gptjax.rlhf.networks import Networks
 from gptjax.training import loop
-from gptjax.training.metrics import JsonLines
 from gptjax.training.step import batch_sharding, causal_lm_loss, jit_eval_step
 
 
@@ -71,13 +69,3 @@ def evaluator(c: EvaluationConfig, n: Networks, prompts, widths, template: Templ
         return record, table
 
     return evaluate
-
-
-def write_samples(workdir, step: int, table: list[dict]):
-    """Adds the table to samples.jsonl, each step once."""
-    if not hosts.first() or not table:
-        return
-    lines = JsonLines(epath.Path(workdir) / "samples.jsonl", max(step - 1, 0) if step else -1)
-    for row in table:
-        lines.write({"step": step, **row})
-    lines.close()

@@ -12,9 +12,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from etils import epath
-from tqdm import tqdm
 
 from gptjax import config as configs
+from gptjax.console import progress
 from gptjax.data.tokenizer import Tokenizer
 from gptjax.errors import InputError
 from gptjax.generation.decode import bucket
@@ -56,8 +56,8 @@ class RewardModel:
         rows = -(-rows // batch_ways(self.mesh.shape)) * batch_ways(self.mesh.shape)
         out = np.zeros(len(texts), np.float32)
         with jax.set_mesh(self.mesh):
-            for first in tqdm(range(0, len(order), rows), desc="scoring", unit="batch", leave=False,
-                              disable=len(order) < 20 * rows):  # fmt: skip
+            for first in progress(range(0, len(order), rows), desc="scoring", unit="batch", leave=False,
+                                  disable=len(order) < 20 * rows):  # fmt: skip
                 chosen = order[first : first + rows]
                 length = bucket(len(texts[chosen[-1]]), self.config.context_length)
                 tokens, lengths = np.zeros((rows, length), np.int32), np.ones(rows, np.int32)

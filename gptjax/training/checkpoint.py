@@ -26,6 +26,7 @@ from orbax.checkpoint.checkpoint_managers import preservation_policy
 from gptjax.config import write_json
 from gptjax.errors import InputError
 from gptjax.parallel import hosts
+from gptjax.training import files
 
 
 @dataclasses.dataclass(frozen=True)
@@ -121,6 +122,7 @@ class Checkpointer:
         self._keep.best = self._best and self._best["step"]
         self._manager = None
         self._failed: str | None = None
+        self.best_written = True  # best.json says what is best
 
     @property
     def best(self) -> int | None:
@@ -141,6 +143,7 @@ class Checkpointer:
     def save(self, step: int, state, meta: dict | None = None) -> bool:
         """Starts writing; returns at once. A full disk is reported, never raised: training goes on and the
         older checkpoints stay."""
+        self._write_best()
         if step in self.manager.all_steps():
             return True
         params, training = state.split()
@@ -161,6 +164,7 @@ class Checkpointer:
 
     def wait(self) -> bool:
         """Until what was being written is on disk; False if it could not be."""
+        self._write_best()
         return self._guarded(None, self.manager.wait_until_finished)
 
     def close(self):
@@ -200,12 +204,18 @@ class Checkpointer:
             return None  # half a file is no record; the next evaluation writes a new one
 
     def report(self, step: int, loss: float):
-        """Tell the loss of an evaluated step; the best saved one is kept."""
-        better = math.isfinite(loss) and (not self._best or loss < self._best["loss"])
-        if self._config.keep_best and step in self.manager.all_steps() and better:
-            self._best, self._keep.best = {"step": step, "loss": loss}, step
-            if hosts.first():
-                write_json(self.directory / "best.json", self._best)
+        """Tell the loss of an evaluated step; the best saved one is kept. loss: None where it was not finite.
+
+        A best.json that cannot be written (a full disk) is tried again with the next checkpoint."""
+        better = loss is not None and math.isfinite(loss) and (not self._best or loss < self._best["loss"])
+        if self._config.keep_best and better and step in self.manager.all_steps():
+            self._best, self._keep.best, self.best_written = {"step": step, "loss": loss}, step, False
+            self._write_best()
+
+    def _write_best(self):
+        if not self.best_written:
+            path = self.directory / "best.json"
+            self.best_written = not hosts.first() or files.attempt(path, lambda: write_json(path, self._best))
 
     # --- restore --------------------------------------------------------------------------------------
 

@@ -9,15 +9,14 @@ import dataclasses
 import faulthandler
 import functools
 import itertools
-import signal
 import sys
 import time
 from collections.abc import Callable, Iterator
 
 import jax
 import numpy as np
-from tqdm import tqdm
 
+from gptjax.console import progress
 from gptjax.data import lm
 from gptjax.errors import InputError
 from gptjax.model.flops import mfu
@@ -28,6 +27,7 @@ from gptjax.training.metrics import MetricWriter
 from gptjax.training.schedule import Schedule
 from gptjax.training.state import TrainState
 from gptjax.training.step import batch_sharding, memory_needed
+from gptjax.training.stopping import Interrupted, leave_if_asked, stop_on_signals
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,26 +87,6 @@ def chunks(start: int, stop: int, size: int, *boundaries: int, at=()) -> Iterato
 
 
 @contextlib.contextmanager
-def stop_on_sigterm():
-    """Yields asked(), True once the process is asked to end (preemption, scancel, kill). To be called once a step: of
-    many hosts any one may be asked, and all stop at the same step."""
-    if jax.process_count() > 1:
-        yield hosts.stop_asked
-        return
-    signals: list[int] = []
-    asked = lambda: bool(signals)
-    try:
-        old = signal.signal(signal.SIGTERM, lambda number, _: signals.append(number))
-    except ValueError:  # not the main thread: whoever runs us handles signals
-        yield asked
-        return
-    try:
-        yield asked
-    finally:
-        signal.signal(signal.SIGTERM, old)
-
-
-@contextlib.contextmanager
 def ends_when_stuck(seconds: float | None):
     """Yields alive(), to be called once a step: `seconds` without it end the process (LogConfig.stuck_after)."""
     if seconds is None:
@@ -150,17 +130,14 @@ def train(
         figures: the step's further sums (step.py) -> {name: figure} for metrics.jsonl.
         unit: what the loss counts: batch_<unit>, <unit>_per_second.
     Returns:
-        (state, whether the run is finished): False after a SIGTERM, with everything saved.
+        (state, whether the run is finished): False after a SIGTERM or Ctrl-C (stopping.py), with everything saved.
     Raises:
         TrainingDiverged: naming the step and the checkpoint to go back to.
     """
     devices, dispatch, log, start = jax.devices(), Dispatch(step_fn), c.log, int(state.step)
     stops_on_overflow = not c.precision.scaled  # float16 skips a step that is not finite instead
     clock = _Clock(seconds_before)
-    bar = tqdm(
-        total=schedule.steps, initial=start, unit="step", dynamic_ncols=True, file=sys.stderr,
-        disable=not hosts.first(), mininterval=0.5,
-    )  # fmt: skip
+    bar = progress(total=schedule.steps, initial=start, unit="step", disable=not hosts.first())
 
     def record(first, count, metrics):
         metrics = jax.device_get(metrics)
@@ -198,32 +175,40 @@ def train(
             shown = [f"{k.replace('_', ' ')} {line[k]:.3f}" for k in ("loss", "bits_per_byte", "accuracy") if k in line]
             bar.set_postfix_str(f"{', '.join(shown)}, {line[f'{unit}_per_second']:,.0f} {unit}/s", refresh=False)
 
-    def assess(step):
+    def assess(step) -> bool:
+        """Whether the step could be evaluated, before the run was asked to stop."""
         if evaluate is None:
-            return
+            return True
         with clock.paused():
-            result = evaluate(state.params)
+            try:
+                result = evaluate(state.params)
+            except Interrupted:
+                return False
             writer.evaluation({"step": step, "tokens_seen": schedule.tokens_before(step), **result})
             checkpointer.report(step, result.get("selection", result["loss"]))
             bar.clear()
             shown = [f"{k.replace('_', ' ')} {v:.4f}" for k, v in result.items() if isinstance(v, float)]
             hosts.say(f"step {step}: validation {', '.join(shown)}")
+        return True
 
     def save(step):
         with clock.paused():
             writer.flush()
             return checkpointer.save(step, state, {"seconds": clock.total(), "data": data})
 
-    evaluated = {line["step"] for line in writer.evaluations()}
-    if start not in evaluated and start % c.eval.every == 0:
-        assess(start)
-
+    evaluations = writer.evaluations()
+    for line in evaluations:  # best.json may not have been written
+        checkpointer.report(line["step"], line.get("selection", line.get("loss")))
+    evaluated = {line["step"] for line in evaluations}
     profiler = _Profiler(checkpointer.workdir, start + log.profile_start, log.profile_steps)
-    pending, step, saved = None, start, start if start else -1
+    pending, step, saved, stopping = None, start, start if start else -1, False
     rows, by_row = c.microbatch_rows, batch_sharding(mesh, 2)
     at_once = 1 if schedule.ramping else c.steps_per_dispatch  # under the ramp the rows change from step to step
-    with stop_on_sigterm() as asked_to_stop, ends_when_stuck(log.stuck_after) as alive, profiler:
-        plan = chunks(start, schedule.steps, at_once, c.checkpoint.every, c.eval.every, at=profiler.ends)
+    with stop_on_signals() as asked_to_stop, ends_when_stuck(log.stuck_after) as alive, profiler:
+        if start not in evaluated and (start % c.eval.every == 0 or start == schedule.steps):
+            stopping = not assess(start)
+        stop = start if stopping else schedule.steps
+        plan = chunks(start, stop, at_once, c.checkpoint.every, c.eval.every, at=profiler.ends)
         clock.lap()
         for first, count, batch in device_batches(batches, plan, rows, by_row, start, schedule.steps):
             profiler.before(first)
@@ -244,19 +229,29 @@ def train(
             if at_end or step % c.checkpoint.every == 0:
                 if save(step):
                     saved = step
-            if step % c.eval.every == 0 or step == schedule.steps:
-                assess(step)
+            if not stopping and (step % c.eval.every == 0 or step == schedule.steps) and not assess(step):
+                stopping = True  # resuming the run evaluates this step
+                if saved != step and save(step):
+                    saved = step
             if stopping:
                 break
-    bar.close()
-    on_disk = checkpointer.wait() and saved == step
-    finished = step == schedule.steps
+        bar.close()
+        on_disk = checkpointer.wait() and (saved == step or step == 0)
+    finished = step == schedule.steps and not stopping
     if not finished:
-        hosts.say(f"asked to stop: saved step {saved}; the same command goes on from there")
+        hosts.say(
+            f"asked to stop: saved step {saved}; the same command goes on from there" if saved >= 0
+            else "asked to stop before the first step; the same command starts again"
+        )  # fmt: skip
     if not on_disk:
         raise InputError(
             f"The run stopped at step {step} but its last checkpoint could not be written: free some disk space and "
             f"give the same command again, which goes on from step {max(checkpointer.steps(), default=0)}."
+        )
+    if not checkpointer.best_written and getattr(c, "selection", "last") != "last":
+        raise InputError(
+            f"The best checkpoint is step {checkpointer.best}, and {checkpointer.directory}/best.json, which tells "
+            "later stages, could not be written: free some disk space and give the same command again."
         )
     return state, finished
 
@@ -266,9 +261,12 @@ def _bits(nats, n_bytes) -> dict:
 
 
 def evaluation_sums(eval_step, params, batches, sharding) -> tuple[float, float, dict]:
-    """(loss sum, count, {name: further sum}) over batches[0 .. len - 1], each with this host's rows."""
+    """(loss sum, count, {name: further sum}) over batches[0 .. len - 1], each with this host's rows.
+
+    Raises Interrupted where the run that it is part of is asked to stop."""
     results, quiet = [], len(batches) < 20 or not hosts.first()
-    for i in tqdm(range(len(batches)), desc="evaluating", unit="batch", disable=quiet, leave=False):
+    for i in progress(range(len(batches)), desc="evaluating", unit="batch", disable=quiet, leave=False):
+        leave_if_asked()
         batch = {k: v for k, v in batches[i].items() if isinstance(v, np.ndarray)}
         results.append(eval_step(params, jax.tree.map(lambda a: hosts.global_array(a, sharding), batch)))
     return jax.tree.map(lambda *xs: sum(map(float, xs)), *results) if results else (0.0, 0.0, {})

@@ -1,14 +1,20 @@
 """Where figures go: metrics.jsonl first, TensorBoard always, Weights & Biases if asked."""
 
 import dataclasses
-import io
 import json
-import math
 import os
+import socket
+import struct
+import time
 
 from etils import epath
+from tensorboardX.proto.event_pb2 import Event, SessionLog
+from tensorboardX.proto.summary_pb2 import Summary
+from tensorboardX.record_writer import masked_crc32c
 
+from gptjax.config import json_safe
 from gptjax.parallel import hosts
+from gptjax.training.files import AppendFile, give_up, warn
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,86 +33,149 @@ class LogConfig:
 
 
 class JsonLines:
-    """An append-only file of one JSON object per step, each step once.
+    """A file of one JSON object a line, each with the `step` it is of; added to at the end (files.AppendFile).
 
-    Taking a run up again at `start_step` drops the lines after it, and a last line cut short by a kill. Object
-    stores cannot append: there the file is written whole at each flush.
+    Resuming a run at `start_step` drops the lines after it, damaged lines, and with `once` earlier copies of a step.
     """
 
-    def __init__(self, path, start_step: int = 0):
+    def __init__(self, path, start_step: int = 0, once: bool = False):
         self.path = epath.Path(path)
-        kept = [json.dumps(line) + "\n" for line in self.read(path) if line["step"] <= start_step]
-        if self.path.exists():
-            temporary = self.path.parent / f".{self.path.name}.tmp"
-            temporary.write_text("".join(kept))
-            temporary.replace(self.path)
-        self._remote = "://" in str(self.path)
-        self._file = io.StringIO("".join(kept)) if self._remote else open(self.path, "a")
-        self._file.seek(0, os.SEEK_END)
+
+        def keep(content: bytes) -> bytes:
+            found = _parse(content, self.path, once)
+            return b"".join(raw + b"\n" for raw, line in found if line["step"] <= start_step)
+
+        self._file = AppendFile(path, keep)
 
     def write(self, record: dict):
-        self._file.write(json.dumps({k: _finite(v) for k, v in record.items()}) + "\n")
+        self._file.add(json.dumps(json_safe(record), allow_nan=False).encode() + b"\n")
 
     def flush(self):
-        if self._remote:
-            self.path.write_text(self._file.getvalue())
-        else:
-            self._file.flush()
+        self._file.flush()
 
-    def close(self):
-        self.flush()
-        self._file.close()
+    def close(self) -> str | None:
+        """Writes what is left. Returns what could not be written, None where everything was."""
+        if self._file.flush():
+            return None
+        give_up(self.path)
+        steps = [json.loads(line)["step"] for line in self._file.pending]
+        if not steps:
+            return f"{self.path.name} still has lines after the step that this run resumed from"
+        count = len(steps) + self._file.dropped
+        of = f"of steps {steps[0]:,} to {steps[-1]:,}" if not self._file.dropped else f"up to step {steps[-1]:,}"
+        return f"{self.path.name} lacks its last {count:,} lines, {of}"
 
     @staticmethod
-    def read(path) -> list[dict]:
-        """The whole lines of a file; [] if there is none."""
+    def read(path, once: bool = False) -> list[dict]:
+        """The records of a file; [] if there is none. What is no JSON object with a step is skipped with a warning.
+
+        once: of several records of a step only the last."""
         path = epath.Path(path)
-        if not path.exists():
-            return []
-        lines = []
-        for line in path.read_text().splitlines():
-            try:
-                lines.append(json.loads(line))
-            except json.JSONDecodeError:
-                break  # cut short by a kill
-        return lines
+        return [line for _, line in _parse(path.read_bytes(), path, once)] if path.exists() else []
 
 
-def _finite(value):
-    """JSON has no NaN."""
-    return None if isinstance(value, float) and not math.isfinite(value) else value
+def _parse(content: bytes, path, once: bool) -> list[tuple[bytes, dict]]:
+    """(bytes, record) of each good line. Damaged ones are counted in a warning, except a last one that a kill cut
+    short. A crash of the machine can leave NUL bytes; what follows them on their line is good."""
+    found, damaged = [], []
+    *complete, rest = content.split(b"\n")
+    for number, raw in enumerate([*complete, rest], 1):
+        raw = raw.strip(b"\0 \t\r")
+        try:
+            line = json.loads(raw)
+        except (ValueError, RecursionError):
+            line = None
+        if isinstance(line, dict) and type(line.get("step")) is int:
+            found.append((raw, line))
+        elif raw and number <= len(complete):
+            damaged.append(number)
+    if damaged:
+        shown = ", ".join(map(str, damaged[:5])) + (", ..." if len(damaged) > 5 else "")
+        warn(f"{path}: {len(damaged)} of {len(complete)} lines are damaged and were skipped (line {shown})")
+    by_step = {line["step"]: (raw, line) for raw, line in found}
+    if once and len(by_step) < len(found):
+        warn(f"{path}: {len(found) - len(by_step)} lines repeat a step: the last one of each step is kept")
+        found = [by_step[step] for step in sorted(by_step)]
+    return found
+
+
+class Events:
+    """TensorBoard's event file: a record of length, data and checksums for each Event of tf.summary.
+
+    tensorboardX's own writer has a thread that dies of a full disk, and then blocks the training.
+    """
+
+    def __init__(self, directory, start_step: int):
+        now = {"wall_time": time.time()}
+        start = SessionLog(status=SessionLog.START)  # hides what an earlier start of the run wrote after start_step
+        first = [Event(file_version="brain.Event:2", **now), Event(step=start_step + 1, session_log=start, **now)]
+        name = f"events.out.tfevents.{time.time():.0f}.{socket.gethostname()}.{os.getpid()}"
+        self._file = AppendFile(epath.Path(directory) / name, lambda _: b"".join(map(_framed, first)))
+
+    def write(self, step: int, scalars: dict[str, float]):
+        values = [Summary.Value(tag=name, simple_value=value) for name, value in scalars.items()]
+        self._file.add(_framed(Event(wall_time=time.time(), step=step, summary=Summary(value=values))))
+
+    def flush(self):
+        self._file.flush()
+
+    def close(self) -> str | None:
+        if self._file.flush():
+            return None
+        give_up(self._file.path)
+        return f"TensorBoard lacks the last {len(self._file.pending) + self._file.dropped:,} records"
+
+
+def _framed(event) -> bytes:
+    data = event.SerializeToString()
+    length = struct.pack("<Q", len(data))
+    checksum = lambda part: struct.pack("<I", masked_crc32c(part))
+    return length + checksum(length) + data + checksum(data)
 
 
 class MetricWriter:
-    """metrics.jsonl (training), evaluations.jsonl, TensorBoard and W&B, from host 0 only."""
+    """metrics.jsonl (training), evaluations.jsonl, samples.jsonl, TensorBoard and W&B, from host 0 only.
+
+    A disk that is full does not stop the run: files.py. close() reports what is missing in the end.
+    """
 
     def __init__(self, workdir, config: LogConfig, start_step: int = 0, run_config: dict | None = None):
         self.active = hosts.first()
-        workdir = epath.Path(workdir)
-        self._evaluations = workdir / "evaluations.jsonl"
+        self._workdir, self._samples = epath.Path(workdir), None
         if not self.active:
             return
-        self._train = JsonLines(workdir / "metrics.jsonl", start_step)
-        self._eval = JsonLines(self._evaluations, start_step)
-        self._board = self._wandb = None
-        if config.tensorboard:
-            from tensorboardX import SummaryWriter
-
-            self._board = SummaryWriter(str(workdir / "tensorboard"), purge_step=start_step + 1, flush_secs=30)
+        self._train = JsonLines(self._workdir / "metrics.jsonl", start_step, once=True)
+        path = self._workdir / "evaluations.jsonl"
+        self._eval = JsonLines(path, start_step, once=True)
+        self._evaluations = [line for line in JsonLines.read(path, once=True) if line["step"] <= start_step]
+        self._board = Events(self._workdir / "tensorboard", start_step) if config.tensorboard else None
+        self._wandb = None
         if config.wandb:
             import wandb
 
-            id_file = workdir / "wandb_id"
+            id_file = self._workdir / "wandb_id"
             if not id_file.exists():
                 id_file.write_text(wandb.util.generate_id())
-            self._wandb = wandb.init(id=id_file.read_text(), resume="allow", config=run_config, dir=str(workdir))
+            self._wandb = wandb.init(id=id_file.read_text(), resume="allow", config=run_config, dir=str(self._workdir))
 
     def train(self, record: dict):
         self._put(self._train if self.active else None, "train", record)
 
     def evaluation(self, record: dict):
         self._put(self._eval if self.active else None, "eval", record)
+        if self.active:
+            self._evaluations.append(record)
         self.flush()
+
+    def samples(self, step: int, rows: list[dict]):
+        """Adds a step's rows to samples.jsonl, in place of what an earlier start wrote of this step and later ones."""
+        if not self.active or not rows:
+            return
+        if self._samples is None:
+            self._samples = JsonLines(self._workdir / "samples.jsonl", step - 1)
+        for row in rows:
+            self._samples.write({"step": step, **row})
+        self._samples.flush()
 
     def _put(self, lines, prefix, record):
         if not self.active:
@@ -114,24 +183,25 @@ class MetricWriter:
         lines.write(record)
         scalars = {f"{prefix}/{k}": v for k, v in record.items() if isinstance(v, int | float) and k != "step"}
         if self._board is not None:
-            for name, value in scalars.items():
-                self._board.add_scalar(name, value, record["step"])
+            self._board.write(record["step"], scalars)
         if self._wandb is not None:
             self._wandb.log(scalars, step=record["step"])
 
     def evaluations(self) -> list[dict]:
-        return hosts.from_first(lambda: JsonLines.read(self._evaluations))  # all must agree on what is still to do
+        """Those of this run so far, of earlier starts too."""
+        return hosts.from_first(lambda: self._evaluations)  # all must agree on what is still to do
+
+    def _files(self) -> list:
+        files = (self._train, self._eval, self._samples, self._board) if self.active else ()
+        return [file for file in files if file is not None]
 
     def flush(self):
-        if self.active:
-            self._train.flush()
-            self._eval.flush()
+        for file in self._files():
+            file.flush()
 
     def close(self):
-        if self.active:
-            self._train.close()
-            self._eval.close()
-            if self._board is not None:
-                self._board.close()
-            if self._wandb is not None:
-                self._wandb.finish()
+        missing = [text for file in self._files() if (text := file.close())]
+        if missing:
+            warn(f"the run ends while {self._workdir} cannot be written: {'; '.join(missing)}")
+        if self.active and self._wandb is not None:
+            self._wandb.finish()

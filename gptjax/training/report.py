@@ -11,6 +11,7 @@ import jax
 from etils import epath
 
 from gptjax.config import read_config
+from gptjax.training import files
 from gptjax.training.metrics import JsonLines
 
 _STYLE = """
@@ -25,11 +26,11 @@ pre b { font-weight: 600; color: #3b6fb6; } img { max-width: 100%; background: #
 
 
 def write(workdir) -> epath.Path:
-    """Writes workdir/report.html from what the run left there; returns its path."""
+    """Writes workdir/report.html from what the run left there; returns its path. A full disk is a warning."""
     workdir = epath.Path(workdir)
     config = read_config(workdir)
-    train = JsonLines.read(workdir / "metrics.jsonl")
-    evaluations = JsonLines.read(workdir / "evaluations.jsonl")
+    train = JsonLines.read(workdir / "metrics.jsonl", once=True)
+    evaluations = JsonLines.read(workdir / "evaluations.jsonl", once=True)
     samples = JsonLines.read(workdir / "samples.jsonl")
     reward = workdir / "reward.json"
     parts = [
@@ -44,8 +45,18 @@ def write(workdir) -> epath.Path:
         "<!doctype html><html lang=en><meta charset=utf-8><meta name=viewport content='width=device-width'>"
         f"<title>{html.escape(workdir.name)}</title><style>{_STYLE}</style>" + "\n".join(parts) + "</html>\n"
     )
-    path = workdir / "report.html"
-    path.write_text(page)
+    path, temporary = workdir / "report.html", workdir / ".report.html.tmp"
+
+    def save():
+        try:
+            temporary.write_bytes(page.encode("utf-8", "xmlcharrefreplace"))
+            temporary.replace(path)
+        except OSError:
+            temporary.unlink(missing_ok=True)
+            raise
+
+    files.attempt(path, save)
+    files.give_up(path)
     return path
 
 

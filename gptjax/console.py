@@ -1,0 +1,130 @@
+"""What a run shows: text that any terminal, pipe or log file takes, and progress bars.
+
+Nothing shown may end a training run: not a letter that the terminal's encoding lacks, not a closed pipe (`| head`), a
+terminal that is gone or a log file on a full disk.
+"""
+
+import contextlib
+import math
+import os
+import sys
+import time
+
+from tqdm import tqdm
+
+
+class _Lenient:
+    """A text stream whose errors are swallowed; letters that its encoding lacks are written as \\u escapes."""
+
+    def __init__(self, stream):
+        self._stream = stream
+
+    def write(self, text: str) -> int:
+        try:
+            self._stream.write(text)
+        except UnicodeEncodeError:
+            encoding = self._stream.encoding
+            self.write(text.encode(encoding, "backslashreplace").decode(encoding))
+        except (OSError, ValueError) as error:  # ValueError: closed
+            _to_nowhere(self._stream, error)
+        return len(text)
+
+    def flush(self):
+        try:
+            self._stream.flush()
+        except (OSError, ValueError) as error:
+            _to_nowhere(self._stream, error)
+
+    def __getattr__(self, name):
+        return getattr(self._stream, name)
+
+
+def _to_nowhere(stream, error):
+    """A stream whose reader is gone goes to /dev/null, or Python fails at its exit over what it still holds."""
+    if isinstance(error, BrokenPipeError) and stream in (sys.__stdout__, sys.__stderr__):
+        with contextlib.suppress(OSError, ValueError):
+            nowhere = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(nowhere, stream.fileno())
+            os.close(nowhere)
+
+
+@contextlib.contextmanager
+def lenient_output():
+    """Within it, whatever becomes of stdout and stderr, print does not raise."""
+    out, err = sys.stdout, sys.stderr
+    sys.stdout, sys.stderr = (stream and _Lenient(stream) for stream in (out, err))
+    try:
+        yield
+    finally:
+        for stream in (sys.stdout, sys.stderr):
+            if isinstance(stream, _Lenient):
+                stream.flush()
+        sys.stdout, sys.stderr = out, err
+
+
+def escape_unprintable():
+    """Of a command: letters that the encoding of stdout lacks are printed as escapes."""
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")
+
+
+def reader_is_gone():
+    """Of a command whose output went to `| head`: nothing more is written, at exit neither."""
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            stream.flush()
+        except OSError as error:
+            _to_nowhere(stream, error)
+
+
+# --- progress ---------------------------------------------------------------------------------------------
+
+
+def progress(iterable=None, *, disable: bool = False, **options) -> tqdm:
+    """A tqdm bar on stderr. Where that is a log file and no terminal: a line at the start, every 30 s and at the end;
+    with leave=False only those between. options: tqdm's. TQDM_MININTERVAL and TQDM_DISABLE have their usual meaning."""
+    if disable or sys.stderr is None:
+        options["disable"] = True  # else left out: an argument would override TQDM_DISABLE
+    if sys.stderr is not None and sys.stderr.isatty():
+        return tqdm(iterable, **{"file": sys.stderr, "dynamic_ncols": True, **options})
+    every = float(os.environ.get("TQDM_MININTERVAL", 30))
+    options |= {"file": sys.stderr, "mininterval": every, "maxinterval": every}
+    if options.get("leave", True) is False:
+        options["delay"] = max(options.get("delay", 0), every)
+    return _Lines(iterable, **options)
+
+
+class _Lines(tqdm):
+    """A bar as lines of a log: nothing is overwritten, and nothing asks for a line sooner than `mininterval`."""
+
+    _shown = -math.inf
+
+    @staticmethod
+    def status_printer(file):
+        def print_status(text):
+            if text:
+                file.write(f"{text}\n")
+                file.flush()
+
+        return print_status
+
+    def refresh(self, *args, **kwargs):
+        now = time.monotonic()
+        if now - self._shown >= 0.9 * self.mininterval:  # tqdm's own clock may be a moment ahead
+            self._shown = now
+            super().refresh(*args, **kwargs)
+
+    def moveto(self, n):
+        pass
+
+    def clear(self, *args, **kwargs):
+        pass
+
+    def close(self):
+        if self.disable:
+            return
+        if self.leave is not False and self.n != self.initial and self.start_t + self.delay < self._time():
+            super().refresh()
+        self.disable = True
+        self._decr_instances(self)
