@@ -7,12 +7,15 @@ import re
 import shutil
 import subprocess
 import sys
+import types
 
 import jax
 import pytest
 from conftest import ROOT
+from ml_collections import config_flags
 from runs import lines, one_device_environment
 
+from gptjax import config as configs
 from gptjax.config import config_dict
 from gptjax.data import tokens
 from gptjax.data.corpus import pretraining_split
@@ -378,6 +381,23 @@ def test_a_prompt_for_samples_that_can_not_be_is_refused_before_training(tmp_pat
         pretrain(tiny(path, samples__prompts=("\n",)), str(tmp_path / "run"))
     with pytest.raises(InputError):
         pretrain(tiny(path, samples__prompts=("a" * 33,)), str(tmp_path / "run2"))
+
+
+def test_a_prompt_of_the_config_file_that_can_not_be_is_skipped(tmp_path, monkeypatch, capsys):
+    """The preset's "\\n" on text of one line: whoever gave no prompt is not refused for one."""
+    path = tmp_path / "text.txt"
+    path.write_text("abc def " * 500)
+    given = {}
+    monkeypatch.setattr(config_flags, "get_override_values", lambda flag: given)
+    monkeypatch.setattr(configs, "flags", types.SimpleNamespace(FLAGS={"config": None}))
+    config = tiny(path, steps=1, samples__prompts=("\n", "a", "b" * 33))
+    assert pretrain(config, str(tmp_path / "run")) is True
+    assert {s["prompt"] for s in lines(tmp_path / "run", "samples")} == {"a"}
+    said = [line for line in capsys.readouterr().out.splitlines() if line.startswith("warning: no sample")]
+    assert len(said) == 2 and "'\\n'" in said[0] and "33 tokens" in said[1]
+    given["samples.prompts"] = ("\n",)
+    with pytest.raises(InputError, match="samples.prompts"):
+        pretrain(config, str(tmp_path / "given"))
 
 
 def test_a_tokenizer_too_large_for_its_dtype(tmp_path):

@@ -1,6 +1,8 @@
 """PPO and PPO-ptx end to end: rewards of every kind, what is frozen, resuming, meshes, refusals; and best-of-n."""
 
+import contextlib
 import dataclasses
+import errno
 import itertools
 import json
 import os
@@ -236,15 +238,46 @@ def test_two_iterations_and_two_are_four(config, straight, tmp_path):
     assert_same_ppo(tmp_path / "parts", straight[0], 4)
 
 
-def test_sigterm_saves_and_the_run_goes_on(config, straight, tmp_path, monkeypatch):
+@contextlib.contextmanager
+def heard(number):
+    """A signal that whoever started the tests may ignore."""
+    before = signal.signal(number, signal.default_int_handler)
+    yield
+    signal.signal(number, before)
+
+
+def test_a_full_disk_does_not_stop_it(config, straight, tmp_path, monkeypatch, capsys):
+    """The records of iterations 2 and 3 wait until there is room."""
+    real, check, at = os.pwrite, stage.check_iteration, [0]
+
+    def pwrite(file, data, offset):
+        if at[0] in (2, 3):
+            real(file, bytes(data)[:10], offset)
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return real(file, data, offset)
+
+    def checked(line, iteration, *args):
+        at[0] = iteration + 1
+        return check(line, iteration, *args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "pwrite", pwrite)
+        patch.setattr(stage, "check_iteration", checked)
+        assert ppo(config(**WHOLE), str(tmp_path / "run")) is True
+    assert_same_ppo(tmp_path / "run", straight[0], 4)
+    said = [line for line in capsys.readouterr().err.splitlines() if line.startswith("warning: /")]
+    assert len(said) == 2 and "cannot be written" in said[0] and "complete again" in said[1], said
+
+
+def test_ctrl_c_saves_and_the_run_goes_on(config, straight, tmp_path, monkeypatch):
     real = stage.check_iteration
 
     def check(line, iteration, *args):
         real(line, iteration, *args)
         if iteration == 2:
-            os.kill(os.getpid(), signal.SIGTERM)
+            os.kill(os.getpid(), signal.SIGINT)
 
-    with monkeypatch.context() as patch:
+    with monkeypatch.context() as patch, heard(signal.SIGINT):
         patch.setattr(stage, "check_iteration", check)
         c = config(**WHOLE)
         c.checkpoint.every = 10

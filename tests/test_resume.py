@@ -1,5 +1,6 @@
 """A run that is interrupted, killed, damaged or out of disk ends bitwise where an uninterrupted one ends."""
 
+import errno
 import json
 import os
 import random
@@ -8,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+import types
 
 import jax
 import numpy as np
@@ -20,8 +22,8 @@ from gptjax.config import config_dict
 from gptjax.errors import InputError
 from gptjax.parallel.mesh import make_mesh
 from gptjax.pretrain import PretrainConfig, pretrain
-from gptjax.training import stopping
-from gptjax.training.checkpoint import Checkpointer
+from gptjax.training import checkpoint, files, loop, stopping
+from gptjax.training.checkpoint import CheckpointConfig, Checkpointer
 from gptjax.training.loop import TrainingDiverged
 from gptjax.training.schedule import Schedule
 from gptjax.workdir import load_model
@@ -293,6 +295,138 @@ def test_the_last_checkpoint_does_not_fit(text, tmp_path, monkeypatch, one_devic
     assert_same_run(tmp_path / "run", uninterrupted, STEPS)
 
 
+def full_between(patch, first, last):
+    """No record and no best.json can be written while steps first .. last are computed; some of a line still can."""
+    real, write, compute = os.pwrite, checkpoint.write_json, loop.Dispatch.__call__
+    at, error = [0], OSError(errno.ENOSPC, "No space left on device")
+
+    def pwrite(file, data, offset):
+        if first <= at[0] <= last:
+            real(file, bytes(data)[:20], offset)
+            raise error
+        return real(file, data, offset)
+
+    def write_json(path, value):
+        if first <= at[0] <= last:
+            raise error
+        write(path, value)
+
+    def call(self, state, batch, rates):
+        result = compute(self, state, batch, rates)
+        at[0] = int(result[0].step)
+        return result
+
+    patch.setattr(os, "pwrite", pwrite)
+    patch.setattr(checkpoint, "write_json", write_json)
+    patch.setattr(loop.Dispatch, "__call__", call)
+    patch.setattr(files, "_failing", {})
+
+
+def test_records_wait_until_the_disk_has_room(text, tmp_path, monkeypatch, capsys, one_device, uninterrupted):
+    """Evaluations of steps 10 and 20, best.json and the lines of three checkpoints meet a full disk."""
+    with monkeypatch.context() as patch:
+        full_between(patch, 8, 22)
+        assert pretrain(tiny(text, log__tensorboard=True), str(tmp_path / "run")) is True
+    said = [line for line in capsys.readouterr().err.splitlines() if line.startswith("warning")]
+    assert len(said) == 2 and "cannot be written (No space left" in said[0] and "complete again" in said[1], said
+    assert_same_run(tmp_path / "run", uninterrupted, STEPS)
+    best = [json.loads((w / "checkpoints" / "best.json").read_text()) for w in (tmp_path / "run", uninterrupted)]
+    assert best[0] == best[1]
+
+
+def test_a_disk_that_stays_full_ends_in_one_report(text, tmp_path, monkeypatch, capsys, one_device, uninterrupted):
+    with monkeypatch.context() as patch:
+        full_between(patch, 8, STEPS)
+        assert pretrain(tiny(text), str(tmp_path / "run")) is True
+    said = [line for line in capsys.readouterr().err.splitlines() if line.startswith("warning")]
+    assert len(said) == 2 and "metrics.jsonl lacks its last 20 lines, of steps 6 to 25" in said[1], said
+    assert [m["step"] for m in lines(tmp_path / "run")] == [1, 2, 3, 4, 5]
+    assert pretrain(tiny(text), str(tmp_path / "run")) is True  # best.json and the last evaluation are made up for
+    assert lines(tmp_path / "run", "evaluations")[-1] == lines(uninterrupted, "evaluations")[-1]
+    assert json.loads((tmp_path / "run" / "checkpoints" / "best.json").read_text())["step"] == STEPS
+
+
+def test_the_best_checkpoint_that_did_not_fit_is_not_the_best(text, tmp_path, monkeypatch, one_device):
+    """It is evaluated while it is being written, and only then the disk turns out to be full."""
+    checkpointer = Checkpointer(tmp_path, CheckpointConfig())
+    monkeypatch.setattr(type(checkpointer), "manager", property(lambda self: self.steps_there))
+    checkpointer.steps_there = types.SimpleNamespace(all_steps=lambda read=False: [5, 10] if not read else [5])
+    checkpointer.directory.mkdir()
+    checkpointer.report(5, 2.0)
+    checkpointer.report(10, 1.0)
+    assert checkpointer.best == 10
+
+    def full():
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    assert checkpointer._guarded(10, full) is False
+    assert checkpointer.best == 5
+    assert json.loads((checkpointer.directory / "best.json").read_text()) == {"step": 5, "loss": 2.0}
+
+
+# --- asked to stop ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("step", [0, 10, STEPS])
+def test_a_long_evaluation_is_left_and_made_up_for(text, tmp_path, monkeypatch, one_device, uninterrupted, step):
+    """Ctrl-C in the middle of one, at the start, between checkpoints and at the end: the run goes on as if never."""
+    real, asked = stage.evaluator, []
+
+    def evaluator(*args):
+        evaluate = real(*args)
+
+        def stopped(params):
+            if Evaluated.at == step and not asked:
+                asked.append(step)
+                os.kill(os.getpid(), signal.SIGINT)
+            return evaluate(params)
+
+        return stopped
+
+    class Evaluated:
+        at = 0
+
+    compute = loop.Dispatch.__call__
+
+    def call(self, state, batch, rates):
+        result = compute(self, state, batch, rates)
+        Evaluated.at = int(result[0].step)
+        return result
+
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        with monkeypatch.context() as patch:
+            patch.setattr(stage, "evaluator", evaluator)
+            patch.setattr(loop.Dispatch, "__call__", call)
+            assert pretrain(tiny(text, checkpoint__every=7), str(tmp_path / "run")) is False
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert asked == [step] and Checkpointer(tmp_path / "run").steps()[-1:] == [step][: step > 0]
+    assert step not in [e["step"] for e in lines(tmp_path / "run", "evaluations")]
+    assert pretrain(tiny(text, checkpoint__every=7), str(tmp_path / "run")) is True
+    assert_same_run(tmp_path / "run", uninterrupted, STEPS)
+
+
+class Broken(Exception):
+    pass
+
+
+def test_an_exception_keeps_the_lines_and_the_checkpoint_being_written(text, tmp_path, monkeypatch, one_device):
+    compute = loop.Dispatch.__call__
+
+    def call(self, state, batch, rates):
+        if int(state.step) == 13:
+            raise Broken
+        return compute(self, state, batch, rates)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(loop.Dispatch, "__call__", call)
+        with pytest.raises(Broken):
+            pretrain(tiny(text), str(tmp_path / "run"))
+    assert [m["step"] for m in lines(tmp_path / "run")] == list(range(1, 13))
+    assert Checkpointer(tmp_path / "run").steps() == [5, 10]
+
+
 # --- the clock --------------------------------------------------------------------------------------------
 
 
@@ -394,11 +528,47 @@ def straight(text, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def stopped(text, tmp_path_factory, straight):
-    """A workdir whose run was sent SIGTERM after step 20, and what it printed."""
+    """A workdir whose run was sent SIGINT, as by Ctrl-C, after step 20, and what it printed."""
     workdir = tmp_path_factory.mktemp("stopped")
-    running, code, output = Process(text, workdir).signal_when(lambda names: "20" in names, signal.SIGTERM)
+    heard = signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background may ignore it
+    running, code, output = Process(text, workdir).signal_when(lambda names: "20" in names, signal.SIGINT)
+    signal.signal(signal.SIGINT, heard)
     assert running
     return workdir, code, output
+
+
+def test_ctrl_c_saves_and_a_second_one_ends_at_once(text, tmp_path):
+    """Also in a call that does not come back, a compilation say: Python's own handlers would wait for it."""
+    script = (
+        "import hashlib, os, signal, time\n"
+        "from gptjax.training.stopping import stop_on_signals\n"
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
+        "with stop_on_signals() as asked:\n"
+        "    os.kill(os.getpid(), signal.SIGINT)\n"
+        "    time.sleep(0.1); print(asked(), flush=True)\n"
+        "    hashlib.pbkdf2_hmac('sha256', b'a', b'b', 10**10)\n"  # one call that does not come back
+    )
+    process = subprocess.Popen([sys.executable, "-c", script], cwd=ROOT, env=one_device_environment(), text=True,
+                               stdout=subprocess.PIPE, stderr=subprocess.PIPE)  # fmt: skip
+    assert process.stdout.readline() == "True\n"
+    process.send_signal(signal.SIGINT)
+    _, said = process.communicate(timeout=30)
+    assert process.returncode == 130
+    assert said.split("\n") == ["", "asked to stop: finishing this step and saving it; Ctrl-C again ends at once, "
+                                "without saving", "", "ended at once, without saving", ""]  # fmt: skip
+
+
+def test_ctrl_c_before_the_first_step_is_one_line(tmp_path):
+    script = (
+        "import signal, sys\n"
+        "from gptjax.config import run\n"
+        "def main(_): signal.raise_signal(signal.SIGINT)\n"
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
+        "run(main)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, env=one_device_environment(), text=True,
+                          capture_output=True, timeout=60)  # fmt: skip
+    assert (done.returncode, done.stdout, done.stderr) == (130, "", "interrupted\n")
 
 
 def copy(workdir, to):
@@ -406,7 +576,7 @@ def copy(workdir, to):
     return to
 
 
-def test_sigterm_saves_exits_cleanly_and_goes_on(text, tmp_path, straight, stopped):
+def test_ctrl_c_saves_exits_cleanly_and_goes_on(text, tmp_path, straight, stopped):
     workdir, code, output = stopped
     steps = Checkpointer(workdir).steps()
     assert code == 0 and 20 <= steps[-1] < LONG and "Traceback" not in output

@@ -573,6 +573,15 @@ def test_no_alarm_when_all_is_well(dtype):
     assert alarms.alarms(GOOD | {"objective/kl": -0.29}, 1, dtype) == []  # within three standard errors
 
 
+def test_responses_that_never_end_have_an_alarm():
+    """Then missing_eos takes the place of every score, and the figures look well."""
+    line = GOOD | {"response/eos_rate": 0.0}
+    (found,) = alarms.alarms(line, 3, jnp.float32, missing_eos=-1.0)
+    assert "no response ended" in found and "rollout.missing_eos=-1" in found and "max_new_tokens" in found
+    assert alarms.alarms(line, 3, jnp.float32, missing_eos=None) == []
+    assert alarms.alarms(line | {"response/eos_rate": 1 / 512}, 3, jnp.float32, missing_eos=-1.0) == []
+
+
 @pytest.mark.parametrize("bad", [{"finite": 0.75}, {"finite": 0.0}, {"objective/rlhf_reward": float("nan")}])
 def test_training_stops_where_something_is_not_finite(bad, capsys):
     checkpointer = types.SimpleNamespace(wait=lambda: None, steps=lambda: [10, 20])

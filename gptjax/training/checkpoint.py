@@ -104,6 +104,25 @@ class _Keep(preservation_policy.PreservationPolicy):
         return [c.step in newest or c.step == self.best or bool(every and c.step % every == 0) for c in checkpoints]
 
 
+def _is_of_a_full_disk(text: str) -> bool:
+    return "No space left" in text or "quota exceeded" in text.lower()
+
+
+def _not_of_a_full_disk(record) -> bool:
+    """Of log records: Checkpointer reports a full disk in one line, which Orbax does in a traceback per array."""
+    error = record.exc_info[1] if record.exc_info else None
+    return not _is_of_a_full_disk(f"{record.getMessage()} {error}")
+
+
+_excepthook = sys.excepthook
+
+
+def _without_closed_loops(kind, error, trace):
+    """sys.excepthook: TensorStore prints one of these per array that a full disk kept it from writing."""
+    if not (kind is RuntimeError and "Event loop is closed" in str(error)):
+        _excepthook(kind, error, trace)
+
+
 class Checkpointer:
     """Saves and restores a state under workdir/checkpoints: a TrainState, or another dataclass with a `step` that
     says by `split` and `join` what of it is `params` and what `training`.
@@ -113,6 +132,10 @@ class Checkpointer:
 
     def __init__(self, workdir, config: CheckpointConfig | None = None):
         logging.set_verbosity(logging.ERROR)  # orbax's progress notes would drown ours
+        logging.get_absl_handler().python_handler.addFilter(_not_of_a_full_disk)
+        if sys.excepthook is not _without_closed_loops:
+            global _excepthook
+            _excepthook, sys.excepthook = sys.excepthook, _without_closed_loops
         self.workdir = epath.Path(workdir)
         self.directory = self.workdir.resolve() / "checkpoints"
         self._owner = config is not None
@@ -122,7 +145,7 @@ class Checkpointer:
         self._keep.best = self._best and self._best["step"]
         self._manager = None
         self._failed: str | None = None
-        self.best_written = True  # best.json says what is best
+        self.best_written, self._losses = True, {}  # best.json says what is best; {step: loss} reported here
 
     @property
     def best(self) -> int | None:
@@ -178,14 +201,13 @@ class Checkpointer:
             action()
             return True
         except (ValueError, OSError) as error:
-            text = str(error)
-            full = "RESOURCE_EXHAUSTED" in text or "No space left" in text or getattr(error, "errno", 0) == 28
-            if not full:
+            if "RESOURCE_EXHAUSTED" not in str(error) and not _is_of_a_full_disk(str(error)):
                 raise
         if hosts.first():
             for leftover in self.directory.glob("*.orbax-checkpoint-tmp*"):
                 leftover.rmtree(missing_ok=True)
         good = self.steps()
+        self._drop_best(good)
         self._failed = (
             f"the disk of {self.directory} is full: the checkpoint being written was dropped. "
             f"Older ones are whole ({', '.join(map(str, good)) or 'none'}). "
@@ -207,6 +229,8 @@ class Checkpointer:
         """Tell the loss of an evaluated step; the best saved one is kept. loss: None where it was not finite.
 
         A best.json that cannot be written (a full disk) is tried again with the next checkpoint."""
+        if loss is not None:
+            self._losses[step] = loss
         better = loss is not None and math.isfinite(loss) and (not self._best or loss < self._best["loss"])
         if self._config.keep_best and better and step in self.manager.all_steps():
             self._best, self._keep.best, self.best_written = {"step": step, "loss": loss}, step, False
@@ -215,7 +239,17 @@ class Checkpointer:
     def _write_best(self):
         if not self.best_written:
             path = self.directory / "best.json"
-            self.best_written = not hosts.first() or files.attempt(path, lambda: write_json(path, self._best))
+            write = lambda: write_json(path, self._best) if self._best else path.unlink(missing_ok=True)
+            self.best_written = not hosts.first() or files.attempt(path, write)
+
+    def _drop_best(self, good: list[int]):
+        """Where the best checkpoint could not be written after all: the best of those that are there."""
+        if self._best and self._best["step"] not in good:
+            losses = {s: loss for s, loss in self._losses.items() if s in good and math.isfinite(loss)}
+            step = min(losses, key=losses.get, default=None)
+            self._best = None if step is None else {"step": step, "loss": losses[step]}
+            self._keep.best, self.best_written = step, False
+            self._write_best()
 
     # --- restore --------------------------------------------------------------------------------------
 
