@@ -63,11 +63,12 @@ class AppendFile:
     def __init__(self, path, keep: Callable[[bytes], bytes] | None = None):
         self.path, self.pending, self.dropped = epath.Path(path), [], 0
         self._remote = "://" in str(self.path)
-        there = self.path.read_bytes() if self.path.exists() else b""
+        exists = self.path.exists()
+        there = self.path.read_bytes() if exists else b""
         content = keep(there) if keep else there
         self._size = len(content)  # how far the file is good
         self._content = content if self._remote or not there.startswith(content) else None  # to be written as a whole
-        self._synced, self._waiting, self._failed, self._tried = content == there, 0, False, time.monotonic()
+        self._synced, self._waiting, self._failed, self._tried = exists and content == there, 0, False, time.monotonic()
         self.flush()
 
     def add(self, record: bytes):
