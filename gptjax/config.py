@@ -125,8 +125,10 @@ def run(main):
         if len(argv) > 1:
             _fail(f"Unexpected argument {argv[1]!r}: every option is written --name=value.")
         try:
-            main(argv)
-            sys.stdout.flush()
+            code = main(argv)
+            if sys.stdout is not None:
+                sys.stdout.flush()
+            return code
         except InputError as error:
             _fail(error)
         except BrokenPipeError:  # `| head` has seen enough

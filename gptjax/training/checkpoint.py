@@ -11,6 +11,7 @@ verifies it. A checkpoint that is damaged or half-written is passed over, aloud,
 """
 
 import dataclasses
+import errno
 import json
 import math
 import sys
@@ -201,7 +202,8 @@ class Checkpointer:
             action()
             return True
         except (ValueError, OSError) as error:
-            if "RESOURCE_EXHAUSTED" not in str(error) and not _is_of_a_full_disk(str(error)):
+            full = "RESOURCE_EXHAUSTED" in str(error) or _is_of_a_full_disk(str(error))
+            if not full and getattr(error, "errno", 0) not in (errno.ENOSPC, errno.EDQUOT):
                 raise
         if hosts.first():
             for leftover in self.directory.glob("*.orbax-checkpoint-tmp*"):
@@ -225,7 +227,7 @@ class Checkpointer:
         except json.JSONDecodeError:
             return None  # half a file is no record; the next evaluation writes a new one
 
-    def report(self, step: int, loss: float):
+    def report(self, step: int, loss: float | None):
         """Tell the loss of an evaluated step; the best saved one is kept. loss: None where it was not finite.
 
         A best.json that cannot be written (a full disk) is tried again with the next checkpoint."""
