@@ -207,6 +207,7 @@ def train(
     with stop_on_signals() as asked_to_stop, ends_when_stuck(log.stuck_after) as alive, profiler:
         if start not in evaluated and (start % c.eval.every == 0 or start == schedule.steps):
             stopping = not assess(start)
+            alive()
         stop = start if stopping else schedule.steps
         plan = chunks(start, stop, at_once, c.checkpoint.every, c.eval.every, at=profiler.ends)
         clock.lap()
