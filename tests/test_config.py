@@ -423,8 +423,8 @@ def test_an_unknown_key_of_the_command_line_names_the_nearest_or_all(parsed, cap
 def test_a_mixture_is_named_on_the_command_line(parsed):
     """Its keys are the user's own, so that no config file has them: they are added, or override what is there."""
     before = list(sys.argv)
-    c = parsed("gpt2.py", "--config.data.mixture.web=.5", "--config.data.mixture.my.books=2", "--config.steps=7")
-    assert c.data.mixture.to_dict() == {"web": 0.5, "my.books": 2.0} and c.steps == 7
+    c = parsed("gpt2.py", "--config.data.mixture.web=.5", "--config.data.mixture.my_books=2", "--config.steps=7")
+    assert c.data.mixture.to_dict() == {"web": 0.5, "my_books": 2.0} and c.steps == 7
     c = parsed("gpt3.py:125m,mixture", "--config.data.mixture.books1=3", "--config.data.mixture.web=1")
     assert c.data.mixture["books1"] == 3.0 and c.data.mixture["web"] == 1.0 and c.data.mixture["webtext2"] == 22.0
     assert c.is_locked and sys.argv[1] != before
