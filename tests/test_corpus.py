@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -123,10 +124,48 @@ def test_isolation_follows_the_base_through_the_stages(source, tmp_path, isolate
     batch = text.validation_batches(16, 4)[""][0]
     assert ("segment_ids" in batch) == isolate
     mesh = make_mesh(MeshConfig(data=8))
-    on_mesh = ptx.Text(text.examples(16, 0, 2), text, 16).batch(0, (1, 1, 8), mesh)
+    on_mesh = ptx.Text(text.examples(16, 0, 2), text, 16).batch(0, (1, 1, 8), 8, mesh)
     assert ("segment_ids" in on_mesh) == isolate == ("positions" in on_mesh)
     if isolate:
         assert on_mesh["segment_ids"].shape == (1, 1, 8, 16) and int(on_mesh["segment_ids"].max()) > 1
+
+
+def test_isolation_outlives_the_folder_of_the_base(source, tmp_path, capsys):
+    """A stage after pre-training keeps it in its own data.json; without that, what is assumed is told."""
+    begin(config(source, tmp_path, isolate_documents=True), tmp_path / "base")
+    for name in ("sft", "old"):
+        (tmp_path / name).mkdir()
+        base = str(tmp_path / "base")
+        write_json(tmp_path / name / "config.json", {"stage": "sft", "init_from": base, "data": {}})
+    record = start_record(tmp_path / "sft", False, tmp_path / "base")
+    write_record(tmp_path / "sft", record)
+    assert corpus.isolates_documents(tmp_path / "sft") and corpus.isolates_documents(tmp_path / "old")
+    shutil.rmtree(tmp_path / "base")
+    assert corpus.isolates_documents(tmp_path / "sft") is True and capsys.readouterr().err == ""
+    assert start_record(tmp_path / "sft", True, tmp_path / "base") == record  # resumed without its base
+    assert start_record(tmp_path / "ppo", False, tmp_path / "sft")["isolate_documents"] is True
+    assert corpus.isolates_documents(tmp_path / "old") is False
+    assert "whether documents were isolated in pre-training is not known" in capsys.readouterr().err.lower()
+
+
+def test_a_text_that_is_refused_is_refused_on_every_host(tmp_path, monkeypatch):
+    """PPO goes on without a text that it does not need: a first host that told the others nothing left them waiting."""
+    (tmp_path / "imported").mkdir()
+    write_json(tmp_path / "imported" / "config.json", {"stage": "convert", "data": {}})
+    load = lambda: load_text(None, tmp_path / "imported", tmp_path, None, "ptx.cache", 0, {}, False)
+    sent = []
+
+    def on_first(make):
+        sent.append(json.loads(json.dumps(make())))
+        return sent[-1]
+
+    monkeypatch.setattr(corpus.hosts, "from_first", on_first)
+    with pytest.raises(InputError, match="no pre-training text is known of these weights"):
+        load()
+    assert len(sent) == 1
+    monkeypatch.setattr(corpus.hosts, "from_first", lambda make: sent[0])
+    with pytest.raises(InputError, match="no pre-training text is known of these weights"):
+        load()
 
 
 def test_a_remote_workdir_names_the_cache_to_give():
