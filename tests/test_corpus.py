@@ -123,7 +123,7 @@ def test_isolation_follows_the_base_through_the_stages(source, tmp_path, isolate
     batch = text.validation_batches(16, 4)[""][0]
     assert ("segment_ids" in batch) == isolate
     mesh = make_mesh(MeshConfig(data=8))
-    on_mesh = ptx.Text(text.examples(16, 0, 2), text, 16).batch(0, (1, 1, 8), mesh)
+    on_mesh = ptx.Text(text.examples(16, 0, 2), text, 16).batch(0, (1, 1, 8), 8, mesh)
     assert ("segment_ids" in on_mesh) == isolate == ("positions" in on_mesh)
     if isolate:
         assert on_mesh["segment_ids"].shape == (1, 1, 8, 16) and int(on_mesh["segment_ids"].max()) > 1
