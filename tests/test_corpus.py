@@ -12,6 +12,7 @@ from gptjax.config import write_json
 from gptjax.data import corpus, tokens
 from gptjax.data.corpus import DataConfig, load_corpus, load_text, pretraining_text, start_record, write_record
 from gptjax.errors import InputError
+from gptjax.evaluate import source_text
 from gptjax.parallel.mesh import MeshConfig, make_mesh
 from gptjax.rlhf import ptx
 from gptjax.training.metrics import dumps
@@ -107,8 +108,10 @@ def test_every_part_of_a_mixture_is_validated_whatever_the_order_of_its_keys(sou
 
 
 def test_a_bad_part_is_named(source, tmp_path):
-    with pytest.raises(InputError, match="mixture source 'nowhere': source .* doesn't exist"):
-        load_corpus(config(source, tmp_path, mixture={"nowhere": 1.0, "zoo": 1.0}), tmp_path, 0, {}, False)
+    for name in ("nowhere", "zzz"):  # the first of the parts, and the last
+        c = config(source, tmp_path, mixture={name: 1.0, "zoo": 1.0})
+        with pytest.raises(InputError, match=f"^mixture source '{name}': source .* doesn't exist"):
+            load_corpus(c, tmp_path, 0, {}, False)
 
 
 @pytest.mark.parametrize("isolate", [False, True])
@@ -166,6 +169,21 @@ def test_a_text_that_is_refused_is_refused_on_every_host(tmp_path, monkeypatch):
     monkeypatch.setattr(corpus.hosts, "from_first", lambda make: sent[0])
     with pytest.raises(InputError, match="no pre-training text is known of these weights"):
         load()
+
+
+@pytest.mark.parametrize("how", [{"document_separator": "##"}, {"split": "lines"}, {}])
+def test_documents_end_where_they_did_in_pretraining(tmp_path, how):
+    (tmp_path / "x.txt").write_text("".join(f"one {i}\n##two {i}\n##\n" for i in range(10)))
+    base = begin(config(tmp_path / "x.txt", tmp_path, **how), tmp_path / "base")
+    options = corpus.documents_within(tmp_path / "base")
+    assert {k: v for k, v in options.items() if v} == how
+    own = sum(part.documents for part in (base.parts[0].train, base.parts[0].validation))
+    shards = source_text(str(tmp_path / "x.txt"), base.tokenizer, "text", **options).parts[0].validation
+    assert len(shards.spans) == (own if how else 1)
+    base.tokenizer.save(tmp_path / "ppo" / "tokenizer")
+    text = load_text(str(tmp_path / "x.txt"), tmp_path / "base", tmp_path / "ppo", None, "ptx.cache", 0,
+                     start_record("", False), False)  # fmt: skip
+    assert sum(part.documents for part in (text.parts[0].train, text.parts[0].validation)) == own
 
 
 def test_a_remote_workdir_names_the_cache_to_give():

@@ -233,7 +233,7 @@ def _load(c: DataConfig, cache, seed: int, isolate: bool, recorded: dict | None,
     earlier: without a record, take what a run of an earlier version put into the cache itself. owner: of the record.
     """
     weights = {name: c.mixture[name] for name in sorted(c.mixture) if c.mixture[name] > 0} or {"": 1.0}
-    spec = None
+    tokenizer_of_all = functools.cache(lambda: _tokenizer_of(c, weights, cache))
     tokenizer, parts, record = None, [], {}
     for name, weight in weights.items():
         path = os.path.join(c.source, name) if name else c.source
@@ -241,11 +241,12 @@ def _load(c: DataConfig, cache, seed: int, isolate: bool, recorded: dict | None,
             directory = os.path.join(cache, recorded["parts"][name]["directory"])
         else:
             directory = os.path.join(cache, name) if earlier else None
+        there = directory and os.path.exists(os.path.join(os.path.expanduser(directory), "manifest.json"))
+        spec = None if there else tokenizer_of_all()
         with _naming(name):
-            if directory and os.path.exists(os.path.join(os.path.expanduser(directory), "manifest.json")):
+            if there:
                 opened, splits = tokens.open_shards(directory)
             else:
-                spec = spec or _tokenizer_of(c, weights, cache)
                 opened, splits = tokens.prepare(
                     path, spec, cache, validation=_fraction(c.validation), text_field=c.text_field, seed=seed,
                     split=c.split, document_separator=c.document_separator, by_content=True,
@@ -285,15 +286,22 @@ def _tokenizer_of(c: DataConfig, names, cache) -> str:
     """The tokenizer for `tokens.prepare`: of a mixture one for all parts, trained on them together or given."""
     if list(names) == [""]:
         return c.tokenizer
-    parts = [os.path.join(c.source, name) for name in names]
-    read = lambda: itertools.chain.from_iterable(
-        (d.text for d in sources.documents(path, text_field=c.text_field, separator=c.document_separator))
-        for path in parts
-    )
+
+    def read():
+        for name in names:
+            with _naming(name):
+                path = os.path.join(c.source, name)
+                for d in sources.documents(path, text_field=c.text_field, separator=c.document_separator):
+                    yield d.text
+
+    def stamp(name: str) -> str:
+        with _naming(name):
+            return sources.fingerprint(os.path.join(c.source, name))
+
     if c.tokenizer == "char":
         texts, read = read, lambda: itertools.chain(["\n"], texts())  # stands between two documents
     made = c.tokenizer == "char" or c.tokenizer.startswith("bpe:")
-    about = {"sources": [sources.fingerprint(path) for path in parts], "text_field": c.text_field} if made else {}
+    about = {"sources": [stamp(name) for name in names], "text_field": c.text_field} if made else {}
     about |= {"document_separator": c.document_separator} if made and c.document_separator else {}
     return tokens.shared_tokenizer(c.tokenizer, read, about, cache)
 
@@ -330,6 +338,14 @@ def pretraining_run(workdir) -> tuple[str, dict]:
     raise InputError(f"{' <- '.join(seen)}: no pre-training text is known of these weights; name a source of text")
 
 
+def _pretraining_data(workdir) -> dict:
+    """The data config of the pre-training that a run's weights began with; {} where none is known."""
+    try:
+        return pretraining_run(workdir)[1]["data"]
+    except InputError:
+        return {}
+
+
 def isolates_documents(workdir) -> bool:
     """Whether the weights of a run were pre-trained with attention that stays within a document: as pre-training's
     config says, or data.json of a stage after it. Imported weights were not; a warning where it can't be known."""
@@ -347,6 +363,14 @@ def isolates_documents(workdir) -> bool:
             return record["isolate_documents"]
         workdir = run.get("init_from") or run.get("policy")
     return False
+
+
+def documents_within(workdir) -> dict:
+    """Where documents ended inside a text in the pre-training of a run's weights: {'document_separator', 'split'} of
+    DataConfig, split only where it makes each line a document."""
+    data = _pretraining_data(workdir)
+    lines = "lines" if data.get("split") == "lines" else None
+    return {"document_separator": data.get("document_separator"), "split": lines}
 
 
 def pretraining_text(workdir) -> Text:
@@ -384,14 +408,15 @@ def load_text(source: str | None, init_from, workdir, cache: str | None, flag: s
     """Pre-training text as a later stage reads it.
 
     source: None = the text the run `init_from` was pre-trained on; else any source, tokenised into `cache` (None =
-    `data` in the workdir; `flag` is its key) with the tokenizer saved in the workdir. Either way documents are isolated
-    if that pre-training isolated them. record, known: as load_corpus has them; what was recorded is checked.
+    `data` in the workdir; `flag` is its key) with the tokenizer saved in the workdir. Either way documents end where
+    they did in that pre-training (documents_within), and are isolated if it isolated them. record, known: as
+    load_corpus has them; what was recorded is checked.
     """
     if source is None:
         load = lambda _: pretraining_text(init_from)
     else:
+        c = DataConfig(source=source, tokenizer=str(paths.local(workdir) / "tokenizer"), **documents_within(init_from))
         cache = shards_directory(cache, workdir, flag)
-        c = DataConfig(source=source, tokenizer=str(paths.local(workdir) / "tokenizer"))
         isolate = record["isolate_documents"] if "isolate_documents" in record else isolates_documents(init_from)
         load = functools.partial(_load, c, cache, seed, isolate, earlier=known, owner=workdir if known else None)
     text = _first_then_others(load, record.get("text"))
