@@ -3,8 +3,8 @@
     python -m gptjax.sft --config=configs/instructgpt/sft.py --workdir=runs/sft --config.init_from=runs/pretrain \
         --config.data.source=demonstrations.jsonl
 
-Rows are {"prompt", "response"} or {"messages": [{"role", "content"}, ...]}. The same command takes a stopped run up
-again where it was, bit for bit.
+Rows are {"prompt", "response"} or {"messages": [{"role", "content"}, ...]}. The same command resumes a stopped run
+where it was, bit for bit.
 """
 
 import contextlib
