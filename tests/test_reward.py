@@ -97,7 +97,8 @@ def test_exported_scores_are_the_normalised_ones(judge, model, tmp_path, capsys)
     text = [*chat.prompt("ba ko"), *chat.response(LIKED)]
     x = gpt.hidden(trunk, config, np.array([text]))[0, -1]
     expected = model.score([text[:-2]], [text[-2:]])
-    np.testing.assert_allclose(x @ kernel[0], expected[0], rtol=1e-4, atol=1e-4)
+    summed = float(np.abs(x * kernel[0]).sum())
+    assert float(x @ kernel[0]) == approx(float(expected[0]), terms=model_terms(config), scale=summed)
     assert abs(float(model.params["head"]["bias"])) > 0.01  # or this would show nothing of it
     settings = json.loads((tmp_path / "out/config.json").read_text())
     assert settings["architectures"] == ["GPT2ForSequenceClassification"] and len(settings["id2label"]) == 1
