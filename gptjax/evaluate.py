@@ -60,7 +60,7 @@ def main(_):
             text = pretraining_text(FLAGS.workdir)
         except InputError as error:
             raise InputError(
-                f"The text that this workdir was trained on is not available ({error}): give --source=PATH."
+                f"The text this workdir was trained on is not at hand ({error}): give --source=PATH."
             ) from error
     else:
         text = source_text(FLAGS.source, model.tokenizer, FLAGS.text_field, isolates_documents(FLAGS.workdir))
