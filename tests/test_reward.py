@@ -1,6 +1,7 @@
 """The reward model end to end: what it learns, the zero of its scale, what it refuses."""
 
 import json
+import re
 import shutil
 
 import jax
@@ -382,15 +383,17 @@ def test_workdirs_that_are_no_reward_model(tuned, pretrained, judge, mesh, tmp_p
     load_reward_model(judge, mesh=mesh, tokenizer=Tokenizer.load(tuned / "tokenizer"))
 
 
-def test_a_trunk_without_demonstrations(pretrained, alignment, tmp_path):
-    """Straight from pre-training there are none to set the zero by, unless they are named."""
+def test_a_trunk_without_demonstrations(pretrained, alignment, tmp_path, capsys):
+    """Straight from pre-training there are none to set the zero by, unless they are named; those that do not fit the
+    context are counted."""
     with pytest.raises(InputError, match="--config.demonstrations=PATH, or --config.normalise=none"):
         reward(reward_config(pretrained, alignment["comparisons"]), str(tmp_path / "run"))
     assert not (tmp_path / "run").exists()
-    c = reward_config(
-        pretrained, alignment["comparisons"], steps=1, demonstrations=str(alignment["demonstrations"]), eval__batches=1
-    )
+    demos = tmp_path / "d.jsonl"
+    demos.write_text(alignment["demonstrations"].read_text() + json.dumps({"prompt": "ba " * 99, "response": "ko"}))
+    c = reward_config(pretrained, alignment["comparisons"], steps=1, demonstrations=str(demos), eval__batches=1)
     assert reward(c, str(tmp_path / "run")) is True
+    assert re.search(r"demonstrations left out: 1 too long; .*d.jsonl:\d+: ", capsys.readouterr().out)
     assert abs(result(tmp_path / "run")["mean_after"]) < 1e-4
 
 
