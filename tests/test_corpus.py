@@ -192,6 +192,23 @@ def test_a_remote_workdir_names_the_cache_to_give():
     assert corpus.shards_directory("/tmp/x", "memory://run") == "/tmp/x"
 
 
+def test_a_cache_for_the_text_of_pre_training(source, tmp_path):
+    """Its tokens are made again where a later stage cannot have the folder they were in."""
+    base = begin(config(source, tmp_path), tmp_path / "base")
+    shutil.rmtree(tmp_path / "cache")
+    (tmp_path / "cache").write_text("no folder can be made here")
+    there = lambda cache, record, known: load_text(
+        None, tmp_path / "base", tmp_path / "ppo", cache, "ptx.cache", 0, record, known
+    )
+    with pytest.raises(InputError):
+        there(None, start_record("", False), False)
+    record = start_record("", False)
+    text = there(str(tmp_path / "here"), record, False)
+    assert text.fingerprint == base.fingerprint and (tmp_path / "here").is_dir()
+    again = there(str(tmp_path / "here"), record | {"text": text.record}, True)
+    assert ids(again.parts[0].train) == ids(text.parts[0].train)
+
+
 def test_bytes_are_the_texts_own_where_the_tokenizer_normalizes(source, tmp_path, monkeypatch):
     """As GPT-1's vocabulary does: over a split, exactly; a lossless tokenizer's tokens stand for the text's bytes."""
     _, splits = tokens.prepare(str(source), "bpe:270", tmp_path / "tokens", progress=False)

@@ -107,8 +107,6 @@ def test_nplus():
 
 # --- the hardware that their docstrings name ----------------------------------------------------------------
 
-
-
 STAGES = {"sft": sft, "reward": reward, "ppo": ppo}
 PROGRAMS = [  # (stage, argument, slice, program, model or policy, reward model)
     *(("sft", size, sft.SLICES[size], "train", sft.MODELS[size], None) for size in sft.SIZES),

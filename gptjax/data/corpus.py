@@ -373,14 +373,15 @@ def documents_within(workdir) -> dict:
     return {"document_separator": data.get("document_separator"), "split": lines}
 
 
-def pretraining_text(workdir) -> Text:
+def pretraining_text(workdir, cache: str | None = None, flag: str = "data.cache") -> Text:
     """The text of the pre-training a run began with: the tokens that run recorded, made again where its cache is gone.
 
+    cache: a local folder to take and make them in, None = where the pre-training has them; flag: its key.
     InputError: no such run, tokens that are not to be had any more, or others than it was trained on.
     """
     directory, run = pretraining_run(workdir)
     c = build(DataConfig, run["data"], "data")
-    cache, recorded = shards_directory(c.cache, directory), read_record(directory).get("text")
+    cache, recorded = shards_directory(cache or c.cache, directory, flag), read_record(directory).get("text")
     try:
         text = _load(c, cache, run.get("seed", 0), c.isolate_documents, recorded, earlier=not recorded, owner=directory)
     except OSError as error:
@@ -413,7 +414,7 @@ def load_text(source: str | None, init_from, workdir, cache: str | None, flag: s
     load_corpus has them; what was recorded is checked.
     """
     if source is None:
-        load = lambda _: pretraining_text(init_from)
+        load = lambda _: pretraining_text(init_from, cache, flag)
     else:
         c = DataConfig(source=source, tokenizer=str(paths.local(workdir) / "tokenizer"), **documents_within(init_from))
         cache = shards_directory(cache, workdir, flag)
