@@ -119,15 +119,16 @@ def run(main):
         try:
             argv = [paths.expand_flag(argument, "config") for argument in argv]
             _check_config_file(argv)
-            argv, weights = _mixture_weights(argv)
-            before, sys.argv = sys.argv, argv  # config_flags reads it
+            others, weights = _mixture_weights(argv) if "config" in flags.FLAGS else (argv, {})
+            before, sys.argv = sys.argv, others  # config_flags reads it
             try:
-                rest = flags.FLAGS(argv)
+                rest = flags.FLAGS(others)
             finally:
                 sys.argv = before
             if weights:
-                with flags.FLAGS.config.unlocked():
-                    flags.FLAGS.config.data.mixture.update(weights)
+                c = flags.FLAGS.config
+                with c.unlocked(), c.ignore_type():  # a weight of 1 in the file does not make it a whole number
+                    c.data.mixture.update(weights)
             return rest
         except (AttributeError, KeyError) as error:
             _fail(_unknown_key(argv) or error)
@@ -322,16 +323,16 @@ def claim_workdir(workdir, stage: str, config, **sections) -> bool:
     sections: what takes the place of the config's own or is added to it (the whole model, where the config overrides
     a part of one). `origin`: {<field>_<what>: value} of the models in the workdirs that the config's fields name
     (workdir.origin); a value that is left out is not compared.
-    Returns whether the run is being taken up again. Raises InputError listing the keys that differ. Of many hosts one
+    Returns whether the run is being resumed. Raises InputError listing the keys that differ. Of many hosts one
     claims it for all.
     """
-    taken_up = hosts.from_first(lambda: _claim(paths.local(workdir), stage, config, sections))
+    resumed = hosts.from_first(lambda: _claim(paths.local(workdir), stage, config, sections))
     if not (paths.local(workdir) / "config.json").exists():
         raise InputError(
             f"What process 0 wrote to {workdir} is not there on {socket.gethostname()}: give a --workdir on storage "
             "that all hosts share (checkpoints are written by all of them)."
         )
-    return taken_up
+    return resumed
 
 
 def _claim(workdir, stage, config, sections) -> bool:

@@ -193,9 +193,8 @@ def _export_notes(run: dict, model: Model, isolated: bool) -> list[str]:
     elif model.template:
         notes.append(f"the template {model.template!r} puts nothing around a prompt: there is no chat template")
     if isolated:
-        notes.append(
-            "that documents were isolated from each other in pre-training (data.isolate_documents) is not in the format"
-        )
+        notes.append("that the model was pre-trained on documents isolated from each other (data.isolate_documents) is "
+                     "not in the format")  # fmt: skip
     return notes
 
 

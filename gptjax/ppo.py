@@ -4,7 +4,7 @@
         --config.reward=runs/reward --config.data.source=prompts.jsonl
 
 Rows are {"prompt"}. An iteration samples a response to each of a batch of prompts, scores them, and takes
-epochs x minibatches optimiser steps on them. The same command takes a run killed anywhere up again, bit for bit.
+epochs x minibatches optimiser steps on them. The same command resumes a run killed anywhere, bit for bit.
 """
 
 import contextlib

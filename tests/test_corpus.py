@@ -12,6 +12,7 @@ from gptjax.config import write_json
 from gptjax.data import corpus, tokens
 from gptjax.data.corpus import DataConfig, load_corpus, load_text, pretraining_text, start_record, write_record
 from gptjax.errors import InputError
+from gptjax.evaluate import source_text
 from gptjax.parallel.mesh import MeshConfig, make_mesh
 from gptjax.rlhf import ptx
 from gptjax.training.metrics import dumps
@@ -107,8 +108,10 @@ def test_every_part_of_a_mixture_is_validated_whatever_the_order_of_its_keys(sou
 
 
 def test_a_bad_part_is_named(source, tmp_path):
-    with pytest.raises(InputError, match="mixture source 'nowhere': source .* doesn't exist"):
-        load_corpus(config(source, tmp_path, mixture={"nowhere": 1.0, "zoo": 1.0}), tmp_path, 0, {}, False)
+    for name in ("nowhere", "zzz"):  # the first of the parts, and the last
+        c = config(source, tmp_path, mixture={name: 1.0, "zoo": 1.0})
+        with pytest.raises(InputError, match=f"^mixture source '{name}': source .* doesn't exist"):
+            load_corpus(c, tmp_path, 0, {}, False)
 
 
 @pytest.mark.parametrize("isolate", [False, True])
@@ -132,7 +135,8 @@ def test_isolation_follows_the_base_through_the_stages(source, tmp_path, isolate
 
 def test_isolation_outlives_the_folder_of_the_base(source, tmp_path, capsys):
     """A stage after pre-training keeps it in its own data.json; without that, what is assumed is told."""
-    begin(config(source, tmp_path, isolate_documents=True), tmp_path / "base")
+    told_apart = {"isolate_documents": True, "document_separator": "--", "split": "lines"}
+    begin(config(source, tmp_path, **told_apart), tmp_path / "base")
     for name in ("sft", "old"):
         (tmp_path / name).mkdir()
         base = str(tmp_path / "base")
@@ -143,9 +147,10 @@ def test_isolation_outlives_the_folder_of_the_base(source, tmp_path, capsys):
     shutil.rmtree(tmp_path / "base")
     assert corpus.isolates_documents(tmp_path / "sft") is True and capsys.readouterr().err == ""
     assert start_record(tmp_path / "sft", True, tmp_path / "base") == record  # resumed without its base
-    assert start_record(tmp_path / "ppo", False, tmp_path / "sft")["isolate_documents"] is True
+    assert start_record(tmp_path / "ppo", False, tmp_path / "sft")["documents"] == record["documents"]
+    assert corpus.documents_within(tmp_path / "sft") == {"document_separator": "--", "split": "lines"}
     assert corpus.isolates_documents(tmp_path / "old") is False
-    assert "whether documents were isolated in pre-training is not known" in capsys.readouterr().err.lower()
+    assert "How documents were told apart in pre-training is not known" in capsys.readouterr().err
 
 
 def test_a_text_that_is_refused_is_refused_on_every_host(tmp_path, monkeypatch):
@@ -168,10 +173,42 @@ def test_a_text_that_is_refused_is_refused_on_every_host(tmp_path, monkeypatch):
         load()
 
 
+@pytest.mark.parametrize("how", [{"document_separator": "##"}, {"split": "lines"}, {}])
+def test_documents_end_where_they_did_in_pretraining(tmp_path, how):
+    (tmp_path / "x.txt").write_text("".join(f"one {i}\n##two {i}\n##\n" for i in range(10)))
+    base = begin(config(tmp_path / "x.txt", tmp_path, **how), tmp_path / "base")
+    options = corpus.documents_within(tmp_path / "base")
+    assert {k: v for k, v in options.items() if v} == how
+    own = sum(part.documents for part in (base.parts[0].train, base.parts[0].validation))
+    shards = source_text(str(tmp_path / "x.txt"), base.tokenizer, "text", **options).parts[0].validation
+    assert len(shards.spans) == (own if how else 1)
+    base.tokenizer.save(tmp_path / "ppo" / "tokenizer")
+    text = load_text(str(tmp_path / "x.txt"), tmp_path / "base", tmp_path / "ppo", None, "ptx.cache", 0,
+                     start_record("", False), False)  # fmt: skip
+    assert sum(part.documents for part in (text.parts[0].train, text.parts[0].validation)) == own
+
+
 def test_a_remote_workdir_names_the_cache_to_give():
     with pytest.raises(InputError, match="memory://run: give a folder on a local disk, --config.mix.cache=DIR"):
         corpus.shards_directory(None, "memory://run", "mix.cache")
     assert corpus.shards_directory("/tmp/x", "memory://run") == "/tmp/x"
+
+
+def test_a_cache_for_the_text_of_pre_training(source, tmp_path):
+    """Its tokens are made again where a later stage cannot have the folder they were in."""
+    base = begin(config(source, tmp_path), tmp_path / "base")
+    shutil.rmtree(tmp_path / "cache")
+    (tmp_path / "cache").write_text("no folder can be made here")
+    there = lambda cache, record, known: load_text(
+        None, tmp_path / "base", tmp_path / "ppo", cache, "ptx.cache", 0, record, known
+    )
+    with pytest.raises(InputError):
+        there(None, start_record("", False), False)
+    record = start_record("", False)
+    text = there(str(tmp_path / "here"), record, False)
+    assert text.fingerprint == base.fingerprint and (tmp_path / "here").is_dir()
+    again = there(str(tmp_path / "here"), record | {"text": text.record}, True)
+    assert ids(again.parts[0].train) == ids(text.parts[0].train)
 
 
 def test_bytes_are_the_texts_own_where_the_tokenizer_normalizes(source, tmp_path, monkeypatch):

@@ -76,8 +76,12 @@ class TokenShards:
             blocks = (self._shard(i)[j : j + 2**22] for i in range(len(self._paths))
                       for j in range(0, int(self._ends[i + 1] - self._ends[i]), 2**22))  # fmt: skip
             self._token_bytes = sum(int(lengths[block].sum(dtype=np.int64)) for block in blocks)
-        joints = self.documents if self.eot_id is not None else self.documents - 1 if self._separated else 0
-        separators = joints * int(lengths[self._tokenizer.separator_ids].sum()) if joints > 0 else 0
+        if self.eot_id is not None:
+            separators = self.documents * int(lengths[self.eot_id])
+        elif self.documents > 1 and self._separated:
+            separators = (self.documents - 1) * int(lengths[self._tokenizer.separator_ids].sum())
+        else:
+            separators = 0
         return (self.bytes + separators) / max(self._token_bytes, 1)
 
     def _map(self, index: int) -> np.ndarray:

@@ -202,7 +202,7 @@ def _samples(samples) -> str:
         shown.append(f"<h3>step {step:,}</h3>")
         for s in samples:
             if s["step"] == step:
-                figures = [f"{k} {s[k]:.2f}" for k in ("score", "gold") if k in s]
+                figures = [f"{k} {s[k]:.2f}" for k in ("score", "gold") if s.get(k) is not None]
                 note = f"<small>{', '.join(figures)}</small>\n" if figures else ""
                 gap = "\n" if "demonstration" in s or figures else ""
                 shown.append(f"<pre>{note}<b>{html.escape(s['prompt'])}</b>{gap}{html.escape(s['text'])}</pre>")
