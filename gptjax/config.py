@@ -119,15 +119,16 @@ def run(main):
         try:
             argv = [paths.expand_flag(argument, "config") for argument in argv]
             _check_config_file(argv)
-            argv, weights = _mixture_weights(argv)
-            before, sys.argv = sys.argv, argv  # config_flags reads it
+            others, weights = _mixture_weights(argv) if "config" in flags.FLAGS else (argv, {})
+            before, sys.argv = sys.argv, others  # config_flags reads it
             try:
-                rest = flags.FLAGS(argv)
+                rest = flags.FLAGS(others)
             finally:
                 sys.argv = before
             if weights:
-                with flags.FLAGS.config.unlocked():
-                    flags.FLAGS.config.data.mixture.update(weights)
+                c = flags.FLAGS.config
+                with c.unlocked(), c.ignore_type():  # a weight of 1 in the file does not make it a whole number
+                    c.data.mixture.update(weights)
             return rest
         except (AttributeError, KeyError) as error:
             _fail(_unknown_key(argv) or error)

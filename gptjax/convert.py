@@ -42,9 +42,9 @@ def import_weights(source, workdir, tokenizer_path: str | None = None):
     directory is not used is printed, a line each.
     """
     workdir = paths.local(workdir)
-    if (workdir / "config.json").exists():
-        raise InputError(f"{workdir} already holds a run: give a new --workdir.")
     with lock.held(workdir):
+        if (workdir / "config.json").exists():
+            raise InputError(f"{workdir} already holds a run: give a new --workdir.")
         return _import(source, workdir, tokenizer_path)
 
 

@@ -3,11 +3,13 @@
     python -m gptjax.evaluate --workdir=runs/x [--source=PATH] [--stride=256] [--per_document] [--json]
 
 Without --source: the validation split the run held out; of a mixture each part's and the mean under its weights. With
-it: every document of the source, joined as in training. Each token is scored once; the first one is predicted from
-end-of-text, as documents begin in training, and is counted as unscored where the tokenizer has none.
+it: every document of the source, told apart and joined as in training. Each token is scored once; the first one is
+predicted from end-of-text, as documents begin in training, and is counted as unscored where the tokenizer has none.
 """
 
+import contextlib
 import math
+import sys
 
 import jax
 import numpy as np
@@ -16,7 +18,7 @@ from absl import flags
 from gptjax import config as configs
 from gptjax.console import progress
 from gptjax.data import sources
-from gptjax.data.corpus import Part, Text, isolates_documents, pretraining_text
+from gptjax.data.corpus import Part, Text, documents_within, isolates_documents, pretraining_text
 from gptjax.data.tokens import around
 from gptjax.errors import InputError
 from gptjax.parallel.mesh import batch_ways
@@ -53,6 +55,17 @@ def score(model: Model, text: Text, rows: int, *, stride: int | None = None, per
 
 
 def main(_):
+    with contextlib.redirect_stdout(sys.stderr):  # stdout is for the result
+        result = _evaluate()
+    if FLAGS.json:
+        print(configs.dumps(result))
+    else:
+        width = max(14, *map(len, result))
+        for name, value in result.items():
+            print(f"{name:>{width}}  {value:,.4f}" if isinstance(value, float) else f"{name:>{width}}  {value:,}")
+
+
+def _evaluate() -> dict:
     model = load_model(FLAGS.workdir, step=FLAGS.step)
     rows = -(-FLAGS.batch_size // batch_ways(model.mesh.shape)) * batch_ways(model.mesh.shape)
     if FLAGS.source is None:
@@ -63,30 +76,29 @@ def main(_):
                 f"The text this workdir was trained on is not at hand ({error}): give --source=PATH."
             ) from error
     else:
-        text = source_text(FLAGS.source, model.tokenizer, FLAGS.text_field, isolates_documents(FLAGS.workdir))
-    result = score(model, text, rows, stride=FLAGS.stride, per_document=FLAGS.per_document)
-    if FLAGS.json:
-        print(configs.dumps(result))
-    else:
-        width = max(14, *map(len, result))
-        for name, value in result.items():
-            print(f"{name:>{width}}  {value:,.4f}" if isinstance(value, float) else f"{name:>{width}}  {value:,}")
+        text = source_text(
+            FLAGS.source, model.tokenizer, FLAGS.text_field, isolates_documents(FLAGS.workdir),
+            **documents_within(FLAGS.workdir),
+        )  # fmt: skip
+    return score(model, text, rows, stride=FLAGS.stride, per_document=FLAGS.per_document)
 
 
-def source_text(source: str, tokenizer, text_field: str, isolate_documents: bool = False) -> Text:
-    """A source as a text to score."""
-    shards = TokensInMemory(source, tokenizer, text_field)
+def source_text(source: str, tokenizer, text_field: str, isolate_documents: bool = False, *,
+                document_separator: str | None = None, split: str | None = None) -> Text:  # fmt: skip
+    """A source as a text to score. document_separator, split: corpus.documents_within."""
+    documents = sources.documents(source, text_field=text_field, separator=document_separator, lines=split == "lines")
+    shards = TokensInMemory(documents, tokenizer)
     return Text(tokenizer, (Part("", 1.0, shards, shards),), isolate_documents, {})
 
 
 class TokensInMemory:
-    """A source's documents as tokens.TokenShards has them, not on disk: 4 bytes a token.
+    """Documents as tokens.TokenShards has them, not on disk: 4 bytes a token.
 
     spans: int64 [documents, 2], first and last + 1 token of each."""
 
-    def __init__(self, source: str, tokenizer, text_field: str):
+    def __init__(self, documents, tokenizer):
         ids, spans, n_bytes, total = [], [], 0, 0
-        for document in progress(sources.documents(source, text_field=text_field), desc="tokenizing", unit="doc"):
+        for document in progress(documents, desc="tokenizing", unit="doc"):
             before, after = around(tokenizer, first=not ids)
             ids.append(np.array(before + tokenizer.encode(document.text) + after, np.int32))
             n_bytes += len(document.text.encode()) + int(tokenizer.byte_lengths[before + after].sum())

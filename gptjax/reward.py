@@ -136,7 +136,7 @@ def reward(config: mlc.ConfigDict, workdir: str) -> bool:
     length = padded(8 * mesh.shape["seq"])
     check_fits(mesh.shape, n_head=model.n_head, batch_size=c.batch_size, microbatch_size=c.microbatch_rows, time=length)
     known = hosts.from_first((workdir / "config.json").exists)
-    record = start_record(workdir, known)
+    record = start_record(workdir, known, c.init_from)
     batches = ComparisonBatches(
         comparisons.train, c.batch_size, comparisons.k, length, c.seed, pad_id=template.pad_id, here=here,
         shuffle=record["shuffle"],

@@ -172,7 +172,7 @@ def sft(config: mlc.ConfigDict, workdir: str) -> bool:
     if known:
         configs.claim_workdir(workdir, "sft", c, **sections)
     hosts.only_first(lambda: tokenizer.save(workdir / "tokenizer"))
-    mix, text, record = None, None, start_record(workdir, known)
+    mix, text, record = None, None, start_record(workdir, known, c.init_from)
     if c.mix.fraction:
         text = load_text(c.mix.source, c.init_from, workdir, c.mix.cache, "mix.cache", c.seed + 1, record, known)
         mix = text.examples(length, c.seed + 1, record["shuffle"])

@@ -390,6 +390,7 @@ UNKNOWN = {  # the argument: what is said
     "foo": "config.foo: there are batch_size, checkpoint, data,",
     "data.sources": "config.data.sources: did you mean 'source'?",
     "zzz.every": "config.zzz: there are batch_size",
+    "data.mixtures.web": "config.data.mixtures: did you mean 'mixture'?",
     "steps.most": "config.steps.most: config.steps has no keys of its own.",
 }
 
@@ -420,11 +421,23 @@ def test_an_unknown_key_of_the_command_line_names_the_nearest_or_all(parsed, cap
     assert capsys.readouterr().err.startswith(f"error: unknown config key {UNKNOWN[key]}")
 
 
-def test_a_mixture_is_named_on_the_command_line(parsed):
+def test_a_mixture_where_there_can_be_none(parsed, capsys):
+    with pytest.raises(SystemExit):
+        parsed("instructgpt/sft.py", "--config.data.mixture.web=.5")
+    assert capsys.readouterr().err.startswith("error: unknown config key config.data.mixture: there are ")
+
+
+def test_a_mixture_is_named_on_the_command_line(parsed, tmp_path):
     """Its keys are the user's own, so that no config file has them: they are added, or override what is there."""
     before = list(sys.argv)
     c = parsed("gpt2.py", "--config.data.mixture.web=.5", "--config.data.mixture.my_books=2", "--config.steps=7")
     assert c.data.mixture.to_dict() == {"web": 0.5, "my_books": 2.0} and c.steps == 7
+    (tmp_path / "whole.py").write_text(
+        "import ml_collections\n\ndef get_config():\n"
+        "    return ml_collections.ConfigDict({'data': {'mixture': {'web': 1, 'books': 1}}})\n"
+    )
+    c = parsed(tmp_path / "whole.py", "--config.data.mixture.web=.5")
+    assert c.data.mixture.to_dict() == {"web": 0.5, "books": 1}
     c = parsed("gpt3.py:125m,mixture", "--config.data.mixture.books1=3", "--config.data.mixture.web=1")
     assert c.data.mixture["books1"] == 3.0 and c.data.mixture["web"] == 1.0 and c.data.mixture["webtext2"] == 22.0
     assert c.is_locked and sys.argv[1] != before

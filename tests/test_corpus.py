@@ -12,6 +12,7 @@ from gptjax.config import write_json
 from gptjax.data import corpus, tokens
 from gptjax.data.corpus import DataConfig, load_corpus, load_text, pretraining_text, start_record, write_record
 from gptjax.errors import InputError
+from gptjax.evaluate import source_text
 from gptjax.parallel.mesh import MeshConfig, make_mesh
 from gptjax.rlhf import ptx
 from gptjax.training.metrics import dumps
@@ -107,8 +108,10 @@ def test_every_part_of_a_mixture_is_validated_whatever_the_order_of_its_keys(sou
 
 
 def test_a_bad_part_is_named(source, tmp_path):
-    with pytest.raises(InputError, match="mixture source 'nowhere': source .* doesn't exist"):
-        load_corpus(config(source, tmp_path, mixture={"nowhere": 1.0, "zoo": 1.0}), tmp_path, 0, {}, False)
+    for name in ("nowhere", "zzz"):  # the first of the parts, and the last
+        c = config(source, tmp_path, mixture={name: 1.0, "zoo": 1.0})
+        with pytest.raises(InputError, match=f"^mixture source '{name}': source .* doesn't exist"):
+            load_corpus(c, tmp_path, 0, {}, False)
 
 
 @pytest.mark.parametrize("isolate", [False, True])
@@ -124,10 +127,63 @@ def test_isolation_follows_the_base_through_the_stages(source, tmp_path, isolate
     batch = text.validation_batches(16, 4)[""][0]
     assert ("segment_ids" in batch) == isolate
     mesh = make_mesh(MeshConfig(data=8))
-    on_mesh = ptx.Text(text.examples(16, 0, 2), text, 16).batch(0, (1, 1, 8), mesh)
+    on_mesh = ptx.Text(text.examples(16, 0, 2), text, 16).batch(0, (1, 1, 8), 8, mesh)
     assert ("segment_ids" in on_mesh) == isolate == ("positions" in on_mesh)
     if isolate:
         assert on_mesh["segment_ids"].shape == (1, 1, 8, 16) and int(on_mesh["segment_ids"].max()) > 1
+
+
+def test_isolation_outlives_the_folder_of_the_base(source, tmp_path, capsys):
+    """A stage after pre-training keeps it in its own data.json; without that, what is assumed is told."""
+    begin(config(source, tmp_path, isolate_documents=True), tmp_path / "base")
+    for name in ("sft", "old"):
+        (tmp_path / name).mkdir()
+        base = str(tmp_path / "base")
+        write_json(tmp_path / name / "config.json", {"stage": "sft", "init_from": base, "data": {}})
+    record = start_record(tmp_path / "sft", False, tmp_path / "base")
+    write_record(tmp_path / "sft", record)
+    assert corpus.isolates_documents(tmp_path / "sft") and corpus.isolates_documents(tmp_path / "old")
+    shutil.rmtree(tmp_path / "base")
+    assert corpus.isolates_documents(tmp_path / "sft") is True and capsys.readouterr().err == ""
+    assert start_record(tmp_path / "sft", True, tmp_path / "base") == record  # resumed without its base
+    assert start_record(tmp_path / "ppo", False, tmp_path / "sft")["isolate_documents"] is True
+    assert corpus.isolates_documents(tmp_path / "old") is False
+    assert "whether documents were isolated in pre-training is not known" in capsys.readouterr().err.lower()
+
+
+def test_a_text_that_is_refused_is_refused_on_every_host(tmp_path, monkeypatch):
+    """PPO goes on without a text that it does not need: a first host that told the others nothing left them waiting."""
+    (tmp_path / "imported").mkdir()
+    write_json(tmp_path / "imported" / "config.json", {"stage": "convert", "data": {}})
+    load = lambda: load_text(None, tmp_path / "imported", tmp_path, None, "ptx.cache", 0, {}, False)
+    sent = []
+
+    def on_first(make):
+        sent.append(json.loads(json.dumps(make())))
+        return sent[-1]
+
+    monkeypatch.setattr(corpus.hosts, "from_first", on_first)
+    with pytest.raises(InputError, match="no pre-training text is known of these weights"):
+        load()
+    assert len(sent) == 1
+    monkeypatch.setattr(corpus.hosts, "from_first", lambda make: sent[0])
+    with pytest.raises(InputError, match="no pre-training text is known of these weights"):
+        load()
+
+
+@pytest.mark.parametrize("how", [{"document_separator": "##"}, {"split": "lines"}, {}])
+def test_documents_end_where_they_did_in_pretraining(tmp_path, how):
+    (tmp_path / "x.txt").write_text("".join(f"one {i}\n##two {i}\n##\n" for i in range(10)))
+    base = begin(config(tmp_path / "x.txt", tmp_path, **how), tmp_path / "base")
+    options = corpus.documents_within(tmp_path / "base")
+    assert {k: v for k, v in options.items() if v} == how
+    own = sum(part.documents for part in (base.parts[0].train, base.parts[0].validation))
+    shards = source_text(str(tmp_path / "x.txt"), base.tokenizer, "text", **options).parts[0].validation
+    assert len(shards.spans) == (own if how else 1)
+    base.tokenizer.save(tmp_path / "ppo" / "tokenizer")
+    text = load_text(str(tmp_path / "x.txt"), tmp_path / "base", tmp_path / "ppo", None, "ptx.cache", 0,
+                     start_record("", False), False)  # fmt: skip
+    assert sum(part.documents for part in (text.parts[0].train, text.parts[0].validation)) == own
 
 
 def test_a_remote_workdir_names_the_cache_to_give():

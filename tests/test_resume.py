@@ -268,6 +268,8 @@ def test_a_float16_run_whose_last_step_is_skipped_has_a_report(text, tmp_path, m
     records = lines(tmp_path / "run")
     records[-1] |= {"loss": None, "bits_per_byte": None, "grad_norm": None, "skipped": 1}
     (tmp_path / "run" / "metrics.jsonl").write_text("".join(json.dumps(r) + "\n" for r in records))
+    (tmp_path / "run" / "evaluations.jsonl").write_text('{"step": 0, "loss": 3.0}\n{"step": 2, "loss": null}\n')
+    (tmp_path / "run" / "samples.jsonl").write_text('{"step": 0, "prompt": "a", "text": "b", "score": null}\n')
     assert "training curves" in report.write(tmp_path / "run").read_text()
 
 

@@ -536,6 +536,11 @@ def test_written_end_of_text(tmp_path):
     (tmp_path / "x.txt").write_text("<|endoftext|>\n".join(f"story {i}\nends\n" for i in range(20)))
     with pytest.warns(UserWarning, match=r"written 19 times in 1 documents.*document_separator='<\|endoftext\|>'"):
         assert len(read(tmp_path / "x.txt")) == 1
+    with warnings.catch_warnings(record=True) as said:  # once, from wherever it is read
+        warnings.resetwarnings()
+        read(tmp_path / "x.txt")
+        list(documents(str(tmp_path / "x.txt")))
+    assert len(said) == 1
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         split = read(tmp_path / "x.txt", separator="<|endoftext|>")

@@ -6,8 +6,9 @@ every reader after it checks that it has those:
     {"shuffle": 2, "text": {"tokenizer": sha256, "isolate_documents": false,
                             "parts": {"books1": {"directory": "0f5c…", "train": sha256, "validation": sha256}}}}
 
-"shuffle" is the version of lm.shuffled. A source that is no mixture has one part, "". Runs of earlier versions have no
-data.json: their tokens are in the cache itself, and their checkpoints have the fingerprint.
+"shuffle" is the version of lm.shuffled. Stages after pre-training also have "isolate_documents", how their base was
+pre-trained. A source that is no mixture has one part, "". Runs of earlier versions have no data.json: their tokens are
+in the cache itself, and their checkpoints have the fingerprint.
 """
 
 import dataclasses
@@ -26,6 +27,7 @@ from gptjax.data.tokenizer import Tokenizer
 from gptjax.errors import InputError
 from gptjax.objectives.language import bits_per_byte
 from gptjax.parallel import hosts
+from gptjax.training.files import warn
 
 
 @dataclasses.dataclass(frozen=True)
@@ -153,11 +155,11 @@ def read_record(workdir) -> dict:
         raise InputError(f"{path} is damaged ({error}): restore it or start a new workdir.") from error
 
 
-def start_record(workdir, known: bool) -> dict:
+def start_record(workdir, known: bool, base=None) -> dict:
     """What data.json of a run has, the same on every host: as it is where the run is resumed (known), else its
-    beginning."""
+    beginning. base: the workdir that a stage after pre-training starts from."""
     if not known:
-        return {"shuffle": lm.SHUFFLE}
+        return {"shuffle": lm.SHUFFLE} | ({"isolate_documents": isolates_documents(base)} if base else {})
     return {"shuffle": 1, **hosts.from_first(lambda: read_record(workdir))}
 
 
@@ -202,16 +204,27 @@ def load_corpus(c: DataConfig, workdir, seed: int, record: dict, known: bool) ->
 
 def _first_then_others(load: Callable, recorded: dict | None) -> Text:
     """load(recorded) on the first host, then on the others load(its record): where storage is shared they find what it
-    made; where it isn't, each makes its own."""
-    made = None
+    made; where it isn't, each makes its own. InputError on every host where one of them has it: PPO goes on without a
+    text that it does not need."""
+    made = problem = None
 
-    def first():
-        nonlocal made
-        made = load(recorded)
-        return made.record
+    def attempt(recorded):
+        nonlocal made, problem
+        try:
+            made = load(recorded)
+            return made.record
+        except InputError as error:
+            problem = error
+            return str(error)
 
-    record = hosts.from_first(first)
-    return made or load(record)
+    record = hosts.from_first(lambda: attempt(recorded))
+    if isinstance(record, str):
+        raise problem or InputError(record)
+    if made is None:
+        attempt(record)
+    if not hosts.all_true(problem is None):
+        raise problem or InputError("another host can't read the text")
+    return made
 
 
 def _load(c: DataConfig, cache, seed: int, isolate: bool, recorded: dict | None, *, earlier=False, owner=None) -> Text:
@@ -220,7 +233,7 @@ def _load(c: DataConfig, cache, seed: int, isolate: bool, recorded: dict | None,
     earlier: without a record, take what a run of an earlier version put into the cache itself. owner: of the record.
     """
     weights = {name: c.mixture[name] for name in sorted(c.mixture) if c.mixture[name] > 0} or {"": 1.0}
-    spec = None
+    tokenizer_of_all = functools.cache(lambda: _tokenizer_of(c, weights, cache))
     tokenizer, parts, record = None, [], {}
     for name, weight in weights.items():
         path = os.path.join(c.source, name) if name else c.source
@@ -228,11 +241,12 @@ def _load(c: DataConfig, cache, seed: int, isolate: bool, recorded: dict | None,
             directory = os.path.join(cache, recorded["parts"][name]["directory"])
         else:
             directory = os.path.join(cache, name) if earlier else None
+        there = directory and os.path.exists(os.path.join(os.path.expanduser(directory), "manifest.json"))
+        spec = None if there else tokenizer_of_all()
         with _naming(name):
-            if directory and os.path.exists(os.path.join(os.path.expanduser(directory), "manifest.json")):
+            if there:
                 opened, splits = tokens.open_shards(directory)
             else:
-                spec = spec or _tokenizer_of(c, weights, cache)
                 opened, splits = tokens.prepare(
                     path, spec, cache, validation=_fraction(c.validation), text_field=c.text_field, seed=seed,
                     split=c.split, document_separator=c.document_separator, by_content=True,
@@ -272,15 +286,22 @@ def _tokenizer_of(c: DataConfig, names, cache) -> str:
     """The tokenizer for `tokens.prepare`: of a mixture one for all parts, trained on them together or given."""
     if list(names) == [""]:
         return c.tokenizer
-    parts = [os.path.join(c.source, name) for name in names]
-    read = lambda: itertools.chain.from_iterable(
-        (d.text for d in sources.documents(path, text_field=c.text_field, separator=c.document_separator))
-        for path in parts
-    )
+
+    def read():
+        for name in names:
+            with _naming(name):
+                path = os.path.join(c.source, name)
+                for d in sources.documents(path, text_field=c.text_field, separator=c.document_separator):
+                    yield d.text
+
+    def stamp(name: str) -> str:
+        with _naming(name):
+            return sources.fingerprint(os.path.join(c.source, name))
+
     if c.tokenizer == "char":
         texts, read = read, lambda: itertools.chain(["\n"], texts())  # stands between two documents
     made = c.tokenizer == "char" or c.tokenizer.startswith("bpe:")
-    about = {"sources": [sources.fingerprint(path) for path in parts], "text_field": c.text_field} if made else {}
+    about = {"sources": [stamp(name) for name in names], "text_field": c.text_field} if made else {}
     about |= {"document_separator": c.document_separator} if made and c.document_separator else {}
     return tokens.shared_tokenizer(c.tokenizer, read, about, cache)
 
@@ -317,12 +338,39 @@ def pretraining_run(workdir) -> tuple[str, dict]:
     raise InputError(f"{' <- '.join(seen)}: no pre-training text is known of these weights; name a source of text")
 
 
-def isolates_documents(workdir) -> bool:
-    """Whether the weights of a run were pre-trained with attention that stays within a document."""
+def _pretraining_data(workdir) -> dict:
+    """The data config of the pre-training that a run's weights began with; {} where none is known."""
     try:
-        return bool(pretraining_run(workdir)[1]["data"].get("isolate_documents", False))
+        return pretraining_run(workdir)[1]["data"]
     except InputError:
-        return False
+        return {}
+
+
+def isolates_documents(workdir) -> bool:
+    """Whether the weights of a run were pre-trained with attention that stays within a document: as pre-training's
+    config says, or data.json of a stage after it. Imported weights were not; a warning where it can't be known."""
+    seen = set()
+    while workdir and str(workdir) not in seen:
+        seen.add(str(workdir))
+        try:
+            run, record = read_config(workdir), read_record(workdir)
+        except InputError as error:
+            warn(f"{error} Whether documents were isolated in pre-training is not known: taken as not isolated.")
+            return False
+        if run.get("stage") == "pretrain":
+            return bool((run.get("data") or {}).get("isolate_documents", False))
+        if "isolate_documents" in record:
+            return record["isolate_documents"]
+        workdir = run.get("init_from") or run.get("policy")
+    return False
+
+
+def documents_within(workdir) -> dict:
+    """Where documents ended inside a text in the pre-training of a run's weights: {'document_separator', 'split'} of
+    DataConfig, split only where it makes each line a document."""
+    data = _pretraining_data(workdir)
+    lines = "lines" if data.get("split") == "lines" else None
+    return {"document_separator": data.get("document_separator"), "split": lines}
 
 
 def pretraining_text(workdir, cache: str | None = None, flag: str = "data.cache") -> Text:
@@ -361,14 +409,16 @@ def load_text(source: str | None, init_from, workdir, cache: str | None, flag: s
     """Pre-training text as a later stage reads it.
 
     source: None = the text the run `init_from` was pre-trained on; else any source, tokenised into `cache` (None =
-    `data` in the workdir; `flag` is its key) with the tokenizer saved in the workdir. Either way documents are isolated
-    if that pre-training isolated them. record, known: as load_corpus has them; what was recorded is checked.
+    `data` in the workdir; `flag` is its key) with the tokenizer saved in the workdir. Either way documents end where
+    they did in that pre-training (documents_within), and are isolated if it isolated them. record, known: as
+    load_corpus has them; what was recorded is checked.
     """
     if source is None:
         load = lambda _: pretraining_text(init_from, cache, flag)
     else:
-        c = DataConfig(source=source, tokenizer=str(paths.local(workdir) / "tokenizer"))
-        cache, isolate = shards_directory(cache, workdir, flag), isolates_documents(init_from)
+        c = DataConfig(source=source, tokenizer=str(paths.local(workdir) / "tokenizer"), **documents_within(init_from))
+        cache = shards_directory(cache, workdir, flag)
+        isolate = record["isolate_documents"] if "isolate_documents" in record else isolates_documents(init_from)
         load = functools.partial(_load, c, cache, seed, isolate, earlier=known, owner=workdir if known else None)
     text = _first_then_others(load, record.get("text"))
     if source is None and "text" in record and _content(text.record) != _content(record["text"]):

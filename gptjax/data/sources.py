@@ -72,7 +72,7 @@ def documents(
             f"source {source!r}: {END_OF_TEXT} is written {written} times in {holders} documents. It is ordinary text "
             "there and separates nothing; to pre-train with a document ending at each, give "
             f"--config.data.document_separator='{END_OF_TEXT}'",
-            stacklevel=2,
+            stacklevel=1,  # of this place: said once, however often and from wherever the source is read
         )
 
 
@@ -193,7 +193,7 @@ class _Skipped:
         if self.as_text:
             said.append(f"read as text {len(self.as_text)} .json files that hold no rows: {_named(self.as_text)}")
         if said:
-            warnings.warn(f"source {self._source!r}: {'; '.join(said)}", stacklevel=4)
+            warnings.warn(f"source {self._source!r}: {'; '.join(said)}", stacklevel=1)
 
 
 def _named(names: list[str]) -> str:

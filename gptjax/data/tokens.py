@@ -77,7 +77,7 @@ class TokenShards:
                       for j in range(0, int(self._ends[i + 1] - self._ends[i]), 2**22))  # fmt: skip
             self._token_bytes = sum(int(lengths[block].sum(dtype=np.int64)) for block in blocks)
         if self.eot_id is not None:
-            separators = self.documents
+            separators = self.documents * int(lengths[self.eot_id])
         elif self.documents > 1 and self._separated:
             separators = (self.documents - 1) * int(lengths[self._tokenizer.separator_ids].sum())
         else:

@@ -32,7 +32,11 @@ def parse_json(text: str | bytes) -> Any:
     except RecursionError:
         raise ValueError("lists or objects nested too deep") from None
     except ValueError:  # of int(), which takes no more than sys.get_int_max_str_digits() digits
+        pass
+    try:
         return json.loads(text, parse_int=_integer)
+    except RecursionError:
+        raise ValueError("lists or objects nested too deep") from None
 
 
 def _integer(digits: str) -> Any:

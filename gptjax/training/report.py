@@ -85,8 +85,8 @@ def _summary(config, train, evaluations) -> list[tuple[str, str]]:
             rows.append(("MFU", f"{100 * last['mfu']:.1f} % (PaLM-style)"))
     if evaluations:
         named = [("first", evaluations[0]), ("last", evaluations[-1])]
-        if "loss" in evaluations[0]:
-            named.append(("best", min(evaluations, key=lambda e: e["loss"])))
+        if finite := [e for e in evaluations if e.get("loss") is not None]:
+            named.append(("best", min(finite, key=lambda e: e["loss"])))
         rows += [(f"{name} validation", f"{_figures(e)}, step {e['step']:,}") for name, e in named]
     rows += [
         ("hardware", f"{jax.device_count()} x {device.device_kind} ({platform.machine()} {platform.system()})"),
@@ -202,7 +202,7 @@ def _samples(samples) -> str:
         shown.append(f"<h3>step {step:,}</h3>")
         for s in samples:
             if s["step"] == step:
-                figures = [f"{k} {s[k]:.2f}" for k in ("score", "gold") if k in s]
+                figures = [f"{k} {s[k]:.2f}" for k in ("score", "gold") if s.get(k) is not None]
                 note = f"<small>{', '.join(figures)}</small>\n" if figures else ""
                 gap = "\n" if "demonstration" in s or figures else ""
                 shown.append(f"<pre>{note}<b>{html.escape(s['prompt'])}</b>{gap}{html.escape(s['text'])}</pre>")
