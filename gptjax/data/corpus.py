@@ -27,7 +27,6 @@ from gptjax.data.tokenizer import Tokenizer
 from gptjax.errors import InputError
 from gptjax.objectives.language import bits_per_byte
 from gptjax.parallel import hosts
-from gptjax.training.files import warn
 
 
 @dataclasses.dataclass(frozen=True)
@@ -355,7 +354,7 @@ def isolates_documents(workdir) -> bool:
         try:
             run, record = read_config(workdir), read_record(workdir)
         except InputError as error:
-            warn(f"{error} Whether documents were isolated in pre-training is not known: taken as not isolated.")
+            hosts.warn(f"{error} Whether documents were isolated in pre-training is not known: taken as not isolated.")
             return False
         if run.get("stage") == "pretrain":
             return bool((run.get("data") or {}).get("isolate_documents", False))
