@@ -153,6 +153,7 @@ def run(main):
             _fail(f"the disk is full ({error.filename or error.strerror}): free some space and start again")
 
     console.escape_unprintable()
+    console.plain_warnings()
     try:
         app.run(guarded, flags_parser=parse)
     except KeyboardInterrupt:

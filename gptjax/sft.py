@@ -181,7 +181,8 @@ def sft(config: mlc.ConfigDict, workdir: str) -> bool:
         configs.claim_workdir(workdir, "sft", c, **sections)
     hosts.only_first(lambda: demonstrations.left_out.write(workdir))
     here = hosts.batch_rows(batch_sharding(mesh, 0), c.microbatch_rows)
-    kind = {"byte_lengths": tokenizer.byte_lengths, "loss_on": c.data.loss_on, "here": here}
+    byte_lengths = tokenizer.byte_lengths if tokenizer.lossless else tokenizer.byte_lengths * demonstrations.byte_ratio
+    kind = {"byte_lengths": byte_lengths, "loss_on": c.data.loss_on, "here": here}
     batches = DemonstrationBatches(
         packed, c.batch_size, c.seed, mix=mix, mix_fraction=c.mix.fraction, mix_eot_id=text and text.eot_id,
         shuffle=record["shuffle"], **kind,

@@ -56,6 +56,22 @@ def test_an_example(tmp_path):
         assert example.prompt == before
 
 
+def test_bytes_are_the_responses_own_where_the_tokenizer_normalizes(tmp_path):
+    """As GPT-1's vocabulary does: tokens that stand for twice the bytes of the text count half of them."""
+    talk = [{"role": role, "content": text} for text in "cd" for role in ("user", "assistant")]
+    rows = [{"prompt": f"p{i}", "response": "abc"} for i in range(9)] + [{"messages": talk}]
+    c, t = DemonstrationConfig(source=write(tmp_path / "x.jsonl", rows)), template()
+    loaded = load_demonstrations(c, t, LENGTH, 0)
+    own = sum(int(t.byte_lengths[e.ids[e.response]].sum()) for e in loaded.train + loaded.validation)
+    assert (own, loaded.byte_ratio) == (9 * 4 + 2 * 2, 1.0)
+    t.lossless, t.byte_lengths = False, t.byte_lengths * 2
+    loaded = load_demonstrations(c, t, LENGTH, 0)
+    assert loaded.byte_ratio == 0.5
+    packed = PackedRows(loaded.validation, LENGTH, False, PAD)
+    for batch in validation_batches(packed, 1, byte_lengths=np.full(1000, 2.0) * loaded.byte_ratio, loss_on="response"):
+        assert batch["target_bytes"].dtype == np.int32 and batch["target_bytes"].sum() == batch["weights"].sum()
+
+
 def test_messages_and_a_map_of_fields(tmp_path):
     talk = [{"role": r, "content": c} for r, c in (("system", "s"), ("user", "ab"), ("assistant", "c"))]
     longer = [*talk, {"role": "user", "content": "d"}, {"role": "assistant", "content": "e"}]

@@ -32,8 +32,8 @@ def chat_tokenizer(tokenizer: Tokenizer) -> Tokenizer:
 class Template:
     """Text to token ids and back. kind: 'chat', or 'plain' for texts with nothing put around them.
 
-    eos_id: ends every response; pad_id: never part of one. InputError: another kind, or a tokenizer
-    without the special tokens.
+    eos_id: ends every response; pad_id: never part of one; vocab_size, lossless, byte_lengths: the tokenizer's.
+    InputError: another kind, or a tokenizer without the special tokens.
     """
 
     def __init__(self, tokenizer: Tokenizer, kind: str):
@@ -50,6 +50,7 @@ class Template:
         self.kind = kind
         self.eos_id, self.pad_id = tokenizer.eot_id, tokenizer.pad_id
         self.vocab_size = tokenizer.vocab_size
+        self.lossless, self.byte_lengths = tokenizer.lossless, tokenizer.byte_lengths
         if self.pad_id == self.eos_id:
             raise InputError(f"padding and end-of-text are one token, {self.eos_id}; give padding an id of its own")
         self._tokenizer = tokenizer

@@ -27,7 +27,6 @@ from gptjax.data.tokenizer import Tokenizer
 from gptjax.errors import InputError
 from gptjax.objectives.language import bits_per_byte
 from gptjax.parallel import hosts
-from gptjax.training.files import warn
 
 
 @dataclasses.dataclass(frozen=True)
@@ -366,7 +365,7 @@ def pretraining_documents(workdir) -> dict:
     }
 
 
-_warn_once = functools.cache(warn)
+_warn_once = functools.cache(hosts.warn)
 
 
 def isolates_documents(workdir) -> bool:

@@ -73,12 +73,14 @@ class Demonstration(NamedTuple):
 
 
 class Demonstrations(NamedTuple):
-    """train, validation; left_out: the other rows; fingerprint: of the training ids and masks."""
+    """train, validation; left_out: the other rows; fingerprint: of the training ids and masks; byte_ratio: bytes of
+    the responses' text for each that their tokens stand for, 1 but for a tokenizer that normalizes, as GPT-1's."""
 
     train: list[Demonstration]
     validation: list[Demonstration]
     left_out: LeftOut
     fingerprint: str
+    byte_ratio: float = 1.0
 
 
 def load_demonstrations(
@@ -90,24 +92,32 @@ def load_demonstrations(
     InputError: with the rows, a missing field, no text, or more than max_length tokens.
     """
     most = limit(c.max_length, length)
+    text_bytes = token_bytes = 0
 
     def make(record: Record) -> tuple[str, Demonstration]:
+        nonlocal text_bytes, token_bytes
         answer = "response" if "response" in record or "completion" not in record else "completion"
         talk = "messages" if "messages" in record or "conversations" not in record else "conversations"
         if talk in record and not ("prompt" in record and answer in record):
             said, rest = published.messages(record[talk]), "turns after it"
             ids, response = template.conversation(said)
+            answers = [turn["content"] for turn in said if turn["role"] == "assistant"]
         else:
             said, rest = published.prompt(record["prompt"], template.kind), "response"
-            before, after = template.prompt(said), template.response(published.response(record[answer]))
+            answers = [published.response(record[answer])]
+            before, after = template.prompt(said), template.response(answers[0])
             ids, response = before + after, [False] * len(before) + [True] * len(after)
         prompt = response.index(True)
         check_length(prompt, len(ids) - prompt, most, rest)
-        return prompt_text(said), Demonstration(np.array(ids, np.int32), np.array(response), prompt)
+        example = Demonstration(np.array(ids, np.int32), np.array(response), prompt)
+        text_bytes += sum(len(text.encode()) + 1 for text in answers)  # end-of-text counts as one
+        token_bytes += int(template.byte_lengths[example.ids[example.response]].sum())
+        return prompt_text(said), example
 
     train, validation, left_out = load_split(c, make, seed, flags)
     content = (array for example in train for array in (example.ids, example.response))
-    return Demonstrations(train, validation, left_out, fingerprint(content))
+    ratio = 1.0 if template.lossless else text_bytes / max(token_bytes, 1)
+    return Demonstrations(train, validation, left_out, fingerprint(content), ratio)
 
 
 class PackedRows:
@@ -282,7 +292,7 @@ def _weighed(arrays: dict[str, np.ndarray], loss_on: str, byte_lengths: np.ndarr
         "lm_weights": arrays["real"],
         "segment_ids": arrays["segment_ids"],
         "positions": arrays["positions"],
-        "target_bytes": (byte_lengths.take(arrays["tokens"][:, 1:]) * (weights > 0)).sum(1, dtype=np.int32),
+        "target_bytes": np.rint((byte_lengths.take(arrays["tokens"][:, 1:]) * (weights > 0)).sum(1)).astype(np.int32),
     }
 
 
