@@ -153,6 +153,7 @@ def run(main):
             _fail(f"the disk is full ({error.filename or error.strerror}): free some space and start again")
 
     console.escape_unprintable()
+    console.plain_warnings()
     try:
         app.run(guarded, flags_parser=parse)
     except KeyboardInterrupt:
@@ -323,16 +324,16 @@ def claim_workdir(workdir, stage: str, config, **sections) -> bool:
     sections: what takes the place of the config's own or is added to it (the whole model, where the config overrides
     a part of one). `origin`: {<field>_<what>: value} of the models in the workdirs that the config's fields name
     (workdir.origin); a value that is left out is not compared.
-    Returns whether the run is being taken up again. Raises InputError listing the keys that differ. Of many hosts one
+    Returns whether the run is being resumed. Raises InputError listing the keys that differ. Of many hosts one
     claims it for all.
     """
-    taken_up = hosts.from_first(lambda: _claim(paths.local(workdir), stage, config, sections))
+    resumed = hosts.from_first(lambda: _claim(paths.local(workdir), stage, config, sections))
     if not (paths.local(workdir) / "config.json").exists():
         raise InputError(
             f"What process 0 wrote to {workdir} is not there on {socket.gethostname()}: give a --workdir on storage "
             "that all hosts share (checkpoints are written by all of them)."
         )
-    return taken_up
+    return resumed
 
 
 def _claim(workdir, stage, config, sections) -> bool:

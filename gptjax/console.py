@@ -9,6 +9,7 @@ import math
 import os
 import sys
 import time
+import warnings
 
 from tqdm import tqdm
 
@@ -60,6 +61,11 @@ def lenient_output():
             if isinstance(stream, _Lenient):
                 stream.flush()
         sys.stdout, sys.stderr = out, err
+
+
+def plain_warnings():
+    """Of a command: warnings.warn shows its text, not a line of our source."""
+    warnings.formatwarning = lambda message, *_, **__: f"warning: {message}\n"
 
 
 def escape_unprintable():

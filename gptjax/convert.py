@@ -19,7 +19,7 @@ from etils import epath
 
 from gptjax import config as configs
 from gptjax import lock, paths
-from gptjax.data.corpus import DataConfig
+from gptjax.data.corpus import DataConfig, isolates_documents
 from gptjax.data.tokenizer import Tokenizer, make_tokenizer
 from gptjax.errors import InputError
 from gptjax.interop import huggingface
@@ -42,9 +42,9 @@ def import_weights(source, workdir, tokenizer_path: str | None = None):
     directory is not used is printed, a line each.
     """
     workdir = paths.local(workdir)
-    if (workdir / "config.json").exists():
-        raise InputError(f"{workdir} already holds a run: give a new --workdir.")
     with lock.held(workdir):
+        if (workdir / "config.json").exists():
+            raise InputError(f"{workdir} already holds a run: give a new --workdir.")
         return _import(source, workdir, tokenizer_path)
 
 
@@ -140,7 +140,7 @@ def export_weights(workdir, output, step: int | str | None = None):
         output, model.config, jax.tree.map(np.asarray, model.params), model.tokenizer, template=model.template,
         generation=_generation(run), head=head,
     )  # fmt: skip
-    for note in _export_notes(run, model):
+    for note in _export_notes(run, model, isolates_documents(workdir)):
         print(f"note: {note}")
     return model
 
@@ -165,7 +165,7 @@ def _generation(run: dict) -> dict:
             "max_new_tokens": rollout["max_new_tokens"]}  # fmt: skip
 
 
-def _export_notes(run: dict, model: Model) -> list[str]:
+def _export_notes(run: dict, model: Model, isolated: bool) -> list[str]:
     notes, tokenizer, stage = [], model.tokenizer, run.get("stage")
     if stage == "ppo":
         notes.append("exported is the policy's moving average; its value network and PPO's state are not")
@@ -192,8 +192,9 @@ def _export_notes(run: dict, model: Model) -> list[str]:
         )
     elif model.template:
         notes.append(f"the template {model.template!r} puts nothing around a prompt: there is no chat template")
-    if stage == "pretrain" and (run.get("data") or {}).get("isolate_documents"):
-        notes.append("that documents are isolated from each other (data.isolate_documents) is not in the format")
+    if isolated:
+        notes.append("that the model was pre-trained on documents isolated from each other (data.isolate_documents) is "
+                     "not in the format")  # fmt: skip
     return notes
 
 

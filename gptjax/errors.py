@@ -1,6 +1,6 @@
-"""The one exception for input a person can mend.
+"""The one exception for bad input that the user can fix.
 
-Every message names the cause and the mend. The command-line mains print it without a traceback and
+Every message names the cause and the fix. The command-line mains print it without a traceback and
 exit with code 2; library callers catch it as a ValueError.
 """
 

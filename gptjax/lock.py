@@ -7,7 +7,6 @@ workdirs and storage without flock (some NFS mounts): there it is for whoever st
 
 import contextlib
 import errno
-import fcntl
 import functools
 import json
 import os
@@ -17,6 +16,11 @@ import time
 from gptjax import paths
 from gptjax.errors import InputError
 from gptjax.parallel import hosts
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
 
 _NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EINVAL)
 
@@ -66,6 +70,8 @@ def _take(workdir):
         while True:
             file = open(path, "a+")
             try:
+                if fcntl is None:
+                    raise OSError(errno.ENOSYS, "no flock")
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
                 raise InputError(

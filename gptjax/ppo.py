@@ -4,7 +4,7 @@
         --config.reward=runs/reward --config.data.source=prompts.jsonl
 
 Rows are {"prompt"}. An iteration samples a response to each of a batch of prompts, scores them, and takes
-epochs x minibatches optimiser steps on them. The same command takes a run killed anywhere up again, bit for bit.
+epochs x minibatches optimiser steps on them. The same command resumes a run killed anywhere, bit for bit.
 """
 
 import contextlib
@@ -165,7 +165,7 @@ def ppo(config: mlc.ConfigDict, workdir: str, reward_fn: Callable | None = None)
     prompts = load_prompts(c.data, template, room)
     widths = bucket_widths(longest_of(prompts), c.data.buckets, room)
     known = hosts.from_first((workdir / "config.json").exists)
-    record = start_record(workdir, known)
+    record = start_record(workdir, known, c.policy)
     batches = PromptBatches(prompts, c.batch_size, widths, c.seed, template.pad_id, record["shuffle"])
     held_out = load_prompts(dataclasses.replace(c.data, source=c.eval.source or c.data.source), template, room)
     eval_widths = sorted({*widths, *bucket_widths(longest_of(held_out), 1, room)})

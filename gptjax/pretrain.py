@@ -2,7 +2,7 @@
 
     python -m gptjax.pretrain --config=configs/gpt2.py:124m --workdir=runs/x --config.data.source=PATH
 
-The same command takes a stopped run up again where it was: bit for bit on the same mesh, to rounding on another.
+The same command resumes a stopped run where it was: bit for bit on the same mesh, to rounding on another.
 """
 
 import contextlib

@@ -136,7 +136,7 @@ def reward(config: mlc.ConfigDict, workdir: str) -> bool:
     length = padded(8 * mesh.shape["seq"])
     check_fits(mesh.shape, n_head=model.n_head, batch_size=c.batch_size, microbatch_size=c.microbatch_rows, time=length)
     known = hosts.from_first((workdir / "config.json").exists)
-    record = start_record(workdir, known)
+    record = start_record(workdir, known, c.init_from)
     batches = ComparisonBatches(
         comparisons.train, c.batch_size, comparisons.k, length, c.seed, pad_id=template.pad_id, here=here,
         shuffle=record["shuffle"],
@@ -292,7 +292,10 @@ def reference_texts(c: RewardConfig, of_sft: dict, template: Template, context_l
     if c.demonstrations is not None:
         data = {"source": c.demonstrations, "template": template.kind, "drop_long": True}
     source = configs.build(DemonstrationConfig, data, "demonstrations")
-    chosen = load_demonstrations(source, template, context_length, c.seed, flags=None).train
+    demonstrations = load_demonstrations(source, template, context_length, c.seed, flags=None)
+    chosen, left_out = demonstrations.train, demonstrations.left_out
+    if left_out and c.demonstrations is not None:  # of those of the SFT run that run has told
+        hosts.say(f"demonstrations left out: {left_out}; {left_out.first()}")
     chosen = [chosen[i * len(chosen) // min(len(chosen), 1000)] for i in range(min(len(chosen), 1000))]
     return [d.ids[: d.prompt] for d in chosen], [d.ids[d.prompt :] for d in chosen]
 

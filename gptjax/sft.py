@@ -3,8 +3,8 @@
     python -m gptjax.sft --config=configs/instructgpt/sft.py --workdir=runs/sft --config.init_from=runs/pretrain \
         --config.data.source=demonstrations.jsonl
 
-Rows are {"prompt", "response"} or {"messages": [{"role", "content"}, ...]}. The same command takes a stopped run up
-again where it was, bit for bit.
+Rows are {"prompt", "response"} or {"messages": [{"role", "content"}, ...]}. The same command resumes a stopped run
+where it was, bit for bit.
 """
 
 import contextlib
@@ -53,7 +53,8 @@ class MixConfig:
     """Pre-training text mixed into the demonstrations (InstructGPT C.3: 10 % for the model RL starts from).
 
     fraction: share of the rows of a batch, 0 = none. source: None = what the run's weights were pre-trained on. cache:
-    local folder for the tokens of `source`, as data.cache of pre-training; None = `data` in the workdir."""
+    local folder for the tokens, as data.cache of pre-training; None = `data` in the workdir, or without `source` where
+    that pre-training has them."""
 
     fraction: BelowOne = 0.0
     source: str | None = paths.field(paths.SOURCE)
@@ -171,7 +172,7 @@ def sft(config: mlc.ConfigDict, workdir: str) -> bool:
     if known:
         configs.claim_workdir(workdir, "sft", c, **sections)
     hosts.only_first(lambda: tokenizer.save(workdir / "tokenizer"))
-    mix, text, record = None, None, start_record(workdir, known)
+    mix, text, record = None, None, start_record(workdir, known, c.init_from)
     if c.mix.fraction:
         text = load_text(c.mix.source, c.init_from, workdir, c.mix.cache, "mix.cache", c.seed + 1, record, known)
         mix = text.examples(length, c.seed + 1, record["shuffle"])

@@ -489,6 +489,19 @@ def test_a_real_full_disk(small_disk, one_device, capsys):
     assert_bitwise(restore(small_disk, one_device)[0], make_state(3, one_device))
 
 
+def test_a_disk_that_is_full_at_the_first_checkpoint(small_disk, one_device, capsys):
+    """Training goes on, and the first one that does fit is the one that is read back."""
+    checkpointer = Checkpointer(small_disk, CheckpointConfig(keep_last=9))
+    filler = small_disk / "filler"
+    filler.write_bytes(b"x" * (shutil.disk_usage(small_disk).free - 40_000))
+    assert checkpointer.save(1, make_state(1, one_device)) is False
+    assert "is full" in capsys.readouterr().err and not checkpointer._trusted
+    filler.unlink()
+    assert checkpointer.save(2, make_state(2, one_device)) is True
+    assert checkpointer._trusted and checkpointer.steps() == [2]
+    checkpointer.close()
+
+
 # --- where they lie, and the first one read back ----------------------------------------------------------
 
 

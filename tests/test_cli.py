@@ -131,6 +131,19 @@ def test_the_report_escapes_what_the_model_wrote(trained, tmp_path):
     assert "<script" not in page and "<img src=http" not in page and "&lt;script&gt;" in page
 
 
+def test_the_report_of_a_run_with_a_validation_loss_that_is_not_finite(trained, tmp_path):
+    """JSON has null for it, which is no candidate for the best."""
+    from gptjax.training import report
+
+    for name in ("config.json", "metrics.jsonl"):
+        shutil.copy(trained[0] / name, tmp_path)
+    losses = [None, 2.5, None]
+    found = [{"step": 5 * i, "loss": loss, "bits_per_byte": loss} for i, loss in enumerate(losses)]
+    (tmp_path / "evaluations.jsonl").write_text("".join(json.dumps(e) + "\n" for e in found))
+    page = report.write(tmp_path).read_text()
+    assert "best validation</th><td>2.5000 nats/token" in page and "first validation" in page
+
+
 # --- sample -----------------------------------------------------------------------------------------------
 
 

@@ -5,12 +5,13 @@ import io
 import subprocess
 import sys
 import time
+import warnings
 
 import pytest
 from conftest import ROOT
 from runs import one_device_environment
 
-from gptjax.console import lenient_output, progress
+from gptjax.console import lenient_output, plain_warnings, progress
 
 TEXT = "naïve → 雪\ud800"  # the last is half of a surrogate pair, which UTF-8 has no bytes for
 
@@ -168,3 +169,9 @@ def test_without_stderr_nothing_is_shown(monkeypatch):
 def test_every_bar_of_the_package_is_one_of_these():
     own = ROOT / "gptjax" / "console.py"
     assert [p.name for p in (ROOT / "gptjax").rglob("*.py") if p != own and " tqdm(" in p.read_text()] == []
+
+
+def test_warnings_show_their_text_alone(monkeypatch):
+    monkeypatch.setattr(warnings, "formatwarning", warnings.formatwarning)
+    plain_warnings()
+    assert warnings.formatwarning(UserWarning("few rows"), UserWarning, "gptjax/lock.py", 30) == "warning: few rows\n"

@@ -214,14 +214,20 @@ def test_a_tuned_model_goes_out_with_its_template_and_comes_back(exported, tmp_p
     huggingface.write(tmp_path / "hf", dataclasses.replace(config, vocab_size=tuned.vocab_size), grown, tuned)
     convert.import_weights(tmp_path / "hf", tmp_path / "w")  # now a workdir as that stage leaves it
     edit_json(tmp_path / "w/config.json", stage=stage, template=template)
+    (tmp_path / "w/data.json").write_text(json.dumps({"isolate_documents": template == "chat"}))  # of its base
     if stage == "ppo":
-        edit_json(tmp_path / "w/config.json", rollout={"temperature": 0.7, "max_new_tokens": 24})
+        base = {"stage": "pretrain", "data": {"source": "stdlib", "isolate_documents": True}}
+        (tmp_path / "base").mkdir()
+        (tmp_path / "base/config.json").write_text(json.dumps(base))
+        edit_json(tmp_path / "w/config.json", rollout={"temperature": 0.7, "max_new_tokens": 24},
+                  policy=str(tmp_path / "base"))  # fmt: skip
     capsys.readouterr()
     convert.export_weights(tmp_path / "w", tmp_path / "out")
     printed = capsys.readouterr().out
     assert ("optimizer's state is not exported" in printed) == (stage == "sft")
-    assert ("value network" in printed) == (stage == "ppo")
+    assert ("value network" in printed) == ("isolated from each other" in printed) == (stage == "ppo")
     assert ("puts nothing around a prompt" in printed) == (template == "plain")
+    assert ("documents were isolated" in printed) == (template == "chat")
     settings = json.loads((tmp_path / "out/tokenizer_config.json").read_text())
     assert ("chat_template" in settings) == (template == "chat")
     assert settings["eos_token"] == "<|endoftext|>" and settings["pad_token"] == "<|pad|>"

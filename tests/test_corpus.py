@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -132,6 +133,44 @@ def test_isolation_follows_the_base_through_the_stages(source, tmp_path, isolate
         assert on_mesh["segment_ids"].shape == (1, 1, 8, 16) and int(on_mesh["segment_ids"].max()) > 1
 
 
+def test_isolation_outlives_the_folder_of_the_base(source, tmp_path, capsys):
+    """A stage after pre-training keeps it in its own data.json; without that, what is assumed is told."""
+    begin(config(source, tmp_path, isolate_documents=True), tmp_path / "base")
+    for name in ("sft", "old"):
+        (tmp_path / name).mkdir()
+        base = str(tmp_path / "base")
+        write_json(tmp_path / name / "config.json", {"stage": "sft", "init_from": base, "data": {}})
+    record = start_record(tmp_path / "sft", False, tmp_path / "base")
+    write_record(tmp_path / "sft", record)
+    assert corpus.isolates_documents(tmp_path / "sft") and corpus.isolates_documents(tmp_path / "old")
+    shutil.rmtree(tmp_path / "base")
+    assert corpus.isolates_documents(tmp_path / "sft") is True and capsys.readouterr().err == ""
+    assert start_record(tmp_path / "sft", True, tmp_path / "base") == record  # resumed without its base
+    assert start_record(tmp_path / "ppo", False, tmp_path / "sft")["isolate_documents"] is True
+    assert corpus.isolates_documents(tmp_path / "old") is False
+    assert "whether documents were isolated in pre-training is not known" in capsys.readouterr().err.lower()
+
+
+def test_a_text_that_is_refused_is_refused_on_every_host(tmp_path, monkeypatch):
+    """PPO goes on without a text that it does not need: a first host that told the others nothing left them waiting."""
+    (tmp_path / "imported").mkdir()
+    write_json(tmp_path / "imported" / "config.json", {"stage": "convert", "data": {}})
+    load = lambda: load_text(None, tmp_path / "imported", tmp_path, None, "ptx.cache", 0, {}, False)
+    sent = []
+
+    def on_first(make):
+        sent.append(json.loads(json.dumps(make())))
+        return sent[-1]
+
+    monkeypatch.setattr(corpus.hosts, "from_first", on_first)
+    with pytest.raises(InputError, match="no pre-training text is known of these weights"):
+        load()
+    assert len(sent) == 1
+    monkeypatch.setattr(corpus.hosts, "from_first", lambda make: sent[0])
+    with pytest.raises(InputError, match="no pre-training text is known of these weights"):
+        load()
+
+
 @pytest.mark.parametrize("how", [{"document_separator": "##"}, {"split": "lines"}, {}])
 def test_documents_end_where_they_did_in_pretraining(tmp_path, how):
     (tmp_path / "x.txt").write_text("".join(f"one {i}\n##two {i}\n##\n" for i in range(10)))
@@ -151,6 +190,23 @@ def test_a_remote_workdir_names_the_cache_to_give():
     with pytest.raises(InputError, match="memory://run: give a folder on a local disk, --config.mix.cache=DIR"):
         corpus.shards_directory(None, "memory://run", "mix.cache")
     assert corpus.shards_directory("/tmp/x", "memory://run") == "/tmp/x"
+
+
+def test_a_cache_for_the_text_of_pre_training(source, tmp_path):
+    """Its tokens are made again where a later stage cannot have the folder they were in."""
+    base = begin(config(source, tmp_path), tmp_path / "base")
+    shutil.rmtree(tmp_path / "cache")
+    (tmp_path / "cache").write_text("no folder can be made here")
+    there = lambda cache, record, known: load_text(
+        None, tmp_path / "base", tmp_path / "ppo", cache, "ptx.cache", 0, record, known
+    )
+    with pytest.raises(InputError):
+        there(None, start_record("", False), False)
+    record = start_record("", False)
+    text = there(str(tmp_path / "here"), record, False)
+    assert text.fingerprint == base.fingerprint and (tmp_path / "here").is_dir()
+    again = there(str(tmp_path / "here"), record | {"text": text.record}, True)
+    assert ids(again.parts[0].train) == ids(text.parts[0].train)
 
 
 def test_bytes_are_the_texts_own_where_the_tokenizer_normalizes(source, tmp_path, monkeypatch):

@@ -796,21 +796,29 @@ def test_rows_of_pretraining_text(per_episode, microbatch, ways, shape):
     assert batch_shape(PtxConfig(per_episode=per_episode), 2, 8, microbatch, mesh) == shape
 
 
-def test_the_text_of_ptx_does_not_depend_on_the_micro_batches():
-    """3 sequences for each of two minibatches, one after the other, and rows of padding beside them."""
+@pytest.mark.parametrize("isolated", [False, True])
+def test_the_text_of_ptx_does_not_depend_on_the_micro_batches(isolated):
+    """3 sequences for each of two minibatches, one after the other, and rows of padding beside them, which have
+    segments and positions as any other row."""
 
     class Examples:
         def read(self, index):
             return np.repeat(np.asarray(index)[:, None], 5, axis=1)
 
     c, mesh = PtxConfig(per_episode=0.75), make_mesh(MeshConfig(), jax.devices()[:1])
-    source = Text(Examples(), None, 4)
+    source = Text(Examples(), types.SimpleNamespace(eot_id=11 if isolated else None), 4)
     for microbatch in (None, 4, 2, 1):
         shape = batch_shape(c, 2, 4, microbatch, mesh)
-        tokens = np.asarray(source.batch(10, shape, sequences(c, 4), mesh))
+        batch = jax.tree.map(np.asarray, source.batch(10, shape, sequences(c, 4), mesh))
+        tokens = batch.pop("tokens")
         assert tokens.shape == (*shape, 5)
         assert [row[row[..., 0] >= 0][:, 0].tolist() for row in tokens] == [[10, 11, 12], [13, 14, 15]]
-
+        assert set(batch) == ({"segment_ids", "positions"} if isolated else set())
+        for found in batch.values():
+            assert found.shape == (*shape, 4) and found.min() >= 0
+        if isolated:
+            each = batch["segment_ids"][tokens[..., 0] >= 0][:, -1]
+            assert each.tolist() == [1, 4, 1, 1, 1, 1]  # 11 ends a document, wherever its row is
 
 
 def test_text_of_its_own_is_gone_on_with_as_it_was(tmp_path, tuned):

@@ -107,8 +107,6 @@ def test_nplus():
 
 # --- the hardware that their docstrings name ----------------------------------------------------------------
 
-
-
 STAGES = {"sft": sft, "reward": reward, "ppo": ppo}
 PROGRAMS = [  # (stage, argument, slice, program, model or policy, reward model)
     *(("sft", size, sft.SLICES[size], "train", sft.MODELS[size], None) for size in sft.SIZES),
@@ -136,8 +134,11 @@ def test_instructgpt_fits_its_slice_by_our_count(case):
     assert 0 < sum(program.parts.values()) < 0.9 * topology.chip.hbm
 
 
+COMPILED = (("sft", "1.3b", "train"), ("reward", None, "train"), ("ppo", "1.3b", "ppo_collect"))  # larger take too long
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("case", PROGRAMS, ids=lambda case: "-".join(filter(None, (case[0], case[1], case[3]))))
+@pytest.mark.parametrize("case", [case for case in PROGRAMS if (case[0], case[1], case[3]) in COMPILED])
 def test_instructgpt_fits_its_slice_by_the_compiler(case):
     config, topology, request = on_its_slice(*case)
     with jax.default_matmul_precision("default"):  # conftest.py's is for the CPU

@@ -1,6 +1,7 @@
 """The reward model end to end: what it learns, the zero of its scale, what it refuses."""
 
 import json
+import re
 import shutil
 
 import jax
@@ -97,7 +98,8 @@ def test_exported_scores_are_the_normalised_ones(judge, model, tmp_path, capsys)
     text = [*chat.prompt("ba ko"), *chat.response(LIKED)]
     x = gpt.hidden(trunk, config, np.array([text]))[0, -1]
     expected = model.score([text[:-2]], [text[-2:]])
-    np.testing.assert_allclose(x @ kernel[0], expected[0], rtol=1e-4, atol=1e-4)
+    summed = float(np.abs(x * kernel[0]).sum())
+    assert float(x @ kernel[0]) == approx(float(expected[0]), terms=model_terms(config), scale=summed)
     assert abs(float(model.params["head"]["bias"])) > 0.01  # or this would show nothing of it
     settings = json.loads((tmp_path / "out/config.json").read_text())
     assert settings["architectures"] == ["GPT2ForSequenceClassification"] and len(settings["id2label"]) == 1
@@ -381,15 +383,17 @@ def test_workdirs_that_are_no_reward_model(tuned, pretrained, judge, mesh, tmp_p
     load_reward_model(judge, mesh=mesh, tokenizer=Tokenizer.load(tuned / "tokenizer"))
 
 
-def test_a_trunk_without_demonstrations(pretrained, alignment, tmp_path):
-    """Straight from pre-training there are none to set the zero by, unless they are named."""
+def test_a_trunk_without_demonstrations(pretrained, alignment, tmp_path, capsys):
+    """Straight from pre-training there are none to set the zero by, unless they are named; those that do not fit the
+    context are counted."""
     with pytest.raises(InputError, match="--config.demonstrations=PATH, or --config.normalise=none"):
         reward(reward_config(pretrained, alignment["comparisons"]), str(tmp_path / "run"))
     assert not (tmp_path / "run").exists()
-    c = reward_config(
-        pretrained, alignment["comparisons"], steps=1, demonstrations=str(alignment["demonstrations"]), eval__batches=1
-    )
+    demos = tmp_path / "d.jsonl"
+    demos.write_text(alignment["demonstrations"].read_text() + json.dumps({"prompt": "ba " * 99, "response": "ko"}))
+    c = reward_config(pretrained, alignment["comparisons"], steps=1, demonstrations=str(demos), eval__batches=1)
     assert reward(c, str(tmp_path / "run")) is True
+    assert re.search(r"demonstrations left out: 1 too long; .*d.jsonl:\d+: ", capsys.readouterr().out)
     assert abs(result(tmp_path / "run")["mean_after"]) < 1e-4
 
 

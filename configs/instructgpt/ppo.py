@@ -9,8 +9,10 @@ rollout.max_new_tokens. The paper does not publish the released models' policy l
 two terms of eq. 2 are normalised: those are ours, and grad_norm/ppo, grad_norm/ptx and grad_norm/cosine in
 metrics.jsonl say what gamma came to.
 
-Hardware: SLICES says which TPU slice each size, with a reward model and a value network of 6B, is compiled for and fits
-(bf16, everything recomputed); on others mesh.fsdp takes all the devices (with 175b: half of them), which must divide
+Hardware: SLICES says which TPU slice each size, with a reward model and a value network of 6B, is laid out for (bf16,
+everything recomputed). What lies in memory throughout fits by our own count (tests/test_presets.py), which leaves out
+activations; by the TPU compiler, 1.3b's sampling and scoring take 43.33 GiB of 95 a chip. `python -m gptjax.aot`
+compiles the rest. On other slices mesh.fsdp takes all the devices (with 175b: half of them), which must divide
 ppo.microbatch_size and rollout.forward_rows.
 """
 

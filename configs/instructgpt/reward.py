@@ -6,8 +6,8 @@
 One 6B model served policies of every size; the paper had 33,207 training prompts of 4 to 9 ranked completions.
 Expected on people's rankings: 72.4 % of the pairs of its training labelers, 69.6 % of held-out ones.
 
-Hardware: SLICE is compiled for and fits 6B with 9 completions of 2,048 tokens a prompt (bf16, everything recomputed);
-on others mesh.fsdp takes all the devices, which must divide microbatch_size.
+Hardware: SLICE fits 6B with 9 completions of 2,048 tokens a prompt (bf16, everything recomputed): 17.66 GiB a chip by
+the TPU compiler. On other slices mesh.fsdp takes all the devices, which must divide microbatch_size.
 """
 
 from gptjax.config import config_dict

@@ -6,8 +6,9 @@
 1.3b, 6b, 175b: the SFT baseline of C.1. With ',rl' (1.3b,rl): the model that RL starts from and that is its KL
 reference, C.3: 2 epochs with a tenth of pre-training text. The paper's were trained on about 13,000 prompts.
 
-Hardware: SLICES says which TPU slice each size is compiled for and fits (bf16, everything recomputed); on others
-mesh.fsdp takes all the devices, which must divide batch_size (with 175b: devices / 16).
+Hardware: SLICES says which TPU slice each size is laid out for (bf16, everything recomputed). It fits by our own count
+of bytes (tests/test_presets.py), 1.3b also by the TPU compiler: 4.58 GiB a chip. On other slices mesh.fsdp takes all
+the devices, which must divide batch_size (with 175b: devices / 16).
 """
 
 from gptjax.config import choose, config_dict

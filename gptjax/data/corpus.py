@@ -6,8 +6,9 @@ every reader after it checks that it has those:
     {"shuffle": 2, "text": {"tokenizer": sha256, "isolate_documents": false,
                             "parts": {"books1": {"directory": "0f5c…", "train": sha256, "validation": sha256}}}}
 
-"shuffle" is the version of lm.shuffled. A source that is no mixture has one part, "". Runs of earlier versions have no
-data.json: their tokens are in the cache itself, and their checkpoints have the fingerprint.
+"shuffle" is the version of lm.shuffled. Stages after pre-training also have "isolate_documents", how their base was
+pre-trained. A source that is no mixture has one part, "". Runs of earlier versions have no data.json: their tokens are
+in the cache itself, and their checkpoints have the fingerprint.
 """
 
 import dataclasses
@@ -153,11 +154,11 @@ def read_record(workdir) -> dict:
         raise InputError(f"{path} is damaged ({error}): restore it or start a new workdir.") from error
 
 
-def start_record(workdir, known: bool) -> dict:
+def start_record(workdir, known: bool, base=None) -> dict:
     """What data.json of a run has, the same on every host: as it is where the run is resumed (known), else its
-    beginning."""
+    beginning. base: the workdir that a stage after pre-training starts from."""
     if not known:
-        return {"shuffle": lm.SHUFFLE}
+        return {"shuffle": lm.SHUFFLE} | ({"isolate_documents": isolates_documents(base)} if base else {})
     return {"shuffle": 1, **hosts.from_first(lambda: read_record(workdir))}
 
 
@@ -202,16 +203,27 @@ def load_corpus(c: DataConfig, workdir, seed: int, record: dict, known: bool) ->
 
 def _first_then_others(load: Callable, recorded: dict | None) -> Text:
     """load(recorded) on the first host, then on the others load(its record): where storage is shared they find what it
-    made; where it isn't, each makes its own."""
-    made = None
+    made; where it isn't, each makes its own. InputError on every host where one of them has it: PPO goes on without a
+    text that it does not need."""
+    made = problem = None
 
-    def first():
-        nonlocal made
-        made = load(recorded)
-        return made.record
+    def attempt(recorded):
+        nonlocal made, problem
+        try:
+            made = load(recorded)
+            return made.record
+        except InputError as error:
+            problem = error
+            return str(error)
 
-    record = hosts.from_first(first)
-    return made or load(record)
+    record = hosts.from_first(lambda: attempt(recorded))
+    if isinstance(record, str):
+        raise problem or InputError(record)
+    if made is None:
+        attempt(record)
+    if not hosts.all_true(problem is None):
+        raise problem or InputError("another host can't read the text")
+    return made
 
 
 def _load(c: DataConfig, cache, seed: int, isolate: bool, recorded: dict | None, *, earlier=False, owner=None) -> Text:
@@ -334,8 +346,22 @@ def _pretraining_data(workdir) -> dict:
 
 
 def isolates_documents(workdir) -> bool:
-    """Whether the weights of a run were pre-trained with attention that stays within a document."""
-    return bool(_pretraining_data(workdir).get("isolate_documents"))
+    """Whether the weights of a run were pre-trained with attention that stays within a document: as pre-training's
+    config says, or data.json of a stage after it. Imported weights were not; a warning where it can't be known."""
+    seen = set()
+    while workdir and str(workdir) not in seen:
+        seen.add(str(workdir))
+        try:
+            run, record = read_config(workdir), read_record(workdir)
+        except InputError as error:
+            hosts.warn(f"{error} Whether documents were isolated in pre-training is not known: taken as not isolated.")
+            return False
+        if run.get("stage") == "pretrain":
+            return bool((run.get("data") or {}).get("isolate_documents", False))
+        if "isolate_documents" in record:
+            return record["isolate_documents"]
+        workdir = run.get("init_from") or run.get("policy")
+    return False
 
 
 def documents_within(workdir) -> dict:
@@ -346,14 +372,15 @@ def documents_within(workdir) -> dict:
     return {"document_separator": data.get("document_separator"), "split": lines}
 
 
-def pretraining_text(workdir) -> Text:
+def pretraining_text(workdir, cache: str | None = None, flag: str = "data.cache") -> Text:
     """The text of the pre-training a run began with: the tokens that run recorded, made again where its cache is gone.
 
+    cache: a local folder to take and make them in, None = where the pre-training has them; flag: its key.
     InputError: no such run, tokens that are not to be had any more, or others than it was trained on.
     """
     directory, run = pretraining_run(workdir)
     c = build(DataConfig, run["data"], "data")
-    cache, recorded = shards_directory(c.cache, directory), read_record(directory).get("text")
+    cache, recorded = shards_directory(cache or c.cache, directory, flag), read_record(directory).get("text")
     try:
         text = _load(c, cache, run.get("seed", 0), c.isolate_documents, recorded, earlier=not recorded, owner=directory)
     except OSError as error:
@@ -386,10 +413,11 @@ def load_text(source: str | None, init_from, workdir, cache: str | None, flag: s
     load_corpus has them; what was recorded is checked.
     """
     if source is None:
-        load = lambda _: pretraining_text(init_from)
+        load = lambda _: pretraining_text(init_from, cache, flag)
     else:
         c = DataConfig(source=source, tokenizer=str(paths.local(workdir) / "tokenizer"), **documents_within(init_from))
-        cache, isolate = shards_directory(cache, workdir, flag), isolates_documents(init_from)
+        cache = shards_directory(cache, workdir, flag)
+        isolate = record["isolate_documents"] if "isolate_documents" in record else isolates_documents(init_from)
         load = functools.partial(_load, c, cache, seed, isolate, earlier=known, owner=workdir if known else None)
     text = _first_then_others(load, record.get("text"))
     if source is None and "text" in record and _content(text.record) != _content(record["text"]):

@@ -13,6 +13,7 @@ import itertools
 import json
 import logging
 import socket
+import sys
 import time
 import traceback
 from collections.abc import Callable
@@ -98,6 +99,12 @@ def say(text: str):
     """print, on one host."""
     if first():
         print(text, flush=True)
+
+
+def warn(text: str):
+    """A warning on stderr, on one host."""
+    if first():
+        print(f"warning: {text}", file=sys.stderr, flush=True)
 
 
 def from_first(make: Callable):

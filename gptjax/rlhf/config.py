@@ -108,7 +108,8 @@ class RateConfig:
 class PtxConfig:
     """Pre-training text of PPO-ptx. per_episode: sequences for each episode of the minibatch (InstructGPT: 8).
     context_length: tokens of one; None = the model's. source: None = what the policy was pre-trained on. cache: local
-    folder for the tokens of `source`, as data.cache of pre-training; None = `data` in the workdir."""
+    folder for the tokens, as data.cache of pre-training; None = `data` in the workdir, or without `source` where that
+    pre-training has them."""
 
     per_episode: Positive = 8.0
     context_length: Count | None = None

@@ -68,7 +68,7 @@ def sequences(c: PtxConfig, episodes: int) -> int:
 
 def batch_shape(c: PtxConfig, minibatches: int, episodes: int, microbatch_size: int | None, mesh):
     """(minibatches, micro-batches, rows): room for a minibatch's `sequences` in whole micro-batches of at most
-    microbatch_size rows, each a multiple of the devices that rows are cut up over."""
+    microbatch_size rows, each a multiple of the devices that rows are sharded over."""
     ways = batch_ways(mesh.shape)
     micro = microbatch_size or episodes
     wanted = sequences(c, episodes)

@@ -2,7 +2,7 @@
 
 Orbax guards its metadata but not array data: flipped bytes restore without a word. So each save keeps a
 digest per leaf, worked out on the device and independent of how the leaf is sharded, and each restore
-verifies it. A checkpoint that is damaged or half-written is passed over, aloud, for the next older one. The first
+verifies it. A checkpoint that is damaged or half-written is skipped, with a warning, for the next older one. The first
 checkpoint that a start writes is read back at once, before the training after it relies on the storage.
 
     checkpoints/<step>/params      what a later stage or the sampler needs

@@ -5,7 +5,6 @@ there is room.
 """
 
 import os
-import sys
 import time
 from collections.abc import Callable
 
@@ -27,12 +26,14 @@ def attempt(path, write: Callable[[], None]) -> bool:
         if not isinstance(error, OSError) and "://" not in str(path):  # object stores have errors of their own
             raise
         if not _failing:
-            warn(f"{path} cannot be written ({reason(error)}): training goes on, and what is missing is written when "
-                 "it can be")  # fmt: skip
+            hosts.warn(
+                f"{path} cannot be written ({reason(error)}): training goes on, and what is missing is written when it "
+                "can be"
+            )
         _failing[str(path)] = reason(error)
         return False
     if _failing.pop(str(path), None) and not _failing:
-        warn(f"{path} and everything else that could not be written is complete again")
+        hosts.warn(f"{path} and everything else that could not be written is complete again")
     return True
 
 
@@ -43,11 +44,6 @@ def give_up(path):
 
 def reason(error: Exception) -> str:
     return getattr(error, "strerror", None) or str(error).split("\n")[0]
-
-
-def warn(text: str):
-    if hosts.first():
-        print(f"warning: {text}", file=sys.stderr, flush=True)
 
 
 class AppendFile:

@@ -17,7 +17,7 @@ from gptjax.config import dumps
 from gptjax.errors import InputError
 from gptjax.parallel import hosts
 from gptjax.ranges import Count, Seconds
-from gptjax.training.files import AppendFile, give_up, warn
+from gptjax.training.files import AppendFile, give_up
 
 
 @dataclasses.dataclass(frozen=True)
@@ -98,10 +98,10 @@ def _parse(content: bytes, path, once: bool) -> list[tuple[bytes, dict]]:
             damaged.append(number)
     if damaged:
         shown = ", ".join(map(str, damaged[:5])) + (", ..." if len(damaged) > 5 else "")
-        warn(f"{path}: {len(damaged)} of {len(complete)} lines are damaged and were skipped (line {shown})")
+        hosts.warn(f"{path}: {len(damaged)} of {len(complete)} lines are damaged and were skipped (line {shown})")
     by_step = {line["step"]: (raw, line) for raw, line in found}
     if once and len(by_step) < len(found):
-        warn(f"{path}: {len(found) - len(by_step)} lines repeat a step: the last one of each step is kept")
+        hosts.warn(f"{path}: {len(found) - len(by_step)} lines repeat a step: the last one of each step is kept")
         found = [by_step[step] for step in sorted(by_step)]
     return found
 
@@ -209,6 +209,6 @@ class MetricWriter:
     def close(self):
         missing = [text for file in self._files() if (text := file.close())]
         if missing:
-            warn(f"the run ends while {self._workdir} cannot be written: {'; '.join(missing)}")
+            hosts.warn(f"the run ends while {self._workdir} cannot be written: {'; '.join(missing)}")
         if self.active and self._wandb is not None:
             self._wandb.finish()

@@ -85,8 +85,7 @@ def _summary(config, train, evaluations) -> list[tuple[str, str]]:
             rows.append(("MFU", f"{100 * last['mfu']:.1f} % (PaLM-style)"))
     if evaluations:
         named = [("first", evaluations[0]), ("last", evaluations[-1])]
-        finite = [e for e in evaluations if e.get("loss") is not None]
-        if finite:
+        if finite := [e for e in evaluations if e.get("loss") is not None]:
             named.append(("best", min(finite, key=lambda e: e["loss"])))
         rows += [(f"{name} validation", f"{_figures(e)}, step {e['step']:,}") for name, e in named]
     rows += [

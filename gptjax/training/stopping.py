@@ -16,6 +16,7 @@ import jax
 from gptjax.errors import INTERRUPTED
 from gptjax.parallel import hosts
 
+_HANGUP = (signal.SIGHUP,) if hasattr(signal, "SIGHUP") else ()  # not on Windows
 _ask: Callable[[], bool] | None = None  # of the loop that runs, for what it calls
 
 
@@ -40,11 +41,11 @@ def stop_on_signals():
         if jax.process_count() > 1:
             # JAX itself hears SIGTERM, and agrees with the other hosts on the step
             heard = lambda number, _: os.kill(os.getpid(), signal.SIGTERM)
-            _handle((signal.SIGINT, signal.SIGHUP), heard, restored)
+            _handle((signal.SIGINT, *_HANGUP), heard, restored)
             reached = lambda: bool(signals) or hosts.stop_asked() and not signals.append(signal.SIGTERM)
         else:
             heard = lambda number, _: signals.append(number)
-            _handle((signal.SIGTERM, signal.SIGINT, signal.SIGHUP), heard, restored)
+            _handle((signal.SIGTERM, signal.SIGINT, *_HANGUP), heard, restored)
             reached = lambda: bool(signals)
         restored.callback(globals().update, _ask=_ask)
         _ask = reached
