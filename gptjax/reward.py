@@ -292,7 +292,8 @@ def reference_texts(c: RewardConfig, of_sft: dict, template: Template, context_l
     if c.demonstrations is not None:
         data = {"source": c.demonstrations, "template": template.kind, "drop_long": True}
     source = configs.build(DemonstrationConfig, data, "demonstrations")
-    chosen, _, left_out, _ = load_demonstrations(source, template, context_length, c.seed, flags=None)
+    demonstrations = load_demonstrations(source, template, context_length, c.seed, flags=None)
+    chosen, left_out = demonstrations.train, demonstrations.left_out
     if left_out and c.demonstrations is not None:  # of those of the SFT run that run has told
         hosts.say(f"demonstrations left out: {left_out}; {left_out.first()}")
     chosen = [chosen[i * len(chosen) // min(len(chosen), 1000)] for i in range(min(len(chosen), 1000))]
