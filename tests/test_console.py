@@ -5,12 +5,14 @@ import io
 import subprocess
 import sys
 import time
+import types
 import warnings
 
 import pytest
 from conftest import ROOT
 from runs import one_device_environment
 
+from gptjax import console
 from gptjax.console import lenient_output, plain_warnings, progress
 
 TEXT = "naïve → 雪\ud800"  # the last is half of a surrogate pair, which UTF-8 has no bytes for
@@ -113,8 +115,9 @@ class Log(io.StringIO):
 @pytest.fixture
 def log(monkeypatch):
     monkeypatch.delenv("TQDM_MININTERVAL", raising=False)
-    monkeypatch.setattr(sys, "stderr", Log())
-    return sys.stderr
+    here = types.SimpleNamespace(stderr=Log())  # pytest sets sys.stderr itself between a fixture and its test
+    monkeypatch.setattr(console, "sys", here)
+    return here.stderr
 
 
 def test_a_log_file_has_a_line_at_the_start_and_the_end(log):
