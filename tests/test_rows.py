@@ -2,6 +2,7 @@
 
 import json
 import re
+import warnings
 
 import pytest
 from rows_files import template, write
@@ -201,3 +202,13 @@ def test_a_value_without_a_python_form_is_named_where_it_is_needed(tmp_path):
     path.write_text(f'{{"prompt": {long}}}\n')
     with pytest.raises(InputError, match="field 'prompt' is an integer of 5000 digits; fix or remove the row"):
         prompts(str(path))
+
+
+@pytest.mark.parametrize("count", [19, 20])
+def test_few_rows_held_out_are_warned_of(tmp_path, count):
+    held_out = write(tmp_path / "held_out.jsonl", [{"prompt": f"p{i}", "response": "b"} for i in range(count)])
+    c = DemonstrationConfig(source=str(write(tmp_path / "x.jsonl", [GOOD])), validation=str(held_out))
+    with warnings.catch_warnings(record=True) as shown:
+        warnings.simplefilter("always")
+        load_demonstrations(c, template(), LENGTH, seed=0)
+    assert [str(w.message).split(" of the ")[0] for w in shown if "held out" in str(w.message)] == ["19"] * (count < 20)

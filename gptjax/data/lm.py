@@ -21,7 +21,7 @@ from gptjax.errors import InputError
 
 _SLOTS = 10_000  # of a mixture's block: weights are exact to 1/10,000 in every block
 _ROUNDS = 6
-_FEW = 20  # validation examples under which a warning is due
+FEW = 20  # validation examples under which a warning is due
 _PHASE, _ORDER, _BLOCK = range(3)  # what a key is for
 _U64 = np.uint64
 _DRAWN = 4096  # up to so many items an epoch's order is drawn as a whole
@@ -389,9 +389,9 @@ def _check_length(shards: TokenShards, context_length: int) -> None:
 def warn_if_few(shards: TokenShards, context_length: int) -> None:
     """Warns where a validation split has fewer than 20 windows of a context."""
     windows = (len(shards) - 1) // context_length
-    if 0 < windows < _FEW:
+    if 0 < windows < FEW:
         warnings.warn(
-            f"{shards.name} has {windows} examples of {context_length} tokens, fewer than {_FEW}, so its loss is "
+            f"{shards.name} has {windows} examples of {context_length} tokens, fewer than {FEW}, so its loss is "
             "noisy; hold out more with data.validation, or give more text",
             stacklevel=3,
         )

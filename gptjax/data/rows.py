@@ -15,7 +15,7 @@ import numpy as np
 from etils import epath
 
 from gptjax.config import nearest
-from gptjax.data import sources
+from gptjax.data import lm, sources
 from gptjax.data.values import Unreadable
 from gptjax.errors import InputError
 
@@ -249,8 +249,20 @@ def load_split(
     """(train, validation, rows left out) of c.source. make: record → (its prompt's text, example).
 
     Which prompts are held out depends on seed and their text alone, as far as each side gets one; rows of
-    one prompt stay together. InputError: as `load`, or one prompt alone to share out.
+    one prompt stay together. Fewer than lm.FEW held out are a warning. InputError: as `load`, or one prompt alone to
+    share out.
     """
+    train, held_out, left_out = _load_split(c, make, seed, flags)
+    if len(held_out) < lm.FEW:
+        warnings.warn(
+            f"{len(held_out)} of the {len(train) + len(held_out)} rows of {c.source!r} are held out, fewer than "
+            f"{lm.FEW}, so what is measured on them is noisy; hold out more with {FLAGS}validation",
+            stacklevel=2,
+        )
+    return train, held_out, left_out
+
+
+def _load_split(c, make, seed, flags):
     made, left_out = load(c.source, c, make, flags)
     share = _share(c.validation)
     if share is None:
