@@ -155,10 +155,12 @@ def test_sampling_from_a_prompt_long_enough_for_splash(chips, rows, caller, monk
     else:  # the options are those that write_samples gives
         seen = {}
         monkeypatch.setattr(pretrain, "generate", lambda *_, **given: seen.update(given) or [[]] * rows)
-        settings = SimpleNamespace(samples=pretrain.SamplesConfig(prompts=("x",) * rows), seed=0, precision=BF16)
-        tokenizer = SimpleNamespace(encode=lambda _: [1], decode=lambda _: "", eot_id=3, vocab_size=512)
+        settings = SimpleNamespace(samples=pretrain.SamplesConfig(), seed=0, precision=BF16)
+        tokenizer = SimpleNamespace(decode=lambda _: "", eot_id=3, vocab_size=512)
+        writer = SimpleNamespace(samples=lambda *_: None)
         with jax.set_mesh(mesh):
-            pretrain.write_samples(tmp_path, 0, None, model, tokenizer, settings, mesh)
+            prompts = {f"prompt {i}": [1] for i in range(rows)}
+            pretrain.write_samples(writer, 0, None, model, tokenizer, prompts, settings, mesh)
         options = seen
     arguments, more = decode_arguments(model, [[1] * 70] * rows, sizes, monkeypatch, **options)
     state, shardings = state_shardings(gpt.abstract_params(model), make_optimizer(OptimizerConfig()), BF16, mesh)

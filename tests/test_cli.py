@@ -68,7 +68,7 @@ def trained(text, tmp_path_factory):
     options = {
         "steps": STEPS, "batch_size": 8, "steps_per_dispatch": 5, "model.n_layer": 2, "model.unroll": 2,
         "model.d_model": 32, "model.context_length": 32, "eval.every": 15, "checkpoint.every": 15,
-        "samples.max_new_tokens": 8,
+        "samples.max_new_tokens": 8, "schedule.warmup_tokens": 1024,
         "optimizer.learning_rate": 0.01, "data.source": text,
     }  # fmt: skip
     printed = command(

@@ -358,7 +358,7 @@ def test_parameters_of_another_configuration_are_not_exported(tmp_path):
 def test_export_is_whole_or_absent_and_overwrites_nothing(tmp_path, monkeypatch):
     params = random_params(SMALL)
     with monkeypatch.context() as patch:
-        patch.setattr(huggingface, "settings_of", lambda *a: (_ for _ in ()).throw(OSError(28, "No space left")))
+        patch.setattr(huggingface, "settings_of", lambda *_, **__: (_ for _ in ()).throw(OSError(28, "No space left")))
         with pytest.raises(InputError, match="No space left.*nothing was left behind"):
             huggingface.write(tmp_path / "a", SMALL, params)
     assert list(tmp_path.iterdir()) == []

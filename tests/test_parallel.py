@@ -84,10 +84,12 @@ def gradient(stage, mesh):
     if of is heads:
         params = heads.scalar_model(params, model, jax.random.key(1))
         params["head"]["kernel"] = 30 * params["head"]["kernel"]  # scores that differ
-    loss, key = make_loss(mesh), jax.random.key(3) if model.dropout else None
+    loss = make_loss(mesh)
 
     def sums(params, batch):
-        total, count, *_ = loss(params, batch, key)
+        rows = jax.tree.leaves(batch)[0].shape[0]
+        keys = jax.random.split(jax.random.key(3), rows) if model.dropout else None
+        total, count, *_ = loss(params, batch, keys)
         return total, count
 
     with jax.set_mesh(mesh):

@@ -156,11 +156,12 @@ def compiled(model, mesh):
     """(loss and gradients of a batch of packed rows, compiled, and its arguments)."""
     loss = causal_lm_loss(model, jnp.float32, 8, mesh)
     shardings = parameter_shardings(gpt.abstract_params(model), mesh)
-    key = jax.random.key(3) if model.dropout else None
+    rows = batch(model)["tokens"].shape[0]
+    keys = jax.random.split(jax.random.key(3), rows) if model.dropout else None
     with jax.set_mesh(mesh):
         params = jax.device_put(random_params(model), shardings)
         run = jax.jit(jax.value_and_grad(lambda p, b, k: loss(p, b, k)[0]), out_shardings=(None, shardings))
-        return run.lower(params, batch(model), key).compile(), (params, batch(model), key)
+        return run.lower(params, batch(model), keys).compile(), (params, batch(model), keys)
 
 
 @functools.cache
