@@ -12,9 +12,9 @@ export JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS ?= 0
 # Tests run in so many processes, whole files at a time; 0 is one process, as plain `pytest` is.
 WORKERS ?= 2
 PYTEST := $(VENV)/bin/python -m pytest -q -n $(WORKERS) --dist loadfile
-# Quick tests are made of compilation, not arithmetic: `make test` leaves out LLVM's optimisation of XLA's programs,
-# but with OPTIMISED=1. `make test-slow` never does.
-OPTIMISED ?=
+# Quick tests are made of compilation, not arithmetic: `make test` leaves out LLVM's optimization of XLA's programs,
+# but with OPTIMIZED=1. `make test-slow` never does.
+OPTIMIZED ?=
 
 .PHONY: demo test test-slow test-peers lint bench bench-gpu clean
 
@@ -22,7 +22,7 @@ demo: $(VENV)/.installed
 	$(VENV)/bin/python -m experiments.docstrings --config=configs/demo.py --workdir=runs/demo $(DEMO_FLAGS)
 
 test: $(VENV)/.installed-test
-	JAX_DISABLE_MOST_OPTIMIZATIONS=$(if $(OPTIMISED),0,1) $(PYTEST) -m "not slow" $(PYTEST_FLAGS)
+	JAX_DISABLE_MOST_OPTIMIZATIONS=$(if $(OPTIMIZED),0,1) $(PYTEST) -m "not slow" $(PYTEST_FLAGS)
 
 test-slow: $(VENV)/.installed-test
 	$(PYTEST) -m slow $(PYTEST_FLAGS)

@@ -5,7 +5,7 @@
 
 Sizes: 125m, 350m, 760m, 1.3b, 2.7b, 6.7b, 13b, 175b (Table 2.1; model/spec.py says which two of its figures
 are misprints). `,mixture` weights the folders common_crawl, webtext2, books1, books2 and wikipedia under
-data.source as Table 2.2 does; its percentages sum to 101 and are normalised.
+data.source as Table 2.2 does; its percentages sum to 101 and are normalized.
 
 Appendix B: Adam .9/.95/1e-8, clip 1, weight decay .1, warm-up over 375M tokens, cosine to 10 % at 260B
 tokens (measured here from the end of warm-up), batch from 32k tokens to the full size over the first 4-12B

@@ -1,4 +1,4 @@
-"""TL;DR summarisation as in The N+ Implementation Details of RLHF with PPO (Huang et al. 2024, arXiv 2403.17031).
+"""TL;DR summarization as in The N+ Implementation Details of RLHF with PPO (Huang et al. 2024, arXiv 2403.17031).
 
     python -m gptjax.sft    --config=configs/nplus.py:sft    --workdir=runs/sft    --config.init_from=runs/gpt ...
     python -m gptjax.reward --config=configs/nplus.py:reward --workdir=runs/reward --config.init_from=runs/sft ...
@@ -30,7 +30,7 @@ def sft():
 def reward():
     c = config_dict(RewardConfig)
     c.epochs, c.batch_size = 1.0, 64  # 92,858 pairs
-    c.normalise = "mean"  # 0 on the demonstrations
+    c.normalize = "mean"  # 0 on the demonstrations
     c.optimizer.update(ADAM)
     c.schedule.update(kind="cosine", final_fraction=0.0)
     return c

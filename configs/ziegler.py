@@ -7,7 +7,7 @@
 
 The sentiment and descriptiveness tasks on book excerpts: GPT-2 774M, queries of 64 tokens, responses of 24. Departures:
 a response ends at end-of-text, where theirs is cut after the first full stop from the 16th token on; the value head
-reads the policy's trunk as theirs but is stepped by an optimiser of its own; the reward is normalised after training
+reads the policy's trunk as theirs but is stepped by an optimizer of its own; the reward is normalized after training
 only, theirs before it too. Numbers are those of the released code's launch file (sentiment and descriptiveness) and its
 hyper-parameter defaults, unless a comment says the paper's section.
 """
@@ -21,7 +21,7 @@ def reward():
     c = config_dict(RewardConfig)
     c.objective = "best"  # eq. 1: which of four is best
     c.epochs, c.batch_size = 1.0, 32  # 4,992 labels, each seen once
-    c.normalise = "mean_std"  # mean 0 and variance 1 on samples of the initial policy: give them as demonstrations
+    c.normalize = "mean_std"  # mean 0 and variance 1 on samples of the initial policy: give them as demonstrations
     c.optimizer.update(name="gpt1_adam", learning_rate=5e-5, b2=0.999, eps=1e-5, weight_decay=0.0, clip_norm=0.0)
     c.schedule.update(kind="linear", final_fraction=0.0)
     return c
@@ -37,7 +37,7 @@ def ppo():
     c.rollout.update(
         max_new_tokens=24, temperature=0.7, gamma=1.0, lam=0.95, whiten_rewards=True, missing_eos=-1.0
     )  # fmt: skip
-    c.shared_trunk = True  # one network with a zero-initialised value head
+    c.shared_trunk = True  # one network with a zero-initialized value head
     c.data.max_length = 64  # task.query_length
     c.rate.kind = "linear"
     # TensorFlow's Adam adds epsilon before the bias correction: gpt1_adam has that form

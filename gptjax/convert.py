@@ -17,8 +17,8 @@ import numpy as np
 from absl import flags
 from etils import epath
 
+from gptjax import command_line, json_files, lock, paths, run_config
 from gptjax import config as configs
-from gptjax import lock, paths
 from gptjax.data.corpus import DataConfig, isolates_documents
 from gptjax.data.tokenizer import Tokenizer, make_tokenizer
 from gptjax.errors import InputError
@@ -27,9 +27,9 @@ from gptjax.interop.hf_tokenizer import CHAT_TEMPLATE, read_json, read_token_ids
 from gptjax.model.spec import parameter_count
 from gptjax.parallel.mesh import MeshConfig, make_mesh
 from gptjax.rlhf.reward_model import load_reward_model
+from gptjax.trained import Model, load_model
 from gptjax.training.checkpoint import Checkpointer
 from gptjax.training.precision import PrecisionConfig
-from gptjax.workdir import Model, load_model
 
 # What sampling would do by default there; here it is said on the command line.
 _SAMPLING = ("do_sample", "temperature", "top_k", "top_p", "repetition_penalty", "max_new_tokens")
@@ -73,7 +73,7 @@ def _import(source, workdir, tokenizer_path):
     settings = _settings(_directory(source), "tokenizer_config.json")
     if tokenizer is not None and settings.get("chat_template") == CHAT_TEMPLATE:
         record["template"] = "chat"  # an export of ours comes back as what it was
-    configs.write_json(workdir / "config.json", record)  # last: a workdir with a config is a whole one
+    json_files.write_json(workdir / "config.json", record)  # last: a workdir with a config is a whole one
     for note in _import_notes(_directory(source), config, tokenizer, record):
         print(f"note: {note}")
     return config
@@ -131,7 +131,7 @@ def export_weights(workdir, output, step: int | str | None = None):
 
     What the format cannot keep is printed, a line each.
     """
-    run = configs.read_config(workdir)
+    run = run_config.read_config(workdir)
     if run.get("stage") == "reward":
         model, head = _reward_model(workdir, step)
     else:
@@ -146,11 +146,11 @@ def export_weights(workdir, output, step: int | str | None = None):
 
 
 def _reward_model(workdir, step: int | None) -> tuple[Model, dict]:
-    """(trunk, head) of a reward model, normalised."""
+    """(trunk, head) of a reward model, normalized."""
     mesh = make_mesh(MeshConfig(), jax.devices()[:1])
     judge = load_reward_model(workdir, mesh=mesh)
     if step not in (None, judge.step):
-        raise InputError(f"--step={step}: a reward model is exported as it was normalised, at step {judge.step}.")
+        raise InputError(f"--step={step}: a reward model is exported as it was normalized, at step {judge.step}.")
     trunk, head = judge.params["trunk"], jax.tree.map(np.asarray, judge.params["head"])
     return Model(judge.config, trunk, judge.tokenizer, judge.dtype, judge.step, mesh, judge.template), head
 
@@ -171,7 +171,7 @@ def _export_notes(run: dict, model: Model, isolated: bool) -> list[str]:
         notes.append("exported is the policy's moving average; its value network and PPO's state are not")
     elif stage == "reward":
         notes.append(
-            "exported is a sequence classifier of one label, whose logit is the normalised score (its bias is in the "
+            "exported is a sequence classifier of one label, whose logit is the normalized score (its bias is in the "
             "last LayerNorm's); reward.json's accuracies are not in the format"
         )
     elif stage != "convert":
@@ -219,10 +219,10 @@ if __name__ == "__main__":
     FLAGS = flags.FLAGS
     flags.DEFINE_enum("from", None, ["hf"], "Where the weights come from.")
     flags.DEFINE_enum("to", None, ["hf"], "Where the weights go.")
-    configs.define_path("input", None, "Hugging Face directory or .safetensors file.")
-    configs.define_path("output", None, "Directory to write.")
-    configs.define_path("workdir", None, "Our workdir: made with --from, read with --to.")
-    configs.define_path("tokenizer", None, "Tokenizer directory, if the input has none; 'none' to do without one.")
-    configs.define_step()
+    command_line.define_path("input", None, "Hugging Face directory or .safetensors file.")
+    command_line.define_path("output", None, "Directory to write.")
+    command_line.define_path("workdir", None, "Our workdir: made with --from, read with --to.")
+    command_line.define_path("tokenizer", None, "Tokenizer directory, if the input has none; 'none' to do without one.")
+    command_line.define_step()
     flags.mark_flag_as_required("workdir")
-    configs.run(main)
+    command_line.run(main)

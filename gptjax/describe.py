@@ -3,7 +3,7 @@
     python -m gptjax.describe --config=configs/gpt3.py:175b [--json]
 
 Nothing is allocated and no accelerator is needed; the mesh is the config's (mesh axes of -1 count as 1). How many
-bytes a step needs on a TPU is our own count (peak.py), by the default mesh.rules, within 10 % of the TPU
+bytes a step needs on a TPU is our own count (cost/memory.py), by the default mesh.rules, within 10 % of the TPU
 compiler's with Splash, which `aot` asks.
 """
 
@@ -15,14 +15,15 @@ from absl import flags
 from jax.sharding import AbstractMesh, AxisType
 from ml_collections import config_flags
 
+from gptjax import command_line, json_files
 from gptjax import config as configs
+from gptjax.cost.memory import training_peak
 from gptjax.errors import InputError
 from gptjax.model import gpt
 from gptjax.model.attention import resolve
 from gptjax.model.flops import PF_DAY, flops_per_token
 from gptjax.model.spec import non_embedding_count, parameter_count
-from gptjax.parallel.mesh import AXES, batch_ways
-from gptjax.peak import training_peak
+from gptjax.parallel.mesh import AXES, batch_shards
 from gptjax.pretrain import PretrainConfig
 from gptjax.training.offload import MEMORY
 from gptjax.training.optimizer import make_optimizer
@@ -30,7 +31,7 @@ from gptjax.training.schedule import Schedule
 from gptjax.training.state import state_shardings
 
 
-@configs.by_its_rules
+@configs.with_sharding_rules
 def describe(config: dict) -> dict:
     """The figures as JSON types, for a config as a nested dict."""
     c = configs.build(PretrainConfig, with_vocabulary(config))
@@ -52,7 +53,7 @@ def describe(config: dict) -> dict:
         dataclasses.replace(m, attention=path), sizes, rows=c.microbatch_rows,
         micro_batches=c.batch_size // c.microbatch_rows, chunk=c.loss_chunk, dtype=c.precision.dtype,
         state={"params": params, "optimizer": optimizer,
-               "batch": 8 * c.batch_size * m.context_length // batch_ways(sizes)},
+               "batch": 8 * c.batch_size * m.context_length // batch_shards(sizes)},
     )  # fmt: skip
     return {
         "params": parameter_count(m),
@@ -99,7 +100,7 @@ def main(_):
     jax.config.update("jax_platforms", "cpu")  # tracing looks for devices
     d = describe(FLAGS.config.to_dict())
     if FLAGS.json:
-        print(configs.dumps(d))
+        print(json_files.dumps(d))
         return
     m = d["model"]
     gib = lambda n: f"{n / 2**30:,.2f} GiB"
@@ -135,4 +136,4 @@ if __name__ == "__main__":
     config_flags.DEFINE_config_file("config", None, "A config file, as configs/gpt3.py:175b.", lock_config=True)
     flags.DEFINE_bool("json", False, "One JSON object.")
     flags.mark_flag_as_required("config")
-    configs.run(main)
+    command_line.run(main)

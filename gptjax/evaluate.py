@@ -15,16 +15,18 @@ import jax
 import numpy as np
 from absl import flags
 
-from gptjax import config as configs
+from gptjax import command_line, json_files
 from gptjax.console import progress
 from gptjax.data import sources
 from gptjax.data.corpus import Part, Text, documents_within, isolates_documents, pretraining_text
 from gptjax.data.tokens import around
 from gptjax.errors import InputError
-from gptjax.parallel.mesh import batch_ways
-from gptjax.training.loop import evaluation_sums
-from gptjax.training.step import batch_sharding, causal_lm_loss, jit_eval_step
-from gptjax.workdir import Model, load_model
+from gptjax.evals.lm import evaluation_sums
+from gptjax.objectives.lm import causal_lm_loss
+from gptjax.parallel.mesh import batch_shards
+from gptjax.parallel.sharding import batch_sharding
+from gptjax.trained import Model, load_model
+from gptjax.training.step import jit_eval_step
 
 
 def score(model: Model, text: Text, rows: int, *, stride: int | None = None, per_document: bool = False,
@@ -58,7 +60,7 @@ def main(_):
     with contextlib.redirect_stdout(sys.stderr):  # stdout is for the result
         result = _evaluate()
     if FLAGS.json:
-        print(configs.dumps(result))
+        print(json_files.dumps(result))
     else:
         width = max(14, *map(len, result))
         for name, value in result.items():
@@ -67,7 +69,7 @@ def main(_):
 
 def _evaluate() -> dict:
     model = load_model(FLAGS.workdir, step=FLAGS.step)
-    rows = -(-FLAGS.batch_size // batch_ways(model.mesh.shape)) * batch_ways(model.mesh.shape)
+    rows = -(-FLAGS.batch_size // batch_shards(model.mesh.shape)) * batch_shards(model.mesh.shape)
     if FLAGS.source is None:
         try:
             text = pretraining_text(FLAGS.workdir)
@@ -135,11 +137,11 @@ def document_spans(shards) -> np.ndarray:
 
 if __name__ == "__main__":
     FLAGS = flags.FLAGS
-    configs.define_path("workdir", None, "A training run's workdir.")
-    configs.define_path("source", None, "Text to score: a file, a directory, JSONL, Parquet, ...")
+    command_line.define_path("workdir", None, "A training run's workdir.")
+    command_line.define_path("source", None, "Text to score: a file, a directory, JSONL, Parquet, ...")
     flags.DEFINE_string("text_field", "text", "Field of JSONL and Parquet rows.")
     flags.DEFINE_integer("batch_size", 16, "Sequences at a time.", lower_bound=1)
-    configs.define_step()
+    command_line.define_step()
     flags.DEFINE_integer(
         "stride", None, "Tokens between windows, so that a token has at least context - stride tokens before it; the "
         "context if not given.", lower_bound=1,
@@ -147,4 +149,4 @@ if __name__ == "__main__":
     flags.DEFINE_bool("per_document", False, "Score each document by itself, not what was joined.")
     flags.DEFINE_bool("json", False, "One JSON object.")
     flags.mark_flag_as_required("workdir")
-    configs.run(main)
+    command_line.run(main)

@@ -14,8 +14,8 @@ import socket
 import time
 
 from gptjax import paths
+from gptjax.distributed import hosts
 from gptjax.errors import InputError
-from gptjax.parallel import hosts
 
 try:
     import fcntl

@@ -4,7 +4,7 @@
         --config.reward=runs/reward --config.data.source=prompts.jsonl
 
 Rows are {"prompt"}. An iteration samples a response to each of a batch of prompts, scores them, and takes
-epochs x minibatches optimiser steps on them. The same command resumes a run killed anywhere, bit for bit.
+epochs x minibatches optimizer steps on them. The same command resumes a run killed anywhere, bit for bit.
 """
 
 import contextlib
@@ -18,38 +18,39 @@ import numpy as np
 from etils import epath
 from ml_collections import config_dict as mlc
 
+from gptjax import command_line, lock, paths, report, run_config
 from gptjax import config as configs
-from gptjax import lock, paths
 from gptjax.console import progress
 from gptjax.data.chat import Template
 from gptjax.data.corpus import start_record, write_record
 from gptjax.data.prompts import PromptBatches, PromptConfig, bucket_widths, load_prompts, longest_of
 from gptjax.data.rows import LeftOut
+from gptjax.distributed import hosts
 from gptjax.errors import InputError
 from gptjax.model import gpt, heads
 from gptjax.model.spec import ModelOptions
 from gptjax.objectives.ppo import adaptive_kl_coefficient
-from gptjax.parallel import hosts, pipeline
-from gptjax.parallel.mesh import MeshConfig, batch_ways, check_fits, make_mesh
+from gptjax.parallel import pipeline
+from gptjax.parallel.mesh import MeshConfig, batch_shards, check_fits, make_mesh
+from gptjax.parallel.sharding import batch_sharding
 from gptjax.ranges import Count, Seed
 from gptjax.rlhf import ptx, rewards, rollout
-from gptjax.rlhf.alarms import check_iteration
 from gptjax.rlhf.clock import Clock
 from gptjax.rlhf.config import EvaluationConfig, KLConfig, PtxConfig, RateConfig, RolloutConfig
 from gptjax.rlhf.evaluation import evaluator
 from gptjax.rlhf.memory import memory_plan, offloaded, on_device
 from gptjax.rlhf.networks import Networks
 from gptjax.rlhf.reward_model import load_reward_model, prompt_room
+from gptjax.rlhf.sanity_checks import check_iteration
 from gptjax.rlhf.state import new_state, phase_keys, state_shardings
 from gptjax.rlhf.update import UpdateConfig, make_update
-from gptjax.training import loop, report
+from gptjax.trained import load_model, origin
+from gptjax.training import loop
 from gptjax.training.checkpoint import CheckpointConfig, Checkpointer
 from gptjax.training.metrics import LogConfig, MetricWriter
 from gptjax.training.optimizer import OptimizerConfig, make_optimizer
 from gptjax.training.precision import PrecisionConfig, frozen
-from gptjax.training.step import batch_sharding
 from gptjax.training.stopping import Interrupted, stop_on_signals
-from gptjax.workdir import load_model, origin
 
 
 @dataclasses.dataclass(frozen=True)
@@ -105,7 +106,7 @@ class PPOConfig:
             raise InputError(f"reward_on={self.reward_on!r}: choose text or tokens.")
 
 
-@configs.by_its_rules
+@configs.with_sharding_rules
 @lock.holds_workdir
 def ppo(config: mlc.ConfigDict, workdir: str, reward_fn: Callable | None = None) -> bool:
     """The whole stage. Returns whether the run is finished (False after a SIGTERM or Ctrl-C).
@@ -146,10 +147,10 @@ def ppo(config: mlc.ConfigDict, workdir: str, reward_fn: Callable | None = None)
     check_fits(mesh.shape, n_head=policy_config.n_head, batch_size=rows, microbatch_size=c.ppo.microbatch_size or rows)
     for trunk in filter(None, (policy_config, value_config)):
         pipeline.make_plan(trunk, mesh.shape, c.ppo.microbatch_size or rows)
-    if c.rollout.forward_rows and c.rollout.forward_rows % batch_ways(mesh.shape):
+    if c.rollout.forward_rows and c.rollout.forward_rows % batch_shards(mesh.shape):
         raise InputError(
-            f"rollout.forward_rows={c.rollout.forward_rows} is not divisible over the {batch_ways(mesh.shape)} devices "
-            "that rows are cut up over: use a multiple of them."
+            f"rollout.forward_rows={c.rollout.forward_rows} is not divisible over the "
+            f"{batch_shards(mesh.shape)} devices that rows are sharded over: use a multiple of them."
         )
 
     # --- prompts, and the pre-training text of PPO-ptx ---
@@ -182,7 +183,7 @@ def ppo(config: mlc.ConfigDict, workdir: str, reward_fn: Callable | None = None)
         about["reward_bias"] = float(judge_model.params["head"]["bias"])
     sections = {"model": policy_config, "template": template.kind, "origin": about}
     if known:
-        configs.claim_workdir(workdir, "ppo", c, **sections)
+        run_config.claim_workdir(workdir, "ppo", c, **sections)
     hosts.only_first(lambda: base.tokenizer.save(workdir / "tokenizer"))
     text = ptx.load_text(
         c.ptx, c.policy, workdir, policy_config.context_length, c.seed + 2,  # another order than the stages before
@@ -190,7 +191,7 @@ def ppo(config: mlc.ConfigDict, workdir: str, reward_fn: Callable | None = None)
     )  # fmt: skip
     if not known:
         write_record(workdir, record, text and text.text)
-        configs.claim_workdir(workdir, "ppo", c, **sections)
+        run_config.claim_workdir(workdir, "ppo", c, **sections)
     more_left_out = held_out.left_out if c.eval.source else LeftOut()
     hosts.only_first(lambda: (prompts.left_out + more_left_out).write(workdir))
 
@@ -211,7 +212,7 @@ def ppo(config: mlc.ConfigDict, workdir: str, reward_fn: Callable | None = None)
     with jax.set_mesh(mesh), contextlib.ExitStack() as kept:
         # --- where the state comes from: the newest good checkpoint of this run, else the SFT and reward models ---
         checkpointer = kept.enter_context(contextlib.closing(Checkpointer(workdir, c.checkpoint)))
-        state, seconds = checkpointer.take_up(
+        state, seconds = checkpointer.resume(
             abstract, shardings, data=prompts.fingerprint, total=iterations, unit="iteration",
             changed=f"{c.data.source} has changed since the run began: put it back or take another --workdir.",
         )  # fmt: skip
@@ -389,4 +390,4 @@ def steer_kl(state, kl, c: PPOConfig):
 
 
 if __name__ == "__main__":
-    configs.run_stage(ppo)
+    command_line.run_stage(ppo)

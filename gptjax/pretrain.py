@@ -13,11 +13,12 @@ import jax
 from etils import epath
 from ml_collections import config_dict as mlc
 
+from gptjax import command_line, lock, paths, report, run_config
 from gptjax import config as configs
-from gptjax import lock, paths
 from gptjax.data import lm
 from gptjax.data.corpus import DataConfig, Text, load_corpus, shards_directory, start_record, write_record
 from gptjax.data.tokenizer import Tokenizer
+from gptjax.distributed import hosts
 from gptjax.errors import InputError
 from gptjax.generation.decode import generate
 from gptjax.generation.sampling import Sampling
@@ -25,24 +26,20 @@ from gptjax.model import gpt
 from gptjax.model.attention import resolve
 from gptjax.model.flops import flops_per_token
 from gptjax.model.spec import GPTConfig, parameter_count
-from gptjax.parallel import hosts, pipeline
+from gptjax.objectives.lm import causal_lm_loss
+from gptjax.parallel import pipeline
 from gptjax.parallel.mesh import MeshConfig, check_fits, make_mesh
+from gptjax.parallel.sharding import batch_sharding
 from gptjax.ranges import Count, Positive, Seed, TopP
-from gptjax.training import loop, report
+from gptjax.trained import Model, has_no_tokenizer, origin
+from gptjax.training import loop
 from gptjax.training.checkpoint import CheckpointConfig, Checkpointer
 from gptjax.training.metrics import LogConfig, MetricWriter
 from gptjax.training.optimizer import OptimizerConfig, make_optimizer
 from gptjax.training.precision import PrecisionConfig
 from gptjax.training.schedule import Schedule, ScheduleConfig
 from gptjax.training.state import init_state, state_shardings
-from gptjax.training.step import (
-    batch_sharding,
-    causal_lm_loss,
-    jit_eval_step,
-    jit_train_step,
-    train_step,
-)
-from gptjax.workdir import Model, has_no_tokenizer, origin
+from gptjax.training.step import jit_eval_step, jit_train_step, train_step
 
 
 @dataclasses.dataclass(frozen=True)
@@ -94,7 +91,7 @@ class PretrainConfig:
         return self.microbatch_size or self.batch_size
 
 
-@configs.by_its_rules
+@configs.with_sharding_rules
 @lock.holds_workdir
 def pretrain(config: mlc.ConfigDict, workdir: str) -> bool:
     """The whole stage. Returns whether the run is finished (False after a SIGTERM or Ctrl-C)."""
@@ -106,7 +103,7 @@ def pretrain(config: mlc.ConfigDict, workdir: str) -> bool:
     known = hosts.from_first((workdir / "config.json").exists)
     unset = config.model.vocab_size is None  # then the tokenizer decides
     if unset and known:
-        config.model.vocab_size = configs.read_config(workdir)["model"]["vocab_size"]
+        config.model.vocab_size = run_config.read_config(workdir)["model"]["vocab_size"]
     c = configs.build(PretrainConfig, _with_vocab(config, config.model.vocab_size or 1))
     mesh = make_mesh(c.mesh)
     check_fits(
@@ -115,10 +112,10 @@ def pretrain(config: mlc.ConfigDict, workdir: str) -> bool:
     )  # fmt: skip
     pipeline.make_plan(c.model, mesh.shape, c.microbatch_rows)
     if known:
-        configs.claim_workdir(workdir, "pretrain", c)
+        run_config.claim_workdir(workdir, "pretrain", c)
 
     # --- data ---
-    # of many hosts one tokenises; the others open what it made, or, where data.cache isn't shared, make their own
+    # of many hosts one tokenizes; the others open what it made, or, where data.cache isn't shared, make their own
     record = start_record(workdir, known)
     corpus = load_corpus(c.data, workdir, c.seed, record, known)
     examples = corpus.examples(c.model.context_length, c.seed, record["shuffle"])
@@ -134,7 +131,7 @@ def pretrain(config: mlc.ConfigDict, workdir: str) -> bool:
             "or train a smaller tokenizer (--config.data.tokenizer=bpe:SIZE)."
         )
     prompts = sample_prompts(c.samples.prompts, corpus.tokenizer, c.model.context_length)  # refused now, not at the end
-    resumes = configs.has_checkpoints(workdir)
+    resumes = run_config.has_checkpoints(workdir)
     if not (resumes and c.init_from and not paths.local(c.init_from).exists()):
         check_same_tokenizer(c.init_from, corpus.tokenizer)
     tokens = c.tokens if c.epochs is None or c.tokens is not None else c.epochs * corpus.train_tokens
@@ -168,7 +165,7 @@ def pretrain(config: mlc.ConfigDict, workdir: str) -> bool:
     if not known:
         write_record(workdir, record, corpus)
     if not known or base:
-        configs.claim_workdir(workdir, "pretrain", c, **({"origin": origin(init_from=base)} if base else {}))
+        run_config.claim_workdir(workdir, "pretrain", c, **({"origin": origin(init_from=base)} if base else {}))
     hosts.only_first(lambda: corpus.tokenizer.save(workdir / "tokenizer"))
 
     # Whatever stops the run, the checkpoint being written and the last lines are kept.
@@ -178,7 +175,7 @@ def pretrain(config: mlc.ConfigDict, workdir: str) -> bool:
         #   2. the weights of another workdir (init_from)
         #   3. random numbers
         checkpointer = kept.enter_context(contextlib.closing(Checkpointer(workdir, c.checkpoint)))
-        state, seconds = checkpointer.take_up(
+        state, seconds = checkpointer.resume(
             abstract, shardings, data=corpus.fingerprint, total=schedule.steps,
             changed=f"The tokens in {shards_directory(c.data.cache, workdir)} are not those this run was trained on: "
             "put them back, or start anew in another --workdir.",
@@ -240,7 +237,7 @@ def evaluator(loss, corpus: Text, c: PretrainConfig, mesh, here):
 
 def check_same_tokenizer(init_from, tokenizer):
     """Weights mean nothing under another vocabulary: InputError if the two runs' tokenizers differ."""
-    if not init_from or has_no_tokenizer(init_from, configs.read_config(init_from)):
+    if not init_from or has_no_tokenizer(init_from, run_config.read_config(init_from)):
         return  # imported with --tokenizer=none: whose ids they are is the user's to know
     if Tokenizer.load(epath.Path(init_from) / "tokenizer").fingerprint != tokenizer.fingerprint:
         raise InputError(
@@ -251,7 +248,7 @@ def check_same_tokenizer(init_from, tokenizer):
 
 def load_weights(workdir, model: GPTConfig, abstract, shardings, tokenizer: Tokenizer) -> Model:
     """Another run's newest good checkpoint. Raises InputError if its model is another one."""
-    there = configs.read_config(workdir)["model"]
+    there = run_config.read_config(workdir)["model"]
     for key in ("vocab_size", "n_layer", "n_head", "d_model", "context_length", "norm", "local_window", "tied_head"):
         if there[key] != getattr(model, key):
             raise InputError(f"init_from: {workdir} has model.{key}={there[key]}, this run {getattr(model, key)}.")
@@ -282,7 +279,7 @@ def sample_prompts(prompts, tokenizer, context_length: int) -> dict[str, list[in
             problem = f"it has {len(ids)} tokens and must have 1 to {context_length} (the context)"
         if problem is None:
             encoded[prompt] = ids
-        elif configs.overridden("samples.prompts"):
+        elif command_line.overridden("samples.prompts"):
             raise InputError(f"samples.prompts {prompt!r}: {problem}. Change --config.samples.prompts.")
         else:
             hosts.say(
@@ -308,4 +305,4 @@ def write_samples(writer: MetricWriter, step, params, model, tokenizer, prompts,
 
 
 if __name__ == "__main__":
-    configs.run_stage(pretrain)
+    command_line.run_stage(pretrain)

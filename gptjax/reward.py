@@ -17,38 +17,40 @@ import numpy as np
 from etils import epath
 from ml_collections import config_dict as mlc
 
+from gptjax import command_line, json_files, lock, paths, report, run_config
 from gptjax import config as configs
-from gptjax import lock, paths
 from gptjax.data.chat import Template, chat_tokenizer
 from gptjax.data.comparisons import ComparisonBatches, ComparisonConfig, load_comparisons, validation_batches
 from gptjax.data.corpus import start_record, write_record
 from gptjax.data.demonstrations import DemonstrationConfig, load_demonstrations
+from gptjax.distributed import hosts
 from gptjax.errors import InputError
+from gptjax.evals.preference import agreement, calibration, length_explains, pairs
 from gptjax.model import heads
 from gptjax.model.spec import GPTConfig, ModelOptions
 from gptjax.objectives.preference import best_of_k_loss, ranking_loss, ranking_statistics
-from gptjax.parallel import hosts, pipeline
+from gptjax.parallel import pipeline
 from gptjax.parallel.mesh import MeshConfig, check_fits, make_mesh
+from gptjax.parallel.sharding import batch_sharding
 from gptjax.ranges import Count, Positive, Seed
-from gptjax.rlhf.agreement import agreement, calibration, length_explains, pairs
-from gptjax.rlhf.reward_model import RewardModel, normalised, score_at_end
-from gptjax.training import loop, report
+from gptjax.rlhf.reward_model import RewardModel, normalized, score_at_end
+from gptjax.trained import load_base, origin
+from gptjax.training import loop
 from gptjax.training.checkpoint import CheckpointConfig, Checkpointer, check_selection
 from gptjax.training.metrics import LogConfig, MetricWriter
 from gptjax.training.optimizer import OptimizerConfig, make_optimizer
 from gptjax.training.precision import PrecisionConfig
 from gptjax.training.schedule import Schedule, ScheduleConfig
 from gptjax.training.state import new_state, state_shardings
-from gptjax.training.step import batch_sharding, jit_train_step, train_step
+from gptjax.training.step import jit_train_step, train_step
 from gptjax.training.stopping import leave_if_asked
-from gptjax.workdir import load_base, origin
 
 
 @dataclasses.dataclass(frozen=True)
 class RewardConfig:
     """How long: the first given of steps and epochs (InstructGPT: one epoch; more overfits). batch_size: prompts of a
     step. objective: 'pairs' (Ouyang et al. eq. 1) or 'best' (Ziegler et al. eq. 1: which of K is best).
-    normalise: after training, 'mean' = a bias so that demonstrations score 0 (InstructGPT C.2), 'mean_std' = a gain
+    normalize: after training, 'mean' = a bias so that demonstrations score 0 (InstructGPT C.2), 'mean_std' = a gain
     too, so that their standard deviation is 1 (Ziegler et al. 2019), 'none'. demonstrations: rows with prompt and
     response; None = those of the SFT run. template: None = the SFT run's, else 'chat'."""
 
@@ -63,7 +65,7 @@ class RewardConfig:
     eval: loop.EvalConfig = loop.EvalConfig()
     log: LogConfig = LogConfig()
     objective: str = "pairs"
-    normalise: str = "mean"
+    normalize: str = "mean"
     demonstrations: str | None = paths.field(paths.SOURCE)
     template: str | None = None
     selection: str = "last"
@@ -77,7 +79,7 @@ class RewardConfig:
     def __post_init__(self):
         for name, known in (
             ("objective", ("pairs", "best")),
-            ("normalise", ("mean", "mean_std", "none")),
+            ("normalize", ("mean", "mean_std", "none")),
             ("selection", ("last", "loss")),
         ):
             if getattr(self, name) not in known:
@@ -93,7 +95,7 @@ class RewardConfig:
         return self.microbatch_size or self.batch_size
 
 
-@configs.by_its_rules
+@configs.with_sharding_rules
 @lock.holds_workdir
 def reward(config: mlc.ConfigDict, workdir: str) -> bool:
     """The whole stage. Returns whether the run is finished (False after a SIGTERM or Ctrl-C)."""
@@ -107,10 +109,10 @@ def reward(config: mlc.ConfigDict, workdir: str) -> bool:
     if c.data.source is None:
         raise InputError("No comparisons: give --config.data.source=PATH (JSONL, Parquet or hf:NAME).")
     mesh = make_mesh(c.mesh)
-    gone = configs.has_checkpoints(workdir) and not paths.local(c.init_from).exists()
-    before = {"template": configs.read_config(workdir)["template"]} if gone else configs.read_config(c.init_from)
+    gone = run_config.has_checkpoints(workdir) and not paths.local(c.init_from).exists()
+    before = {"template": run_config.read_config(workdir)["template"]} if gone else run_config.read_config(c.init_from)
     of_sft = before["data"] if before.get("stage") == "sft" else {}
-    if gone and c.normalise != "none" and c.demonstrations is None:
+    if gone and c.normalize != "none" and c.demonstrations is None:
         raise InputError(f"{c.init_from} is not there any more, and it tells which demonstrations are to score 0 on "
                          "average: put it back.")  # fmt: skip
     kind = c.template or (before if gone else of_sft).get("template", "chat")
@@ -128,7 +130,7 @@ def reward(config: mlc.ConfigDict, workdir: str) -> bool:
     # --- data ---
     template = Template(tokenizer, kind)
     comparisons = load_comparisons(c.data, template, model.context_length, c.seed)
-    examples = None if c.normalise == "none" else reference_texts(c, of_sft, template, model.context_length)
+    examples = None if c.normalize == "none" else reference_texts(c, of_sft, template, model.context_length)
     here = hosts.batch_rows(batch_sharding(mesh, 0), c.microbatch_rows)
     longest = max(len(x.prompt) + max(map(len, x.completions)) for x in comparisons.train + comparisons.validation)
     padded = lambda step_of: min(length, -(-longest // step_of) * step_of)
@@ -151,7 +153,7 @@ def reward(config: mlc.ConfigDict, workdir: str) -> bool:
     if not known:
         write_record(workdir, record)
     about = origin(init_from=base)
-    configs.claim_workdir(workdir, "reward", dataclasses.replace(c, template=kind), model=model, origin=about)
+    run_config.claim_workdir(workdir, "reward", dataclasses.replace(c, template=kind), model=model, origin=about)
     hosts.only_first(lambda: comparisons.left_out.write(workdir))
     hosts.only_first(lambda: tokenizer.save(workdir / "tokenizer"))
 
@@ -170,7 +172,7 @@ def reward(config: mlc.ConfigDict, workdir: str) -> bool:
     with jax.set_mesh(mesh), contextlib.ExitStack() as kept:
         # --- where the state comes from: the newest good checkpoint of this run, else init_from's trunk ---
         checkpointer = kept.enter_context(contextlib.closing(Checkpointer(workdir, c.checkpoint)))
-        state, seconds = checkpointer.take_up(
+        state, seconds = checkpointer.resume(
             abstract, shardings, data=comparisons.fingerprint, total=schedule.steps,
             changed=f"{c.data.source} has changed since the run began: put it back or take another --workdir.",
         )  # fmt: skip
@@ -206,7 +208,7 @@ def reward(config: mlc.ConfigDict, workdir: str) -> bool:
             if examples is not None:
                 fitted = fit_scale(c, model, params, examples, tokenizer, mesh)
             if hosts.first():
-                configs.write_json(workdir / "reward.json", {**fitted, **result})
+                json_files.write_json(workdir / "reward.json", {**fitted, **result})
                 say(result, fitted, c)
     if hosts.first():
         print(f"{time.perf_counter() - began:.0f} s in all; report: {report.write(workdir)}")
@@ -286,7 +288,7 @@ def reference_texts(c: RewardConfig, of_sft: dict, template: Template, context_l
     if not of_sft and c.demonstrations is None:
         raise InputError(
             f"{c.init_from} is no SFT run, so there are no demonstrations to set the zero of the reward by: give "
-            "--config.demonstrations=PATH, or --config.normalise=none."
+            "--config.demonstrations=PATH, or --config.normalize=none."
         )
     data = {**of_sft, "max_length": None, "drop_long": True}
     if c.demonstrations is not None:
@@ -304,9 +306,9 @@ def fit_scale(c: RewardConfig, model, params, examples, tokenizer, mesh) -> dict
     """gain and bias under which the examples have mean 0 (and standard deviation 1)."""
     raw = RewardModel(dataclasses.replace(model, dropout=0.0), params, tokenizer, c.template, c.precision.dtype, mesh)
     scores = raw.score(*examples)
-    gain = 1.0 / max(float(scores.std()), 1e-8) if c.normalise == "mean_std" else 1.0
+    gain = 1.0 / max(float(scores.std()), 1e-8) if c.normalize == "mean_std" else 1.0
     bias = -gain * float(scores.mean())
-    after = dataclasses.replace(raw, params={**params, "head": normalised(params["head"], gain, bias)}).score(*examples)
+    after = dataclasses.replace(raw, params={**params, "head": normalized(params["head"], gain, bias)}).score(*examples)
     return {
         "gain": gain, "bias": bias, "demonstrations": len(scores),
         "mean_before": float(scores.mean()), "std_before": float(scores.std()), "mean_after": float(after.mean()),
@@ -346,4 +348,4 @@ def describe_run(c: RewardConfig, model: GPTConfig, comparisons, length: int, sc
 
 
 if __name__ == "__main__":
-    configs.run_stage(reward)
+    command_line.run_stage(reward)

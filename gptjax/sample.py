@@ -14,14 +14,14 @@ import time
 import jax
 from absl import flags
 
-from gptjax import config as configs
+from gptjax import command_line
 from gptjax.data.chat import Template
 from gptjax.errors import InputError
 from gptjax.generation.decode import generate
 from gptjax.generation.sampling import Sampling
 from gptjax.generation.speed import describe_speed
+from gptjax.trained import Model, load_model
 from gptjax.training.precision import frozen
-from gptjax.workdir import Model, load_model
 
 
 def continue_texts(
@@ -102,7 +102,7 @@ def main(_):
 
 if __name__ == "__main__":
     FLAGS = flags.FLAGS
-    configs.define_path("workdir", None, "A training run's workdir.")
+    command_line.define_path("workdir", None, "A training run's workdir.")
     flags.DEFINE_multi_string("prompt", [""], "Text to continue; may be repeated.")
     flags.DEFINE_integer("n", 1, "Samples per prompt.", lower_bound=1)
     flags.DEFINE_integer("max_new_tokens", 128, "At most so many new tokens.", lower_bound=1)
@@ -112,6 +112,6 @@ if __name__ == "__main__":
     flags.DEFINE_integer("seed", 0, "The same seed gives the same text.", lower_bound=0)
     flags.DEFINE_bool("raw", False, "Continue the prompt as text, without the template of an SFT or PPO model.")
     flags.DEFINE_bool("speed", False, "Say how many tokens a second came, and how many the memory's bandwidth allows.")
-    configs.define_step()
+    command_line.define_step()
     flags.mark_flag_as_required("workdir")
-    configs.run(main)
+    command_line.run(main)

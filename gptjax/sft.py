@@ -15,8 +15,8 @@ import jax
 from etils import epath
 from ml_collections import config_dict as mlc
 
+from gptjax import command_line, lock, paths, report, run_config
 from gptjax import config as configs
-from gptjax import lock, paths
 from gptjax.data.chat import Template, chat_tokenizer
 from gptjax.data.corpus import load_text, start_record, write_record
 from gptjax.data.demonstrations import (
@@ -26,26 +26,28 @@ from gptjax.data.demonstrations import (
     load_demonstrations,
     validation_batches,
 )
+from gptjax.distributed import hosts
 from gptjax.errors import InputError
+from gptjax.generation.respond import respond
 from gptjax.model import gpt, heads
 from gptjax.model.flops import flops_per_token
 from gptjax.model.spec import GPTConfig, ModelOptions, parameter_count
 from gptjax.objectives.finetune import auxiliary_weights
-from gptjax.objectives.language import bits_per_byte
-from gptjax.parallel import hosts, pipeline
+from gptjax.objectives.lm import bits_per_byte, causal_lm_loss
+from gptjax.parallel import pipeline
 from gptjax.parallel.mesh import MeshConfig, check_fits, make_mesh
+from gptjax.parallel.sharding import batch_sharding
 from gptjax.ranges import BelowOne, Count, Positive, Seed
-from gptjax.rlhf.best_of_n import respond
 from gptjax.rlhf.reward_model import load_reward_model
-from gptjax.training import loop, report
+from gptjax.trained import load_base, origin
+from gptjax.training import loop
 from gptjax.training.checkpoint import CheckpointConfig, Checkpointer, check_selection
 from gptjax.training.metrics import LogConfig, MetricWriter
 from gptjax.training.optimizer import OptimizerConfig, make_optimizer
 from gptjax.training.precision import PrecisionConfig
 from gptjax.training.schedule import Schedule, ScheduleConfig
 from gptjax.training.state import new_state, state_shardings
-from gptjax.training.step import batch_sharding, causal_lm_loss, jit_eval_step, jit_train_step, train_step
-from gptjax.workdir import load_base, origin
+from gptjax.training.step import jit_eval_step, jit_train_step, train_step
 
 
 @dataclasses.dataclass(frozen=True)
@@ -127,7 +129,7 @@ class SFTConfig:
         return self.microbatch_size or self.batch_size
 
 
-@configs.by_its_rules
+@configs.with_sharding_rules
 @lock.holds_workdir
 def sft(config: mlc.ConfigDict, workdir: str) -> bool:
     """The whole stage. Returns whether the run is finished (False after a SIGTERM or Ctrl-C)."""
@@ -170,7 +172,7 @@ def sft(config: mlc.ConfigDict, workdir: str) -> bool:
     known = hosts.from_first((workdir / "config.json").exists)
     sections = {"model": model, "origin": origin(init_from=base, reward=judge)}
     if known:
-        configs.claim_workdir(workdir, "sft", c, **sections)
+        run_config.claim_workdir(workdir, "sft", c, **sections)
     hosts.only_first(lambda: tokenizer.save(workdir / "tokenizer"))
     mix, text, record = None, None, start_record(workdir, known, c.init_from)
     if c.mix.fraction:
@@ -178,7 +180,7 @@ def sft(config: mlc.ConfigDict, workdir: str) -> bool:
         mix = text.examples(length, c.seed + 1, record["shuffle"])
     if not known:
         write_record(workdir, record, text)
-        configs.claim_workdir(workdir, "sft", c, **sections)
+        run_config.claim_workdir(workdir, "sft", c, **sections)
     hosts.only_first(lambda: demonstrations.left_out.write(workdir))
     here = hosts.batch_rows(batch_sharding(mesh, 0), c.microbatch_rows)
     byte_lengths = tokenizer.byte_lengths if tokenizer.lossless else tokenizer.byte_lengths * demonstrations.byte_ratio
@@ -206,7 +208,7 @@ def sft(config: mlc.ConfigDict, workdir: str) -> bool:
     with jax.set_mesh(mesh), contextlib.ExitStack() as kept:
         # --- where the state comes from: the newest good checkpoint of this run, else init_from's weights ---
         checkpointer = kept.enter_context(contextlib.closing(Checkpointer(workdir, c.checkpoint)))
-        state, seconds = checkpointer.take_up(
+        state, seconds = checkpointer.resume(
             abstract, shardings, data=demonstrations.fingerprint, total=schedule.steps,
             changed=f"{c.data.source} has changed since the run began: put it back or take another --workdir.",
         )  # fmt: skip
@@ -326,4 +328,4 @@ def describe_run(c: SFTConfig, model: GPTConfig, demonstrations, packed: PackedR
 
 
 if __name__ == "__main__":
-    configs.run_stage(sft)
+    command_line.run_stage(sft)

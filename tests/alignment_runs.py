@@ -10,7 +10,7 @@ import random
 import jax
 import pytest
 
-from gptjax import ppo, pretrain, reward, sft, workdir
+from gptjax import ppo, pretrain, reward, sft, trained
 from gptjax.config import config_dict
 from gptjax.data.chat import Template
 from gptjax.parallel.mesh import make_mesh
@@ -18,7 +18,7 @@ from gptjax.parallel.mesh import make_mesh
 CONTEXT, RESPONSE = 48, 8
 WORDS = ("ba", "ko", "mi", "ru", "te", "fo", "la", "ni", "zu", "ge")
 LIKED = "zu"
-STAGES = (pretrain, sft, reward, ppo, workdir)
+STAGES = (pretrain, sft, reward, ppo, trained)
 
 
 @contextlib.contextmanager

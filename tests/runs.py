@@ -44,7 +44,7 @@ def without_times(records):
 
 
 def arrays(workdir, step):
-    """{path: numpy array} of a checkpoint: parameters, optimiser state and loss scale, read by Orbax alone."""
+    """{path: numpy array} of a checkpoint: parameters, optimizer state and loss scale, read by Orbax alone."""
     found = {}
     for item in ("params", "training"):
         reader = ocp.Checkpointer(ocp.PyTreeCheckpointHandler())

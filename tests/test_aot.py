@@ -9,14 +9,16 @@ import jax
 import pytest
 
 from configs import gpt2, gpt3
-from gptjax import aot
-from gptjax.aot import Request, adjusted, changed, check, remedies
+from gptjax.aot import remedies as remedies_
+from gptjax.aot.check import Request, adjusted, bytes_wanted, changed, check
+from gptjax.aot.remedies import find_remedy, remedies
+from gptjax.aot.table import table
+from gptjax.cost.roofline import Work, bounds, recomputed_flops_per_token
+from gptjax.cost.topology import CHIPS, parse
 from gptjax.describe import describe
 from gptjax.errors import InputError
 from gptjax.model.flops import flops_per_token
 from gptjax.model.spec import GPT3, GPTConfig
-from gptjax.parallel.bounds import Work, bounds, recomputed_flops_per_token
-from gptjax.parallel.topology import CHIPS, parse
 
 TINY = {"vocab_size": 512, "n_layer": 2, "n_head": 2, "d_model": 128, "context_length": 128}
 
@@ -65,7 +67,7 @@ def test_the_keys_scripts_rely_on(answer):
         assert answer[key] is not None, key
     assert answer["fits"] and answer["chips"] == 4 and answer["mesh"]["fsdp"] == 4
     assert json.loads(json.dumps(answer)) == answer
-    assert "fits" in aot.table(answer) and "bounds it" in aot.table(answer)
+    assert "fits" in table(answer) and "bounds it" in table(answer)
 
 
 def test_flops_are_ours(answer):
@@ -251,15 +253,15 @@ def test_the_remedy_is_the_first_candidate_that_compiles(monkeypatch):
         fits = config["microbatch_size"] == 4 and config["model"]["remat"] == "full"
         return {"fits": fits, "topology": str(topology), "adjusted": {}, "bytes_per_chip": 1}
 
-    monkeypatch.setattr(aot, "check", compiler)
+    monkeypatch.setattr(remedies_, "check", compiler)
     result = {"ours_per_chip": {"params": 2**30, "kept for the backward pass": 2**40}}
     config = tiny(microbatch_size=16)
-    found = aot.find_remedy(config, parse("v5e-4"), Request(), result, None)
+    found = find_remedy(config, parse("v5e-4"), Request(), result, None)
     assert found["changes"] == {"microbatch_size": 4, "model.remat": "full"} and found["topology"] == "v5e:2x2"
     assert found["tried"] == len(asked) and asked[-1] == (4, "full", 4)
     assert all(chips == 4 for *_, chips in asked)
-    monkeypatch.setattr(aot, "check", lambda *_: {"fits": False})
-    assert aot.find_remedy(config, parse("v5e-4"), Request(), result, None) is None
+    monkeypatch.setattr(remedies_, "check", lambda *_: {"fits": False})
+    assert find_remedy(config, parse("v5e-4"), Request(), result, None) is None
 
 
 def test_a_program_too_large_is_reported(libtpu):
@@ -271,7 +273,7 @@ def test_a_program_too_large_is_reported(libtpu):
     assert "Ran out of memory" in found["message"]
     sizes = [row["bytes"] for row in found["largest"]]
     assert sizes == sorted(sizes, reverse=True) and found["largest"][0]["what"].startswith("kept, every layer")
-    shown = aot.table(found)
+    shown = table(found)
     assert "NO: " in shown and found["largest"][0]["what"] in shown
 
 
@@ -280,8 +282,8 @@ def test_what_the_compiler_says():
         "RESOURCE_EXHAUSTED: Ran out of memory on HBM, the total memory required for HLO temporaries (84.42G) exceeds "
         "available HBM (15.75G)."
     )
-    assert aot.bytes_wanted(message) == round(84.42 * 2**30)
-    assert aot.bytes_wanted("something else") is None
+    assert bytes_wanted(message) == round(84.42 * 2**30)
+    assert bytes_wanted("something else") is None
 
 
 # --- the command ----------------------------------------------------------------------------------------------
@@ -320,7 +322,7 @@ def test_what_does_not_fit_exits_with_3_and_a_remedy_that_compiles(libtpu):
     remedy = result["remedy"]
     assert remedy["bytes_per_chip"] < result["hbm_per_chip"] and remedy["topology"] == "v5e:1x1"
     assert "model.remat" in remedy["changes"] or "microbatch_size" in remedy["changes"]
-    assert "compiles with" in aot.table(result)
+    assert "compiles with" in table(result)
 
 
 # --- real presets ---------------------------------------------------------------------------------------------

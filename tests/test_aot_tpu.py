@@ -21,11 +21,13 @@ from gptjax.generation.sampling import Sampling
 from gptjax.model import gpt
 from gptjax.model.attention import resolve
 from gptjax.model.spec import GPT2, GPT3, GPTConfig, parameter_count
+from gptjax.objectives.lm import causal_lm_loss
 from gptjax.parallel.mesh import MeshConfig, make_mesh
+from gptjax.parallel.sharding import batch_sharding
 from gptjax.training.optimizer import OptimizerConfig, make_optimizer
 from gptjax.training.precision import PrecisionConfig
 from gptjax.training.state import state_shardings
-from gptjax.training.step import batch_sharding, causal_lm_loss, jit_train_step, memory_needed, train_step
+from gptjax.training.step import jit_train_step, memory_needed, train_step
 
 HBM = 15.75 * 2**30  # of a v5e chip, as its compiler counts it
 BF16 = PrecisionConfig("bfloat16")

@@ -89,7 +89,7 @@ def test_the_moving_average_comes_there_too():
 
 
 def test_at_the_optimum_every_arm_is_worth_the_same():
-    """r - beta log(pi/ref) is the objective itself for each arm, which is what the value head has learnt."""
+    """r - beta log(pi/ref) is the objective itself for each arm, which is what the value head has learned."""
     _, state, record = trained()
     p = probabilities(state.policy)
     np.testing.assert_allclose(REWARDS - BETA * np.log(p * ARMS), 0.477229, atol=0.06)

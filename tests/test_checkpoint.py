@@ -214,7 +214,7 @@ def cut_json(workdir):
 
 
 DAMAGES = {
-    "truncated file": truncate, "no parameters": lose_an_item("params"), "no optimiser": lose_an_item("training"),
+    "truncated file": truncate, "no parameters": lose_an_item("params"), "no optimizer": lose_an_item("training"),
     "no meta": lose_an_item("meta"), "empty directory": empty, "cut meta": cut_json,
 }  # fmt: skip
 
@@ -301,22 +301,22 @@ def test_weights_alone_can_be_saved(tmp_path, one_device):
 # --- taken up again ---------------------------------------------------------------------------------------
 
 
-def take_up(workdir, where, **given):
+def resume(workdir, where, **given):
     with contextlib.closing(Checkpointer(workdir, CheckpointConfig())) as checkpointer:
         of_run = {"data": "these", "changed": "The data changed.", "total": 2}
-        return checkpointer.take_up(abstract(), where, **{**of_run, **given})
+        return checkpointer.resume(abstract(), where, **{**of_run, **given})
 
 
 def test_a_run_goes_on_from_its_newest_good_checkpoint_and_puts_a_damaged_one_away(workdir, one_device, capsys):
     damage(workdir)
-    state, seconds = take_up(workdir, one_device, total=9, unit="iteration")
+    state, seconds = resume(workdir, one_device, total=9, unit="iteration")
     assert (int(state.step), seconds) == (1, 0.5)
     assert "going on from iteration 1 of 9" in capsys.readouterr().out
     assert (workdir / "checkpoints-damaged" / "2").exists() and not (workdir / "checkpoints" / "2").exists()
 
 
 def test_a_new_run_has_nothing_to_take_up(tmp_path, one_device):
-    assert take_up(tmp_path, one_device) == (None, 0.0)
+    assert resume(tmp_path, one_device) == (None, 0.0)
 
 
 @pytest.mark.parametrize(
@@ -328,7 +328,7 @@ def test_a_new_run_has_nothing_to_take_up(tmp_path, one_device):
 )
 def test_other_data_and_too_few_steps_are_refused(workdir, one_device, given, match):
     with pytest.raises(InputError, match=match):
-        take_up(workdir, one_device, **given)
+        resume(workdir, one_device, **given)
 
 
 # --- another mesh -----------------------------------------------------------------------------------------

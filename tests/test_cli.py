@@ -16,8 +16,8 @@ from ml_collections import config_flags
 from numerics import approx, model_terms
 from runs import lines, one_device_environment
 
-from gptjax import config as configs
-from gptjax.config import config_dict, read_config
+from gptjax import command_line
+from gptjax.config import config_dict
 from gptjax.data import tokens
 from gptjax.data.corpus import pretraining_text
 from gptjax.errors import InputError
@@ -25,8 +25,9 @@ from gptjax.evaluate import score, source_text
 from gptjax.generation.sampling import Sampling
 from gptjax.model.spec import GPTConfig
 from gptjax.pretrain import PretrainConfig, pretrain
+from gptjax.run_config import read_config
 from gptjax.sample import continue_texts
-from gptjax.workdir import load_model
+from gptjax.trained import load_model
 
 METRICS = {
     "step", "tokens_seen", "loss", "bits_per_byte", "grad_norm", "learning_rate", "batch_tokens", "tokens_per_second",
@@ -121,7 +122,7 @@ def test_the_report_is_one_page_that_needs_nothing_else(trained):
 
 
 def test_the_report_escapes_what_the_model_wrote(trained, tmp_path):
-    from gptjax.training import report
+    from gptjax import report
 
     for name in ("config.json", "metrics.jsonl", "evaluations.jsonl"):
         shutil.copy(trained[0] / name, tmp_path)
@@ -133,7 +134,7 @@ def test_the_report_escapes_what_the_model_wrote(trained, tmp_path):
 
 def test_the_report_of_a_run_with_a_validation_loss_that_is_not_finite(trained, tmp_path):
     """JSON has null for it, which is no candidate for the best."""
-    from gptjax.training import report
+    from gptjax import report
 
     for name in ("config.json", "metrics.jsonl"):
         shutil.copy(trained[0] / name, tmp_path)
@@ -404,7 +405,7 @@ def test_a_prompt_of_the_config_file_that_can_not_be_is_skipped(tmp_path, monkey
     path.write_text("abc def " * 500)
     given = {}
     monkeypatch.setattr(config_flags, "get_override_values", lambda flag: given)
-    monkeypatch.setattr(configs, "flags", types.SimpleNamespace(FLAGS={"config": None}))
+    monkeypatch.setattr(command_line, "flags", types.SimpleNamespace(FLAGS={"config": None}))
     config = tiny(path, steps=1, samples__prompts=("\n", "a", "b" * 33))
     assert pretrain(config, str(tmp_path / "run")) is True
     assert {s["prompt"] for s in lines(tmp_path / "run", "samples")} == {"a"}

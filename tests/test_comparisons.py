@@ -202,7 +202,7 @@ def test_random_access_is_sequential_access():
 
 def test_the_hosts_parts_are_the_batch():
     for step in range(4):
-        for part in (np.arange(h, 6, 3) for h in range(3)):  # a host need not hold neighbours
+        for part in (np.arange(h, 6, 3) for h in range(3)):  # a host need not hold neighbors
             whole = batches(rows=6)[step]
             same(batches(rows=6, here=lambda rows, part=part: part)[step], {k: v[part] for k, v in whole.items()})
 

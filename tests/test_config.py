@@ -16,10 +16,14 @@ from conftest import ROOT
 from etils import epath
 from ml_collections import config_dict as mlc
 
+from gptjax import command_line, run_config
 from gptjax import config as configs
-from gptjax.config import build, choose, claim_workdir, config_dict, json_safe, read_config, run, to_json, write_json
+from gptjax.command_line import run
+from gptjax.config import build, choose, config_dict, to_json
 from gptjax.errors import InputError
+from gptjax.json_files import json_safe, write_json
 from gptjax.pretrain import PretrainConfig
+from gptjax.run_config import claim_workdir, read_config
 
 STABLE = {
     "seed", "steps", "batch_size", "data.source", "data.tokenizer", "model.n_layer", "model.n_head", "model.d_model",
@@ -62,7 +66,7 @@ def built(config, **overrides):
 def test_every_config_file_has_the_keys_scripts_rely_on(name):
     c = load(name)
     c.model.vocab_size = c.model.vocab_size or 65
-    flat = configs._flatten(to_json(build(PretrainConfig, c)))
+    flat = run_config._flatten(to_json(build(PretrainConfig, c)))
     assert STABLE <= flat.keys()
     c.lock()
     new = {  # each can be set from the command line, whether it has a value or not
@@ -73,7 +77,7 @@ def test_every_config_file_has_the_keys_scripts_rely_on(name):
     }  # fmt: skip
     assert new.keys() == STABLE
     c.update_from_flattened_dict({**new, "microbatch_size": None})
-    flat = configs._flatten(to_json(build(PretrainConfig, c)))
+    flat = run_config._flatten(to_json(build(PretrainConfig, c)))
     assert {k: flat[k] for k in new} == new
 
 
@@ -169,7 +173,7 @@ def test_choose_takes_what_is_there():
         ({"precision__compute": "fp16"}, "float16"),
         ({"eval__every": 0}, "eval.every"),
         ({"checkpoint__every": 0}, "every"),
-        ({"model__pipeline_rounds": 0}, "pipeline_rounds"),
+        ({"model__pipeline_virtual_stages": 0}, "pipeline_virtual_stages"),
         ({"model__pipeline_microbatches": 0}, "pipeline_microbatches"),
     ],
 )
@@ -223,7 +227,7 @@ def test_where_and_how_fast_it_runs_may(config, tmp_path, capsys):
     changed = built(
         config, mesh__data=1, mesh__fsdp=-1, checkpoint__every=7, eval__batches=3, steps=5000, steps_per_dispatch=1,
         log__every=5, samples__max_new_tokens=9, microbatch_size=4, loss_chunk=7, model__remat="full",
-        model__pipeline_microbatches=4, model__pipeline_rounds=2,
+        model__pipeline_microbatches=4, model__pipeline_virtual_stages=2,
     )  # fmt: skip
     assert claim_workdir(tmp_path, "pretrain", changed) is True
     assert "config.mesh.fsdp changed from 1 to -1" in capsys.readouterr().out
@@ -267,7 +271,7 @@ def test_checkpoints_without_the_config_that_made_them(config, tmp_path):
 
 def test_a_config_may_leave_out_its_mesh():
     seen = []
-    stage = configs.by_its_rules(lambda config: seen.append(configs.rules.partition_spec(("embed",))))
+    stage = configs.with_sharding_rules(lambda config: seen.append(configs.sharding.partition_spec(("embed",))))
     for config in ({}, {"mesh": None}, {"mesh": {"data": 1}}, {"mesh": {"rules": {"embed": "none"}}}):
         stage(config)
     assert [spec[0] for spec in seen] == ["fsdp", "fsdp", "fsdp", None]
@@ -404,8 +408,8 @@ def parsed(monkeypatch, tmp_path):
         values = flags.FlagValues()
         monkeypatch.setattr(flags, "FLAGS", values)
         monkeypatch.setattr(sys, "argv", ["main", f"--config={ROOT / 'configs' / file}", *arguments])
-        configs.config_flags.DEFINE_config_file("config", None, "", lock_config=True, flag_values=values)
-        monkeypatch.setattr(configs.app, "run", lambda main, flags_parser: main(flags_parser(sys.argv)))
+        command_line.config_flags.DEFINE_config_file("config", None, "", lock_config=True, flag_values=values)
+        monkeypatch.setattr(command_line.app, "run", lambda main, flags_parser: main(flags_parser(sys.argv)))
         found = []
         run(lambda _: found.append(values.config))
         return found[0]

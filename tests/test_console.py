@@ -62,9 +62,9 @@ def test_an_output_that_fails_does_not_raise(monkeypatch, error):
 STAGE = """
 import sys
 from pathlib import Path
-from gptjax.config import by_its_rules, run
+from gptjax.config import with_sharding_rules, run
 
-@by_its_rules
+@with_sharding_rules
 def stage(config, workdir):
     for step in range(20_000):
         print(f"step {step}: naïve", flush=step % 100 == 0)

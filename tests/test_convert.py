@@ -20,7 +20,7 @@ from gptjax.model import gpt, heads
 from gptjax.model.spec import GPTConfig
 from gptjax.pretrain import check_same_tokenizer
 from gptjax.sample import continue_texts
-from gptjax.workdir import load_model
+from gptjax.trained import load_model
 
 TEXT = ["the cat sat on the mat and the dog lay on the rug\n" * 40]
 

@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 from etils import epath
 
-from gptjax.config import write_json
 from gptjax.data import corpus, tokens
 from gptjax.data.corpus import DataConfig, load_corpus, load_text, pretraining_text, start_record, write_record
 from gptjax.errors import InputError
 from gptjax.evaluate import source_text
+from gptjax.json_files import write_json
 from gptjax.parallel.mesh import MeshConfig, make_mesh
 from gptjax.rlhf import ptx
 from gptjax.training.metrics import dumps

@@ -394,7 +394,7 @@ def test_random_access_is_sequential_access():
 def test_the_hosts_parts_are_the_batch(options, hosts):
     for step in range(5):
         whole = batches(rows=6, **options)[step]
-        every = [np.arange(h, 6, hosts) for h in range(hosts)]  # a host need not hold neighbours
+        every = [np.arange(h, 6, hosts) for h in range(hosts)]  # a host need not hold neighbors
         parts = [batches(rows=6, here=lambda rows, part=part: part, **options)[step] for part in every]
         assert all(len(p["tokens"]) == 6 // hosts for p in parts)
         for part, piece in zip(every, parts, strict=True):

@@ -1,4 +1,4 @@
-"""The docstring task: its examples and splits, the labeller's rules, and the noise of its ranks."""
+"""The docstring task: its examples and splits, the labeler's rules, and the noise of its ranks."""
 
 import ast
 import json
@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 
 from configs import demo
-from experiments.docstrings import labeller, task
-from experiments.docstrings.labeller import gold_score, pair_accuracy_ceiling, plackett_luce_ranks
+from experiments.docstrings import labeler, task
+from experiments.docstrings.labeler import gold_score, pair_accuracy_ceiling, plackett_luce_ranks
 from gptjax.data import sources, splits
 from gptjax.errors import InputError
 
@@ -51,7 +51,7 @@ def parts(examples):
     ],
 )
 def test_breaking_a_rule_costs_and_breaks_no_other(rule, worse):
-    good, bad = labeller.explain(SIGNATURE, GOOD), labeller.explain(SIGNATURE, worse)
+    good, bad = labeler.explain(SIGNATURE, GOOD), labeler.explain(SIGNATURE, worse)
     assert set(good.values()) == {1.0}
     assert {name for name in good if bad[name] < 1} == {rule}
     assert gold_score(SIGNATURE, worse) < gold_score(SIGNATURE, GOOD)
@@ -86,10 +86,10 @@ def test_scores_lie_in_their_range(examples):
     ],
 )
 def test_rules_know_classes_adverbs_and_names(signature, summary, rule, value):
-    assert labeller.explain(signature, summary)[rule] == value
+    assert labeler.explain(signature, summary)[rule] == value
 
 
-def test_the_labeller_prefers_real_summaries_to_corrupted_ones(examples):
+def test_the_labeler_prefers_real_summaries_to_corrupted_ones(examples):
     rng = np.random.default_rng(0)
     some = examples[::5]
     others = [some[i].summary for i in rng.permutation(len(some))]

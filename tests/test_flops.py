@@ -10,17 +10,9 @@ from test_spec import config_file
 
 from gptjax.describe import describe
 from gptjax.generation.speed import bytes_per_token, describe_speed
+from gptjax.hardware import MEMORY_BANDWIDTH, PEAK_FLOPS, memory_bandwidth, peak_flops
 from gptjax.model import gpt
-from gptjax.model.flops import (
-    MEMORY_BANDWIDTH,
-    PEAK_FLOPS,
-    PF_DAY,
-    flops_per_token,
-    memory_bandwidth,
-    mfu,
-    peak_flops,
-    visible_pairs,
-)
+from gptjax.model.flops import PF_DAY, flops_per_token, mfu, visible_pairs
 from gptjax.model.spec import GPT2, GPT3, GPTConfig
 
 

@@ -111,7 +111,7 @@ def run(prompts, sampling=WARM, config=TINY, **options):
     return generate(random_params(config), config, prompts, **{"max_new_tokens": 10, "sampling": sampling, **options})
 
 
-def test_a_row_does_not_depend_on_its_neighbours_nor_on_how_far_it_is_padded():
+def test_a_row_does_not_depend_on_its_neighbors_nor_on_how_far_it_is_padded():
     alone = run([[5, 6, 7]])
     for others in ([[1]], [[9] * 12], [[9] * 20], [[9] * 39, [2]]):  # buckets of 16, 16, 32 and the whole context
         assert run([[5, 6, 7], *others])[0] == alone[0]

@@ -1,4 +1,4 @@
-"""The model: a numpy forward as oracle, its initialisation, and what each part must and must not see."""
+"""The model: a numpy forward as oracle, its initialization, and what each part must and must not see."""
 
 import dataclasses
 import functools
@@ -14,8 +14,8 @@ from numerics import assert_close, model_terms, tolerance
 from gptjax.errors import InputError
 from gptjax.model import gpt, layers
 from gptjax.model.spec import GPT1, GPT2, GPTConfig
-from gptjax.objectives.language import cross_entropy_sum, log_probs
-from gptjax.training.step import causal_lm_loss
+from gptjax.objectives.chunked import cross_entropy_sum
+from gptjax.objectives.lm import causal_lm_loss, log_probs
 
 TINY = GPTConfig(vocab_size=61, n_layer=3, n_head=2, d_model=16, context_length=12, attention="reference")
 VARIANTS = {
@@ -130,12 +130,12 @@ def test_bfloat16_weight_gradients_are_not_rounded():
     np.testing.assert_allclose(np.asarray(d_x, np.float64), exact("btjk,ijk->bti", d_y, rounded), rtol=2**-8, atol=1e-2)
 
 
-# --- initialisation ---------------------------------------------------------------------------------------
+# --- initialization ---------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
 def published():
-    """The real GPT-1 and GPT-2 124M at initialisation, made once each."""
+    """The real GPT-1 and GPT-2 124M at initialization, made once each."""
     made = {}
 
     def make(config):
@@ -148,7 +148,7 @@ def published():
 
 
 @pytest.mark.parametrize("config, residual_std", [(GPT2["124m"], 0.0040825), (GPT1, 0.02)], ids=["gpt2", "gpt1"])
-def test_published_initialisation(published, config, residual_std):
+def test_published_initialization(published, config, residual_std):
     """Weights N(0, .02), residual projections .02/sqrt(2 L) in GPT-2 and .02 in GPT-1, gains 1, biases 0; and the
     loss of such a model: ln V + d sigma^2 / 2, for logits of variance d sigma^2 (not ln V)."""
     c = dataclasses.replace(config, attention="cpu", dropout=0.0)
@@ -169,7 +169,7 @@ def test_published_initialisation(published, config, residual_std):
     assert total / count == pytest.approx(math.log(c.vocab_size) + c.d_model * 0.02**2 / 2, abs=0.06)
 
 
-@pytest.mark.parametrize("n_layer, std", [(48, 0.0020412), (96, 0.0014434)])  # 12: test_published_initialisation
+@pytest.mark.parametrize("n_layer, std", [(48, 0.0020412), (96, 0.0014434)])  # 12: test_published_initialization
 def test_residual_projections_shrink_with_depth(n_layer, std):
     c = GPTConfig(11, n_layer, 2, 64, 4)
     params = jax.jit(gpt.init, static_argnums=0)(c, jax.random.key(2))
@@ -222,8 +222,8 @@ def test_layer_norm_of_bfloat16_is_taken_in_float32():
     expected = (x64 - x64.mean()) / np.sqrt(x64.var() + 1e-5) * 3 - 2
     y = layers.LayerNorm().apply({"params": {"scale": jnp.full(64, 3.0), "bias": jnp.full(64, -2.0)}}, x)
     assert y.dtype == jnp.bfloat16
-    cancelled = tolerance(2 * 64) * 3 * 30  # the mean of 30 leaves what is about 1, and the gain is 3
-    np.testing.assert_allclose(np.asarray(y, np.float64), expected, rtol=2**-8, atol=cancelled)
+    canceled = tolerance(2 * 64) * 3 * 30  # the mean of 30 leaves what is about 1, and the gain is 3
+    np.testing.assert_allclose(np.asarray(y, np.float64), expected, rtol=2**-8, atol=canceled)
 
 
 def test_gelu_is_the_tanh_form():

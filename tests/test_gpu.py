@@ -22,11 +22,11 @@ from runs import one_device_environment
 
 import experiments.benchmarks.gpu.__main__ as benchmark
 from experiments.benchmarks.gpu import check, common
-from gptjax import programs
+from gptjax.aot import programs
+from gptjax.distributed import gpu_flags
 from gptjax.errors import InputError
 from gptjax.model.attention import attention, visible
 from gptjax.model.spec import GPTConfig
-from gptjax.parallel import gpu
 from gptjax.parallel.mesh import MeshConfig, make_mesh
 from gptjax.ppo import PPOConfig
 from gptjax.pretrain import PretrainConfig
@@ -198,26 +198,26 @@ def test_ppo_for_cuda(cudnn, model):
 @pytest.fixture
 def a_gpu(monkeypatch, tmp_path):
     (tmp_path / "nvidia0").touch()
-    monkeypatch.setattr(gpu, "DEVICES", (tmp_path / "nvidia0",))
+    monkeypatch.setattr(gpu_flags, "DEVICES", (tmp_path / "nvidia0",))
 
 
 def test_flags_are_set_where_there_is_a_gpu_and_said_once(a_gpu, capsys):
     environment = {}
-    gpu.prepare(environment=environment)
+    gpu_flags.prepare(environment=environment)
     assert environment == {
-        "XLA_FLAGS": " ".join(f"--{name}={value}" for name, value in gpu.FLAGS.items()),
+        "XLA_FLAGS": " ".join(f"--{name}={value}" for name, value in gpu_flags.FLAGS.items()),
         "XLA_PYTHON_CLIENT_MEM_FRACTION": "0.9",
     }
     said = capsys.readouterr().err
     assert said.count("\n") == 1 and "latency_hiding" in said and "0.9" in said
-    gpu.prepare(environment=environment)
+    gpu_flags.prepare(environment=environment)
     assert capsys.readouterr().err == ""
 
 
 def test_what_a_user_has_set_stands(a_gpu, capsys):
-    first, second, third = gpu.FLAGS
+    first, second, third = gpu_flags.FLAGS
     environment = {"XLA_FLAGS": f"--{first}=false --xla_dump_to=x", "XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
-    gpu.prepare(say=False, environment=environment)
+    gpu_flags.prepare(say=False, environment=environment)
     assert environment == {
         "XLA_FLAGS": f"--{first}=false --xla_dump_to=x --{second}=true --{third}=true",
         "XLA_PYTHON_CLIENT_PREALLOCATE": "false",
@@ -227,13 +227,13 @@ def test_what_a_user_has_set_stands(a_gpu, capsys):
 
 @pytest.mark.parametrize("platforms, expected", [("", True), ("cuda,cpu", True), ("gpu", True), ("cpu", False)])
 def test_another_platform_asked_for_is_no_gpu(a_gpu, platforms, expected):
-    assert gpu.is_there({"JAX_PLATFORMS": platforms} if platforms else {}) == expected
+    assert gpu_flags.is_there({"JAX_PLATFORMS": platforms} if platforms else {}) == expected
 
 
 def test_without_a_gpu_nothing_is_set(monkeypatch, tmp_path):
-    monkeypatch.setattr(gpu, "DEVICES", (tmp_path / "nvidia0",))
+    monkeypatch.setattr(gpu_flags, "DEVICES", (tmp_path / "nvidia0",))
     environment = {}
-    gpu.prepare(environment=environment)
+    gpu_flags.prepare(environment=environment)
     assert environment == {}
 
 
@@ -243,7 +243,7 @@ def test_a_main_sets_them_before_xla_reads_them_and_jaxlib_knows_each():
         "import pathlib, jax, gptjax.pretrain\n"
         "from gptjax.parallel import gpu, hosts\n"
         "gpu.DEVICES = (pathlib.Path('/'),)\n"
-        "gpu.FLAGS = {**gpu.FLAGS, 'xla_force_host_platform_device_count': '3'}\n"
+        "gpu.FLAGS = {**gpu_flags.FLAGS, 'xla_force_host_platform_device_count': '3'}\n"
         "with hosts.join({}, 'x'):\n"
         "    jax.config.update('jax_platforms', 'cpu')\n"
         "    print(jax.device_count(), jax.jit(lambda: 1 + 1)())\n"
@@ -259,7 +259,7 @@ def test_a_main_sets_them_before_xla_reads_them_and_jaxlib_knows_each():
 
 
 def test_without_a_gpu_the_benchmark_is_one_clear_error(monkeypatch, tmp_path):
-    monkeypatch.setattr(gpu, "DEVICES", (tmp_path / "nvidia0",))
+    monkeypatch.setattr(gpu_flags, "DEVICES", (tmp_path / "nvidia0",))
     with pytest.raises(InputError, match="No NVIDIA GPU.*--tiny"):
         benchmark.main(["--only=train", f"--output={tmp_path}"])
     assert not list(tmp_path.iterdir())

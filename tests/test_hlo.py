@@ -9,8 +9,8 @@ from jax import lax
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from gptjax.parallel import topology
-from gptjax.parallel.hlo import Collective, Traffic, _groups, array_bytes, traffic
+from gptjax.cost import topology
+from gptjax.cost.hlo import Collective, Traffic, _groups, array_bytes, traffic
 from gptjax.parallel.mesh import MeshConfig
 
 BYTES = 4 * 1024 * 256  # of one device's shard of x

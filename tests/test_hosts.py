@@ -15,12 +15,12 @@ from host_processes import Processes, assert_same_figures, free_port, hosts_conf
 from jax.sharding import NamedSharding, PartitionSpec
 from test_resume import lines
 
+from gptjax.distributed import handshake, hosts
 from gptjax.errors import InputError
-from gptjax.parallel import hosts, roll
 from gptjax.parallel.mesh import MeshConfig, make_mesh
+from gptjax.parallel.sharding import batch_sharding
 from gptjax.pretrain import pretrain
 from gptjax.training.checkpoint import Checkpointer
-from gptjax.training.step import batch_sharding
 
 # --- which job ----------------------------------------------------------------------------------------------
 
@@ -46,7 +46,7 @@ def surroundings(monkeypatch):
 
 def test_nothing_set_is_one_process(surroundings):
     began = time.monotonic()
-    assert roll.find_job(300) is None
+    assert handshake.find_job(300) is None
     with hosts.join({}, "w"):
         assert jax.process_count() == 1
     assert time.monotonic() - began < 150  # it did not wait the 300 s for others
@@ -54,34 +54,34 @@ def test_nothing_set_is_one_process(surroundings):
 
 def test_a_job_by_hand(surroundings):
     surroundings(**BY_HAND)
-    assert roll.find_job(1) == roll.Job("a:1", 3, 2, by_hand=True)
+    assert handshake.find_job(1) == handshake.Job("a:1", 3, 2, by_hand=True)
     surroundings(JAX_NUM_PROCESSES="1", JAX_PROCESS_ID="0")
-    assert roll.find_job(1) is None
+    assert handshake.find_job(1) is None
 
 
 @pytest.mark.parametrize("missing", BY_HAND)
 def test_a_job_half_named(surroundings, missing):
     surroundings(**{k: v for k, v in BY_HAND.items() if k != missing})
     with pytest.raises(InputError, match=f"not {missing}: set all three"):
-        roll.find_job(1)
+        handshake.find_job(1)
 
 
 @pytest.mark.parametrize("wrong", [{"JAX_PROCESS_ID": "3"}, {"JAX_PROCESS_ID": "x"}, {"JAX_COORDINATOR_ADDRESS": "a"}])
 def test_a_job_misnamed(surroundings, wrong):
     surroundings(**BY_HAND | wrong)
     with pytest.raises(InputError, match="give host:port and an id"):
-        roll.find_job(1)
+        handshake.find_job(1)
 
 
 def test_slurm(surroundings):
     surroundings(**SLURM)
-    job = roll.find_job(1)
+    job = handshake.find_job(1)
     assert (job.address.split(":")[0], job.count, job.index, job.by_hand) == ("node003", 2, 1, False)
-    assert roll.local_devices() is None  # JAX's own: one device a task
+    assert handshake.local_devices() is None  # JAX's own: one device a task
     surroundings(SLURM_STEP_TASKS_PER_NODE="1(x2)")
-    assert roll.local_devices() == []  # one task a node has them all
+    assert handshake.local_devices() == []  # one task a node has them all
     surroundings(SLURM_NTASKS="1", SLURM_PROCID="0")
-    assert roll.find_job(1) is None
+    assert handshake.find_job(1) is None
 
 
 def test_gke(surroundings, monkeypatch):
@@ -91,18 +91,18 @@ def test_gke(surroundings, monkeypatch):
     monkeypatch.setattr(cloud_tpu_cluster.BaseTpuCluster, "wait_for_coordinator", lambda *a: None)
     surroundings(TPU_SKIP_MDS_QUERY="1", TPU_WORKER_HOSTNAMES="t-0,t-1,t-2", TPU_WORKER_ID="2")
     surroundings(MEGASCALE_COORDINATOR_ADDRESS="t-0:1", MEGASCALE_NUM_SLICES="2", MEGASCALE_SLICE_ID="1")
-    assert roll.find_job(1) == roll.Job("t-0:8482", 6, 5)
+    assert handshake.find_job(1) == handshake.Job("t-0:8482", 6, 5)
     surroundings(MEGASCALE_NUM_SLICES="1", TPU_WORKER_HOSTNAMES="localhost", TPU_WORKER_ID="0")  # as on one TPU VM
-    assert roll.find_job(1) is None
+    assert handshake.find_job(1) is None
 
 
 def test_a_pod_alone_is_one_process(surroundings):
     surroundings(KUBERNETES_SERVICE_HOST="10.0.0.1")
-    assert roll.find_job(1) is None
+    assert handshake.find_job(1) is None
 
 
 def test_facts():
-    found = roll.facts({"seed": 1, "model": {"n_layer": 2}}, "w")
+    found = handshake.facts({"seed": 1, "model": {"n_layer": 2}}, "w")
     assert found["config.model.n_layer"] == "2" and found["workdir"] == "w" and found["jax"] == jax.__version__
     assert len(found["the code of gptjax"]) == 12
 
@@ -115,15 +115,15 @@ def call(present, count, limit=2.0, port=None, **changed):
     address, got = f"127.0.0.1:{port or free_port()}", {}
 
     def one(place, index):
-        job = roll.Job(address, count, index)
+        job = handshake.Job(address, count, index)
         own = changed.get(f"p{place}", {"config.seed": "0"})
         hello = {"index": index, "count": count, "host": f"host{place}", "facts": own}
         try:
             if index:
-                line, answer = roll.answer_roll(job, hello, limit)
+                line, answer = handshake.answer_roll(job, hello, limit)
                 got[place] = answer
             else:
-                them, names = roll.call_roll(job, hello, limit)
+                them, names = handshake.call_roll(job, hello, limit)
                 [line.say({"names": names}) for line in them.values()]
                 got[place] = names
         except InputError as error:
@@ -179,12 +179,13 @@ def test_a_taken_port():
 def watched(monkeypatch):
     """(the end of process 1's line, what process 0 and process 2 were ended with)."""
     ends = {}
-    monkeypatch.setattr(roll, "end", lambda text, code: ends.setdefault(threading.current_thread().name, (text, code)))
+    end = lambda text, code: ends.setdefault(threading.current_thread().name, (text, code))
+    monkeypatch.setattr(handshake, "end", end)
     one, of_one = socket.socketpair()
     two, of_two = socket.socketpair()
     names = {0: "a", 1: "b", 2: "c"}
-    zero = roll.Watch(0, {1: roll.Line(of_one), 2: roll.Line(of_two)}, names)
-    roll.Watch(2, {0: roll.Line(two)}, names)
+    zero = handshake.Watch(0, {1: handshake.Line(of_one), 2: handshake.Line(of_two)}, names)
+    handshake.Watch(2, {0: handshake.Line(two)}, names)
     yield one, ends, zero
     one.close()
 
@@ -202,19 +203,19 @@ def test_a_death_ends_all(watched):
     one, ends, _ = watched
     one.close()
     found = ended(ends, 2)
-    assert len(found) == 2 and all(code == roll.LOST == 75 for _, code in found)
+    assert len(found) == 2 and all(code == handshake.LOST == 75 for _, code in found)
     assert all("error: process 1 (b) died" in text and "the same command again" in text for text, _ in found)
 
 
 def test_an_error_ends_all_and_says_which(watched):
     one, ends, _ = watched
-    roll.Line(one).say({"stopped": "process 1 (b) stopped: no such file", "code": 2})
+    handshake.Line(one).say({"stopped": "process 1 (b) stopped: no such file", "code": 2})
     assert ended(ends, 2) == [("error: process 1 (b) stopped: no such file", 2)] * 2
 
 
 def test_an_orderly_end_ends_nobody(watched):
     one, ends, zero = watched
-    roll.Line(one).say("done")
+    handshake.Line(one).say("done")
     zero.done()
     one.close()
     assert ended(ends, 0) == []

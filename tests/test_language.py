@@ -11,13 +11,8 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 from numerics import assert_close, tolerance
 
-from gptjax.objectives.language import (
-    bits_per_byte,
-    cross_entropy_sum,
-    log_probs,
-    token_log_probs,
-    token_log_probs_and_entropy,
-)
+from gptjax.objectives.chunked import cross_entropy_sum, token_log_probs, token_log_probs_and_entropy
+from gptjax.objectives.lm import bits_per_byte, log_probs
 from gptjax.parallel.mesh import MeshConfig, make_mesh
 
 B, T, D, V = 3, 10, 8, 29

@@ -1,4 +1,4 @@
-"""Language-modelling batches: the permutation, windows, mixtures, hosts, resume and isolated documents."""
+"""Language-modeling batches: the permutation, windows, mixtures, hosts, resume and isolated documents."""
 
 import numpy as np
 import pytest
@@ -75,7 +75,7 @@ def test_permute_is_uniform():
     chi2 = ((counts - keys / n) ** 2 / (keys / n)).sum()
     freedom = (n - 1) ** 2
     assert abs(chi2 - freedom) < 6 * np.sqrt(2 * freedom)
-    assert abs(follows[1:] / follows[1:].mean() - 1).max() < 0.1  # neighbours don't stay neighbours
+    assert abs(follows[1:] / follows[1:].mean() - 1).max() < 0.1  # neighbors don't stay neighbors
 
 
 def test_permute_keys():
@@ -205,7 +205,7 @@ def ramp(step):
 
 
 def here_of(host, hosts):
-    """Rows of a batch -> every hosts-th of them: a host need not hold neighbours."""
+    """Rows of a batch -> every hosts-th of them: a host need not hold neighbors."""
     return lambda rows: np.arange(host, rows, hosts)
 
 

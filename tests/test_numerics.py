@@ -12,7 +12,7 @@ from numerics import SAFETY, approx, assert_close, model_terms, tolerance, unit_
 from test_gpt import TINY, numpy_forward, random_params, random_tokens
 
 from gptjax.model import gpt
-from gptjax.objectives import language
+from gptjax.objectives import chunked
 from gptjax.parallel.mesh import MeshConfig, make_mesh
 
 FAULT = 1 + 1e-4
@@ -139,7 +139,7 @@ def loss(mesh=None):
     import test_language as here
 
     arguments = here.problem(batch=8)
-    f = lambda x, w: language.cross_entropy_sum(x, w, *arguments[2:], 4)
+    f = lambda x, w: chunked.cross_entropy_sum(x, w, *arguments[2:], 4)
     with jax.set_mesh(mesh) if mesh else contextlib.nullcontext():
         value, (d_x, d_w) = jax.jit(jax.value_and_grad(f, (0, 1)))(*arguments[:2])
     assert_close([value, d_x, d_w], list(here.oracle(*arguments)), terms=here.TERMS)
@@ -151,7 +151,7 @@ def sharded_loss():
 
 @pytest.mark.parametrize(
     "check, module, name",
-    [(forward, gpt, "attention"), (forward, gpt, "gelu"), (loss, language, "_d_x"), (sharded_loss, language, "_d_w")],
+    [(forward, gpt, "attention"), (forward, gpt, "gelu"), (loss, chunked, "_d_x"), (sharded_loss, chunked, "_d_w")],
 )
 def test_a_fault_in_the_code_is_seen(check, module, name, monkeypatch):
     """One part of the model or the loss too large by 1e-4."""

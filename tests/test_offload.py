@@ -1,4 +1,4 @@
-"""The optimiser's moments in host memory: the same steps, layer by layer; saved, taken up again, refused."""
+"""The optimizer's moments in host memory: the same steps, layer by layer; saved, taken up again, refused."""
 
 import dataclasses
 
@@ -16,7 +16,7 @@ from gptjax.model import gpt, heads
 from gptjax.parallel.mesh import MeshConfig, make_mesh
 from gptjax.pretrain import pretrain
 from gptjax.rlhf import state as ppo_state
-from gptjax.training.offload import MEMORY, moments, part_by_part
+from gptjax.training.offload import MEMORY, moments, update_per_layer
 from gptjax.training.optimizer import OptimizerConfig, make_optimizer
 from gptjax.training.state import state_shardings
 
@@ -41,19 +41,19 @@ def test_part_by_part_is_the_whole(name, finite):
     }  # fmt: skip
     params, first, second = jax.tree.map(jnp.float32, (tree(), tree(), tree()))
 
-    def optimise(params, opt, grads):
+    def optimize(params, opt, grads):
         updates, new = tx.update(grads, opt, params)
         moved = jax.tree.map(lambda p, u: p + 0.1 * u, params, updates)
         return jax.tree.map(lambda new, old: jnp.where(finite, new, old), (moved, new), (params, opt))
 
     def away(params, opt, grads):
-        return part_by_part(tx, optimise, params, opt, grads)
+        return update_per_layer(tx, optimize, params, opt, grads)
 
     to_host = lambda x, moment: jax.device_put(x, x.sharding.with_memory_kind(MEMORY)) if moment else x
     expected, state = (params, tx.init(params)), tx.init(params)
     found = params, jax.tree.map(to_host, state, moments(tx, state))
     for grads in (first, second):
-        expected, found = jax.jit(optimise)(*expected, grads), jax.jit(away)(*found, grads)
+        expected, found = jax.jit(optimize)(*expected, grads), jax.jit(away)(*found, grads)
     assert_close(found, expected, terms=2 * 8)
     moved = jax.tree.map(lambda a, b: bool((a != b).any()), found[0], params)
     assert set(jax.tree.leaves(moved)) == {finite}

@@ -127,7 +127,7 @@ def test_the_decayed_pattern_is_the_configs(params):
 
 @pytest.mark.parametrize("clip, scale", [(1.0, 1.0), (2.5, 2.5), (100.0, 5.0), (0.0, 5.0)])
 def test_the_gradient_is_cut_to_its_global_norm(clip, scale):
-    """Gradient (3, 4) over two parameters: norm 5. Plain descent shows what the optimiser was given."""
+    """Gradient (3, 4) over two parameters: norm 5. Plain descent shows what the optimizer was given."""
 
     def loss(params, batch, key):
         return 3 * params["a"] + 4 * params["b"], jnp.float32(1)

@@ -17,10 +17,9 @@ from gptjax.generation.sampling import Sampling
 from gptjax.model import gpt, heads
 from gptjax.model.spec import GPTConfig
 from gptjax.parallel.mesh import MeshConfig, make_mesh
-from gptjax.parallel.rules import Rules, parameter_shardings, use
+from gptjax.parallel.sharding import Rules, batch_sharding, parameter_shardings, use_rules
 from gptjax.reward import reward_loss
 from gptjax.sft import sft_loss
-from gptjax.training.step import batch_sharding
 
 ROWS, TIME, VOCAB = 8, 16, 61  # a vocabulary that nothing divides
 MODEL = GPTConfig(VOCAB, n_layer=2, n_head=4, d_model=32, context_length=TIME)
@@ -108,7 +107,7 @@ def expected(stage):
 @pytest.mark.parametrize("stage", STAGES)
 def test_a_stage_on_eight_devices_is_one_device(stage, mesh):
     total, count, grads = expected(stage)
-    with use(MESHES[mesh].rules):
+    with use_rules(MESHES[mesh].rules):
         found, found_count, found_grads = gradient(stage, make_mesh(MESHES[mesh]))
     assert found == approx(total, terms=TERMS) and found_count == count
     largest = max(np.abs(g).max() for g in jax.tree.leaves(grads))
@@ -123,7 +122,7 @@ def test_sampling_on_a_mesh_is_sampling_on_one_device():
     texts = []
     on = make_mesh(MESHES["data 2 seq 2 tensor 2"])
     for mesh, rules in ((alone(), Rules()), (on, Rules()), (on, Rules(embed="fsdp,seq", residual="seq", heads="none"))):
-        with jax.set_mesh(mesh), use(rules):
+        with jax.set_mesh(mesh), use_rules(rules):
             placed = jax.device_put(params, parameter_shardings(gpt.abstract_params(MODEL), mesh))
             texts.append(generate(placed, MODEL, prompts, mesh=mesh, **options))
     assert texts[0] == texts[1] == texts[2] and len(set(map(tuple, texts[0]))) == 3

@@ -10,12 +10,12 @@ import pytest
 from experiments.tpu_fit.peak import ours as count
 from experiments.tpu_fit.peak import recorded
 from experiments.tpu_fit.run import preset_config
-from gptjax import peak
-from gptjax.aot import changed, check
+from gptjax.aot.check import changed, check
+from gptjax.cost import memory
+from gptjax.cost.topology import parse
 from gptjax.describe import describe
 from gptjax.model.spec import GPTConfig
 from gptjax.parallel.mesh import MeshConfig
-from gptjax.parallel.topology import parse
 
 TINY = {"vocab_size": 512, "n_layer": 2, "n_head": 2, "d_model": 128, "context_length": 128}
 
@@ -31,7 +31,7 @@ def test_kept_arrays_are_what_remat_keeps():
     """Full remat keeps the residual stream of every layer, dots the matmuls' results besides, and with none a head's 64
     features lie in 128 lanes."""
     model, sizes = GPTConfig(**TINY, attention="splash"), MeshConfig(data=1, fsdp=8).sizes(8)
-    of = lambda remat: peak.layer_arrays(dataclasses.replace(model, remat=remat), sizes, 8, jnp.bfloat16)
+    of = lambda remat: memory.layer_arrays(dataclasses.replace(model, remat=remat), sizes, 8, jnp.bfloat16)
     stream = 2 * 8 * 128 * 128 * 2 // 8  # layers x rows x time x d_model, bf16, over eight
     assert of("full") == (("residual stream", (2, 8, 128, 128), stream),)
     assert ("MLP features", (2, 8, 128, 512), 4 * stream) in of("dots")

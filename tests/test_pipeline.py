@@ -17,15 +17,15 @@ from gptjax.generation.decode import generate
 from gptjax.generation.sampling import Sampling
 from gptjax.model import gpt, heads
 from gptjax.model.spec import GPT3, GPTConfig
+from gptjax.objectives.lm import causal_lm_loss
 from gptjax.parallel import pipeline
 from gptjax.parallel.mesh import AXES, MeshConfig, make_mesh
 from gptjax.parallel.pipeline import Plan, make_plan, work
-from gptjax.parallel.rules import parameter_shardings
+from gptjax.parallel.sharding import parameter_shardings
 from gptjax.rlhf import networks, rollout, update
 from gptjax.rlhf.networks import Networks
 from gptjax.rlhf.reward_model import score_at_end
 from gptjax.rlhf.rollout import Rollout
-from gptjax.training.step import causal_lm_loss
 
 MODEL = GPTConfig(64, n_layer=8, n_head=4, d_model=32, context_length=16, attention="xla")
 ROWS = 16
@@ -94,7 +94,7 @@ def test_how_many_micro_batches(sizes, rows, change, microbatches):
     "sizes, rows, change, says",
     [
         (dict(stage=3), 12, {}, "n_layer=8 is not divisible by mesh.stage=3:"),
-        (dict(stage=4), 16, dict(pipeline_rounds=3), "n_layer=8 is not divisible by mesh.stage=4 x .*rounds=3"),
+        (dict(stage=4), 16, dict(pipeline_virtual_stages=3), "n_layer=8 is not divisible by mesh.stage=4 x .*rounds=3"),
         (dict(stage=4), 16, dict(pipeline_microbatches=3), "pipeline_microbatches=3 is fewer than mesh.stage=4"),
         (dict(stage=2, seq=2), 8, dict(n_layer=6, local_window=5), "an even number of layers on each stage .* not 3"),
         (dict(stage=4), 2, {}, "2 rows .* use a multiple of 4 rows"),
@@ -121,7 +121,7 @@ def test_a_run_says_what_its_pipeline_is():
 )
 def test_every_row_passes_every_layer_in_order(stages, rounds, ways):
     n = stages * rounds * 2
-    config = dataclasses.replace(MODEL, n_layer=n, pipeline_rounds=rounds)
+    config = dataclasses.replace(MODEL, n_layer=n, pipeline_virtual_stages=rounds)
     rng = np.random.default_rng(0)
     scale, x = rng.integers(-2, 3, (n,)).astype(float), rng.integers(-4, 5, (32, 3, 2)).astype(float)
     scale[scale == 0], ids = 1, np.arange(32)
@@ -204,8 +204,8 @@ def test_pipelined_is_unpipelined(name):
         slow(dict(dropout=0.2, dropout_sites="residual", remat="full")),
         slow(dict(remat="dots", unroll=2)),
         slow(dict(remat="offload")),
-        dict(pipeline_rounds=2, remat="full"),
-        slow(dict(pipeline_rounds=4, pipeline_microbatches=2, local_window=5)),
+        dict(pipeline_virtual_stages=2, remat="full"),
+        slow(dict(pipeline_virtual_stages=4, pipeline_microbatches=2, local_window=5)),
     ],
     ids=str,
 )
@@ -238,7 +238,7 @@ def test_reward_models_loss():
     "sizes", [dict(stage=2, fsdp=2, tensor=2), dict(fsdp=4, seq=2), dict(fsdp=8)], ids=str
 )
 def test_ppo_samples_judges_and_learns(sizes):
-    """A rollout by the policy, its judgement by the four models, and the gradients of policy and value."""
+    """A rollout by the policy, its judgment by the four models, and the gradients of policy and value."""
     n = Networks(policy=MODEL, value=MODEL, reward=MODEL, response=6, eos_id=5, pad_id=7, vocab=60)
     scalar = lambda seed: {
         "trunk": heads.trunk(random_params(MODEL, seed)),
@@ -343,7 +343,7 @@ def test_stages_hand_on_and_gather_nothing(name):
 
 def test_rounds_deal_the_layers_out_and_gather_nothing():
     mesh = mesh_of(stage=4)
-    text = compiled(dataclasses.replace(MODEL, pipeline_rounds=2), mesh)[0].as_text()
+    text = compiled(dataclasses.replace(MODEL, pipeline_virtual_stages=2), mesh)[0].as_text()
     assert not list(collectives(text, "all-gather")) + list(collectives(text, "all-to-all"))
     stacked = 8 // 4 // 2 * MODEL.d_model * MODEL.d_ff
     assert max(size for size, _ in collectives(text, "collective-permute")) <= stacked  # one group of one parameter
@@ -358,11 +358,11 @@ def temporaries(**change):
 def test_what_is_kept_for_the_backward_pass(rounds):
     """Not the weights of each tick; with remat 'full' one array a tick."""
     whole = 12 * 256 * 256 * 8 // 2 * 4  # bytes of a stage's layers
-    kept = {remat: temporaries(remat=remat, pipeline_rounds=rounds) for remat in ("none", "dots", "full")}
+    kept = {remat: temporaries(remat=remat, pipeline_virtual_stages=rounds) for remat in ("none", "dots", "full")}
     assert kept["full"] < kept["dots"] < kept["none"]
     assert kept["none"] < Plan(2, 16, rounds).ticks // 2 * whole, (kept, whole)  # above it if weights were kept
 
 
 def test_gpt3_13b_divides():
     sizes = MeshConfig(data=1, stage=4, fsdp=4, tensor=4).sizes(64)
-    assert make_plan(dataclasses.replace(GPT3["13b"], pipeline_rounds=2), sizes, 64) == Plan(4, 16, 2)
+    assert make_plan(dataclasses.replace(GPT3["13b"], pipeline_virtual_stages=2), sizes, 64) == Plan(4, 16, 2)

@@ -51,9 +51,9 @@ from gptjax.rlhf.reward_model import load_reward_model
 from gptjax.rlhf.rewards import load_callable
 from gptjax.sample import continue_texts
 from gptjax.sft import sft
+from gptjax.trained import load_model
 from gptjax.training.checkpoint import Checkpointer
 from gptjax.training.metrics import JsonLines
-from gptjax.workdir import load_model
 
 METRICS = {
     "objective/kl", "objective/score", "objective/rlhf_reward", "objective/non_score_reward", "objective/entropy",
@@ -404,7 +404,7 @@ LEARNS = {"steps": 15, "eval__every": 15, "eval__lm_batches": 0, "checkpoint__ev
 
 
 @pytest.mark.parametrize("shared", [False, True])
-def test_a_planted_rule_is_learnt(ruled, tmp_path, shared):
+def test_a_planted_rule_is_learned(ruled, tmp_path, shared):
     """By the rule alone: the share of two of ten words goes from a fifth to most. With a value network, and with a
     value head on the policy's own trunk."""
     assert ppo(ruled(shared_trunk=shared, **LEARNS), str(tmp_path / "run"), share) is True
@@ -444,7 +444,7 @@ def test_a_reward_model_and_a_rule_are_summed(config, ruled, tmp_path):
     assert line["objective/score"] == approx(float(of_both[0].mean()), terms=16, scale=np.abs(of_both[0]).max())
 
 
-def test_scores_are_the_normalised_reward_models(config, judge, tmp_path):
+def test_scores_are_the_normalized_reward_models(config, judge, tmp_path):
     """What PPO sees is what load_reward_model gives of the same texts, left padding or not."""
     seen = first_scores(config(steps=1, eval__lm_batches=0), tmp_path / "run")[1]
     model = load_reward_model(judge, mesh=make_mesh(MeshConfig(), jax.devices()[:1]))
@@ -586,7 +586,7 @@ MESHES = {
 @pytest.mark.slow
 @pytest.mark.parametrize("name", MESHES)
 def test_a_mesh_of_8_gives_the_figures_of_one_device(config, first_two, tmp_path, monkeypatch, name):
-    for module in (stage, sys.modules["gptjax.workdir"]):
+    for module in (stage, sys.modules["gptjax.trained"]):
         monkeypatch.setattr(module, "make_mesh", make_mesh)
     ppo(config(**VARIANT, **MESHES[name]), str(tmp_path / "run"))
     nearly(without_times(lines(tmp_path / "run")), first_two)
@@ -733,7 +733,7 @@ def test_a_reward_model_of_a_shorter_context(config, tmp_path, monkeypatch, shar
 
 
 def test_a_batch_that_does_not_divide_over_the_mesh(config, tmp_path, monkeypatch):
-    for module in (stage, sys.modules["gptjax.workdir"]):
+    for module in (stage, sys.modules["gptjax.trained"]):
         monkeypatch.setattr(module, "make_mesh", make_mesh)
     refused(
         config(batch_size=12, ppo__minibatches=1), tmp_path / "run", "12 is not divisible over.*8 devices: use 8 or 16"
@@ -778,7 +778,7 @@ def test_a_rule_that_fails_midway_keeps_what_was_done(ruled, tmp_path):
 
 
 def test_forward_passes_that_do_not_divide_over_the_mesh(ruled, tmp_path, monkeypatch):
-    for module in (stage, sys.modules["gptjax.workdir"]):
+    for module in (stage, sys.modules["gptjax.trained"]):
         monkeypatch.setattr(module, "make_mesh", make_mesh)
     refused(ruled(rollout__forward_rows=4), tmp_path / "run", "forward_rows=4 is not divisible over the 8 devices",
             reward_fn=share)  # fmt: skip

@@ -486,7 +486,7 @@ def test_the_adaptive_coefficient(measured, factor):
 
 
 def test_group_advantages():
-    """Neighbours are a group; the deviation is biased; equal scores give 0."""
+    """Neighbors are a group; the deviation is biased; equal scores give 0."""
     found = ppo.group_advantages(jnp.array([1.0, 2, 3, 10, 10, 10, -5, 0, 5]), 3)
     d = math.sqrt(2 / 3)
     assert_close(found[:3], np.array([-1, 0, 1]) / (d + 1e-4), terms=9)

@@ -14,10 +14,11 @@ from jax import lax
 from gptjax.errors import InputError
 from gptjax.model import gpt
 from gptjax.model.spec import GPTConfig
+from gptjax.objectives.lm import causal_lm_loss
 from gptjax.training.optimizer import OptimizerConfig, make_optimizer
 from gptjax.training.precision import PrecisionConfig, initial_loss_scale, next_loss_scale
 from gptjax.training.state import new_state
-from gptjax.training.step import causal_lm_loss, train_step
+from gptjax.training.step import train_step
 
 MODEL = GPTConfig(64, n_layer=2, n_head=4, d_model=32, context_length=16, attention="reference")
 STEPS = 20

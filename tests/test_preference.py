@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from numerics import approx, assert_close, tolerance
 
 from gptjax.errors import InputError
+from gptjax.evals import preference
 from gptjax.objectives.preference import best_of_k_loss, dpo_loss, pairs, ranking_loss, ranking_statistics
-from gptjax.rlhf import agreement
 from gptjax.rlhf.best_of_n import best_of_n, expected_best
 
 K = 9
@@ -185,8 +185,8 @@ def test_best_of_two_is_the_ranking_loss():
 
 def test_ties_for_the_best_share_the_target():
     total, _ = best_of_k_loss(row(0, 1, 2), row(0, 0, 1), jnp.ones((1, 3)))
-    normaliser = math.log(1 + math.e + math.e**2)
-    assert float(total) == approx(normaliser - 0.5, terms=6)
+    normalizer = math.log(1 + math.e + math.e**2)
+    assert float(total) == approx(normalizer - 0.5, terms=6)
 
 
 @pytest.mark.parametrize("garbage", [np.nan, 1e9, -np.inf])
@@ -277,11 +277,11 @@ def test_the_expected_best_is_the_mean_over_all_choices(n):
 def test_pairs_of_a_validation_set():
     scores, ranks = np.array([[1.0, 2, 4], [7, 7, np.nan]]), np.array([[1, 0, 1], [3, 1, 0]])
     valid, lengths = np.array([[1, 1, 1], [1, 1, 0]]), np.array([[5, 9, 9], [2, 1, 50]])
-    p = agreement.pairs(scores, ranks, valid, lengths, np.array([[1, 20, 2], [5, 9, 0]]))
+    p = preference.pairs(scores, ranks, valid, lengths, np.array([[1, 20, 2], [5, 9, 0]]))
     assert p.margin.tolist() == [1, -2, 0] and p.longer.tolist() == [4, 0, -1]
     assert p.characters.tolist() == [19, 18, 4]
     assert p.weight.tolist() == [0.5, 0.5, 1]
-    figures = agreement.agreement(p)
+    figures = preference.agreement(p)
     assert figures["pairs"] == 3 and figures["accuracy"] == 0.5  # right, wrong, equal
     assert figures["accuracy_by_prompt"] == 0.5 and figures["margin"] == pytest.approx(-1 / 3)
     assert figures["longer_wins"] == 0.5 and figures["longer_wins_characters"] == 1
@@ -296,15 +296,15 @@ def test_prompts_weigh_the_same_in_accuracy_by_prompt():
     scores[0] = np.arange(K)
     scores[1, :2] = 1, 0
     valid[1, 2:] = 0
-    figures = agreement.agreement(agreement.pairs(scores, ranks, valid, *np.ones((2, 2, K))))
+    figures = preference.agreement(preference.pairs(scores, ranks, valid, *np.ones((2, 2, K))))
     assert figures["accuracy"] == pytest.approx(1 / 37) and figures["accuracy_by_prompt"] == pytest.approx(0.5)
 
 
 def test_no_pairs_at_all():
-    p = agreement.pairs(*np.zeros((2, 2, 3)), *np.ones((3, 2, 3)))
-    figures = agreement.agreement(p)
+    p = preference.pairs(*np.zeros((2, 2, 3)), *np.ones((3, 2, 3)))
+    figures = preference.agreement(p)
     assert figures["pairs"] == 0 and figures["accuracy"] is None and figures["length_correlation"] is None
-    assert agreement.calibration(p) == [] and not agreement.length_explains(figures)
+    assert preference.calibration(p) == [] and not preference.length_explains(figures)
 
 
 def planted(prompts=20_000, scale=1.0, seed=0):
@@ -313,7 +313,7 @@ def planted(prompts=20_000, scale=1.0, seed=0):
     scores = 2 * rng.standard_normal((prompts, 2))
     first_wins = rng.random(prompts) < 1 / (1 + np.exp(scores[:, 1] - scores[:, 0]))
     ranks = np.stack([~first_wins, first_wins], 1).astype(int)
-    return agreement.pairs(scale * scores, ranks, np.ones((prompts, 2)), *rng.integers(1, 50, (2, prompts, 2)))
+    return preference.pairs(scale * scores, ranks, np.ones((prompts, 2)), *rng.integers(1, 50, (2, prompts, 2)))
 
 
 def off_the_diagonal(bins):
@@ -324,20 +324,20 @@ def off_the_diagonal(bins):
 
 
 def test_planted_bradley_terry_scores_are_calibrated():
-    bins = agreement.calibration(planted())
+    bins = preference.calibration(planted())
     assert len(bins) == 10 and sum(b["pairs"] for b in bins) == 20_000
     assert np.abs(off_the_diagonal(bins)).max() < 3.5
     assert [b["margin"] for b in bins] == sorted(b["margin"] for b in bins)
 
 
 def test_scores_of_three_times_the_scale_are_not():
-    assert min(off_the_diagonal(agreement.calibration(planted(scale=3.0)))) < -10
+    assert min(off_the_diagonal(preference.calibration(planted(scale=3.0)))) < -10
 
 
 def test_the_accuracy_of_planted_scores_is_the_ceiling():
     p = planted()
     ceiling = (1 / (1 + np.exp(-np.abs(p.margin)))).mean()
-    assert agreement.agreement(p)["accuracy"] == pytest.approx(ceiling, abs=3 * 0.5 / math.sqrt(20_000))
+    assert preference.agreement(p)["accuracy"] == pytest.approx(ceiling, abs=3 * 0.5 / math.sqrt(20_000))
 
 
 @pytest.mark.parametrize("sign", [1, -1])
@@ -347,16 +347,16 @@ def test_length_explains_rankings_by_length_alone(sign):
     lengths = np.argsort(rng.random((500, 4)), 1) * 10 + 5
     ranks = np.argsort(np.argsort(-sign * lengths, 1), 1)
     noise = rng.random((500, 4))
-    figures = agreement.agreement(agreement.pairs(sign * 0.1 * lengths, ranks, np.ones((500, 4)), lengths, noise))
+    figures = preference.agreement(preference.pairs(sign * 0.1 * lengths, ranks, np.ones((500, 4)), lengths, noise))
     assert figures["length_baseline"] == {"rule": "more tokens" if sign > 0 else "fewer tokens", "accuracy": 1}
     assert figures["accuracy"] == 1 and figures["longer_wins"] == (1 if sign > 0 else 0)
     assert figures["length_correlation"] == pytest.approx(sign)
-    assert agreement.length_explains(figures)
+    assert preference.length_explains(figures)
 
 
 def test_length_does_not_explain_rankings_that_ignore_it():
-    figures = agreement.agreement(planted())
-    assert abs(figures["length_correlation"]) < 0.03 and not agreement.length_explains(figures)
+    figures = preference.agreement(planted())
+    assert abs(figures["length_correlation"]) < 0.03 and not preference.length_explains(figures)
 
 
 def test_a_model_at_chance_has_not_learned_length():
@@ -364,8 +364,8 @@ def test_a_model_at_chance_has_not_learned_length():
     rng = np.random.default_rng(0)
     lengths = np.argsort(rng.random((100, 2)), 1) + 1
     scores = rng.standard_normal((100, 2))
-    figures = agreement.agreement(agreement.pairs(scores, -lengths, np.ones((100, 2)), lengths, lengths))
+    figures = preference.agreement(preference.pairs(scores, -lengths, np.ones((100, 2)), lengths, lengths))
     assert abs(figures["accuracy"] - 0.5) < 0.1 and figures["length_baseline"]["accuracy"] == 1
-    assert not agreement.length_explains(figures)
-    better = agreement.agreement(agreement.pairs(scores + lengths, -lengths, np.ones((100, 2)), lengths, lengths))
-    assert better["accuracy"] > 0.65 and agreement.length_explains(better)
+    assert not preference.length_explains(figures)
+    better = preference.agreement(preference.pairs(scores + lengths, -lengths, np.ones((100, 2)), lengths, lengths))
+    assert better["accuracy"] > 0.65 and preference.length_explains(better)

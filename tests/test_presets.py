@@ -9,10 +9,10 @@ import pytest
 from configs import gpt3
 from configs.instructgpt import ppo, reward, sft
 from gptjax import config as configs
-from gptjax.aot import PRESETS, Request, adjusted, build_program, check
+from gptjax.aot.check import PRESETS, Request, adjusted, build_program, check
+from gptjax.cost.topology import CHIPS, parse, slices
 from gptjax.describe import describe
 from gptjax.errors import InputError
-from gptjax.parallel.topology import CHIPS, parse, slices
 from gptjax.ppo import PPOConfig
 from gptjax.reward import RewardConfig
 from gptjax.sft import SFTConfig
@@ -53,7 +53,7 @@ def test_instructgpt_sft(arg, batch, rate, epochs, mix, dropout):
 
 def test_instructgpt_reward():
     c = preset(RewardConfig, "instructgpt/reward.py")
-    assert of(c, "epochs", "batch_size", "objective", "normalise") == (1.0, 64, "pairs", "mean")
+    assert of(c, "epochs", "batch_size", "objective", "normalize") == (1.0, 64, "pairs", "mean")
     assert of(c.optimizer, "learning_rate", "b1", "b2") == (9e-6, 0.9, 0.95)
     assert of(c.schedule, "kind", "final_fraction", "warmup_tokens") == ("cosine", 0.1, 0.0)
 
@@ -88,7 +88,7 @@ def test_ziegler():
     assert of(c.optimizer, "name", "learning_rate", "eps") == ("gpt1_adam", 1e-5, 1e-5)  # TensorFlow's epsilon
     assert c.rate.fraction(0, 100) == 1.0 and c.rate.fraction(100, 100) == 0.0
     r = preset(RewardConfig, "ziegler.py", "reward")
-    assert of(r, "objective", "batch_size", "epochs", "normalise") == ("best", 32, 1.0, "mean_std")
+    assert of(r, "objective", "batch_size", "epochs", "normalize") == ("best", 32, 1.0, "mean_std")
     assert r.optimizer.learning_rate == 5e-5 and of(r.schedule, "kind", "final_fraction") == ("linear", 0.0)
 
 
@@ -97,7 +97,7 @@ def test_nplus():
     for stage in (s, r, c):
         assert of(stage.optimizer, "name", "learning_rate", "eps", "weight_decay") == ("adamw", 3e-6, 1e-5, 0.0)
     assert (s.batch_size, s.epochs, s.data.template, s.data.loss_on) == (128, 1.0, "plain", "all")
-    assert (r.batch_size, r.epochs, r.normalise) == (64, 1.0, "mean")
+    assert (r.batch_size, r.epochs, r.normalize) == (64, 1.0, "mean")
     assert s.schedule.final_fraction == r.schedule.final_fraction == 0.0
     assert of(c, "episodes", "batch_size", "shared_trunk") == (1_000_000, 512, False)
     assert of(c.ppo, "epochs", "minibatches", "clip", "value_clip", "value_coefficient") == (4, 1, 0.2, 0.2, 0.1)

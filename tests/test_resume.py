@@ -25,11 +25,11 @@ from gptjax.errors import InputError
 from gptjax.model.spec import GPTConfig
 from gptjax.parallel.mesh import make_mesh
 from gptjax.pretrain import PretrainConfig, pretrain
+from gptjax.trained import load_model
 from gptjax.training import checkpoint, files, loop, stopping
 from gptjax.training.checkpoint import CheckpointConfig, Checkpointer
 from gptjax.training.loop import TrainingDiverged
 from gptjax.training.schedule import Schedule
-from gptjax.workdir import load_model
 
 STEPS, STOP = 25, 13
 TERMS = model_terms(GPTConfig(100, n_layer=2, n_head=4, d_model=32, context_length=32), rows=8)  # of tiny()
@@ -262,7 +262,7 @@ def test_float16_whose_loss_stays_nan_stops_too(text, tmp_path, monkeypatch, one
 
 def test_a_float16_run_whose_last_step_is_skipped_has_a_report(text, tmp_path, monkeypatch, one_device):
     """metrics.jsonl has null for a loss that is not finite, as JSON has no NaN."""
-    from gptjax.training import report
+    from gptjax import report
 
     pretrain(tiny(text, steps=2, precision__compute="float16"), str(tmp_path / "run"))
     records = lines(tmp_path / "run")

@@ -34,8 +34,8 @@ from gptjax.reward import reward
 from gptjax.rlhf import reward_model
 from gptjax.rlhf.reward_model import load_reward_model
 from gptjax.sft import sft
+from gptjax.trained import load_model
 from gptjax.training.checkpoint import Checkpointer
-from gptjax.workdir import load_model
 
 
 @pytest.fixture(autouse=True)
@@ -73,7 +73,7 @@ def result(workdir):
 # --- what it learns ---------------------------------------------------------------------------------------
 
 
-def test_a_planted_preference_is_learnt(judge, model):
+def test_a_planted_preference_is_learned(judge, model):
     """Prompts it never saw: in every pair of 60 rows the completion with the word is to score higher."""
     assert result(judge)["accuracy"] > 0.95 and result(judge)["pairs"] > 40
     t, right = template_of(model), []
@@ -85,10 +85,10 @@ def test_a_planted_preference_is_learnt(judge, model):
     assert len(right) > 60 and np.mean(right) > 0.95
 
 
-def test_exported_scores_are_the_normalised_ones(judge, model, tmp_path, capsys):
+def test_exported_scores_are_the_normalized_ones(judge, model, tmp_path, capsys):
     """Its bias too, which that layout's head has no place for; that transformers agrees: tests/peers."""
     convert.export_weights(judge, tmp_path / "out")
-    assert "normalised score" in capsys.readouterr().out
+    assert "normalized score" in capsys.readouterr().out
     tensors = load_file(tmp_path / "out/model.safetensors")
     kernel = tensors.pop("score.weight")
     assert kernel.shape == (1, model.config.d_model)
@@ -104,7 +104,7 @@ def test_exported_scores_are_the_normalised_ones(judge, model, tmp_path, capsys)
     settings = json.loads((tmp_path / "out/config.json").read_text())
     assert settings["architectures"] == ["GPT2ForSequenceClassification"] and len(settings["id2label"]) == 1
     assert settings["pad_token_id"] == chat.pad_id
-    with pytest.raises(InputError, match="exported as it was normalised, at step"):
+    with pytest.raises(InputError, match="exported as it was normalized, at step"):
         convert.export_weights(judge, tmp_path / "other", step=1)
 
 
@@ -236,8 +236,8 @@ def test_a_longer_run_has_no_scale_until_it_is_finished(judge, mesh, tmp_path, m
 
 
 @pytest.mark.parametrize("kind", ["mean_std", "none"])
-def test_other_normalisations(tuned, alignment, mesh, tmp_path, kind):
-    c = reward_config(tuned, alignment["comparisons"], normalise=kind, steps=2, eval__batches=1)
+def test_other_normalizations(tuned, alignment, mesh, tmp_path, kind):
+    c = reward_config(tuned, alignment["comparisons"], normalize=kind, steps=2, eval__batches=1)
     reward(c, str(tmp_path / "run"))
     found = result(tmp_path / "run")
     model = load_reward_model(tmp_path / "run", mesh=mesh)
@@ -317,7 +317,7 @@ def test_a_warning_where_length_alone_explains_it(tuned, tmp_path, capsys):
 
 
 def test_no_such_warning_elsewhere(judge, mesh):
-    from gptjax.rlhf.agreement import length_explains
+    from gptjax.evals.preference import length_explains
 
     assert not length_explains(result(judge)) and result(judge)["longer_wins"] < 0.9
 
@@ -333,7 +333,7 @@ def test_counts_say_what_they_count(tuned, tmp_path, capsys):
     rows += [ranked("mi", ["ko", "ba"], [1, 1]), {"prompt": "", "chosen": "ba", "rejected": "ko"}]
     held_out = [ranked("la 1", ["zu zu", "te te te", "fo"], [0, 1, 1]), ranked("la 2", ["zu", "te"], [0, 1])]
     c = reward_config(
-        tuned, write(tmp_path / "rows.jsonl", rows), steps=1, data__bad_rows="drop", normalise="none",
+        tuned, write(tmp_path / "rows.jsonl", rows), steps=1, data__bad_rows="drop", normalize="none",
         data__validation=str(write(tmp_path / "held_out.jsonl", held_out)),
     )  # fmt: skip
     reward(c, str(tmp_path / "run"))
@@ -386,7 +386,7 @@ def test_workdirs_that_are_no_reward_model(tuned, pretrained, judge, mesh, tmp_p
 def test_a_trunk_without_demonstrations(pretrained, alignment, tmp_path, capsys):
     """Straight from pre-training there are none to set the zero by, unless they are named; those that do not fit the
     context are counted."""
-    with pytest.raises(InputError, match="--config.demonstrations=PATH, or --config.normalise=none"):
+    with pytest.raises(InputError, match="--config.demonstrations=PATH, or --config.normalize=none"):
         reward(reward_config(pretrained, alignment["comparisons"]), str(tmp_path / "run"))
     assert not (tmp_path / "run").exists()
     demos = tmp_path / "d.jsonl"

@@ -72,7 +72,7 @@ def test_rankings_have_four_to_nine_different_completions(small):
 
 
 def test_the_utility_is_no_sum_over_tokens(small):
-    """Exchanging a pair of neighbours would cancel in one: r(aab) - r(abb) - (r(aac) - r(abc)) has only their terms."""
+    """Exchanging a pair of neighbors would cancel in one: r(aab) - r(abb) - (r(aac) - r(abc)) has only their terms."""
     at = {y: i for i, y in enumerate(bed.completions())}
     r = small.table
     rest = r[:, at[0, 0, 1]] - r[:, at[0, 1, 1]] - r[:, at[0, 0, 2]] + r[:, at[0, 1, 2]]

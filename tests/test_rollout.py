@@ -14,7 +14,7 @@ from test_gpt import random_params
 
 from gptjax.model import gpt, heads
 from gptjax.model.spec import GPTConfig
-from gptjax.objectives.language import token_log_probs, token_log_probs_and_entropy
+from gptjax.objectives.chunked import token_log_probs, token_log_probs_and_entropy
 from gptjax.rlhf import networks, rollout
 from gptjax.rlhf.networks import Networks
 from gptjax.rlhf.state import phase_keys
@@ -142,7 +142,7 @@ def test_after_end_of_sequence_there_is_padding_alone():
     assert 5 < ended < ROWS - 5
 
 
-def test_a_row_does_not_depend_on_its_neighbours():
+def test_a_row_does_not_depend_on_its_neighbors():
     """The same noise and text alone, and among other prompts."""
     prompts = left_padded(LENGTHS)
     among = prompts.copy()

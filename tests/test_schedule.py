@@ -123,7 +123,7 @@ def test_offsets_are_whole_and_sequences_follow_each_other(context, batch, start
 
 
 def test_a_ramp_between_nearly_equal_batches_has_no_empty_one():
-    """B1 / B0 rounds to a neighbour of 1, whose logarithm is nothing like (B1 - B0) / B0."""
+    """B1 / B0 rounds to a neighbor of 1, whose logarithm is nothing like (B1 - B0) / B0."""
     s = ramp(start=8524.999999999998, full=8525.0, tokens=209_044.0, batch_size=155, context_length=55, total=1e6)
     assert s.ramp_steps == pytest.approx(209_044 / 8525, rel=1e-6)
     assert {s.sequences(t) for t in range(s.steps)} == {155}

@@ -25,7 +25,6 @@ from numerics import approx, assert_close, model_terms
 from runs import assert_same_run, lines, until_sigterm
 
 from gptjax import sft as stage
-from gptjax.config import read_config
 from gptjax.data import lm
 from gptjax.data.chat import Template, chat_tokenizer
 from gptjax.data.corpus import pretraining_text
@@ -36,11 +35,12 @@ from gptjax.generation.decode import generate
 from gptjax.generation.sampling import Sampling
 from gptjax.model import gpt, heads
 from gptjax.model.spec import GPTConfig
+from gptjax.parallel.sharding import batch_sharding
+from gptjax.run_config import read_config
 from gptjax.sft import sft, sft_loss, weigher
+from gptjax.trained import load_model
 from gptjax.training.checkpoint import Checkpointer
 from gptjax.training.loop import device_batches
-from gptjax.training.step import batch_sharding
-from gptjax.workdir import load_model
 
 TERMS = model_terms(GPTConfig(300, n_layer=2, n_head=4, d_model=32, context_length=CONTEXT), rows=24)
 

@@ -10,17 +10,26 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 from numerics import assert_close, model_terms
 
+from gptjax.distributed.hosts import global_array
 from gptjax.errors import InputError
 from gptjax.model import gpt, heads
 from gptjax.model.spec import GPTConfig
-from gptjax.parallel.hosts import global_array
-from gptjax.parallel.mesh import MeshConfig, batch_ways, check_fits, make_mesh
-from gptjax.parallel.rules import ARRAYS, Rules, constrain, parameter_shardings, partition_spec, use
+from gptjax.objectives.lm import causal_lm_loss
+from gptjax.parallel.mesh import MeshConfig, batch_shards, check_fits, make_mesh
+from gptjax.parallel.sharding import (
+    ARRAYS,
+    Rules,
+    batch_sharding,
+    constrain,
+    parameter_shardings,
+    partition_spec,
+    use_rules,
+)
 from gptjax.rlhf import state as ppo_state
 from gptjax.training.optimizer import OptimizerConfig, make_optimizer
 from gptjax.training.precision import PrecisionConfig
 from gptjax.training.state import init_state, state_shardings
-from gptjax.training.step import batch_sharding, causal_lm_loss, jit_train_step, train_step
+from gptjax.training.step import jit_train_step, train_step
 
 # A vocabulary that nothing divides, as GPT-2's; a dense layer and a banded one.
 MODEL = GPTConfig(61, n_layer=2, n_head=4, d_model=32, context_length=16, local_window=5)
@@ -48,7 +57,7 @@ WHOLE = MeshConfig(data=2, fsdp=2, tensor=2, rules=Rules(embed="data,fsdp", head
 
 
 def train(config, devices, optimizer=OPTIMIZER):
-    with use(config.rules):
+    with use_rules(config.rules):
         return _train(config, devices, optimizer)
 
 
@@ -179,16 +188,16 @@ def test_one_jitted_function_under_two_rules():
     function = jax.jit(lambda x: constrain(x + 1, "batch", "time", "mlp"))
     with jax.set_mesh(mesh):
         for rules, last in ((Rules(), "tensor"), (Rules(mlp="none"), None), (Rules(), "tensor")):
-            with use(rules):
+            with use_rules(rules):
                 found = function(jnp.zeros((4, 4, 4))).sharding
             expected = NamedSharding(mesh, PartitionSpec(("data", "fsdp"), "seq", last))
             assert found.is_equivalent_to(expected, 3), found
 
 
 def test_the_rules_reach_all_of_ppos_models():
-    """Policy, average, value network and both optimisers' moments."""
+    """Policy, average, value network and both optimizers' moments."""
     mesh, tx = make_mesh(WIDE), make_optimizer(OPTIMIZER)
-    with use(WIDE.rules):
+    with use_rules(WIDE.rules):
         boxed = gpt.abstract_params(MODEL), heads.abstract_scalar_model(MODEL)
         _, places = ppo_state.state_shardings(*boxed, tx, tx, mesh)
     kernels = [p["blocks"]["mlp"]["c_fc"]["kernel"] for p in (places.policy, places.average, places.value["trunk"])]
@@ -222,7 +231,8 @@ def test_rules_that_can_not_be(rules, says):
 def test_rules_that_do_not_go_with_a_mesh():
     with pytest.raises(InputError, match="mesh.rules.embed has data in it, and mesh.dcn_data=2"):
         MeshConfig(data=4, dcn_data=2, rules=Rules(embed="fsdp,data"))
-    with use(Rules(vocab="tensor")), pytest.raises(InputError, match="wte has an axis of 61, which mesh.tensor = 2"):
+    refused = pytest.raises(InputError, match="wte has an axis of 61, which mesh.tensor = 2")
+    with use_rules(Rules(vocab="tensor")), refused:
         parameter_shardings(gpt.abstract_params(MODEL), make_mesh(MeshConfig(tensor=2)))
 
 
@@ -232,7 +242,7 @@ def test_rules_that_do_not_go_with_a_mesh():
 def test_minus_one_takes_the_rest():
     assert dict(make_mesh(MeshConfig()).shape) == {"data": 8, "fsdp": 1, "tensor": 1, "stage": 1, "seq": 1}
     shape = make_mesh(MeshConfig(data=2, fsdp=-1, tensor=2)).shape
-    assert shape["fsdp"] == 2 and batch_ways(shape) == 4
+    assert shape["fsdp"] == 2 and batch_shards(shape) == 4
 
 
 @pytest.mark.parametrize(
@@ -308,10 +318,10 @@ def test_rows_that_do_not_divide_over_the_context():
 
 
 def test_an_axis_without_a_rule():
-    with pytest.raises(InputError, match="'colour'.*parallel/rules.py"):
-        partition_spec(("embed", "colour"))
-    boxed = {"extra": nn.LogicallyPartitioned(jax.ShapeDtypeStruct((4,), jnp.float32), ("colour",))}
-    with pytest.raises(InputError, match="'colour'"):
+    with pytest.raises(InputError, match="'color'.*parallel/sharding.py"):
+        partition_spec(("embed", "color"))
+    boxed = {"extra": nn.LogicallyPartitioned(jax.ShapeDtypeStruct((4,), jnp.float32), ("color",))}
+    with pytest.raises(InputError, match="'color'"):
         parameter_shardings(boxed, make_mesh(MeshConfig()))
 
 

@@ -11,17 +11,18 @@ from numerics import approx, assert_close, model_terms
 
 from gptjax.model import gpt
 from gptjax.model.spec import GPTConfig
+from gptjax.objectives.lm import causal_lm_loss
 from gptjax.parallel.mesh import MeshConfig, make_mesh
 from gptjax.training.loop import Dispatch, chunks, micro_batches
 from gptjax.training.optimizer import OptimizerConfig, make_optimizer
 from gptjax.training.precision import PrecisionConfig
 from gptjax.training.state import init_state, new_state, state_shardings
-from gptjax.training.step import causal_lm_loss, jit_eval_step, jit_train_step, memory_needed, train_step
+from gptjax.training.step import jit_eval_step, jit_train_step, memory_needed, train_step
 
 MODEL = GPTConfig(64, n_layer=2, n_head=4, d_model=32, context_length=16, attention="reference")
 DROPOUT = dataclasses.replace(MODEL, dropout=0.2)
 F32 = PrecisionConfig()
-KEEP = optax.GradientTransformation(  # an optimiser that moves nothing and whose state is the gradient
+KEEP = optax.GradientTransformation(  # an optimizer that moves nothing and whose state is the gradient
     lambda params: jax.tree.map(jnp.zeros_like, params), lambda grads, state, params: (state, grads)
 )
 ROWS, TIME = 8, 16

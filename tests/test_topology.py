@@ -5,10 +5,10 @@ import math
 import pytest
 
 from experiments.launch import accelerators
+from gptjax.cost import topology
+from gptjax.cost.topology import CHIPS, Topology, parse, slices
 from gptjax.errors import InputError
-from gptjax.parallel import topology
 from gptjax.parallel.mesh import MeshConfig
-from gptjax.parallel.topology import CHIPS, Topology, parse, slices
 
 
 @pytest.mark.parametrize("name, shape, chips, devices", [

@@ -1,4 +1,4 @@
-"""The human-judgement study: its baselines of length, and that the strongest stands beside the model."""
+"""The human-judgment study: its baselines of length, and that the strongest stands beside the model."""
 
 import numpy as np
 

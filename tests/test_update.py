@@ -18,13 +18,13 @@ from gptjax.errors import InputError
 from gptjax.model import gpt, heads
 from gptjax.objectives import ppo
 from gptjax.parallel.mesh import MeshConfig, make_mesh
-from gptjax.rlhf import alarms, memory, rewards, rollout
+from gptjax.parallel.sharding import batch_sharding
+from gptjax.rlhf import memory, rewards, rollout, sanity_checks
 from gptjax.rlhf import update as updates
 from gptjax.rlhf.state import PPOState, new_state, state_shardings
 from gptjax.rlhf.update import UpdateConfig, make_update, ppo_gradients, ptx_gradient
 from gptjax.training.loop import TrainingDiverged
 from gptjax.training.optimizer import OptimizerConfig, make_optimizer
-from gptjax.training.step import batch_sharding
 
 ROWS = 8
 TERMS = model_terms(MODEL, ROWS)
@@ -32,7 +32,7 @@ ADAM = make_optimizer(OptimizerConfig(weight_decay=0.0))
 SGD = optax.sgd(1.0)  # the step is the gradient
 BASE = UpdateConfig(epochs=2, minibatches=2, ema_decay=0.9)
 ONE_STEP = UpdateConfig(epochs=1, value_coefficient=0.3)
-BY_SEQUENCE = dataclasses.replace(ONE_STEP, normalise="sequence")
+BY_SEQUENCE = dataclasses.replace(ONE_STEP, normalize="sequence")
 RATES = np.float32(1e-3), np.float32(2e-3)
 ZERO = np.float32(0), np.float32(0)
 
@@ -260,7 +260,7 @@ def estimate(problem):
     )  # fmt: skip
     weights = (pi * len(pi) / 3)[:, None].astype(np.float32)
     e = dataclasses.replace(e, advantage=e.advantage * weights)
-    (d_policy, _), _ = gradients(UpdateConfig(normalise="sequence"), n, here, value, jax.tree.map(lambda a: a[None], e))
+    (d_policy, _), _ = gradients(UpdateConfig(normalize="sequence"), n, here, value, jax.tree.map(lambda a: a[None], e))
     return jax.tree.map(jnp.negative, d_policy)
 
 
@@ -321,7 +321,7 @@ def test_eight_devices_are_one_device(sizes):
         assert float(metrics[name]) == approx(float(value), terms=TERMS, scale=0.01), name
 
 
-def test_optimiser_moments_lie_where_their_parameters_do():
+def test_optimizer_moments_lie_where_their_parameters_do():
     mesh = make_mesh(MeshConfig(data=1, fsdp=8))
     boxed = gpt.abstract_params(MODEL), heads.abstract_scalar_model(MODEL)
     abstract, shardings = state_shardings(*boxed, ADAM, ADAM, mesh)
@@ -348,10 +348,10 @@ def text_loss():
     return jax.jit(jax.value_and_grad(loss))(policy())
 
 
-@pytest.mark.parametrize("normalise, shape, count", [("token", (2, 4, 9), 64), ("sequence", (1, 8, 9), 8)])
-def test_the_gradient_of_the_text_is_that_of_its_mean_loss(normalise, shape, count):
+@pytest.mark.parametrize("normalize, shape, count", [("token", (2, 4, 9), 64), ("sequence", (1, 8, 9), 8)])
+def test_the_gradient_of_the_text_is_that_of_its_mean_loss(normalize, shape, count):
     """Over tokens or sequences, in one micro-batch or two."""
-    gradient, value = of_text(UpdateConfig(ptx_normalise=normalise), N, policy(), {"tokens": text().reshape(shape)})
+    gradient, value = of_text(UpdateConfig(ptx_normalize=normalize), N, policy(), {"tokens": text().reshape(shape)})
     expected, d_expected = text_loss()
     assert float(value) == approx(float(expected) / count, terms=TERMS)
     close(gradient, jax.tree.map(lambda g: g / count, d_expected))
@@ -361,10 +361,10 @@ def two_texts():
     return np.concatenate([text(), text(seed=1)])
 
 
-@pytest.mark.parametrize("normalise", ["token", "sequence"])
-def test_rows_that_fill_a_micro_batch_count_for_nothing(normalise):
+@pytest.mark.parametrize("normalize", ["token", "sequence"])
+def test_rows_that_fill_a_micro_batch_count_for_nothing(normalize):
     six = text().reshape(-1, 9)[:6]
-    c = UpdateConfig(ptx_normalise=normalise)
+    c = UpdateConfig(ptx_normalize=normalize)
     gradient, value = of_text(c, N, policy(), {"tokens": six.reshape(1, 6, 9)})
     eight = np.concatenate([six, np.full((2, 9), -1)]).astype(six.dtype)
     filled, same = of_text(c, N, policy(), {"tokens": eight.reshape(2, 4, 9)})
@@ -495,7 +495,7 @@ def test_one_bad_row_costs_its_own_minibatches():
     [
         ({"epochs": 0}, "epochs"), ({"minibatches": 0}, "minibatches"), ({"clip": 0.0}, "clip"),
         ({"ptx_coefficient": -1.0}, "ptx_coefficient"), ({"ema_decay": 1.0}, "ema_decay"),
-        ({"normalise": "row"}, "token or sequence"), ({"ptx_normalise": "row"}, "token or sequence"),
+        ({"normalize": "row"}, "token or sequence"), ({"ptx_normalize": "row"}, "token or sequence"),
     ],
 )  # fmt: skip
 def test_settings_that_make_no_sense_are_refused(settings, message):
@@ -578,35 +578,35 @@ GOOD = {
 )
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 def test_each_fault_has_its_alarm(fault, iteration, message, dtype):
-    found = alarms.alarms(GOOD | fault, iteration, dtype)
+    found = sanity_checks.alarms(GOOD | fault, iteration, dtype)
     assert len(found) == 1 and message in found[0]
 
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 def test_no_alarm_when_all_is_well(dtype):
-    assert alarms.alarms(GOOD, 0, dtype) == []
+    assert sanity_checks.alarms(GOOD, 0, dtype) == []
     later = GOOD | {"objective/kl": 3.0}
-    assert alarms.alarms(later, 1, dtype) == []
-    assert alarms.alarms(GOOD | {"objective/kl": -0.29}, 1, dtype) == []  # within three standard errors
+    assert sanity_checks.alarms(later, 1, dtype) == []
+    assert sanity_checks.alarms(GOOD | {"objective/kl": -0.29}, 1, dtype) == []  # within three standard errors
 
 
 def test_responses_that_never_end_have_an_alarm():
     """Then missing_eos takes the place of every score, and the figures look well."""
     line = GOOD | {"response/eos_rate": 0.0}
-    (found,) = alarms.alarms(line, 3, jnp.float32, missing_eos=-1.0)
+    (found,) = sanity_checks.alarms(line, 3, jnp.float32, missing_eos=-1.0)
     assert "no response ended" in found and "rollout.missing_eos=-1" in found and "max_new_tokens" in found
-    assert alarms.alarms(line, 3, jnp.float32, missing_eos=None) == []
-    assert alarms.alarms(line | {"response/eos_rate": 1 / 512}, 3, jnp.float32, missing_eos=-1.0) == []
+    assert sanity_checks.alarms(line, 3, jnp.float32, missing_eos=None) == []
+    assert sanity_checks.alarms(line | {"response/eos_rate": 1 / 512}, 3, jnp.float32, missing_eos=-1.0) == []
 
 
 @pytest.mark.parametrize("bad", [{"finite": 0.75}, {"finite": 0.0}, {"objective/rlhf_reward": float("nan")}])
 def test_training_stops_where_something_is_not_finite(bad, capsys):
     checkpointer = types.SimpleNamespace(wait=lambda: None, steps=lambda: [10, 20])
     writer = types.SimpleNamespace(flush=lambda: None)
-    alarms.check_iteration(GOOD, 0, jnp.float32, checkpointer, writer)
+    sanity_checks.check_iteration(GOOD, 0, jnp.float32, checkpointer, writer)
     assert capsys.readouterr().err == ""
     with pytest.raises(TrainingDiverged, match="iteration 4.*checkpoint is iteration 20"):
-        alarms.check_iteration(GOOD | bad, 3, jnp.float32, checkpointer, writer)
+        sanity_checks.check_iteration(GOOD | bad, 3, jnp.float32, checkpointer, writer)
 
 
 def test_a_real_iteration_raises_no_alarm():
@@ -614,7 +614,7 @@ def test_a_real_iteration_raises_no_alarm():
     part = {k: v[:ROWS] for k, v in judged().items()}
     _, figures = credit(part | {"ref_log_prob": part["log_prob"]}, np.zeros(ROWS, np.float32))
     line = {k: float(v) for k, v in (figures | base_run()[0]).items()} | {"policy/rollout_logp_diff": 1e-5}
-    assert alarms.alarms(line, 0, jnp.float32) == []
+    assert sanity_checks.alarms(line, 0, jnp.float32) == []
 
 
 # --- memory -----------------------------------------------------------------------------------------------
@@ -656,7 +656,7 @@ def test_the_plans_cache_is_cut_up_over_rows_and_heads():
 def test_the_memory_plan_adds_up(offload):
     found = plan(offload)
     expected = {
-        "policy": 1, "policy's optimiser": 2, "policy's average": 3, "value network": 4, "value's optimiser": 5,
+        "policy": 1, "policy's optimizer": 2, "policy's average": 3, "value network": 4, "value's optimizer": 5,
         "gradients": 5, "reference": 6, "reward model": 7,
         "KV cache": 2 * 2 * 512 * 32 * 16 * 4 / MIB,  # k and v, layers, rows, slots, width, float32
         "logits of a chunk": 512 * 4 * 1024 * 4 / MIB,

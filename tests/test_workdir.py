@@ -13,7 +13,8 @@ from conftest import ROOT
 from runs import one_device_environment
 
 from gptjax import convert, lock, paths
-from gptjax.config import _PathParser, _StepParser, build, claim_workdir, config_dict, read_config
+from gptjax.command_line import _PathParser, _StepParser
+from gptjax.config import build, config_dict
 from gptjax.data import sources
 from gptjax.data.corpus import pretraining_run
 from gptjax.errors import InputError
@@ -21,9 +22,10 @@ from gptjax.model.spec import GPTConfig
 from gptjax.ppo import PPOConfig, ppo
 from gptjax.pretrain import PretrainConfig, pretrain
 from gptjax.reward import RewardConfig, reward
+from gptjax.run_config import claim_workdir, read_config
 from gptjax.sft import SFTConfig, sft
+from gptjax.trained import best_step, origin
 from gptjax.training.checkpoint import CheckpointConfig, Checkpointer
-from gptjax.workdir import best_step, origin
 
 
 def claim(workdir, stage="sft", origin=None, **fields):

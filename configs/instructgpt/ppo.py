@@ -6,7 +6,7 @@
 1.3b, 6b, 175b; with ',ppo' (1.3b,ppo): gamma = 0, the paper's plain "PPO". Prompts and responses have up to 1,000
 tokens each, so the policy's context must be 2,000 or more; for a smaller one lower data.max_length and
 rollout.max_new_tokens. The paper does not publish the released models' policy learning rate, GAE's lambda, or how the
-two terms of eq. 2 are normalised: those are ours, and grad_norm/ppo, grad_norm/ptx and grad_norm/cosine in
+two terms of eq. 2 are normalized: those are ours, and grad_norm/ppo, grad_norm/ptx and grad_norm/cosine in
 metrics.jsonl say what gamma came to.
 
 Hardware: SLICES says which TPU slice each size, with a reward model and a value network of 6B, is laid out for (bf16,
@@ -42,7 +42,7 @@ def get_config(arg="1.3b"):
         clip=0.2,  # C.4
         value_clip=0.2,  # not stated: Ziegler et al.'s
         ptx_coefficient=0.0 if plain else 27.8,  # C.4
-        ptx_normalise="token",  # not stated: ours
+        ptx_normalize="token",  # not stated: ours
         ema_decay=0.992,  # C.4
     )  # fmt: skip
     c.ptx.per_episode = 8.0  # C.4: "8 times more pretraining examples than the number of the RL training episodes"

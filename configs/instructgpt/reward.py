@@ -22,7 +22,7 @@ def get_config():
     c.epochs = 1.0  # C.2: one epoch; more overfits
     c.batch_size = 64  # C.2: distinct prompts, so up to 64 x 36 = 2,304 comparisons
     c.objective = "pairs"  # eq. 1, all C(K, 2) pairs of a prompt in one element
-    c.normalise = "mean"  # §3.5: a bias so that demonstrations score 0
+    c.normalize = "mean"  # §3.5: a bias so that demonstrations score 0
     c.optimizer.update(
         learning_rate=9e-6,  # C.2
         b1=0.9, b2=0.95,  # C

@@ -14,7 +14,7 @@ the devices, which must divide batch_size (with 175b: devices / 16).
 from gptjax.config import choose, config_dict
 from gptjax.sft import SFTConfig
 
-SIZES = {  # C.1: learning rate, batch; C.3: learning rate of the RL initialisation
+SIZES = {  # C.1: learning rate, batch; C.3: learning rate of the RL initialization
     "1.3b": (9.65e-6, 32, 5e-6),
     "6b": (9.65e-6, 32, 1.04e-5),
     "175b": (5.03e-6, 8, 2.45e-6),

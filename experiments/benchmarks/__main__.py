@@ -79,7 +79,7 @@ def plot(results: dict, path: Path):
         if bar:
             axis.plot([bar, bar], [i - 0.4, i + 0.4], color="black", ls=":", lw=1.5)
     axis.set_yticks(range(len(rows)), [f"{what}\nbeside {peer}" for what, peer, *_ in rows], fontsize=8)
-    axis.axvline(1, color="grey", lw=1)
+    axis.axvline(1, color="gray", lw=1)
     axis.set_xlabel("times as fast as the peer; whiskers: quartiles over rounds; dotted: the bar", fontsize=8)
     axis.spines[["top", "right"]].set_visible(False)
     figure.savefig(path, dpi=150)

@@ -21,7 +21,7 @@ import numpy as np
 from absl import flags
 
 from experiments.benchmarks._peer import Peer, quartiles
-from gptjax import config as configs
+from gptjax import command_line
 from gptjax.model import gpt, heads
 from gptjax.model.spec import GPTConfig
 from gptjax.rlhf import rollout
@@ -126,4 +126,4 @@ if __name__ == "__main__":
     flags.DEFINE_string("trl_python", None, "Python of an environment with requirements-trl.txt; none = ours alone.")
     flags.DEFINE_integer("rounds", 10, "Timed iterations of each side, in turns.", lower_bound=1)
     flags.DEFINE_string("output", None, "Where the JSON goes too.")
-    configs.run(main)
+    command_line.run(main)

@@ -8,7 +8,7 @@ iteration for every line "go" on stdin and prints its seconds as a JSON line, un
 
     seconds   from "go" until the trainer asks for the next batch
     rollout   until the responses are sampled
-    score     from there to the first optimisation step: log-probabilities, reference, values, rewards, GAE
+    score     from there to the first optimization step: log-probabilities, reference, values, rewards, GAE
     update    the PPO epochs
 
 What seconds has left over is the trainer's metrics, its logging and the second of its two garbage collections

@@ -63,8 +63,9 @@ def make_gptjax(vocab, phase):
 
     from experiments.benchmarks.setup import as_batch, make_step, random_tokens
     from gptjax.model.spec import GPTConfig
+    from gptjax.objectives.lm import causal_lm_loss
     from gptjax.parallel.mesh import MeshConfig, make_mesh
-    from gptjax.training.step import causal_lm_loss, jit_eval_step
+    from gptjax.training.step import jit_eval_step
 
     model = GPTConfig(vocab, **SHAPE, attention="cpu")
     state, run = make_step(model)

@@ -4,11 +4,12 @@ import numpy as np
 
 from gptjax.model import gpt
 from gptjax.model.spec import GPTConfig
+from gptjax.objectives.lm import causal_lm_loss
 from gptjax.parallel.mesh import MeshConfig, make_mesh
 from gptjax.training.optimizer import OptimizerConfig, make_optimizer
 from gptjax.training.precision import PrecisionConfig
 from gptjax.training.state import init_state, state_shardings
-from gptjax.training.step import causal_lm_loss, jit_train_step, train_step
+from gptjax.training.step import jit_train_step, train_step
 
 
 def make_step(model: GPTConfig, compute: str = "float32"):

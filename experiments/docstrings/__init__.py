@@ -1,1 +1,1 @@
-"""Write a docstring's summary line from a signature: the task, its labeller and its measure."""
+"""Write a docstring's summary line from a signature: the task, its labeler and its measure."""

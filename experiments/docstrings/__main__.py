@@ -4,7 +4,7 @@
 
 `make demo` runs it. The pre-trained model is the workdir itself, the other stages lie in it: sft/, reward/, ppo/
 (without pre-training gradients) and ppo_ptx/ (with them). A stopped demo goes on where it was. How long it takes is in
-experiments/README.md. The gold score of a summary is experiments/docstrings/labeller.py's.
+experiments/README.md. The gold score of a summary is experiments/docstrings/labeler.py's.
 --scale shortens the stages after pre-training (0.05 for a smoke test).
 """
 
@@ -16,19 +16,19 @@ import jax
 import numpy as np
 from absl import flags
 
-from experiments.docstrings import labeller, story, task
-from gptjax import config as configs
+from experiments.docstrings import labeler, story, task
+from gptjax import command_line
 from gptjax.config import config_dict
 from gptjax.data.chat import Template
+from gptjax.generation.respond import respond
 from gptjax.ppo import PPOConfig, ppo
 from gptjax.pretrain import pretrain
 from gptjax.reward import RewardConfig, reward
-from gptjax.rlhf.best_of_n import respond
 from gptjax.sft import SFTConfig, sft
-from gptjax.workdir import load_model
+from gptjax.trained import load_model
 
 CANDIDATES = 4  # K: sampled summaries of a signature, and the real one besides
-NOISE = 0.25  # of the labeller: Plackett-Luce with utility gold / NOISE
+NOISE = 0.25  # of the labeler: Plackett-Luce with utility gold / NOISE
 PROMPT, RESPONSE = 32, 32  # tokens
 BEST_OF = 16
 
@@ -51,7 +51,7 @@ def main(_):
     heading("2. Supervised fine-tuning: signature -> summary line")
     timed("SFT", sft(sft_config(workdir, data, scale), str(workdir / "sft")))
 
-    heading("3. Rankings by the rule-based labeller, and a reward model of them")
+    heading("3. Rankings by the rule-based labeler, and a reward model of them")
     ceiling = write_comparisons(workdir, data, scale)
     timed("sampling and ranking", None)
     timed("reward model", reward(reward_config(workdir, data), str(workdir / "reward")))
@@ -80,7 +80,7 @@ def sft_config(workdir: Path, data: Path, scale: float):
     c.epochs, c.batch_size = max(2.5 * scale, 0.05), 16
     c.optimizer.update(learning_rate=1e-3, b2=0.95)
     c.schedule.update(kind="cosine", final_fraction=0.1)
-    c.mix.fraction = 0.1  # as InstructGPT's RL initialisation: the model must not forget its pre-training
+    c.mix.fraction = 0.1  # as InstructGPT's RL initialization: the model must not forget its pre-training
     c.eval.every = c.checkpoint.every = 60
     c.samples.update(count=4, max_new_tokens=RESPONSE)
     return c
@@ -110,16 +110,16 @@ def ppo_config(workdir: Path, data: Path, scale: float, ptx_coefficient: float):
     c.value_optimizer.update(learning_rate=3e-4, b2=0.95)
     c.eval.update(
         every=max(2, round(4 * scale)), source=str(data / "evaluation.jsonl"), prompts=96,
-        gold_fn="experiments.docstrings.labeller:gold_scores",
+        gold_fn="experiments.docstrings.labeler:gold_scores",
     )  # fmt: skip
     c.checkpoint.every = 8
     return c
 
 
 def write_comparisons(workdir: Path, data: Path, scale: float) -> float | None:
-    """comparisons.jsonl: CANDIDATES summaries sampled from the SFT model and the real one, ranked by the labeller.
+    """comparisons.jsonl: CANDIDATES summaries sampled from the SFT model and the real one, ranked by the labeler.
 
-    Returns the labeller's own expected pair accuracy: its noise is the reward model's ceiling.
+    Returns the labeler's own expected pair accuracy: its noise is the reward model's ceiling.
     """
     path, meta = data / "comparisons.jsonl", data / "comparisons_ceiling.json"
     if path.exists() and meta.exists():
@@ -143,22 +143,22 @@ def write_comparisons(workdir: Path, data: Path, scale: float) -> float | None:
             candidates = [row["response"], *sampled]
             if len(candidates) < 2:
                 continue
-            scores = [labeller.gold_score(row["prompt"], text) for text in candidates]
+            scores = [labeler.gold_score(row["prompt"], text) for text in candidates]
             scored.append(scores)
-            ranks = labeller.plackett_luce_ranks(scores, rng, NOISE)
+            ranks = labeler.plackett_luce_ranks(scores, rng, NOISE)
             file.write(json.dumps({"prompt": row["prompt"], "completions": candidates, "ranks": ranks}) + "\n")
-    ceiling = labeller.pair_accuracy_ceiling(scored, NOISE)
+    ceiling = labeler.pair_accuracy_ceiling(scored, NOISE)
     meta.write_text(json.dumps(ceiling))
     print(
         f"{len(scored):,} signatures of {CANDIDATES + 1} ranked summaries; "
-        f"the labeller's noise allows an accuracy of {ceiling:.3f}"
+        f"the labeler's noise allows an accuracy of {ceiling:.3f}"
     )
     return ceiling
 
 
 if __name__ == "__main__":
     FLAGS = flags.FLAGS
-    configs.define_flags()
+    command_line.define_flags()
     flags.DEFINE_float("scale", 1.0, "Length of the stages after pre-training.", lower_bound=0.0)
     flags.DEFINE_integer("limit", 128, "Evaluation signatures.", lower_bound=1)
-    configs.run(main)
+    command_line.run(main)

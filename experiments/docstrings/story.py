@@ -7,14 +7,15 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from experiments.docstrings import labeller
+from experiments.docstrings import labeler
+from gptjax import report
 from gptjax.data.chat import Template
+from gptjax.generation.respond import respond
 from gptjax.objectives.ppo import best_of_n_kl
-from gptjax.rlhf.best_of_n import expected_best, respond
+from gptjax.rlhf.best_of_n import expected_best
 from gptjax.rlhf.reward_model import load_reward_model
-from gptjax.training import report
+from gptjax.trained import load_model
 from gptjax.training.metrics import JsonLines
-from gptjax.workdir import load_model
 
 RUNS = {"ppo": "PPO", "ppo_ptx": "PPO-ptx"}
 
@@ -29,7 +30,7 @@ def measure(workdir: Path, data: Path, *, prompt: int, response: int, best_of: i
     proxy = load_reward_model(workdir / "reward", mesh=model.mesh, tokenizer=model.tokenizer)
 
     def gold(prompts, texts):
-        return np.array(labeller.gold_scores(prompts, texts))
+        return np.array(labeler.gold_scores(prompts, texts))
 
     def sampled(model, n, what):
         """(texts, gold [prompts, n], proxy [prompts, n])."""
@@ -105,9 +106,9 @@ def write_report(workdir: Path, result: dict) -> Path:
 def _introduction(result: dict) -> str:
     return (
         "<p>The task: from a function's signature, write its docstring's summary line. <b>Gold</b> is a rule-based "
-        "labeller (PEP 257, PEP 8; -2 to 2), the truth that no stage is trained on; <b>proxy</b> is the reward model, "
+        "labeler (PEP 257, PEP 8; -2 to 2), the truth that no stage is trained on; <b>proxy</b> is the reward model, "
         "trained on its noisy rankings and 0 on average over the demonstrations. The reward model agrees with "
-        f"{result['reward_accuracy']:.3f} of the held-out pairs; the labeller's own noise allows "
+        f"{result['reward_accuracy']:.3f} of the held-out pairs; the labeler's own noise allows "
         f"{result['pair_accuracy_ceiling']:.3f}, choosing the longer one {result['longer_wins']:.3f}. Gold judges "
         "form and topic, not truth: a fixed phrase about the name can score high, so read the samples too.</p>"
     )
@@ -137,13 +138,13 @@ def _curves(workdir: Path, result: dict) -> str:
         axis.plot(
             [b["kl"] ** 0.5 for b in best], [b[key] for b in best], "s--", ms=4, color="#2e8b57", label="best of n"
         )
-    for (name, title), colour in zip(RUNS.items(), ("#d1495b", "#3b6fb6"), strict=True):
+    for (name, title), color in zip(RUNS.items(), ("#d1495b", "#3b6fb6"), strict=True):
         lines = JsonLines.read(workdir / name / "evaluations.jsonl")
         root = [max(line["kl"], 0.0) ** 0.5 for line in lines]
-        axes[0].plot(root, [line["gold"] for line in lines], "o-", ms=3, color=colour, label=title)
-        axes[1].plot(root, [line["raw_score"] for line in lines], "o-", ms=3, color=colour, label=title)
+        axes[0].plot(root, [line["gold"] for line in lines], "o-", ms=3, color=color, label=title)
+        axes[1].plot(root, [line["raw_score"] for line in lines], "o-", ms=3, color=color, label=title)
         steps, losses = [line["step"] for line in lines], [line.get("lm_loss") for line in lines]
-        axes[2].plot(steps, losses, "o-", ms=3, color=colour, label=title)
+        axes[2].plot(steps, losses, "o-", ms=3, color=color, label=title)
     titles = ("gold score", "proxy: the reward model's score", "loss on pre-training text, nats/token")
     for axis, title in zip(axes, titles, strict=True):
         axis.set_title(title, loc="left", fontsize=10)

@@ -27,7 +27,7 @@ def make(argv: list[str]):
     p.add_argument("--zone", required=True, help="of the cluster")
     p.add_argument("--cluster", required=True, help="an XPK cluster")
     p.add_argument("--accelerator", required=True, help="of one slice: v5litepod-16, v6e-16, v5p-1024, tpu7x-128, ...")
-    p.add_argument("--slices", type=int, default=1, help="above 1: multislice, joined by the data-centre network")
+    p.add_argument("--slices", type=int, default=1, help="above 1: multislice, joined by the data-center network")
     p.add_argument("--spot", action="store_true", help="on an autoprovisioning cluster: cheaper, may be taken away")
     p.add_argument("--docker_image", help="with the code and its packages; default: built from this folder")
     p.add_argument("--max_restarts", type=int, default=job.TRIES)

@@ -113,7 +113,7 @@ def make(argv: list[str]):
     p.add_argument("--project", help="of Google Cloud; default: $CLOUDSDK_CORE_PROJECT")
     p.add_argument("--zone", required=True, help="as us-west4-a; it must have the accelerator")
     p.add_argument("--accelerator", required=True, help="of one slice: v5litepod-8, v6e-16, v5p-1024, ...")
-    p.add_argument("--slices", type=int, default=1, help="above 1: multislice, joined by the data-centre network")
+    p.add_argument("--slices", type=int, default=1, help="above 1: multislice, joined by the data-center network")
     p.add_argument("--spot", action="store_true", help="cheaper, and may be taken away at any time")
     p.add_argument("--runtime_version", help="of the TPU's software; default: its generation's")
     p.add_argument("--repository", help="a git URL that the hosts clone; default: the last commit here is copied")

@@ -12,7 +12,7 @@ from absl import flags
 from tqdm import tqdm
 
 from experiments.ppo_exact import mutations
-from gptjax import config as configs
+from gptjax import command_line, json_files
 from gptjax.errors import InputError
 
 
@@ -38,7 +38,7 @@ def main(_):
         if FLAGS.mutation:
             result["mutation"] = FLAGS.mutation
         if FLAGS.json:
-            print(configs.dumps(result), flush=True)
+            print(json_files.dumps(result), flush=True)
         else:
             good = result["gap"] >= 0.98 and result["kl_to_optimum"] <= 0.05
             verdict = "ok" if good else "OUTSIDE THE BAR"
@@ -55,4 +55,4 @@ if __name__ == "__main__":
     flags.DEFINE_string("mutation", None, "A fault to plant; see --list_mutations.")
     flags.DEFINE_bool("list_mutations", False, "The faults that can be planted.")
     flags.DEFINE_bool("json", False, "One JSON object per seed.")
-    configs.run(main)
+    command_line.run(main)

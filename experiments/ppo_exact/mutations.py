@@ -61,7 +61,7 @@ def value_after_the_end():
 
 
 def min_for_max():
-    """The optimistic of the two surrogates in place of the pessimistic."""
+    """The optimiztic of the two surrogates in place of the pessimistic."""
 
     def policy_loss(log_prob, old_log_prob, advantages, mask, clip):
         log_ratio = ppo.keep(log_prob - old_log_prob, mask)

@@ -17,7 +17,7 @@ from absl import flags
 from tqdm import tqdm
 
 from experiments.ppo_exact.bed import LENGTH, VOCAB, Bed, BedConfig, enumerated
-from gptjax import config as configs
+from gptjax import command_line, json_files
 from gptjax.rlhf.update import UpdateConfig
 
 CONTEXT = np.array([1, 3, 3], np.int32)
@@ -61,7 +61,7 @@ def main(_):
     for coefficient in map(float, FLAGS.coefficients.split(",")):
         result = run(coefficient, FLAGS.seed, FLAGS.iterations)
         if FLAGS.json:
-            print(configs.dumps(result), flush=True)
+            print(json_files.dumps(result), flush=True)
         else:
             print(f"gamma {coefficient:<6g} tax {result['tax']:.4f} nats, gap {result['gap']:.4f}, "
                   f"KL to the optimum {result['kl_to_optimum']:.4f}")  # fmt: skip
@@ -73,4 +73,4 @@ if __name__ == "__main__":
     flags.DEFINE_integer("seed", 0, "Seed of the bed.")
     flags.DEFINE_integer("iterations", 200, "PPO iterations.", lower_bound=1)
     flags.DEFINE_bool("json", False, "One JSON object per value.")
-    configs.run(main)
+    command_line.run(main)

@@ -17,7 +17,7 @@ from absl import flags
 from tqdm import tqdm
 
 from experiments.reward_bed.bed import Bed, BedConfig, outside_the_bar
-from gptjax import config as configs
+from gptjax import command_line, json_files
 from gptjax.errors import InputError
 
 
@@ -33,7 +33,7 @@ def main(_):
             params = bed.train(record=lambda *_, bar=bar: bar.update())
         result = {"seed": seed, "pairs": FLAGS.pairs, "prompts": FLAGS.prompts, **bed.figures(params),
                   "seconds": time.perf_counter() - began}  # fmt: skip
-        print(configs.dumps(result) if FLAGS.json else line(result), flush=True)
+        print(json_files.dumps(result) if FLAGS.json else line(result), flush=True)
 
 
 def line(r: dict) -> str:
@@ -52,4 +52,4 @@ if __name__ == "__main__":
     flags.DEFINE_integer("prompts", 6000, "Prompts, each with one ranking, seen once.", lower_bound=1)
     flags.DEFINE_enum("pairs", "all", ("all", "one"), "Which pairs of a ranking to learn from.")
     flags.DEFINE_bool("json", False, "One JSON object per seed.")
-    configs.run(main)
+    command_line.run(main)

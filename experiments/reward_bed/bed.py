@@ -64,15 +64,15 @@ def utility_table(rng) -> np.ndarray:
     """r(x, y), float64 [3, 780], scaled so that Bayes accuracy is BAYES.
 
     A value for each token, partly the prompt's own, for each token at each place and for each length, and a term that
-    is no sum over tokens: a value for each pair of neighbours.
+    is no sum over tokens: a value for each pair of neighbors.
     """
     token = rng.normal(0, 1, VOCAB) + rng.normal(0, 0.5, (PROMPTS, VOCAB))
     place, length = rng.normal(0, 0.4, (LONGEST, VOCAB)), rng.normal(0, 0.5, LONGEST)
-    neighbours = rng.normal(0, 0.3, (VOCAB, VOCAB))
+    neighbors = rng.normal(0, 0.3, (VOCAB, VOCAB))
     table = np.zeros((PROMPTS, len(completions())))
     for column, y in enumerate(completions()):
         table[:, column] = token[:, y].sum(1) + place[np.arange(len(y)), y].sum() + length[len(y) - 1]
-        table[:, column] += sum(neighbours[a, b] for a, b in itertools.pairwise(y))
+        table[:, column] += sum(neighbors[a, b] for a, b in itertools.pairwise(y))
     return table * scale_for(table, BAYES)
 
 

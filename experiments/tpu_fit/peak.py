@@ -1,4 +1,4 @@
-"""Our own count of a step's peak (gptjax/peak.py) beside the TPU compiler's, over models, remat, rows and meshes.
+"""Our own count of a step's peak (gptjax/cost/memory.py) beside the TPU compiler's, over models, remat, meshes.
 
     python -m experiments.tpu_fit.peak [--cases=gpt2:1] [--out=FILE]       asks about what is not in peak.jsonl yet
     python -m experiments.tpu_fit.peak --nocompile                         the table, from the count as it is now
@@ -23,9 +23,9 @@ from absl import app, flags
 from tqdm import tqdm
 
 from experiments.tpu_fit.run import HERE, preset_config, read
-from gptjax import aot
+from gptjax.aot import check
+from gptjax.cost import topology as topologies
 from gptjax.describe import describe
-from gptjax.parallel import topology as topologies
 
 FLAGS = flags.FLAGS
 CASES = [  # preset, slice, remat, rows of a micro-batch, rows of a step, mesh
@@ -82,7 +82,8 @@ def settings(case) -> dict:
     _, _, remat, rows, batch, axes = case
     axes = {"data": 1, "fsdp": 1} | axes
     rounds = axes.pop("rounds", 1)
-    return {"model.remat": remat, "microbatch_size": rows, "batch_size": batch, "model.pipeline_rounds": rounds} | {
+    pipeline = {"model.pipeline_virtual_stages": rounds}
+    return pipeline | {"model.remat": remat, "microbatch_size": rows, "batch_size": batch} | {
         f"mesh.{k}": v for k, v in axes.items()
     }
 
@@ -100,14 +101,14 @@ def recorded() -> list[tuple[str, str, dict, int]]:
 
 def ours(preset: str, changes: dict) -> int:
     """The count, as describe prints it."""
-    return sum(describe(aot.changed(preset_config(preset), changes))["peak_per_tpu_chip"].values())
+    return sum(describe(check.changed(preset_config(preset), changes))["peak_per_tpu_chip"].values())
 
 
 def table() -> str:
     lines = ["| preset | slice | mesh | remat | rows x micro-batches | ours | compiler | ours / compiler |",
              "|---|---|---|---|---|---|---|---|"]  # fmt: skip
     for preset, topology, s, peak in recorded():
-        rounds = s.get("model.pipeline_rounds", 1)
+        rounds = s.get("model.pipeline_virtual_stages", 1)
         mesh = " x ".join(f"{k.removeprefix('mesh.')} {v}" for k, v in s.items() if k.startswith("mesh.") and v > 1)
         mesh = (mesh or "one chip") + (f", {rounds} rounds" if rounds > 1 else "")
         count, rows = ours(preset, s), s["microbatch_size"]
@@ -131,7 +132,7 @@ def assigned_peak(folder: Path, module: str = "jit_steps") -> int | None:
     arguments, of_temporaries, values = 0, False, []
     for line in next(folder.glob(f"*{module}*optimizations-buffer-assignment.txt")).read_text().splitlines():
         if found := re.match(r"allocation \d+: size (\d+), (.*)", line):
-            in_hbm = "color" not in found[2]  # the other colours are memories on the chip
+            in_hbm = "color" not in found[2]  # the other colors are memories on the chip
             arguments += int(found[1]) if in_hbm and "parameter" in found[2] else 0
             of_temporaries = in_hbm and "preallocated-temp" in found[2]
         elif of_temporaries and (
@@ -173,7 +174,7 @@ def main(_):
     jax.config.update("jax_platforms", "cpu")
     if FLAGS.one is not None:
         preset, topology = (case := CASES[FLAGS.one])[:2]
-        answer = aot.check(aot.changed(preset_config(preset), settings(case)), topologies.parse(topology))
+        answer = check.check(check.changed(preset_config(preset), settings(case)), topologies.parse(topology))
         print(json.dumps(answer))
         return
     out = Path(FLAGS.out)

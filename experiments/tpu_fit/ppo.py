@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 from experiments.tpu_fit.peak import ask
 from experiments.tpu_fit.run import HERE, read
-from gptjax.parallel import topology as topologies
+from gptjax.cost import topology as topologies
 
 KEYS = ("policy", "reward", "topology", "tensor")
 MODULES = {"ppo_collect": "jit_collect", "ppo_update": "jit__lambda"}

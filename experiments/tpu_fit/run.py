@@ -15,11 +15,11 @@ import jax
 from absl import app, flags
 from tqdm import tqdm
 
-from gptjax import aot
 from gptjax import config as configs
+from gptjax.aot import check
+from gptjax.cost import topology as topologies
 from gptjax.errors import InputError
 from gptjax.model.spec import parameter_count
-from gptjax.parallel import topology as topologies
 
 HERE = Path(__file__).parent
 BATCH = {  # sequences of a step: the papers' batch sizes
@@ -36,7 +36,7 @@ def preset_config(preset: str) -> dict:
     family, _, size = preset.partition(":")
     module = importlib.import_module(f"configs.{family}")
     config = (module.get_config(size) if size else module.get_config()).to_dict()
-    model = {**config["model"], "vocab_size": aot.PRESETS[preset].vocab_size}
+    model = {**config["model"], "vocab_size": check.PRESETS[preset].vocab_size}
     return {**config, "model": model, "precision": {**config["precision"], "compute": "bfloat16"}}
 
 
@@ -47,7 +47,7 @@ def candidates(preset: str, generation: str):
     Left out without asking the compiler: what our own count says cannot fit (parameters, moments, gradients and the
     residual stream at every layer are together more than HBM).
     """
-    model = aot.PRESETS[preset]
+    model = check.PRESETS[preset]
     for topology in topologies.slices(generation):
         for tensor in (1, 8):
             fsdp = topology.device_count // tensor
@@ -74,7 +74,7 @@ def smallest(preset: str, generation: str, status) -> dict:
     config, tried = preset_config(preset), []
     for topology, changes in candidates(preset, generation):
         try:
-            result = aot.check(aot.changed(config, changes), topology, status=status)
+            result = check.check(check.changed(config, changes), topology, status=status)
         except InputError as error:
             result = {"fits": False, "message": str(error), "bytes_per_chip": None}
         if result["fits"]:
@@ -95,7 +95,7 @@ def main(_):
     out = Path(FLAGS.out)
     done = {(r["preset"], r["generation"]) for r in read(out)}
     for preset in FLAGS.presets:
-        configs.choose(aot.PRESETS, preset, "preset")
+        configs.choose(check.PRESETS, preset, "preset")
     todo = [(p, g) for g in FLAGS.generations for p in FLAGS.presets if (p, g) not in done]
     bar = tqdm(todo, file=sys.stderr, dynamic_ncols=True)
     for preset, generation in bar:

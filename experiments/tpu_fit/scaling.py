@@ -21,9 +21,9 @@ import dataclasses
 import json
 from pathlib import Path
 
+from gptjax.cost.roofline import bounds, train_work
+from gptjax.cost.topology import CHIPS
 from gptjax.model.spec import GPT3, non_embedding_count, parameter_count
-from gptjax.parallel.bounds import bounds, train_work
-from gptjax.parallel.topology import CHIPS
 
 HERE = Path(__file__).parent
 MODEL = dataclasses.replace(GPT3["175b"], remat="full")

@@ -1,1 +1,1 @@
-"""A reward model on real human judgements of which of two arguments is the more convincing."""
+"""A reward model on real human judgments of which of two arguments is the more convincing."""

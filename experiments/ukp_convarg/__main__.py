@@ -1,4 +1,4 @@
-"""A reward model on real human judgements of which of two arguments is the more convincing.
+"""A reward model on real human judgments of which of two arguments is the more convincing.
 
     python -m experiments.ukp_convarg --data=../shared/data/prefs/ukp_convarg --workdir=runs/ukp \
         [--text=../shared/data/lm/books_small/train] [--results=experiments/ukp_convarg/results.json]
@@ -18,7 +18,7 @@ import numpy as np
 from absl import flags
 
 from experiments.ukp_convarg import baselines, debates
-from gptjax import config as configs
+from gptjax import command_line, json_files
 from gptjax.config import config_dict
 from gptjax.data.chat import Template
 from gptjax.data.tokenizer import Tokenizer
@@ -65,7 +65,7 @@ def main(_):
 
         result = figures(folds, right, matched, topics) | {"seconds": round(time.perf_counter() - began)}
         for path in filter(None, (workdir / "results.json", FLAGS.results)):  # after each fold: it is a while
-            configs.write_json(path, result)
+            json_files.write_json(path, result)
     say(result)
 
 
@@ -93,7 +93,7 @@ def base_config(text: str, seed: int):
 def reward_config(workdir: Path, fold: int, seed: int):
     """One epoch, and nothing chosen by what is held out: it is only reported."""
     c = config_dict(RewardConfig)
-    c.init_from, c.template, c.normalise = str(workdir / "base"), "chat", "none"
+    c.init_from, c.template, c.normalize = str(workdir / "base"), "chat", "none"
     c.data.source = str(workdir / "rows" / f"train{fold}.jsonl")
     c.data.validation = str(workdir / "rows" / f"held_out{fold}.jsonl")
     c.epochs, c.batch_size, c.seed = 1.0, 8, seed
@@ -182,7 +182,7 @@ def by_topic(right, topics) -> dict:
 
 def say_data(pairs, folds):
     texts, topics = debates.arguments(pairs), {p.topic for p in pairs}
-    print(f"{len(pairs):,} judgements of {len(texts):,} arguments in {len(topics)} topics; {len(folds)} folds")
+    print(f"{len(pairs):,} judgments of {len(texts):,} arguments in {len(topics)} topics; {len(folds)} folds")
 
 
 def say(result: dict):
@@ -196,10 +196,10 @@ def say(result: dict):
 
 if __name__ == "__main__":
     FLAGS = flags.FLAGS
-    configs.define_path("data", None, "The folder of UKPConvArg's .csv files.", required=True)
-    configs.define_path("text", "../shared/data/lm/books_small/train", "Text to pre-train on, or 'stdlib'.")
-    configs.define_path("workdir", None, "Where everything of this run is kept.", required=True)
-    configs.define_path("results", None, "Another file for the results.")
+    command_line.define_path("data", None, "The folder of UKPConvArg's .csv files.", required=True)
+    command_line.define_path("text", "../shared/data/lm/books_small/train", "Text to pre-train on, or 'stdlib'.")
+    command_line.define_path("workdir", None, "Where everything of this run is kept.", required=True)
+    command_line.define_path("results", None, "Another file for the results.")
     flags.DEFINE_integer("folds", 3, "Parts that the topics are dealt out into.", lower_bound=2)
     flags.DEFINE_integer("seed", 0, "Seed of the folds and of all training.")
-    configs.run(main)
+    command_line.run(main)

@@ -20,7 +20,7 @@ def accuracy_of(better, worse) -> np.ndarray:
 
 
 class TfIdf:
-    """Sublinear tf x idf over words and pairs of neighbouring words that are in at least `least` texts, unit length."""
+    """Sublinear tf x idf over words and pairs of neighboring words that are in at least `least` texts, unit length."""
 
     def __init__(self, texts: list[str], least: int = 2):
         counts = Counter(term for text in texts for term in set(_terms(text)))
@@ -44,7 +44,7 @@ def _terms(text: str) -> list[str]:
 
 
 def logistic(x: np.ndarray, better: np.ndarray, worse: np.ndarray, penalty: float = 1.0) -> np.ndarray:
-    """w that minimises sum log(1 + exp(-(x[better] - x[worse]) . w)) + penalty/2 |w|^2, over pairs of rows of x.
+    """w that minimizes sum log(1 + exp(-(x[better] - x[worse]) . w)) + penalty/2 |w|^2, over pairs of rows of x.
 
     Logistic regression on differences of features, without an intercept; penalty 1 is scikit-learn's default (C = 1).
     """
@@ -63,9 +63,9 @@ def tfidf_right(train: list[Pair], held_out: list[Pair], lengths: dict[str, int]
     """Per held-out pair, whether logistic regression orders it right: 'tfidf' on unit-length vectors, which say little
     of length, 'tfidf_and_length' with the logarithm of the number of tokens besides."""
     seen, new = arguments(train), arguments(held_out)
-    vectorise = TfIdf(seen)
+    vectorize = TfIdf(seen)
     log_length = lambda texts: np.log([[lengths[text]] for text in texts])
-    bags = {"tfidf": vectorise, "tfidf_and_length": lambda texts: np.hstack([vectorise(texts), log_length(texts)])}
+    bags = {"tfidf": vectorize, "tfidf_and_length": lambda texts: np.hstack([vectorize(texts), log_length(texts)])}
     right = {}
     for name, features in bags.items():
         w = logistic(features(seen), *_rows(seen, train))

@@ -1,4 +1,4 @@
-"""The judgements as pairs, the folds over topics, and the rows that gptjax.reward reads.
+"""The judgments as pairs, the folds over topics, and the rows that gptjax.reward reads.
 
 UKPConvArg (Habernal & Gurevych 2016): a file for each side of a debate, tab-separated id, label (a1 or a2 convinces
 more), a1, a2. The two sides of a debate are one topic, and a topic is held out whole.
@@ -26,7 +26,7 @@ class Pair:
 
 
 def read(directory) -> list[Pair]:
-    """Every judgement, in the order of the files. InputError: no such files, or a line of another form."""
+    """Every judgment, in the order of the files. InputError: no such files, or a line of another form."""
     files = sorted(Path(directory).glob("*.csv"))
     if not files:
         raise InputError(f"{directory} holds no .csv files: name the folder of UKPConvArg's with --data.")
@@ -67,10 +67,10 @@ def folds(pairs: list[Pair], count: int, seed: int) -> list[tuple[str, ...]]:
 
 
 def ranked_lists(pairs: list[Pair], k: int, seed: int) -> list[dict]:
-    """Rows of gptjax.reward: up to k arguments of which every two were judged, in the order of the judgements.
+    """Rows of gptjax.reward: up to k arguments of which every two were judged, in the order of the judgments.
 
-    The lists hold every judgement at least once and no other, so that an argument is forwarded once for up to k - 1 of
-    its judgements. Left out are pairs of texts that were judged both ways.
+    The lists hold every judgment at least once and no other, so that an argument is forwarded once for up to k - 1 of
+    its judgments. Left out are pairs of texts that were judged both ways.
     """
     by_title = defaultdict(set)
     for p in pairs:
@@ -106,7 +106,7 @@ def _lists(beats: set, k: int, rng):
 
 
 def in_order(texts, beats) -> list[str] | None:
-    """From best to worst, or None where the judgements go round in a circle."""
+    """From best to worst, or None where the judgments go round in a circle."""
     wins = {t: sum((t, other) in beats for other in texts) for t in texts}
     ordered = sorted(texts, key=wins.get, reverse=True)
     return ordered if sorted(wins.values()) == list(range(len(texts))) else None

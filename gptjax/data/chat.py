@@ -1,7 +1,7 @@
 """The template: how a prompt, a response or a conversation becomes tokens, the same way in every stage.
 
 A turn of the user is `<|user|>` and its text, of the system `<|system|>` and its text, of the assistant
-`<|assistant|>`, its text and end-of-text. Each text is tokenised by itself, so a prompt's tokens don't
+`<|assistant|>`, its text and end-of-text. Each text is tokenized by itself, so a prompt's tokens don't
 depend on what follows; no text can hold a special token.
 """
 
@@ -55,7 +55,7 @@ class Template:
             raise InputError(f"padding and end-of-text are one token, {self.eos_id}; give padding an id of its own")
         self._tokenizer = tokenizer
         self._mark = {role: tokenizer.special_id(name) for role, name in ROLES.items()}
-        self._unsaid = {self.pad_id, *self._mark.values()}
+        self._hidden_ids = {self.pad_id, *self._mark.values()}
 
     def prompt(self, prompt: str | Messages) -> list[int]:
         """Ids of all that comes before a response; of messages, the last is the user's.
@@ -94,7 +94,7 @@ class Template:
         for i in map(int, ids):
             if i == self.eos_id:
                 break
-            if i not in self._unsaid:
+            if i not in self._hidden_ids:
                 text.append(i)
         return self._tokenizer.decode(text)
 

@@ -19,14 +19,16 @@ import os
 from collections.abc import Callable, Mapping
 
 from gptjax import paths
-from gptjax.config import build, read_config, write_json
+from gptjax.config import build
 from gptjax.data import lm, sources, tokens
 from gptjax.data.lm import Mixture, Windows
 from gptjax.data.splits import HOW
 from gptjax.data.tokenizer import Tokenizer
+from gptjax.distributed import hosts
 from gptjax.errors import InputError
-from gptjax.objectives.language import bits_per_byte
-from gptjax.parallel import hosts
+from gptjax.json_files import write_json
+from gptjax.objectives.lm import bits_per_byte
+from gptjax.run_config import read_config
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,7 +37,7 @@ class DataConfig:
     tokenizer: 'bpe:SIZE' (trained on the source), 'char', or a directory with GPT-2's, GPT-1's or our files.
     validation: the share of documents held out, or another source. text_field: of JSONL and Parquet rows.
     mixture: {name: weight}: `source` is then a folder and each name a source in it (GPT-3 Table 2.2);
-        weights are normalised. isolate_documents: attention stays within a document, positions restart.
+        weights are normalized. isolate_documents: attention stays within a document, positions restart.
     split: how the share is held out: 'documents', 'lines' (each line of a text file is a document) or 'position' (the
         last of the text); None = documents where there are several, else position.
     document_separator: text that ends a document inside a text, as '<|endoftext|>'.
@@ -186,7 +188,7 @@ def shards_directory(cache: str | None, workdir, flag: str = "data.cache") -> st
 
 
 def load_corpus(c: DataConfig, workdir, seed: int, record: dict, known: bool) -> Text:
-    """The text of pre-training: tokenises, or reuses the shards when nothing changed. Raises InputError for anything
+    """The text of pre-training: tokenizes, or reuses the shards when nothing changed. Raises InputError for anything
     amiss.
 
     record: start_record. known: the run has begun, and goes on with the tokens it began with whatever became of the
@@ -413,7 +415,7 @@ def load_text(source: str | None, init_from, workdir, cache: str | None, flag: s
               known: bool) -> Text:  # fmt: skip
     """Pre-training text as a later stage reads it.
 
-    source: None = the text the run `init_from` was pre-trained on; else any source, tokenised into `cache` (None =
+    source: None = the text the run `init_from` was pre-trained on; else any source, tokenized into `cache` (None =
     `data` in the workdir; `flag` is its key) with the tokenizer saved in the workdir. Either way documents end where
     they did in that pre-training (documents_within), and are isolated if it isolated them. record, known: as
     load_corpus has them; what was recorded is checked.

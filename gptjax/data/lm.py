@@ -1,4 +1,4 @@
-"""Batches for language modelling: the batch of step t is a pure function of (seed, t).
+"""Batches for language modeling: the batch of step t is a pure function of (seed, t).
 
 Which tokens make example i is arithmetic, so any step can be asked for first, in any process; Grain only
 reads ahead. Sampling is without replacement within an epoch (GPT-3 §2.2).
@@ -38,7 +38,7 @@ class Examples(Protocol):
 
 
 def _mix(x: np.ndarray) -> np.ndarray:
-    """splitmix64's finaliser (Steele, Lea, Flood 2014): uint64 to well-mixed uint64."""
+    """splitmix64's finalizer (Steele, Lea, Flood 2014): uint64 to well-mixed uint64."""
     x = (x ^ (x >> _U64(30))) * _U64(0xBF58476D1CE4E5B9)
     x = (x ^ (x >> _U64(27))) * _U64(0x94D049BB133111EB)
     return x ^ (x >> _U64(31))
@@ -103,7 +103,7 @@ def shuffled(index: np.ndarray, length: int, seed: int, version: int = SHUFFLE) 
 class Windows:
     """Windows of context_length + 1 tokens from one split, in a new order and at new cuts each epoch.
 
-    len() is the number of windows in an epoch; neighbours share one token, the target of one and the
+    len() is the number of windows in an epoch; neighbors share one token, the target of one and the
     input of the next. shuffle: version of `shuffled`. InputError: a split shorter than context_length + 1.
     """
 
@@ -130,7 +130,7 @@ class Windows:
 
 
 class Mixture:
-    """Examples drawn from several Windows by weight (GPT-3 Table 2.2; weights are normalised).
+    """Examples drawn from several Windows by weight (GPT-3 Table 2.2; weights are normalized).
 
     Every block of 10,000 examples has each source's exact share, largest remainders first, in an order
     of its own; each source's examples are used in order, over as many epochs as its share asks for.
@@ -210,7 +210,7 @@ class LmBatches:
 
     schedule: step → (number of its first example, number of sequences), over all hosts.
     rows: step → rows of the padded batch; None for no padding. here: rows of a batch → those of them to give,
-    ascending (parallel/hosts.py); by default all. byte_lengths: of each token, [vocab_size] (Tokenizer.byte_lengths).
+    ascending (distributed/hosts.py); by default all. byte_lengths: of each token, [vocab_size] (of Tokenizer).
     weigh: numbers of examples [n] → weights [n, context_length]; None = 1.
     InputError: isolate_documents without an end-of-text.
     """

@@ -1,4 +1,4 @@
-"""Token shards on disk: a source, split and tokenised once, then read by memory map.
+"""Token shards on disk: a source, split and tokenized once, then read by memory map.
 
 A directory holds train-00000.bin …, validation-00000.bin …, manifest.json (what it was made from, counts
 and sha256 of each shard) and tokenizer/. It is written beside its place and renamed into it whole, and never
@@ -33,7 +33,7 @@ except ImportError:  # Windows: nobody stops two processes from preparing one di
 
 _FORMAT = 1
 _MANIFEST = "manifest.json"
-_BATCH = 1 << 21  # characters tokenised at a time
+_BATCH = 1 << 21  # characters tokenized at a time
 _OPEN_SHARDS = 512  # each memory map holds a file descriptor; 1,024 is the usual limit of a process
 
 
@@ -131,7 +131,7 @@ def prepare(
     by_content: bool = False,
     progress: bool = True,
 ) -> tuple[Tokenizer, dict[str, TokenShards]]:
-    """Splits and tokenises a source into `directory`, or reuses what is there when nothing changed.
+    """Splits and tokenizes a source into `directory`, or reuses what is there when nothing changed.
 
     by_content: `directory` is a cache that many runs share; the tokens are in a folder of it that is named by all
     that they depend on, so that another source, tokenizer or seed gets another folder.
@@ -408,7 +408,7 @@ def _write(
     dtype = _token_dtype(request["token_dtype"], tokenizer.vocab_size)
     writers = {name: _Writer(directory, name, request["shard_tokens"]) for name in SPLITS}
     begins = True  # the next piece is a document's first
-    with _bar("tokenising", total or None, progress) as bar:
+    with _bar("tokenizing", total or None, progress) as bar:
         for batch in _batches(split(), tokenizer):
             encoded = tokenizer.encode_batch([piece for _, piece, _ in batch])
             for (name, piece, last), ids in zip(batch, encoded, strict=True):

@@ -12,12 +12,12 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from gptjax.distributed import hosts
 from gptjax.errors import InputError
 from gptjax.generation.sampling import Sampling, sample
 from gptjax.model import gpt
 from gptjax.model.spec import GPTConfig
-from gptjax.parallel import hosts
-from gptjax.parallel.mesh import batch_ways
+from gptjax.parallel.mesh import batch_shards
 
 _STATIC = ("config", "new_tokens", "sampling", "eot_id", "pad_id", "vocab", "dtype", "mesh")
 
@@ -31,7 +31,7 @@ def decode(params, config: GPTConfig, prompts, lengths, limits, key, *, new_toke
     Args:
         prompts: int [batch, slots], padded on the left; lengths: int [batch], real tokens of each row.
         limits: int [batch], at most so many new tokens per row.
-        key: one key per row, typed [batch], so that a row's text does not depend on its neighbours.
+        key: one key per row, typed [batch], so that a row's text does not depend on its neighbors.
         new_tokens: static; slots + new_tokens is the size of the cache.
         eot_id: a row ends once it has produced this token, or one of these; None = no such token. pad_id: what
             follows it; None = the (first) eot_id again, or 0.
@@ -110,7 +110,7 @@ def bucket(n: int, limit: int) -> int:
 def _batch_ways() -> int:
     """Over how many devices of the mesh in force the rows of a batch are cut up."""
     mesh = jax.sharding.get_abstract_mesh()
-    return 1 if mesh.empty else batch_ways(mesh.shape)
+    return 1 if mesh.empty else batch_shards(mesh.shape)
 
 
 def generate(params, config: GPTConfig, prompts: Sequence[Sequence[int]], *, max_new_tokens: int, sampling: Sampling,

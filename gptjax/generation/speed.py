@@ -3,7 +3,7 @@
 import jax
 import jax.numpy as jnp
 
-from gptjax.model.flops import memory_bandwidth
+from gptjax.hardware import memory_bandwidth
 from gptjax.model.spec import GPTConfig
 
 

@@ -21,7 +21,7 @@ from gptjax.model.attention import attention, cached_attention, visible
 from gptjax.model.layers import INIT_STD, LayerNorm, Linear, gelu, normal
 from gptjax.model.spec import GPTConfig
 from gptjax.parallel import pipeline
-from gptjax.parallel.rules import RESIDUAL, constrain, reshard
+from gptjax.parallel.sharding import RESIDUAL, constrain, reshard
 from gptjax.parallel.vocabulary import embed
 
 # Between sub-layers the residual stream is cut up along time over the tensor axis, inside them the features are

@@ -1,16 +1,12 @@
 """What the layers of gpt.py are made of: LayerNorm, linear layers with a VJP of their own, GELU."""
 
-import functools
-import math
-
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 
-from gptjax.objectives.language import dot_over_tokens
-from gptjax.parallel.rules import constrain
+from gptjax.model.matmul import matmul
 
 LAYER_NORM_EPS = 1e-5  # all three papers' code; Flax's own default is 1e-6
 INIT_STD = 0.02
@@ -31,51 +27,9 @@ class LayerNorm(nn.Module):
         bias = self.param("bias", constant(0.0, "norm"), (x.shape[-1],))
         x32 = x.astype(jnp.float32)
         mean = x32.mean(-1, keepdims=True)
-        centred = x32 - mean
-        variance = jnp.mean(centred * centred, -1, keepdims=True)
-        return (centred * lax.rsqrt(variance + LAYER_NORM_EPS) * scale + bias).astype(x.dtype)
-
-
-def _flat(a, lead: int):
-    """[..., features...] -> [tokens, features] on one device, where XLA:CPU multiplies 2-D operands a quarter
-    faster; unchanged on a mesh, where merging sharded axes would move data."""
-    mesh = jax.sharding.get_abstract_mesh()
-    if mesh.empty or mesh.size == 1:
-        return a.reshape(math.prod(a.shape[:lead]), math.prod(a.shape[lead:]))
-    return a
-
-
-def _dot(a, b, a_axes, b_axes):
-    return lax.dot_general(a, b, ((a_axes, b_axes), ((), ())), preferred_element_type=jnp.float32)
-
-
-def _to_multiply(w, dtype, names):
-    """A weight as it is multiplied by: in the dtype of the activations, and whole but for the tensor axis. FSDP's
-    gather is here, layer by layer: left to itself the compiler moves activations where the context is cut up too."""
-    return constrain(w.astype(dtype), *("features" if name == "embed" else name for name in names))
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
-def _matmul(x, w, names):
-    """x [..., in] @ w [in, ...]: in the dtype of x, accumulated in float32; w is the float32 master, its axes' logical
-    names are `names`."""
-    x2, w2 = _flat(x, x.ndim - 1), _flat(_to_multiply(w, x.dtype, names), 1)
-    y = _dot(x2, w2, (x2.ndim - 1,), (0,)).astype(x.dtype)
-    return y.reshape(*x.shape[:-1], *w.shape[1:])
-
-
-def _matmul_backward(names, residuals, d_y):
-    x, w = residuals
-    lead = x.ndim - 1
-    x2, d_y2, w2 = _flat(x, lead), _flat(d_y, lead), _flat(_to_multiply(w, d_y.dtype, names), 1)
-    tokens, out = tuple(range(x2.ndim - 1)), tuple(range(x2.ndim - 1, d_y2.ndim))
-    d_x = _dot(d_y2, w2, out, tuple(range(1, w2.ndim))).astype(x.dtype)
-    # The weight's gradient stays float32: rounding it to bf16 would lose what accumulation adds up.
-    d_w = dot_over_tokens(x2, d_y2, len(tokens)).astype(w.dtype)
-    return d_x.reshape(x.shape), constrain(d_w.reshape(w.shape), *names)
-
-
-_matmul.defvjp(lambda x, w, names: (_matmul(x, w, names), (x, w)), _matmul_backward)
+        centered = x32 - mean
+        variance = jnp.mean(centered * centered, -1, keepdims=True)
+        return (centered * lax.rsqrt(variance + LAYER_NORM_EPS) * scale + bias).astype(x.dtype)
 
 
 class Linear(nn.Module):
@@ -90,7 +44,7 @@ class Linear(nn.Module):
         bias_names = tuple("norm" if n == "embed" else n for n in self.names[1:])
         bias = self.param("bias", constant(0.0, *bias_names), self.features)
         # Named, because a remat policy cannot see the dot inside a custom VJP.
-        y = checkpoint_name(_matmul(x, kernel, self.names), "matmul")
+        y = checkpoint_name(matmul(x, kernel, self.names), "matmul")
         return (y.astype(jnp.float32) + bias).astype(x.dtype)  # the bias's gradient sums in float32
 
 

@@ -24,7 +24,7 @@ class GPTConfig:
     """The architecture. Hashable, so that it can be a static argument of jit.
 
     norm: 'pre' = GPT-2/3 (LayerNorm first, one more after the last block, residual projections
-        initialised with .02/sqrt(2 n_layer)); 'post' = GPT-1 (LayerNorm after each residual sum, no
+        initialized with .02/sqrt(2 n_layer)); 'post' = GPT-1 (LayerNorm after each residual sum, no
         final one, every matrix N(0, .02)).
     local_window: None = dense attention in every layer. An integer = GPT-3's alternating pattern: even
         layers dense, odd layers see the last `local_window` positions only, themselves included. The
@@ -37,7 +37,7 @@ class GPTConfig:
     unroll: layers laid out per iteration of the scan over layers. n_layer = no loop at all, which the
         CPU likes; 1 keeps compile time independent of depth.
     pipeline_microbatches: where mesh.stage > 1, into how many micro-batches at the most the rows are cut; None = 4 a
-        stage. pipeline_rounds: groups of layers on each stage; more make the bubble smaller (parallel/pipeline.py).
+        stage. pipeline_virtual_stages: groups of layers on each stage; more make the bubble smaller.
     """
 
     vocab_size: Count
@@ -54,7 +54,7 @@ class GPTConfig:
     remat: str = "none"
     unroll: Count = 1
     pipeline_microbatches: Count | None = None
-    pipeline_rounds: Count = 1
+    pipeline_virtual_stages: Count = 1
 
     def __post_init__(self):
         for name in ("vocab_size", "n_layer", "n_head", "d_model", "context_length"):
@@ -80,8 +80,9 @@ class GPTConfig:
             raise InputError(f"model.remat={self.remat!r}: choose one of {', '.join(REMAT_POLICIES)}.")
         if not 1 <= self.unroll <= self.n_layer:
             raise InputError(f"model.unroll={self.unroll} must lie between 1 and model.n_layer={self.n_layer}.")
-        if min(self.pipeline_rounds, 1 if self.pipeline_microbatches is None else self.pipeline_microbatches) < 1:
-            raise InputError("model.pipeline_rounds and model.pipeline_microbatches are at least 1.")
+        microbatches = 1 if self.pipeline_microbatches is None else self.pipeline_microbatches
+        if min(self.pipeline_virtual_stages, microbatches) < 1:
+            raise InputError("model.pipeline_virtual_stages and model.pipeline_microbatches are at least 1.")
 
     @property
     def d_head(self) -> int:
@@ -156,7 +157,7 @@ class ModelOptions:
     remat: str | None = None
     unroll: Count | None = None
     pipeline_microbatches: Count | None = None
-    pipeline_rounds: Count | None = None
+    pipeline_virtual_stages: Count | None = None
 
     def apply(self, config: GPTConfig, **others) -> GPTConfig:
         changed = {k: v for k, v in dataclasses.asdict(self).items() if v is not None}

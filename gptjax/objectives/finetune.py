@@ -1,6 +1,6 @@
 """Fine-tuning objectives on top of the language-model loss.
 
-Source: GPT-1 (Radford et al. 2018) §3.2 eq. 5: L3 = L2 (the task) + lambda L1 (language modelling), lambda = .5.
+Source: GPT-1 (Radford et al. 2018) §3.2 eq. 5: L3 = L2 (the task) + lambda L1 (language modeling), lambda = .5.
 """
 
 import jax.numpy as jnp

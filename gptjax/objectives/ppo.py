@@ -103,7 +103,7 @@ def token_rewards(score, log_prob, ref_log_prob, mask, kl_coefficient):
 
 
 def gae(rewards, values, mask, gamma: float, lam: float):
-    """Generalised advantage estimation (Schulman et al. 2016 eq. 16), backwards over the actions.
+    """Generalized advantage estimation (Schulman et al. 2016 eq. 16), backwards over the actions.
 
         delta_t = R_t + gamma V_{t+1} - V_t,  A_t = delta_t + gamma lambda A_{t+1},  V and A after the last action: 0
 
@@ -132,8 +132,8 @@ def group_advantages(score, group_size: int):
     of a response gets its response's advantage.
     """
     groups = score.reshape(-1, group_size)
-    centred = groups - groups.mean(1, keepdims=True)
-    return (centred / (groups.std(1, keepdims=True) + 1e-4)).reshape(-1)
+    centered = groups - groups.mean(1, keepdims=True)
+    return (centered / (groups.std(1, keepdims=True) + 1e-4)).reshape(-1)
 
 
 # --- losses ------------------------------------------------------------------------------------------------

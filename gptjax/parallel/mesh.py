@@ -8,7 +8,7 @@ from jax.experimental.mesh_utils import create_device_mesh, create_hybrid_device
 from jax.sharding import AxisType, Mesh
 
 from gptjax.errors import InputError
-from gptjax.parallel.rules import AXES, Rules
+from gptjax.parallel.sharding import AXES, Rules
 from gptjax.ranges import Axis, Count
 
 
@@ -17,12 +17,12 @@ class MeshConfig:
     """Devices along each axis; -1 on one axis = all the rest.
 
     data: copies of the model, each with its rows of the batch. fsdp: rows of the batch too, and parameters,
-    gradients and optimiser state cut up over it. tensor: heads and MLP features of every layer cut up.
+    gradients and optimizer state cut up over it. tensor: heads and MLP features of every layer cut up.
     stage: layers cut up, micro-batches flow through (pipeline.py). seq: the context cut up, for sequences of which one
     device could not hold the activations.
     dcn_data: slices of a multislice job, each of which has data / dcn_data copies of the model: between slices, over
-    the data-centre network, there are gradients to add once a step and nothing else.
-    rules: which axes of the model's arrays lie on which of these axes; `use` of rules.py puts them in force.
+    the data-center network, there are gradients to add once a step and nothing else.
+    rules: which axes of the model's arrays lie on which of these axes; `use_rules` of sharding.py puts them in force.
     """
 
     data: Axis = -1
@@ -68,7 +68,7 @@ class MeshConfig:
 
 
 def slice_count(devices) -> int:
-    """Of how many slices, joined by the data-centre network, the devices are."""
+    """Of how many slices, joined by the data-center network, the devices are."""
     return len({getattr(d, "slice_index", 0) for d in devices})
 
 
@@ -101,7 +101,7 @@ def make_mesh(config: MeshConfig, devices=None) -> Mesh:
         ) from error
 
 
-def batch_ways(sizes) -> int:
+def batch_shards(sizes) -> int:
     """Over how many devices the rows of a batch are cut up. A pipeline's stages share them out for all that is not a
     layer (embedding, loss, sampling), and each stage has at least one micro-batch."""
     return sizes["data"] * sizes["fsdp"] * sizes["stage"]
@@ -123,7 +123,7 @@ def check_fits(sizes, *, n_head: int, batch_size: int, microbatch_size: int, tim
             f"Rows of {time} tokens are not divisible over mesh.seq={sizes['seq']} devices: "
             f"use {f'{low} or ' if low else ''}{high}."
         )
-    ways = batch_ways(sizes)
+    ways = batch_shards(sizes)
     for name, size in (("batch_size", batch_size), ("microbatch_size", microbatch_size)):
         if size % ways:
             low, high = size // ways * ways, -(-size // ways) * ways

@@ -17,7 +17,7 @@ interleaved schedule of Megatron-LM (Narayanan et al. 2021, §2.2: bubble over i
 Only `stage` is manual here, in a shard_map; data, fsdp, tensor and seq go on by annotation within it. A stage keeps
 its own layers, so nothing of them is ever gathered over stages. The backward pass is the derivative of the loop: the
 same ring, the other way round, after all of the forward pass. Unlike 1F1B it holds all M micro-batches at its turn,
-but with the model's remat='full' of each tick only the stage's input (GPipe's re-materialisation), and beside them the
+but with the model's remat='full' of each tick only the stage's input (GPipe's re-materialization), and beside them the
 activations of the one group of layers that is computed again.
 
 What is not a layer (embedding, un-embedding, loss) is shared out: each stage has its own M / S micro-batches, which
@@ -34,7 +34,7 @@ from jax import lax
 from jax.sharding import PartitionSpec as P
 
 from gptjax.errors import InputError
-from gptjax.parallel.rules import RESIDUAL, constrain
+from gptjax.parallel.sharding import RESIDUAL, constrain
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,20 +76,20 @@ def make_plan(config, sizes, rows: int) -> Plan:
     The micro-batches are the largest multiple of the stages that divides the rows of a device and is not above
     config.pipeline_microbatches (None: 4 a stage). Raises InputError where layers or rows do not divide.
     """
-    S, V = sizes["stage"], config.pipeline_rounds
+    S, V = sizes["stage"], config.pipeline_virtual_stages
     if S == 1:
         return Plan(1, 1)
     most = config.pipeline_microbatches or 4 * S
     if config.n_layer % (S * V):
         raise InputError(
             f"model.n_layer={config.n_layer} is not divisible by mesh.stage={S}"
-            f"{f' x model.pipeline_rounds={V}' * (V > 1)}: each stage takes as many layers as any other."
+            f"{f' x model.pipeline_virtual_stages={V}' * (V > 1)}: each stage takes as many layers as any other."
         )
     if sizes["seq"] > 1 and config.local_window is not None and config.n_layer // (S * V) % 2:
         # Which layers are banded would differ from stage to stage, and what a banded one gathers over seq is its own.
         raise InputError(
             f"model.local_window on mesh.seq={sizes['seq']} needs an even number of layers on each stage and round, "
-            f"not {config.n_layer // (S * V)}: change mesh.stage or model.pipeline_rounds."
+            f"not {config.n_layer // (S * V)}: change mesh.stage or model.pipeline_virtual_stages."
         )
     if most < S:
         raise InputError(

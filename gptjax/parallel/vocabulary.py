@@ -14,8 +14,8 @@ from jax import lax
 from jax.sharding import PartitionSpec as P
 
 from gptjax.parallel.collectives import gather, scatter, total
-from gptjax.parallel.mesh import batch_ways
-from gptjax.parallel.rules import Rules
+from gptjax.parallel.mesh import batch_shards
+from gptjax.parallel.sharding import Rules
 
 # The layout of what is computed here, whatever rules are in force: of those, the batch's alone is taken for granted.
 ROWS, TIME = Rules().axes("batch"), ("seq", "tensor")
@@ -27,7 +27,7 @@ def mesh_for(rows: int, width: int):
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or mesh.size == 1:
         return None
-    return None if rows % batch_ways(mesh.shape) or width % mesh.shape["fsdp"] else mesh
+    return None if rows % batch_shards(mesh.shape) or width % mesh.shape["fsdp"] else mesh
 
 
 def pad(a, axis: int, ways: int):

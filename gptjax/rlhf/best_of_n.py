@@ -12,35 +12,13 @@ import jax
 import numpy as np
 from absl import flags
 
-from gptjax import config as configs
-from gptjax import console
+from gptjax import command_line, json_files
 from gptjax.data.chat import Template
 from gptjax.data.prompts import PromptConfig, load_prompts
 from gptjax.data.rows import BAD_ROWS
 from gptjax.errors import InputError
-from gptjax.generation.decode import generate
-from gptjax.generation.sampling import Sampling
+from gptjax.generation.respond import respond
 from gptjax.objectives.ppo import best_of_n_kl
-
-
-def respond(params, model, prompts, template: Template, *, max_new_tokens, temperature, seed, dtype, mesh, rows=256,
-            progress: str | None = None) -> list[list[int]]:  # fmt: skip
-    """One response to each prompt (ids), as ids with end-of-text the last where the model said it.
-
-    One that reaches the end of the context is cut to it, so that it can be scored. rows: prompts decoded together.
-    progress: what a progress bar says; None = no bar.
-    """
-    out = []
-    for first in console.progress(range(0, len(prompts), rows), desc=progress, unit="batch", leave=False,
-                                  disable=progress is None):  # fmt: skip
-        some = prompts[first : first + rows]
-        texts = generate(
-            params, model, [list(map(int, p)) for p in some], max_new_tokens=max_new_tokens,
-            sampling=Sampling(temperature), seed=seed + first, eot_id=template.eos_id, keep_eot=True,
-            vocab=template.vocab_size, dtype=dtype, mesh=mesh,
-        )  # fmt: skip
-        out += [t[: model.context_length - len(p)] for p, t in zip(some, texts, strict=True)]
-    return out
 
 
 def best_of_n(scores: np.ndarray, n: int) -> tuple[np.ndarray, float]:
@@ -70,7 +48,7 @@ def expected_best(scores: np.ndarray, others: np.ndarray, n: int) -> tuple[float
 
 def main(_):
     from gptjax.rlhf.reward_model import load_reward_model, prompt_room
-    from gptjax.workdir import load_model
+    from gptjax.trained import load_model
 
     model = load_model(FLAGS.policy)
     reward = load_reward_model(FLAGS.reward, mesh=model.mesh, tokenizer=model.tokenizer)
@@ -96,7 +74,7 @@ def main(_):
         )  # fmt: skip
     scores = reward.score(repeated, responses).reshape(-1, FLAGS.n)
     best, kl = best_of_n(scores, FLAGS.n)
-    show = lambda row: print(configs.dumps(row))
+    show = lambda row: print(json_files.dumps(row))
     for i, j in enumerate(best):
         text = template.decode(responses[i * FLAGS.n + j])
         show({"prompt": prompts.texts[i], "response": text, "score": scores[i, j]})
@@ -105,9 +83,9 @@ def main(_):
 
 if __name__ == "__main__":
     FLAGS = flags.FLAGS
-    configs.define_path("policy", None, "Workdir of the model that samples.")
-    configs.define_path("reward", None, "Workdir of the reward model.")
-    configs.define_path("prompts", None, "Rows with a `prompt`.")
+    command_line.define_path("policy", None, "Workdir of the model that samples.")
+    command_line.define_path("reward", None, "Workdir of the reward model.")
+    command_line.define_path("prompts", None, "Rows with a `prompt`.")
     flags.DEFINE_integer("n", 16, "Samples of each prompt.", lower_bound=1)
     flags.DEFINE_integer("limit", 64, "Prompts to use.", lower_bound=1)
     flags.DEFINE_integer("max_new_tokens", 64, "At most so many new tokens.", lower_bound=1)
@@ -116,4 +94,4 @@ if __name__ == "__main__":
     flags.DEFINE_string("fields.prompt", "prompt", "The field of a row that holds its prompt.")
     flags.DEFINE_integer("seed", 0, "The same seed gives the same text.", lower_bound=0)
     flags.mark_flags_as_required(["policy", "reward", "prompts"])
-    configs.run(main)
+    command_line.run(main)

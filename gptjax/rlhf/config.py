@@ -122,7 +122,7 @@ class EvaluationConfig:
     """every: iterations between evaluations of the policy's moving average; one more at the start and the end.
     source: held-out prompts; None = some of data's own. prompts: how many. lm_batches: batches of pre-training
     validation text whose loss is measured, where that text is at hand; 0 = none. samples: written to samples.jsonl.
-    gold_fn: 'package.module:function' that is measured and never trained on, to see over-optimisation (Gao et al.
+    gold_fn: 'package.module:function' that is measured and never trained on, to see over-optimization (Gao et al.
     2022)."""
 
     every: Count = 10

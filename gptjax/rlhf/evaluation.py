@@ -7,13 +7,15 @@ import numpy as np
 
 from gptjax.data.chat import Template
 from gptjax.data.prompts import PromptBatches
-from gptjax.parallel import hosts
-from gptjax.parallel.mesh import batch_ways
+from gptjax.distributed import hosts
+from gptjax.objectives.lm import causal_lm_loss
+from gptjax.parallel.mesh import batch_shards
+from gptjax.parallel.sharding import batch_sharding
 from gptjax.rlhf import rewards
 from gptjax.rlhf.config import EvaluationConfig
 from gptjax.rlhf.networks import Networks
 from gptjax.training import loop
-from gptjax.training.step import batch_sharding, causal_lm_loss, jit_eval_step
+from gptjax.training.step import jit_eval_step
 
 
 def evaluator(c: EvaluationConfig, n: Networks, prompts, widths, template: Template, text, phases, mesh, seed,
@@ -26,7 +28,7 @@ def evaluator(c: EvaluationConfig, n: Networks, prompts, widths, template: Templ
     that the prompts may be padded to (data/prompts.py). shuffle: version of lm.shuffled.
     """
     sample, judge, rule_score, finish = phases
-    ways = batch_ways(mesh.shape)
+    ways = batch_shards(mesh.shape)
     rows = -(-min(c.prompts, len(prompts.ids)) // ways) * ways
     batch = PromptBatches(prompts, rows, widths, 0, template.pad_id, shuffle).at(0)
     texts = [prompts.texts[i] for i in batch["index"]]

@@ -1,12 +1,12 @@
-"""Four models and their optimisers on one mesh: what they take, and keeping the frozen ones in host memory."""
+"""Four models and their optimizers on one mesh: what they take, and keeping the frozen ones in host memory."""
 
 import math
 
 import jax
 
-from gptjax.parallel.mesh import batch_ways
-from gptjax.parallel.rules import cut_over
-from gptjax.peak import cache_bytes
+from gptjax.cost.memory import cache_bytes
+from gptjax.parallel.mesh import batch_shards
+from gptjax.parallel.sharding import num_shards
 from gptjax.rlhf.networks import Networks
 from gptjax.rlhf.state import PPOState
 
@@ -20,17 +20,17 @@ def memory_plan(state: PPOState, reference, reward, n: Networks, batch: int, pro
     """A table of what PPO keeps on each device between and during iterations; activations come on top."""
     rows, heads, platform = batch, 1, jax.default_backend()
     if n.mesh is not None:
-        rows, heads = batch / batch_ways(n.mesh.shape), cut_over(n.mesh.shape, "heads")
+        rows, heads = batch / batch_shards(n.mesh.shape), num_shards(n.mesh.shape, "heads")
         platform = n.mesh.devices.flat[0].platform
     cache = cache_bytes(n.policy, batch * (prompt_slots + n.response), n.dtype, platform) * rows / batch / heads
     logits = rows * min(n.loss_chunk, n.response) * n.vocab * 4
     where = "host" if offload else "device"
     parts = [
         ("policy", bytes_per_device(state.policy), "device"),
-        ("policy's optimiser", bytes_per_device(state.policy_opt), "device"),
+        ("policy's optimizer", bytes_per_device(state.policy_opt), "device"),
         ("policy's average", bytes_per_device(state.average), "device"),
         ("value network", bytes_per_device(state.value), "device"),
-        ("value's optimiser", bytes_per_device(state.value_opt), "device"),
+        ("value's optimizer", bytes_per_device(state.value_opt), "device"),
         ("gradients", bytes_per_device(state.policy) + bytes_per_device(state.value), "device"),
         ("reference", bytes_per_device(reference), where),
         ("reward model", bytes_per_device(reward) if reward is not None else 0, where),

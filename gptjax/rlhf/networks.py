@@ -13,7 +13,7 @@ import jax.numpy as jnp
 
 from gptjax.model import gpt, heads
 from gptjax.model.spec import GPTConfig
-from gptjax.objectives.language import token_log_probs, token_log_probs_and_entropy
+from gptjax.objectives.chunked import token_log_probs, token_log_probs_and_entropy
 from gptjax.objectives.ppo import last_action
 
 
@@ -23,7 +23,7 @@ class Networks:
 
     policy: also the reference's shape. value: None = a head on the policy's own trunk. reward: None = no reward model.
     response: R, slots of a response. temperature: divides the logits in every log-probability, and in sampling.
-    vocab: ids that are sampled and normalised over are those below it. loss_chunk: time steps whose logits are held
+    vocab: ids that are sampled and normalized over are those below it. loss_chunk: time steps whose logits are held
     at once. dtype: of activations and matmuls.
     """
 

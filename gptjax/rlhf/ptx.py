@@ -5,11 +5,11 @@ import dataclasses
 import numpy as np
 
 from gptjax.data import corpus, lm
+from gptjax.distributed import hosts
 from gptjax.errors import InputError
-from gptjax.parallel import hosts
-from gptjax.parallel.mesh import batch_ways
+from gptjax.parallel.mesh import batch_shards
+from gptjax.parallel.sharding import batch_sharding
 from gptjax.rlhf.config import PtxConfig
-from gptjax.training.step import batch_sharding
 
 PADDING = -1  # a token of a row that is there to fill a micro-batch
 
@@ -69,7 +69,7 @@ def sequences(c: PtxConfig, episodes: int) -> int:
 def batch_shape(c: PtxConfig, minibatches: int, episodes: int, microbatch_size: int | None, mesh):
     """(minibatches, micro-batches, rows): room for a minibatch's `sequences` in whole micro-batches of at most
     microbatch_size rows, each a multiple of the devices that rows are sharded over."""
-    ways = batch_ways(mesh.shape)
+    ways = batch_shards(mesh.shape)
     micro = microbatch_size or episodes
     wanted = sequences(c, episodes)
     micro = min(micro, -(-wanted // ways) * ways)

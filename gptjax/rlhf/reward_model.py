@@ -14,24 +14,24 @@ import jax.numpy as jnp
 import numpy as np
 
 from gptjax import config as configs
-from gptjax import paths
+from gptjax import paths, run_config
 from gptjax.console import progress
 from gptjax.data.tokenizer import Tokenizer
+from gptjax.distributed import hosts
 from gptjax.errors import InputError
 from gptjax.generation.decode import bucket
 from gptjax.model import gpt, heads
 from gptjax.model.attention import resolve
 from gptjax.model.spec import GPTConfig
-from gptjax.parallel import hosts
-from gptjax.parallel.mesh import batch_ways
-from gptjax.parallel.rules import parameter_shardings
+from gptjax.parallel.mesh import batch_shards
+from gptjax.parallel.sharding import parameter_shardings
+from gptjax.trained import load_params
 from gptjax.training.precision import DTYPES
-from gptjax.workdir import load_params
 
 
 @dataclasses.dataclass(frozen=True)
 class RewardModel:
-    """params: {'trunk', 'head'}, normalised. template: the kind its texts were made with."""
+    """params: {'trunk', 'head'}, normalized. template: the kind its texts were made with."""
 
     config: GPTConfig
     params: dict
@@ -40,7 +40,7 @@ class RewardModel:
     dtype: type
     mesh: jax.sharding.Mesh
     step: int = 0
-    weights: str = ""  # digest of the checkpoint's parameters and of what they are normalised with
+    weights: str = ""  # digest of the checkpoint's parameters and of what they are normalized with
 
     def check_length(self, longest: int, fix: str):
         """InputError, which ends with `fix`: a text (prompt and response) of so many tokens is too long to be read."""
@@ -60,7 +60,7 @@ class RewardModel:
                  for p, r in zip(prompts, responses, strict=True)]  # fmt: skip
         self.check_length(max(map(len, texts), default=0), "Shorten the texts.")
         order = sorted(range(len(texts)), key=lambda i: len(texts[i]))
-        rows = -(-rows // batch_ways(self.mesh.shape)) * batch_ways(self.mesh.shape)
+        rows = -(-rows // batch_shards(self.mesh.shape)) * batch_shards(self.mesh.shape)
         out = np.zeros(len(texts), np.float32)
         with jax.set_mesh(self.mesh):
             for first in progress(range(0, len(order), rows), desc="scoring", unit="batch", leave=False,
@@ -108,7 +108,7 @@ def load_reward_model(workdir, *, mesh, tokenizer: Tokenizer | None = None) -> R
     reward model's, or if its training has not finished.
     """
     workdir = paths.local(workdir)
-    run = configs.read_config(workdir)
+    run = run_config.read_config(workdir)
     if run.get("stage") != "reward":
         raise InputError(f"{workdir} is a {run.get('stage')} run, not a reward model: train one with gptjax.reward.")
     own = Tokenizer.load(workdir / "tokenizer")
@@ -118,7 +118,7 @@ def load_reward_model(workdir, *, mesh, tokenizer: Tokenizer | None = None) -> R
         )
     path = workdir / "reward.json"
     if not path.exists():
-        raise InputError(f"{workdir} has no reward.json: let its training finish, it is normalised at the end.")
+        raise InputError(f"{workdir} has no reward.json: let its training finish, it is normalized at the end.")
     fitted = json.loads(path.read_text())
     config = configs.build(GPTConfig, run["model"], "model")
     config = dataclasses.replace(
@@ -126,12 +126,12 @@ def load_reward_model(workdir, *, mesh, tokenizer: Tokenizer | None = None) -> R
     )
     boxed = heads.abstract_scalar_model(config)
     params, meta = load_params(workdir, run, boxed, parameter_shardings(boxed, mesh), fitted["step"])
-    params = {**params, "head": normalised(params["head"], fitted["gain"], fitted["bias"])}
+    params = {**params, "head": normalized(params["head"], fitted["gain"], fitted["bias"])}
     dtype = DTYPES[run["precision"]["compute"]]
     weights = f"{meta['weights']} x {fitted['gain']} + {fitted['bias']}"
     return RewardModel(config, params, own, run["template"], dtype, mesh, fitted["step"], weights)
 
 
-def normalised(head, gain: float, bias: float):
+def normalized(head, gain: float, bias: float):
     """The head whose scores are gain x (what it gave) + bias."""
     return {"kernel": head["kernel"] * gain, "bias": head["bias"] * gain + bias}

@@ -12,8 +12,8 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 from gptjax.data.chat import Template
+from gptjax.distributed import hosts
 from gptjax.errors import InputError
-from gptjax.parallel import hosts
 
 
 def load_callable(name: str) -> Callable:

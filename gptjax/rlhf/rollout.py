@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from gptjax.generation.decode import decode
 from gptjax.generation.sampling import Sampling
 from gptjax.objectives import ppo
-from gptjax.parallel.mesh import batch_ways
+from gptjax.parallel.mesh import batch_shards
 from gptjax.rlhf import networks
 from gptjax.rlhf.networks import Networks
 from gptjax.training.precision import frozen
@@ -66,7 +66,7 @@ def by_rows(function, rows: int | None, *arrays):
     if rows is None or rows >= batch:
         return function(*arrays)
     mesh = jax.sharding.get_abstract_mesh()
-    ways = 1 if mesh.empty else batch_ways(mesh.shape)
+    ways = 1 if mesh.empty else batch_shards(mesh.shape)
     rows = next((n for n in range(rows, 0, -1) if batch % n == 0 and n % ways == 0), batch)
     split = tuple(a.reshape(batch // rows, rows, *a.shape[1:]) for a in arrays)
     out = jax.lax.map(lambda parts: function(*parts), split)

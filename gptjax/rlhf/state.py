@@ -10,7 +10,7 @@ from flax.linen import meta
 from jax.sharding import NamedSharding, PartitionSpec
 
 from gptjax.errors import InputError
-from gptjax.parallel.rules import parameter_shardings
+from gptjax.parallel.sharding import parameter_shardings
 from gptjax.training.offload import Offloaded
 
 
@@ -67,7 +67,7 @@ def new_state(policy, value, policy_tx, value_tx, kl_coefficient: float, seed: i
 
 
 def state_shardings(boxed_policy, boxed_value, policy_tx, value_tx, mesh) -> tuple[PPOState, PPOState]:
-    """(abstract state, its shardings): optimiser moments lie like their parameters, scalars everywhere."""
+    """(abstract state, its shardings): optimizer moments lie like their parameters, scalars everywhere."""
     if isinstance(policy_tx, Offloaded) or isinstance(value_tx, Offloaded):
         raise InputError(
             "optimizer.offload is not for PPO, whose update is one program of many steps: set it to False."

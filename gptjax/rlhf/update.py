@@ -13,8 +13,8 @@ from jax import lax
 from gptjax.errors import InputError
 from gptjax.model import gpt
 from gptjax.objectives import ppo
-from gptjax.objectives.language import cross_entropy_sum
-from gptjax.parallel.rules import constrain
+from gptjax.objectives.chunked import cross_entropy_sum
+from gptjax.parallel.sharding import constrain
 from gptjax.ranges import BelowOne, Count, Positive
 from gptjax.rlhf import networks
 from gptjax.rlhf.networks import Networks
@@ -24,11 +24,11 @@ from gptjax.rlhf.state import PPOState, phase_keys
 
 @dataclasses.dataclass(frozen=True)
 class UpdateConfig:
-    """epochs x minibatches optimiser steps an iteration. clip, value_clip: epsilon of the two clipped losses.
-    value_coefficient: of the value loss; it matters where the trunk is shared. normalise: what the policy and value
+    """epochs x minibatches optimizer steps an iteration. clip, value_clip: epsilon of the two clipped losses.
+    value_coefficient: of the value loss; it matters where the trunk is shared. normalize: what the policy and value
     losses are means over: 'token' (all actions of the minibatch) or 'sequence' (sums of a response, over responses).
     microbatch_size: responses whose gradients are computed at a time; None = the whole minibatch. ptx_coefficient:
-    gamma of PPO-ptx; 0 = plain PPO. ptx_normalise: log pi(x) as a mean over 'token's or summed over a 'sequence':
+    gamma of PPO-ptx; 0 = plain PPO. ptx_normalize: log pi(x) as a mean over 'token's or summed over a 'sequence':
     the paper does not say, and gamma means nothing without it."""
 
     epochs: Count = 4
@@ -37,9 +37,9 @@ class UpdateConfig:
     clip: Positive = 0.2
     value_clip: Positive = 0.2
     value_coefficient: float = 1.0
-    normalise: str = "token"
+    normalize: str = "token"
     ptx_coefficient: float = 0.0
-    ptx_normalise: str = "token"
+    ptx_normalize: str = "token"
     ema_decay: BelowOne = 0.992
 
     def __post_init__(self):
@@ -47,7 +47,7 @@ class UpdateConfig:
             raise InputError("ppo.epochs and ppo.minibatches are at least 1.")
         if self.clip <= 0 or self.value_clip <= 0 or self.ptx_coefficient < 0 or not 0 <= self.ema_decay < 1:
             raise InputError("ppo: clip and value_clip > 0, ptx_coefficient >= 0, ema_decay in [0, 1).")
-        for name in ("normalise", "ptx_normalise"):
+        for name in ("normalize", "ptx_normalize"):
             if getattr(self, name) not in ("token", "sequence"):
                 raise InputError(f"ppo.{name}={getattr(self, name)!r}: choose token or sequence.")
 
@@ -58,7 +58,7 @@ def ppo_gradients(c: UpdateConfig, n: Networks, policy, value, batch: Rollout):
     batch: arrays [micro-batches, rows, ...]. Returns ((d_policy, d_value), statistics as means over the actions).
     """
     actions = batch.mask.sum()
-    count = jnp.maximum(actions if c.normalise == "token" else batch.mask.shape[0] * batch.mask.shape[1], 1)
+    count = jnp.maximum(actions if c.normalize == "token" else batch.mask.shape[0] * batch.mask.shape[1], 1)
 
     def loss(networks_, micro: Rollout):
         policy, value = networks_
@@ -105,7 +105,7 @@ def ptx_gradient(c: UpdateConfig, n: Networks, policy, text):
     documents are isolated segment_ids and positions, int [micro-batches, rows, time].
     """
     micro, _, time = text["tokens"].shape
-    count = (text["tokens"][..., 0] >= 0).sum() * ((time - 1) if c.ptx_normalise == "token" else 1)
+    count = (text["tokens"][..., 0] >= 0).sum() * ((time - 1) if c.ptx_normalize == "token" else 1)
 
     def loss(policy, x):
         tokens = x["tokens"]
@@ -131,12 +131,12 @@ def make_update(c: UpdateConfig, n: Networks, policy_tx, value_tx, clip_norm: fl
     """Returns update(state, rollout, ptx, learning_rates) -> (state, metrics), to be jitted with the state donated.
 
     ptx: the `text` of ptx_gradient with a leading axis of minibatches, or None. learning_rates: (policy's, value's) of
-    this iteration. metrics: means over the optimiser steps, and of the first one `policy/first_ratio_deviation`, the
+    this iteration. metrics: means over the optimizer steps, and of the first one `policy/first_ratio_deviation`, the
     largest |ratio - 1|, which must be 0 but for rounding. A step whose gradient is not finite changes nothing and
     sets `finite` to 0.
     """
 
-    def optimise(params, opt, grads, tx, limit, rate, finite):
+    def optimize(params, opt, grads, tx, limit, rate, finite):
         norm = optax.tree.norm(grads)
         if limit:
             grads = jax.tree.map(lambda g: g * jnp.minimum(1.0, limit / jnp.maximum(norm, 1e-12)), grads)
@@ -169,8 +169,8 @@ def make_update(c: UpdateConfig, n: Networks, policy_tx, value_tx, clip_norm: fl
                 d_policy = jax.tree.map(jnp.add, d_policy, d_ptx)
             metrics["grad_norm/policy"] = optax.tree.norm(d_policy)
             finite = jnp.isfinite(metrics["grad_norm/policy"]) & jnp.isfinite(metrics["grad_norm/value"])
-            policy, policy_opt = optimise(policy, policy_opt, d_policy, policy_tx, clip_norm, learning_rates[0], finite)
-            value, value_opt = optimise(value, value_opt, d_value, value_tx, value_clip_norm, learning_rates[1], finite)
+            policy, policy_opt = optimize(policy, policy_opt, d_policy, policy_tx, clip_norm, learning_rates[0], finite)
+            value, value_opt = optimize(value, value_opt, d_value, value_tx, value_clip_norm, learning_rates[1], finite)
             metrics["finite"] = finite.astype(jnp.float32)
             return (policy, policy_opt, value, value_opt), metrics
 

@@ -6,7 +6,7 @@ verifies it. A checkpoint that is damaged or half-written is skipped, with a war
 checkpoint that a start writes is read back at once, before the training after it relies on the storage.
 
     checkpoints/<step>/params      what a later stage or the sampler needs
-    checkpoints/<step>/training    everything else the run needs to go on: optimiser state, loss scale, ...
+    checkpoints/<step>/training    everything else the run needs to go on: optimizer state, loss scale, ...
     checkpoints/<step>/meta        step, digests, and what the stage adds
     checkpoints/best.json          the step with the lowest validation loss, never deleted
 """
@@ -29,9 +29,9 @@ from jax import lax
 from orbax.checkpoint.checkpoint_managers import preservation_policy
 
 from gptjax import paths
-from gptjax.config import write_json
+from gptjax.distributed import hosts
 from gptjax.errors import InputError
-from gptjax.parallel import hosts
+from gptjax.json_files import write_json
 from gptjax.ranges import Count
 from gptjax.training import files
 
@@ -70,7 +70,7 @@ def check_selection(c):
 def _digests(leaves):
     """uint32 per leaf: the sum over elements of mix(bits + index x odd) mod 2^32.
 
-    The mix (MurmurHash3's finaliser) is a bijection, so any change of one element shows for certain; swaps and
+    The mix (MurmurHash3's finalizer) is a bijection, so any change of one element shows for certain; swaps and
     changes of several show but for one chance in 2^32. Integer sums do not depend on the sharding."""
 
     def one(x):
@@ -330,7 +330,7 @@ class Checkpointer:
 
         return self._newest_good(load)
 
-    def take_up(self, abstract, shardings, *, data: str, changed: str, total: int, unit: str = "step") -> tuple:
+    def resume(self, abstract, shardings, *, data: str, changed: str, total: int, unit: str = "step") -> tuple:
         """The state that a run goes on from and its seconds of training so far; (None, 0.0) where it is a new run.
         What is newer than the state is dropped.
 

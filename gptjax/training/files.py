@@ -10,7 +10,7 @@ from collections.abc import Callable
 
 from etils import epath
 
-from gptjax.parallel import hosts
+from gptjax.distributed import hosts
 
 LIMIT = 64 * 2**20  # bytes of records that wait for room, per file; beyond it the oldest are dropped
 _AT_ONCE, _EVERY = 8192, 30.0  # bytes and seconds of records that are collected before they are written unasked

@@ -19,17 +19,18 @@ import numpy as np
 
 from gptjax.console import progress
 from gptjax.data import lm
+from gptjax.distributed import hosts
 from gptjax.errors import InputError
 from gptjax.model.flops import mfu
-from gptjax.objectives.language import bits_per_byte
-from gptjax.parallel import hosts
+from gptjax.objectives.lm import bits_per_byte
+from gptjax.parallel.sharding import batch_sharding
 from gptjax.ranges import Count
 from gptjax.training.checkpoint import Checkpointer
 from gptjax.training.metrics import JsonLines, MetricWriter
 from gptjax.training.schedule import Schedule
 from gptjax.training.state import TrainState
-from gptjax.training.step import batch_sharding, memory_needed
-from gptjax.training.stopping import Interrupted, leave_if_asked, stop_on_signals
+from gptjax.training.step import memory_needed
+from gptjax.training.stopping import Interrupted, stop_on_signals
 
 
 @dataclasses.dataclass(frozen=True)
@@ -128,7 +129,7 @@ def train(
             target_bytes there is no bits_per_byte.
         evaluate: params -> {'loss', ...}; its record goes to evaluations.jsonl. Where it has a 'selection', that is
             what the best checkpoint has lowest, else the loss.
-        data, seconds_before: fingerprint of the data and training time of earlier starts: Checkpointer.take_up.
+        data, seconds_before: fingerprint of the data and training time of earlier starts: Checkpointer.resume.
         figures: the step's further sums (step.py) -> {name: figure} for metrics.jsonl.
         unit: what the loss counts: batch_<unit>, <unit>_per_second.
     Returns:
@@ -279,18 +280,6 @@ def _compare_rates(workdir, schedule: Schedule, start: int):
 
 def _bits(nats, n_bytes) -> dict:
     return {"bits_per_byte": float(bits_per_byte(nats, max(int(n_bytes), 1)))}
-
-
-def evaluation_sums(eval_step, params, batches, sharding) -> tuple[float, float, dict]:
-    """(loss sum, count, {name: further sum}) over batches[0 .. len - 1], each with this host's rows.
-
-    Raises Interrupted where the run that it is part of is asked to stop."""
-    results, quiet = [], len(batches) < 20 or not hosts.first()
-    for i in progress(range(len(batches)), desc="evaluating", unit="batch", disable=quiet, leave=False):
-        leave_if_asked()
-        batch = {k: v for k, v in batches[i].items() if isinstance(v, np.ndarray)}
-        results.append(eval_step(params, jax.tree.map(lambda a: hosts.global_array(a, sharding), batch)))
-    return jax.tree.map(lambda *xs: sum(map(float, xs)), *results) if results else (0.0, 0.0, {})
 
 
 def _diverged(step, loss, grad_norm, checkpointer):

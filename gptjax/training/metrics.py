@@ -13,9 +13,9 @@ from tensorboardX.proto.event_pb2 import Event, SessionLog
 from tensorboardX.proto.summary_pb2 import Summary
 from tensorboardX.record_writer import masked_crc32c
 
-from gptjax.config import dumps
+from gptjax.distributed import hosts
 from gptjax.errors import InputError
-from gptjax.parallel import hosts
+from gptjax.json_files import dumps
 from gptjax.ranges import Count, Seconds
 from gptjax.training.files import AppendFile, give_up
 

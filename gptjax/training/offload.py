@@ -1,8 +1,8 @@
-"""The optimiser's moments in host memory: each layer's come to the device for its update and go back.
+"""The optimizer's moments in host memory: each layer's come to the device for its update and go back.
 
 Moved whole inside a step they would all be on the device at once. In a loop over the stacked layers XLA slices them out
 of host memory and writes them back there, so that one layer's are on the device at a time; the embeddings', no
-layer's, move whole. The arithmetic is the optimiser's own, part by part: every element's update depends on that element
+layer's, move whole. The arithmetic is the optimizer's own, part by part: every element's update depends on that element
 and on scalars alone.
 """
 
@@ -15,7 +15,7 @@ MEMORY = "pinned_host"
 
 
 class Offloaded(optax.GradientTransformation):
-    """An optimiser whose moments live in host memory: state_shardings puts them there, the train step fetches them."""
+    """An optimizer whose moments live in host memory: state_shardings puts them there, the train step fetches them."""
 
 
 def moments(tx, opt_state):
@@ -33,8 +33,8 @@ def _part(tree, like_params, layers: bool):
     return jax.tree_util.tree_map_with_path(keep, tree, like_params)
 
 
-def part_by_part(tx, optimise, params, opt_state, grads):
-    """optimise(params, opt_state, grads) -> (params, opt_state), of the layers one by one and then of all else.
+def update_per_layer(tx, optimize, params, opt_state, grads):
+    """optimize(params, opt_state, grads) -> (params, opt_state), of the layers one by one and then of all else.
 
     opt_state: its moments in host memory, as they are in what is returned.
     """
@@ -47,7 +47,7 @@ def part_by_part(tx, optimise, params, opt_state, grads):
         lambda x, m: jax.device_put(x, where) if m else x, tree, _like(tree, is_moment)
     )
     p, o, g = cut(False)
-    rest_params, rest_opt = optimise(p, move(o, DEVICE), g)
+    rest_params, rest_opt = optimize(p, move(o, DEVICE), g)
     rest_opt = move(rest_opt, HOST)
 
     p, o, g = cut(True)
@@ -58,7 +58,7 @@ def part_by_part(tx, optimise, params, opt_state, grads):
         at = lambda x: lax.dynamic_index_in_dim(x, i, keepdims=False)
         put = lambda x, new: lax.dynamic_update_index_in_dim(x, new, i, 0)
         mine = jax.tree.map(lambda x, m: jax.device_put(at(x), DEVICE) if m else x, o, is_layers)
-        new_p, new_o = optimise(jax.tree.map(at, p), mine, jax.tree.map(at, g))
+        new_p, new_o = optimize(jax.tree.map(at, p), mine, jax.tree.map(at, g))
         o = jax.tree.map(lambda x, new, m: put(x, jax.device_put(new, HOST)) if m else x, o, new_o, is_layers)
         return jax.tree.map(put, p, new_p), o
 

@@ -1,6 +1,6 @@
 """AdamW and GPT-1's own Adam, as optax transformations that give the step for a learning rate of 1.
 
-The train step multiplies by the learning rate of that step (schedule.py), so optimiser state holds no
+The train step multiplies by the learning rate of that step (schedule.py), so optimizer state holds no
 schedule and a run resumed with another length stays readable.
 """
 

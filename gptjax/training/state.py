@@ -11,7 +11,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from gptjax.errors import InputError
 from gptjax.model import gpt
 from gptjax.model.spec import GPTConfig
-from gptjax.parallel.rules import parameter_shardings
+from gptjax.parallel.sharding import parameter_shardings
 from gptjax.training.offload import MEMORY, Offloaded, moments
 from gptjax.training.precision import LossScale, PrecisionConfig, initial_loss_scale
 
@@ -40,7 +40,7 @@ def new_state(params, tx: optax.GradientTransformation, precision: PrecisionConf
 
 
 def state_shardings(boxed_params, tx, precision: PrecisionConfig, mesh) -> tuple[TrainState, TrainState]:
-    """(abstract state, its shardings). Optimiser moments lie like their parameters; scalars everywhere.
+    """(abstract state, its shardings). Optimizer moments lie like their parameters; scalars everywhere.
 
     jit(tx.init) alone would put a whole copy of the moments on every device: zeros depend on no input.
     """
@@ -70,6 +70,6 @@ def _unboxed(boxed):
 
 
 def init_state(config: GPTConfig, tx, precision, shardings: TrainState, seed: int) -> TrainState:
-    """Fresh parameters and optimiser state, each shard made on its own device."""
+    """Fresh parameters and optimizer state, each shard made on its own device."""
     make = lambda key: new_state(gpt.init(config, key), tx, precision)
     return jax.jit(make, out_shardings=shardings)(jax.random.key(seed))

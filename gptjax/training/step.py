@@ -14,29 +14,9 @@ import optax
 from jax import lax
 from jax.sharding import NamedSharding, PartitionSpec
 
-from gptjax.model import gpt
-from gptjax.model.spec import GPTConfig
-from gptjax.objectives.language import cross_entropy_sum
-from gptjax.training.offload import Offloaded, part_by_part
+from gptjax.training.offload import Offloaded, update_per_layer
 from gptjax.training.precision import PrecisionConfig, next_loss_scale
 from gptjax.training.state import TrainState
-
-
-def causal_lm_loss(config: GPTConfig, dtype, chunk: int, mesh=None):
-    """-log p(next token) (GPT-1 eq. 1). Microbatch: tokens int [rows, time + 1], weights [rows, time], and
-    optionally segment_ids and positions [rows, time]."""
-
-    def loss(params, batch, dropout_keys):
-        tokens = batch["tokens"]
-        x = gpt.hidden(
-            params, config, tokens[:, :-1],
-            positions=batch.get("positions"), segment_ids=batch.get("segment_ids"),
-            dropout_keys=dropout_keys, dtype=dtype, mesh=mesh,
-        )  # fmt: skip
-        w = gpt.unembedding(params, config)
-        return cross_entropy_sum(x, w, tokens[:, 1:], batch["weights"], chunk), batch["weights"].sum()
-
-    return loss
 
 
 def train_step(loss_fn, tx, clip_norm: float, precision: PrecisionConfig, seed: int, dropout: bool, weigh=None):
@@ -85,15 +65,15 @@ def train_step(loss_fn, tx, clip_norm: float, precision: PrecisionConfig, seed: 
             shrink = jnp.minimum(1.0, clip_norm / jnp.maximum(grad_norm, 1e-12))
             grads = jax.tree.map(lambda g: g * shrink, grads)
 
-        def optimise(params, opt_state, grads):
+        def optimize(params, opt_state, grads):
             updates, new_opt = tx.update(grads, opt_state, params)
             new = jax.tree.map(lambda p, u: p + learning_rate * u, params, updates)
             return jax.tree.map(lambda new, old: jnp.where(finite, new, old), (new, new_opt), (params, opt_state))
 
         if isinstance(tx, Offloaded):
-            params, opt_state = part_by_part(tx, optimise, state.params, state.opt_state, grads)
+            params, opt_state = update_per_layer(tx, optimize, state.params, state.opt_state, grads)
         else:
-            params, opt_state = optimise(state.params, state.opt_state, grads)
+            params, opt_state = optimize(state.params, state.opt_state, grads)
         new = TrainState(
             step=state.step + 1,
             params=params,
@@ -141,12 +121,6 @@ def jit_eval_step(loss_fn, mesh):
         return total, count, sums | (further[0] if further else {})
 
     return jax.jit(evaluate, out_shardings=NamedSharding(mesh, PartitionSpec()))
-
-
-def batch_sharding(mesh, leading: int) -> NamedSharding:
-    """Rows over data and fsdp, behind `leading` whole axes. Stages share them out inside the program: a host reads rows
-    for all of its stages, 4 bytes a token, and no loader has to know of pipelines."""
-    return NamedSharding(mesh, PartitionSpec(*(None,) * leading, ("data", "fsdp")))
 
 
 def memory_needed(compiled) -> dict[str, int] | None:

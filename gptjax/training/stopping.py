@@ -13,8 +13,8 @@ from collections.abc import Callable
 
 import jax
 
+from gptjax.distributed import hosts
 from gptjax.errors import INTERRUPTED
-from gptjax.parallel import hosts
 
 _HANGUP = (signal.SIGHUP,) if hasattr(signal, "SIGHUP") else ()  # not on Windows
 _ask: Callable[[], bool] | None = None  # of the loop that runs, for what it calls

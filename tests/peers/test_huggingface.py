@@ -25,7 +25,7 @@ from gptjax.model import gpt
 from gptjax.model.spec import GPTConfig
 from gptjax.rlhf.reward_model import score_at_end
 from gptjax.sample import continue_texts
-from gptjax.workdir import load_model
+from gptjax.trained import load_model
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # read when transformers is imported
 NEEDS = "needs torch and transformers: pip install -r requirements-peers.txt"

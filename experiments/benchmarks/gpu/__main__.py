@@ -18,8 +18,8 @@ import time
 from pathlib import Path
 
 from experiments.benchmarks._peer import Peer, machine
+from gptjax.distributed import gpu_flags
 from gptjax.errors import InputError
-from gptjax.parallel import gpu
 
 HERE = Path(__file__).resolve().parent
 KINDS = {
@@ -111,9 +111,9 @@ def main(argv=None):
     kinds = args.only.split(",") if args.only else list(KINDS)
     if wrong := [k for k in kinds if k not in KINDS]:
         parser.error(f"there is no part {wrong[0]!r}: choose of {', '.join(KINDS)}")
-    if not args.tiny and not gpu.is_there():
+    if not args.tiny and not gpu_flags.is_there():
         raise InputError("No NVIDIA GPU is here (/dev/nvidia0, JAX_PLATFORMS): run it on one, or try it with --tiny.")
-    gpu.prepare()
+    gpu_flags.prepare()
     measure(args, kinds)
 
 

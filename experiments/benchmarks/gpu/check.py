@@ -13,8 +13,8 @@ from experiments.benchmarks.ppo_cpu import Ours
 from experiments.benchmarks.setup import random_tokens
 from gptjax.model import gpt
 from gptjax.model.attention import attention, reference, resolve
+from gptjax.objectives.lm import causal_lm_loss
 from gptjax.training.precision import DTYPES
-from gptjax.training.step import causal_lm_loss
 
 
 def run(scale: Scale) -> dict:

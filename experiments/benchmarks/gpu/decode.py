@@ -10,8 +10,8 @@ from experiments.benchmarks.gpu.common import Scale, half, seconds_of
 from gptjax.generation.decode import decode
 from gptjax.generation.sampling import Sampling
 from gptjax.generation.speed import bytes_per_token
+from gptjax.hardware import memory_bandwidth
 from gptjax.model import gpt
-from gptjax.model.flops import memory_bandwidth
 from gptjax.training.precision import frozen
 
 

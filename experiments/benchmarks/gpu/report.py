@@ -83,7 +83,7 @@ def plot(results: dict, path: Path):
         beside.barh(i, middle, color="#3b6fb6" if middle >= 1 else "#d1495b", height=0.6)
         beside.errorbar(middle, i, xerr=[[middle - low], [high - middle]], color="black", capsize=3, lw=1)
         beside.text(high, i, f" {middle:.2f}×", va="center", fontsize=8)
-    beside.axvline(1, color="grey", lw=1)
+    beside.axvline(1, color="gray", lw=1)
     beside.set_xlabel("times as fast as the peer; whiskers: quartiles over rounds", fontsize=8)
     for i, (_, share) in enumerate(right):
         of_chip.barh(i, share, color="#3b6fb6", height=0.6)

@@ -63,7 +63,7 @@ class GPT(nn.Module):
         return F.cross_entropy(logits.float().flatten(0, 1), tokens[:, 1:].flatten())
 
 
-def synchronised() -> float:
+def synchronized() -> float:
     if CUDA:
         torch.cuda.synchronize()
     return time.perf_counter()
@@ -91,10 +91,10 @@ class Training:
         for _ in range(0 if rows in self.warm else 3):
             self.step(tokens)
         self.warm.add(rows)
-        began = synchronised()
+        began = synchronized()
         for _ in range(steps):
             self.step(tokens)
-        return (synchronised() - began) / steps
+        return (synchronized() - began) / steps
 
 
 class Decoding:
@@ -120,12 +120,12 @@ class Decoding:
             for tensor in sum(map(list, self.caches[key]), []):
                 torch._dynamo.mark_static_address(tensor)  # or what a step writes to would be kept out of its graph
         cache = self.caches[key]
-        began = synchronised()
+        began = synchronized()
         out = [self.token(ids, cache, slots[:prompt], slots)]
         for i in range(prompt, prompt + new - 1):
             out.append(self.one(out[-1], cache, slots[i : i + 1], slots).clone())
         torch.cat(out, 1).tolist()
-        return synchronised() - began
+        return synchronized() - began
 
 
 def main():

@@ -11,7 +11,7 @@ import platform
 import jax
 from etils import epath
 
-from gptjax.config import read_config
+from gptjax.run_config import read_config
 from gptjax.training import files
 from gptjax.training.metrics import JsonLines
 
@@ -151,11 +151,11 @@ def _figure(train, evaluations) -> str:
             axis.plot(*zip(*points, strict=True), lw=0.8, label="training", color="#3b6fb6")
         parts = {k for e in evaluations for k in e if k.startswith(tuple(f"{name}/" for name in of_evaluation))}
         of_evaluation = (*of_evaluation, *sorted(parts))
-        for name, colour in zip(of_evaluation, itertools.cycle(_COLORS), strict=False):
+        for name, color in zip(of_evaluation, itertools.cycle(_COLORS), strict=False):
             points = [(e["step"], e[name]) for e in evaluations if e.get(name) is not None]
             if points:
                 label = "validation" if len(of_evaluation) == 1 else f"validation: {name}"
-                axis.plot(*zip(*points, strict=True), "o-", ms=3, lw=1.2, label=label, color=colour)
+                axis.plot(*zip(*points, strict=True), "o-", ms=3, lw=1.2, label=label, color=color)
                 axis.legend(frameon=False)
         axis.set_title(title, loc="left", fontsize=10)
         axis.set_xlabel("step")

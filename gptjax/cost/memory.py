@@ -38,7 +38,7 @@ import jax.numpy as jnp
 from gptjax.model import gpt
 from gptjax.model.spec import GPTConfig
 from gptjax.parallel import pipeline
-from gptjax.parallel.mesh import batch_ways
+from gptjax.parallel.mesh import batch_shards
 
 KEPT = "kept for the backward pass"
 # What no setting but more chips makes smaller.
@@ -172,6 +172,6 @@ def _loss(c: GPTConfig, sizes, rows: int, chunk: int, dtype) -> float:
     u, _ = _units(c, sizes, rows, dtype)
     itemsize, alone = jnp.dtype(dtype).itemsize, math.prod(sizes.values()) == 1
     vocab = c.vocab_size / sizes["tensor"]
-    logits = rows / batch_ways(sizes) * min(chunk, c.context_length // sizes["seq"]) * vocab
+    logits = rows / batch_shards(sizes) * min(chunk, c.context_length // sizes["seq"]) * vocab
     table = vocab * c.d_model * (4 + (0 if alone else itemsize))
     return logits * (4 + itemsize) + table + 3 * u / sizes["stage"]

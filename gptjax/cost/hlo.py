@@ -28,7 +28,7 @@ KINDS = ("all-gather", "reduce-scatter", "all-reduce", "all-to-all", "collective
 @dataclasses.dataclass(frozen=True)
 class Collective:
     """One collective of the text. sent: bytes that a chip sends each time; times: how often it runs; crosses:
-    whether it goes to other slices, over the data-centre network; source: the op's JAX name."""
+    whether it goes to other slices, over the data-center network; source: the op's JAX name."""
 
     kind: str
     group: int

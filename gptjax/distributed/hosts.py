@@ -4,8 +4,8 @@
         pretrain(config, workdir)
 
 Every host runs the same command. A host that never comes, has another config or code, stops with an error or dies is
-named on every other within moments, and none is left waiting (roll.py). Who survives ends too: start the same command
-again on all hosts, and it goes on from the last checkpoint.
+named on every other within moments, and none is left waiting (handshake.py). Who survives ends too: start the same
+command again on all hosts, and it resumes from the last checkpoint.
 """
 
 import contextlib
@@ -24,10 +24,10 @@ from jax._src import distributed  # no public name: the key-value store of the j
 from jax.experimental import multihost_utils
 from jax.sharding import NamedSharding, PartitionSpec
 
+from gptjax.distributed import gpu_flags, handshake
 from gptjax.errors import INTERRUPTED, InputError
-from gptjax.parallel import gpu, roll
 
-_LONG = 7 * 24 * 3600 * 1000  # ms. Host 0 may tokenise for days; if it dies, the open connection tells
+_LONG = 7 * 24 * 3600 * 1000  # ms. Host 0 may tokenize for days; if it dies, the open connection tells
 
 
 @contextlib.contextmanager
@@ -37,28 +37,28 @@ def join(config, workdir, limit: int = 300):
     config: the ConfigDict or dict that must be the same on every host, as `workdir` and the software must.
     limit: seconds to wait for the others. Raises InputError naming who is missing or differs.
     """
-    job = roll.find_job(limit)
-    gpu.prepare(say=job is None or job.index == 0)
+    job = handshake.find_job(limit)
+    gpu_flags.prepare(say=job is None or job.index == 0)
     if job is None:
         yield
         return
     hello = {"index": job.index, "count": job.count, "host": socket.gethostname(),
-             "facts": roll.facts(config if isinstance(config, dict) else config.to_dict(), workdir)}  # fmt: skip
+             "facts": handshake.facts(config if isinstance(config, dict) else config.to_dict(), workdir)}  # fmt: skip
     if job.index == 0:
-        lines, names = roll.call_roll(job, hello, limit)
+        lines, names = handshake.call_roll(job, hello, limit)
         with socket.create_server(("", 0)) as free:
             go = {"port": free.getsockname()[1], "names": [names[i] for i in range(job.count)]}
         for line in lines.values():
             line.say(go)
     else:
-        line, go = roll.answer_roll(job, hello, limit)
+        line, go = handshake.answer_roll(job, hello, limit)
         lines, names = {0: line}, dict(enumerate(go["names"]))
-    watch = roll.Watch(job.index, lines, names)
+    watch = handshake.Watch(job.index, lines, names)
     logging.getLogger(distributed.__name__).setLevel(logging.WARNING)
     coordinator = f"{job.address.rpartition(':')[0]}:{go['port']}"
     try:
         jax.distributed.initialize(
-            coordinator, job.count, job.index, roll.local_devices(),
+            coordinator, job.count, job.index, handshake.local_devices(),
             cluster_detection_method="deactivate" if job.by_hand else None, initialization_timeout=limit,
         )  # fmt: skip
         _check_devices(names)
@@ -67,20 +67,20 @@ def join(config, workdir, limit: int = 300):
         jax.distributed.shutdown()  # waits for all
     except InputError as error:
         watch.stopped(str(error), 2)
-        roll.end(f"error: {error}", 2)
+        handshake.end(f"error: {error}", 2)
     except KeyboardInterrupt:  # before or after the training itself, which saves (training/stopping.py)
-        watch.stopped("interrupted by Ctrl-C", roll.LOST)
-        roll.end("interrupted", INTERRUPTED)
+        watch.stopped("interrupted by Ctrl-C", handshake.LOST)
+        handshake.end("interrupted", INTERRUPTED)
     except BaseException as error:
         time.sleep(2)  # if this is what another's end looks like from here, the watch says so and ends us
         traceback.print_exc()
-        watch.stopped(f"{type(error).__name__}: {str(error)[:300]}", roll.LOST)
-        roll.end("", 1)
+        watch.stopped(f"{type(error).__name__}: {str(error)[:300]}", handshake.LOST)
+        handshake.end("", 1)
 
 
 def _check_devices(names: dict[int, str]):
     counts = [sum(d.process_index == i for d in jax.devices()) for i in range(jax.process_count())]
-    wrong = [f"{roll.named(i, names[i])} has {n}" for i, n in enumerate(counts) if n != counts[0]]
+    wrong = [f"{handshake.named(i, names[i])} has {n}" for i, n in enumerate(counts) if n != counts[0]]
     if wrong:
         raise InputError(f"process 0 has {counts[0]} devices, {', '.join(wrong[:20])}: start as many on every host.")
 
@@ -138,7 +138,7 @@ def agree(what: str, value):
     """InputError where a JSON value isn't the one that process 0 has."""
     there = from_first(lambda: value)
     if there != value:
-        here = roll.named(jax.process_index(), socket.gethostname())
+        here = handshake.named(jax.process_index(), socket.gethostname())
         raise InputError(
             f"{what} of {here} differ from process 0's: give every host the same files, and delete what is cached of "
             "others."

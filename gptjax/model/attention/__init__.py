@@ -28,7 +28,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from gptjax.parallel.collectives import gather
-from gptjax.parallel.rules import Rules, constrain
+from gptjax.parallel.sharding import Rules, constrain
 
 NEG_INF = -1e30  # finite, so that a fully masked row gives no NaN
 
@@ -208,7 +208,7 @@ def _cpu_row_forward(q, k, v, segments, window):
         e = jnp.exp(s - m)
         total = e.sum(-1, keepdims=True)
         out = jnp.einsum("hqk,hkd->hqd", e.astype(v.dtype), v[:, first:j], preferred_element_type=jnp.float32)
-        outs.append((out / total).astype(q.dtype))  # normalised after the product: fewer divisions
+        outs.append((out / total).astype(q.dtype))  # normalized after the product: fewer divisions
         lses.append(m + jnp.log(total))
     return jnp.concatenate(outs, 1), jnp.concatenate(lses, 1)
 

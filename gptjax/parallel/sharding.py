@@ -95,7 +95,7 @@ class Rules:
     def axes(self, name: str) -> tuple[str, ...]:
         """Mesh axes of a logical axis. Raises InputError if no rule covers it."""
         if name not in Rules.__dataclass_fields__:
-            raise InputError(f"No sharding rule covers the logical axis {name!r}: add it to parallel/rules.py.")
+            raise InputError(f"No sharding rule covers the logical axis {name!r}: add it to parallel/sharding.py.")
         return _split(getattr(self, name))
 
 
@@ -107,12 +107,12 @@ def _split(value: str) -> tuple[str, ...]:
 _IN_FORCE = jax.make_user_context(Rules())
 
 
-def use(rules: Rules):
+def use_rules(rules: Rules):
     """Context manager: these rules are in force."""
     return _IN_FORCE(rules)
 
 
-def cut_over(sizes, *names: str) -> int:
+def num_shards(sizes, *names: str) -> int:
     """Over how many devices of a mesh (its sizes) arrays with these logical axes are cut up."""
     return math.prod(sizes[axis] for name in names for axis in _IN_FORCE.value.axes(name))
 
@@ -183,3 +183,9 @@ reshard.defvjp(
     lambda x, forward, backward: (constrain(x, *forward), None),
     lambda forward, backward, _, d_x: (constrain(d_x, *backward),),
 )
+
+
+def batch_sharding(mesh, leading: int) -> NamedSharding:
+    """Rows over data and fsdp, behind `leading` whole axes. Stages share them out inside the program: a host reads rows
+    for all of its stages, 4 bytes a token, and no loader has to know of pipelines."""
+    return NamedSharding(mesh, PartitionSpec(*(None,) * leading, ("data", "fsdp")))

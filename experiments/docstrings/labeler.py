@@ -1,4 +1,4 @@
-"""The labeller: how good a summary line is for a signature, by rules; its scores are the gold truth.
+"""The labeler: how good a summary line is for a signature, by rules; its scores are the gold truth.
 
 The rules are what PEP 257 (docstring conventions) and PEP 8 ask for and a program can check, and a few of ours
 against degenerate text. They judge the form and whether the line is about its signature, not whether it is true.
@@ -28,7 +28,7 @@ VERBS = frozenset(
     enable encode encrypt ensure enter enumerate escape evaluate examine execute exit expand export express extend
     extract fail feed fetch fill filter finalize find finish flush fold force format free gather generate get give go
     group guess handle hash help hide highlight identify ignore implement import increment indent indicate inform
-    inherit initialise initialize initiate inject insert inspect install instantiate instruct interleave interpret
+    inherit initialize initialize initiate inject insert inspect install instantiate instruct interleave interpret
     intersect invalidate invert invoke issue iterate join keep kill launch leave let limit link list load locate lock
     log look lower make manage map mark match measure merge modify move multiply negate normalize notify observe
     obtain open optimize output overload override pack pad parse pass patch pause peek perform permit pickle place pop

@@ -11,6 +11,8 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec
 
+from gptjax.cost.memory import cache_bytes, training_peak
+from gptjax.cost.roofline import Work, train_work
 from gptjax.data import comparisons
 from gptjax.data.prompts import bucket_widths
 from gptjax.errors import InputError
@@ -20,11 +22,10 @@ from gptjax.model import gpt, heads
 from gptjax.model.attention import resolve
 from gptjax.model.flops import flops_per_token
 from gptjax.model.spec import GPTConfig, non_embedding_count, parameter_count
+from gptjax.objectives.lm import causal_lm_loss
 from gptjax.parallel import pipeline
-from gptjax.parallel.bounds import Work, train_work
-from gptjax.parallel.mesh import batch_ways, check_fits
-from gptjax.parallel.rules import cut_over, parameter_shardings
-from gptjax.peak import cache_bytes, training_peak
+from gptjax.parallel.mesh import batch_shards, check_fits
+from gptjax.parallel.sharding import batch_sharding, num_shards, parameter_shardings
 from gptjax.ppo import PPOConfig
 from gptjax.pretrain import PretrainConfig
 from gptjax.reward import RewardConfig, reward_loss
@@ -38,7 +39,7 @@ from gptjax.training import precision
 from gptjax.training.offload import MEMORY
 from gptjax.training.optimizer import make_optimizer
 from gptjax.training.state import state_shardings
-from gptjax.training.step import batch_sharding, causal_lm_loss, jit_train_step, train_step
+from gptjax.training.step import jit_train_step, train_step
 
 
 @dataclasses.dataclass(frozen=True)
@@ -89,7 +90,7 @@ def whole(mesh, *arrays):
 
 
 def train_program(c: PretrainConfig, mesh) -> Program:
-    """One optimiser step at the full batch (pretrain.py)."""
+    """One optimizer step at the full batch (pretrain.py)."""
     return _language_program(c, c.model, mesh, c.model.context_length, c.data.isolate_documents)
 
 
@@ -124,7 +125,7 @@ def _language_program(c, model: GPTConfig, mesh, time: int, isolated: bool) -> P
 
 
 def _step_program(c, model, mesh, time, shapes, make_loss, abstract_params, *, sequences, chunk) -> Program:
-    """A stage's optimiser step. shapes: {name: (shape of a row, dtype)} of a batch; sequences: those of a micro-batch,
+    """A stage's optimizer step. shapes: {name: (shape of a row, dtype)} of a batch; sequences: those of a micro-batch,
     of `time` tokens."""
     rows, micro = c.microbatch_rows, c.batch_size // c.microbatch_rows
     check_fits(mesh.shape, n_head=model.n_head, batch_size=c.batch_size, microbatch_size=rows, time=time)
@@ -178,7 +179,7 @@ def decode_program(c: PretrainConfig, mesh, *, rows: int, prompt: int, new_token
     prompts, lengths, limits, keys = whole(
         mesh, ((rows, prompt), jnp.int32), ((rows,), jnp.int32), ((rows,), jnp.int32), (key.shape, key.dtype)
     )
-    tensor, ways = mesh.shape["tensor"], batch_ways(mesh.shape) * cut_over(mesh.shape, "heads")
+    tensor, ways = mesh.shape["tensor"], batch_shards(mesh.shape) * num_shards(mesh.shape, "heads")
     cache = cache_bytes(model, rows * (prompt + new_tokens), c.precision.dtype) // ways
     flops = rows * forward_flops(model, prompt + new_tokens) / mesh.size
     matrices = 2 * (non_embedding_count(model) + model.vocab_size * model.d_model) / tensor
@@ -269,7 +270,7 @@ def collect_program(c: PPOConfig, policy: GPTConfig, reward: GPTConfig | None, m
     texts = p.slots + n.response
     models = [n.policy, n.policy] + [m for m in (n.value, n.reward) if m]  # policy, reference, value, reward
     flops = rows * (forward_flops(n.policy, texts) + sum(forward_flops(m, texts) for m in models)) / mesh.size
-    tensor, ways = mesh.shape["tensor"], batch_ways(mesh.shape) * cut_over(mesh.shape, "heads")
+    tensor, ways = mesh.shape["tensor"], batch_shards(mesh.shape) * num_shards(mesh.shape, "heads")
     cache = cache_bytes(n.policy, rows * texts, n.dtype) // ways
     matrices = 2 * parameter_count(n.policy) / tensor
     work = Work(

@@ -5,47 +5,14 @@ Source: GPT-1 eq. 1.
 """
 
 import functools
-import math
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
+from gptjax.model.matmul import dot_over_tokens
 from gptjax.parallel.collectives import gather, maximum, scatter, total
 from gptjax.parallel.vocabulary import ROWS, first_row, mesh_for, over_tokens
-
-
-def log_probs(x, w, targets):
-    """log p(target | x) under softmax(x w^T), the plain way: the logits are materialised.
-
-    Args:
-        x: [..., d_model]; w: [vocab, d_model]; targets: int [...].
-    Returns:
-        float32 [...].
-    """
-    logits = jnp.einsum("...d,vd->...v", x, w.astype(x.dtype), preferred_element_type=jnp.float32)
-    chosen = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
-    return chosen - jax.nn.logsumexp(logits, axis=-1)
-
-
-def dot_over_tokens(x, d_y, lead: int):
-    """The gradient of a weight: x [tokens..., in], d_y [tokens..., out...] -> float32 [in, out...], summed over the
-    `lead` leading axes. XLA:CPU multiplies a left operand that lies the wrong way round at half speed: there the
-    narrower of the two is turned first."""
-    tokens = tuple(range(lead))
-    dot = functools.partial(lax.dot_general, preferred_element_type=jnp.float32)
-
-    def turned(x, d_y):
-        x2, y2 = (a.reshape(math.prod(a.shape[:lead]), -1) for a in (x, d_y))
-        rows = lambda a, b: dot(lax.optimization_barrier(a.T), b, (((1,), (0,)), ((), ())))
-        d_w = rows(x2, y2) if x2.shape[1] <= y2.shape[1] else rows(y2, x2).T
-        return d_w.reshape(x.shape[-1], *d_y.shape[lead:])
-
-    plain = lambda x, d_y: dot(x, d_y, ((tokens, tokens), ((), ())))
-    mesh = jax.sharding.get_abstract_mesh()
-    if not (mesh.empty or mesh.size == 1):
-        return plain(x, d_y)
-    return lax.platform_dependent(x, d_y, cpu=turned, default=plain)
 
 
 def _chunks(time: int, chunk: int) -> tuple[int, int]:
@@ -281,8 +248,3 @@ def _backward(chunk, residuals, d_total):
 
 
 cross_entropy_sum.defvjp(_forward, _backward)
-
-
-def bits_per_byte(nats, n_bytes):
-    """Total nats over text of n_bytes UTF-8 bytes -> bits per byte: comparable between tokenizers."""
-    return nats / (n_bytes * 0.6931471805599453)

@@ -2,7 +2,7 @@
 
     compute  FLOPs / peak        the model's and those that remat computes again
     hbm      bytes / bandwidth   what no order of the operations avoids, from `train_bytes`
-    ici      bytes / bandwidth   what the compiled program's collectives send (parallel/hlo.py), all links busy
+    ici      bytes / bandwidth   what the compiled program's collectives send (cost/hlo.py), all links busy
     dcn      bytes / bandwidth   those that cross slices
 
 If all overlap perfectly the step takes the longest of them; if nothing does, their sum. A real step lies above the
@@ -11,9 +11,9 @@ first and, as kernels are never at their peak, usually near the second or above 
 
 import dataclasses
 
+from gptjax.cost.topology import Chip
 from gptjax.model.flops import flops_per_token
 from gptjax.model.spec import GPTConfig, non_embedding_count
-from gptjax.parallel.topology import Chip
 
 
 @dataclasses.dataclass(frozen=True)

@@ -15,7 +15,7 @@ import re
 from jax.sharding import Mesh
 
 from gptjax.errors import InputError
-from gptjax.model.flops import memory_bandwidth, peak_flops
+from gptjax.hardware import memory_bandwidth, peak_flops
 from gptjax.parallel.mesh import MeshConfig, make_mesh
 
 _GIB = 2**30
@@ -67,7 +67,7 @@ _CLOUD = {"v5litepod": "v5e", "v5lite": "v5e", "v5e": "v5e", "v6e": "v6e", "v4":
 
 @dataclasses.dataclass(frozen=True)
 class Topology:
-    """num_slices slices of one shape, joined by the data-centre network."""
+    """num_slices slices of one shape, joined by the data-center network."""
 
     generation: str
     shape: tuple[int, ...]

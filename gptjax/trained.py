@@ -6,15 +6,15 @@ import flax.linen as nn
 import jax
 
 from gptjax import config as configs
-from gptjax import paths
+from gptjax import paths, run_config
 from gptjax.data.tokenizer import Tokenizer
+from gptjax.distributed import hosts
 from gptjax.errors import InputError
 from gptjax.model import gpt
 from gptjax.model.attention import resolve
 from gptjax.model.spec import GPTConfig
-from gptjax.parallel import hosts
 from gptjax.parallel.mesh import MeshConfig, make_mesh, slice_count
-from gptjax.parallel.rules import parameter_shardings
+from gptjax.parallel.sharding import parameter_shardings
 from gptjax.training.checkpoint import Checkpointer
 from gptjax.training.metrics import JsonLines
 from gptjax.training.precision import DTYPES
@@ -50,7 +50,7 @@ def load_model(workdir, *, step: int | str | None = None, mesh: jax.sharding.Mes
     model, which writes no text.
     """
     workdir = paths.local(workdir)
-    run = configs.read_config(workdir)
+    run = run_config.read_config(workdir)
     if run.get("stage") == "reward":
         raise InputError(f"{workdir} is a reward model, which scores texts and writes none: give another workdir.")
     config = configs.build(GPTConfig, run["model"], "model")
@@ -62,7 +62,7 @@ def load_model(workdir, *, step: int | str | None = None, mesh: jax.sharding.Mes
         )
     tokenizer = None if without else Tokenizer.load(workdir / "tokenizer")
     config = dataclasses.replace(config, attention=resolve(config.attention, jax.default_backend()), remat="none",
-                                 pipeline_microbatches=None, pipeline_rounds=1)  # fmt: skip
+                                 pipeline_microbatches=None, pipeline_virtual_stages=1)  # fmt: skip
     boxed = gpt.abstract_params(config)
     grid, shardings = _layout(boxed, mesh)
     params, meta = load_params(workdir, run, boxed, shardings, step)
@@ -97,10 +97,10 @@ def load_base(init_from, workdir, *, mesh: jax.sharding.Mesh) -> Model:
     """The model that a run begins from. Where its folder is gone and the run in `workdir` has checkpoints, it
     is what the run's config and tokenizer tell of it, without weights (params is None): nothing more is needed."""
     base, workdir = paths.local(init_from), paths.local(workdir)
-    if not configs.has_checkpoints(workdir) or base.exists():
+    if not run_config.has_checkpoints(workdir) or base.exists():
         return load_model(base, mesh=mesh)
     hosts.say(f"note: {base} is not there any more; the run goes on from its own checkpoint")
-    run = configs.read_config(workdir)
+    run = run_config.read_config(workdir)
     config = configs.build(GPTConfig, run["model"], "model")
     config = dataclasses.replace(config, attention=resolve(config.attention, jax.default_backend()))
     return Model(config, None, Tokenizer.load(workdir / "tokenizer"), float, 0, mesh, template_kind(run))

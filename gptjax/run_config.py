@@ -1,0 +1,185 @@
+"""config.json: which run a workdir holds, and what may change when it is resumed."""
+
+import dataclasses
+import functools
+import json
+import socket
+
+from gptjax import paths
+from gptjax.config import config_dict, to_json
+from gptjax.distributed import hosts
+from gptjax.errors import InputError
+from gptjax.json_files import write_json
+
+# What may differ between two starts of one run: where and how fast it runs, not what it computes.
+_MAY_CHANGE = (
+    "mesh", "checkpoint", "eval", "log", "steps", "tokens", "epochs", "episodes", "steps_per_dispatch", "samples",
+    "offload", "microbatch_size", "loss_chunk", "rollout.forward_rows", "ppo.microbatch_size", "model.remat",
+    "model.pipeline_microbatches", "model.pipeline_virtual_stages", "optimizer.offload", "data.cache", "mix.cache",
+    "ptx.cache",
+)  # fmt: skip
+
+# Keys of config.json that earlier versions wrote under another name.
+_RENAMED = {
+    "model.pipeline_rounds": "model.pipeline_virtual_stages",
+    "normalise": "normalize",
+    "ppo.normalise": "ppo.normalize",
+    "ppo.ptx_normalise": "ppo.ptx_normalize",
+}
+
+
+def claim_workdir(workdir, stage: str, config, **sections) -> bool:
+    """Writes config.json into a new workdir, or checks that the one there is the same run's.
+
+    sections: what takes the place of the config's own or is added to it (the whole model, where the config overrides
+    a part of one). `origin`: {<field>_<what>: value} of the models in the workdirs that the config's fields name
+    (workdir.origin); a value that is left out is not compared.
+    Returns whether the run is being resumed. Raises InputError listing the keys that differ. Of many hosts one
+    claims it for all.
+    """
+    resumed = hosts.from_first(lambda: _claim(paths.local(workdir), stage, config, sections))
+    if not (paths.local(workdir) / "config.json").exists():
+        raise InputError(
+            f"What process 0 wrote to {workdir} is not there on {socket.gethostname()}: give a --workdir on storage "
+            "that all hosts share (checkpoints are written by all of them)."
+        )
+    return resumed
+
+
+def _claim(workdir, stage, config, sections) -> bool:
+    workdir.mkdir(parents=True, exist_ok=True)
+    path = workdir / "config.json"
+    new = {"stage": stage, **to_json(config), **{name: to_json(section) for name, section in sections.items()}}
+    local = _absolute_paths(new, config, workdir)
+    if not path.exists():
+        if _steps(workdir):
+            raise InputError(
+                f"{workdir} has checkpoints but no config.json to say of which run: put it back or take another "
+                "--workdir."
+            )
+        write_json(path, new)
+        return False
+    old = read_config(workdir)
+    moved = _compare_origin(workdir, old, new, bool(_steps(workdir)))
+    a, b = _flatten(old), _flatten({k: v for k, v in new.items() if k != "paths"})
+    different = [k for k in sorted(a.keys() | b.keys()) if a.get(k) != b.get(k)]
+    different = [k for k in different if not (k in local and a.get(k) and b.get(k) and paths.same(a[k], b[k]))]
+    within = lambda k, names: any(k == n or k.startswith(f"{n}.") for n in names)
+    # A key that the run has no word of came with a later version, which takes it to be what it is by default.
+    defaults = _flatten(config_dict(type(config)).to_dict()) if dataclasses.is_dataclass(config) else {}
+    later = {k for k in b.keys() - a.keys() if not within(k, a) and k in defaults and b[k] == defaults[k]}
+    may_change = (*_MAY_CHANGE, "origin", *moved)
+    fatal = [k for k in different if k not in later and not within(k, may_change)]
+    if fatal:
+        lines = "\n".join(f"  {k}: there {a.get(k)!r}, now {b.get(k)!r}" for k in fatal)
+        raise InputError(
+            f"{workdir} holds another run's config:\n{lines}\n"
+            "Take another --workdir, or give the same config to go on with that run."
+        )
+    for k in different:
+        if k in later:
+            if not within(k, _MAY_CHANGE):
+                print(f"config.{k} is newer than this run, which goes on with {b[k]!r}")
+        elif not within(k, ("origin",)):
+            print(f"config.{k} changed from {a.get(k)!r} to {b.get(k)!r} since this run began")
+    write_json(path, new)
+    return True
+
+
+def has_checkpoints(workdir) -> bool:
+    """Whether a run can go on from a checkpoint of its own; the same on all hosts."""
+    return hosts.from_first(lambda: bool(_steps(workdir)))
+
+
+def _steps(workdir) -> list[str]:
+    directory = paths.local(workdir) / "checkpoints"
+    return [p.name for p in directory.iterdir() if p.name.isdecimal()] if directory.is_dir() else []
+
+
+def _absolute_paths(new: dict, config, workdir) -> set[str]:
+    """Makes the config's local paths absolute in `new` and adds its section `paths`: {dotted key: from the workdir}.
+    Returns the dotted keys."""
+    found = {}
+    for key, names in (paths.fields(type(config)) if dataclasses.is_dataclass(config) else {}).items():
+        *sections, name = key.split(".")
+        section = functools.reduce(dict.__getitem__, sections, new)
+        if paths.is_path(section.get(name), names):
+            section[name] = paths.absolute(section[name])
+            found[key] = paths.relative(section[name], workdir)
+    if found:
+        new["paths"] = found
+    return set(found)
+
+
+_CHANGED = {"step": "is at step {} now and was at {} then", "weights": "has other weights now",
+            "tokenizer": "has another tokenizer now", "bias": "has the bias {} now and had {} then"}  # fmt: skip
+
+
+def _compare_origin(workdir, old: dict, new: dict, has_checkpoints: bool) -> set[str]:
+    """InputError where a model that the run depends on is another one than when the run began. What is not known now
+    stays as it was. Returns the fields whose workdir has the same weights, wherever it is now."""
+    then, now = old.get("origin") or {}, new.get("origin") or {}
+    same = {key.removesuffix("_weights") for key in now if key.endswith("_weights") and then.get(key) == now[key]}
+    changed, unknown = [], set()
+    for key, value in now.items():
+        name, _, what = key.rpartition("_")
+        where = _flatten(new).get(name)
+        if key not in then:
+            unknown.add(f"{name} ({where})")
+        elif value != then[key] and name == "init_from" and has_checkpoints and what != "tokenizer":
+            now[key] = then[key]
+            if what == "weights":  # they were needed at step 0 alone
+                print(f"note: the weights in {where} have changed since this run began from them; it goes on from its "
+                      "own checkpoint")  # fmt: skip
+        elif value != then[key]:
+            changed.append(f"  {name}: {where} {_CHANGED[what].format(value, then[key])}")
+    if changed:
+        raise InputError(
+            f"{workdir} began with other models than those there are now:\n" + "\n".join(changed) + "\n"
+            "Put back what was there, or start anew in another --workdir."
+        )
+    for name in sorted(unknown):
+        print(f"note: this run was begun by an earlier version, which kept no digest of {name}: it is taken to be the "
+              "same")  # fmt: skip
+    if then or now:
+        new["origin"] = {**then, **now}
+    return same
+
+
+def read_config(workdir) -> dict:
+    """A workdir's config.json as a dict, its paths as they are to be opened from here. Raises InputError if there is
+    none or it is damaged."""
+    workdir = paths.local(workdir)
+    path = workdir / "config.json"
+    if not path.exists():
+        why = "it has no config.json" if workdir.exists() else "there is no such folder"
+        raise InputError(f"{workdir} is not a workdir: {why}. Give the --workdir of a training run.")
+    try:
+        run = json.loads(path.read_text())
+    except json.JSONDecodeError as error:
+        raise InputError(f"{path} is damaged ({error}): restore it or start a new workdir.") from error
+    for old, new in _RENAMED.items():
+        _rename(run, old.split("."), new.split(".")[-1])
+    for key, relative in run.pop("paths", {}).items():
+        *sections, name = key.split(".")
+        section = functools.reduce(dict.__getitem__, sections, run)
+        section[name] = paths.resolve(section[name], relative, workdir)
+    return run
+
+
+def _rename(section: dict, path: list[str], name: str):
+    *sections, old = path
+    for key in sections:
+        section = section.get(key) or {}
+    if old in section:
+        section[name] = section.pop(old)
+
+
+def _flatten(d, prefix=""):
+    flat = {}
+    for key, value in d.items():
+        if isinstance(value, dict) and value:
+            flat |= _flatten(value, f"{prefix}{key}.")
+        else:
+            flat[f"{prefix}{key}"] = value
+    return flat
