@@ -57,4 +57,4 @@ def prepare(say: bool = True, environment: MutableMapping[str, str] = os.environ
     for name, value in new.items():
         environment[name] = f"{given} {value}".strip() if name == "XLA_FLAGS" else value
     if new and say:
-        print(f"NVIDIA GPU: {', '.join(f'{k}={v}' for k, v in new.items())} (distributed/gpu_flags.py)", file=sys.stderr)
+        print(f"NVIDIA GPU: {', '.join(f'{k}={v}' for k, v in new.items())} (gpu_flags.py)", file=sys.stderr)
