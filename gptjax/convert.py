@@ -65,6 +65,8 @@ def _import(source, workdir, tokenizer_path):
     checkpointer.close()
     record = {
         "stage": "convert",
+        "kind": "lm",
+        "without_tokenizer": tokenizer is None,
         "seed": 0,
         "model": dataclasses.asdict(config),
         "data": configs.to_json(DataConfig()),
@@ -132,7 +134,7 @@ def export_weights(workdir, output, step: int | str | None = None):
     What the format cannot keep is printed, a line each.
     """
     run = run_config.read_config(workdir)
-    if run.get("stage") == "reward":
+    if run["kind"] == "scalar":
         model, head = _reward_model(workdir, step)
     else:
         model, head = load_model(workdir, step=step, needs_tokenizer=False), None
@@ -157,7 +159,7 @@ def _reward_model(workdir, step: int | None) -> tuple[Model, dict]:
 
 def _generation(run: dict) -> dict:
     """How a policy was sampled in training: what it is to be sampled like. Other models have no such setting."""
-    rollout = run.get("rollout") if run.get("stage") == "ppo" else None
+    rollout = run.get("rollout")
     if not rollout:
         return {}
     # top_k: transformers would take 50.
@@ -166,15 +168,15 @@ def _generation(run: dict) -> dict:
 
 
 def _export_notes(run: dict, model: Model, isolated: bool) -> list[str]:
-    notes, tokenizer, stage = [], model.tokenizer, run.get("stage")
-    if stage == "ppo":
+    notes, tokenizer = [], model.tokenizer
+    if "rollout" in run:
         notes.append("exported is the policy's moving average; its value network and PPO's state are not")
-    elif stage == "reward":
+    elif run["kind"] == "scalar":
         notes.append(
             "exported is a sequence classifier of one label, whose logit is the normalized score (its bias is in the "
             "last LayerNorm's); reward.json's accuracies are not in the format"
         )
-    elif stage != "convert":
+    elif "optimizer" in run:
         notes.append("the optimizer's state is not exported: training is resumed in the workdir")
     if tokenizer is None:
         return [*notes, "the workdir has no tokenizer, so none is exported"]

@@ -7,7 +7,6 @@ workdirs and storage without flock (some NFS mounts): there it is for whoever st
 
 import contextlib
 import errno
-import functools
 import json
 import os
 import socket
@@ -25,20 +24,9 @@ except ImportError:  # Windows
 _NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EINVAL)
 
 
-def holds_workdir(stage):
-    """Of a stage (config, workdir, ...): run with the workdir locked."""
-
-    @functools.wraps(stage)
-    def alone(config, workdir, *args, **kwargs):
-        with held(workdir):
-            return stage(config, paths.local(workdir), *args, **kwargs)
-
-    return alone
-
-
 @contextlib.contextmanager
 def held(workdir):
-    """The workdir is this process's to write in. Makes it, and removes it again if it is left empty.
+    """The workdir is this process's to write in; yields its local path. Makes it, and removes it if it is left empty.
 
     Raises InputError if another process has it, or if it is no folder that can be written in.
     """
@@ -56,7 +44,7 @@ def held(workdir):
     if refused:
         raise InputError(refused)
     try:
-        yield
+        yield workdir
     finally:
         for release in taken:
             release()

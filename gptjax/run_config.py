@@ -28,16 +28,16 @@ _RENAMED = {
 }
 
 
-def claim_workdir(workdir, stage: str, config, **sections) -> bool:
+def claim_workdir(workdir, stage: str, config, *, kind: str = "lm", **sections) -> bool:
     """Writes config.json into a new workdir, or checks that the one there is the same run's.
 
-    sections: what takes the place of the config's own or is added to it (the whole model, where the config overrides
-    a part of one). `origin`: {<field>_<what>: value} of the models in the workdirs that the config's fields name
-    (workdir.origin); a value that is left out is not compared.
+    kind: of the model that the workdir holds, 'lm' or 'scalar'. sections: what takes the place of the config's own
+    or is added to it (the whole model, where the config overrides a part of one). `origin`: {<field>_<what>: value} of
+    the models in the workdirs that the config's fields name (trained.origin); a value left out is not compared.
     Returns whether the run is being resumed. Raises InputError listing the keys that differ. Of many hosts one
     claims it for all.
     """
-    resumed = hosts.from_first(lambda: _claim(paths.local(workdir), stage, config, sections))
+    resumed = hosts.from_first(lambda: _claim(paths.local(workdir), {"stage": stage, "kind": kind}, config, sections))
     if not (paths.local(workdir) / "config.json").exists():
         raise InputError(
             f"What process 0 wrote to {workdir} is not there on {socket.gethostname()}: give a --workdir on storage "
@@ -46,10 +46,10 @@ def claim_workdir(workdir, stage: str, config, **sections) -> bool:
     return resumed
 
 
-def _claim(workdir, stage, config, sections) -> bool:
+def _claim(workdir, about: dict, config, sections) -> bool:
     workdir.mkdir(parents=True, exist_ok=True)
     path = workdir / "config.json"
-    new = {"stage": stage, **to_json(config), **{name: to_json(section) for name, section in sections.items()}}
+    new = {**about, **to_json(config), **{name: to_json(section) for name, section in sections.items()}}
     local = _absolute_paths(new, config, workdir)
     if not path.exists():
         if _steps(workdir):
@@ -158,13 +158,22 @@ def read_config(workdir) -> dict:
         run = json.loads(path.read_text())
     except json.JSONDecodeError as error:
         raise InputError(f"{path} is damaged ({error}): restore it or start a new workdir.") from error
-    for old, new in _RENAMED.items():
-        _rename(run, old.split("."), new.split(".")[-1])
+    _upgrade(run, workdir)
     for key, relative in run.pop("paths", {}).items():
         *sections, name = key.split(".")
         section = functools.reduce(dict.__getitem__, sections, run)
         section[name] = paths.resolve(section[name], relative, workdir)
     return run
+
+
+def _upgrade(run: dict, workdir):
+    """Makes of what an earlier version wrote what this one would have written."""
+    for old, new in _RENAMED.items():
+        _rename(run, old.split("."), new.split(".")[-1])
+    stage = run.get("stage")
+    run.setdefault("kind", "scalar" if stage == "reward" else "lm")
+    if stage == "convert":
+        run.setdefault("without_tokenizer", not (workdir / "tokenizer").exists())
 
 
 def _rename(section: dict, path: list[str], name: str):

@@ -51,10 +51,10 @@ def load_model(workdir, *, step: int | str | None = None, mesh: jax.sharding.Mes
     """
     workdir = paths.local(workdir)
     run = run_config.read_config(workdir)
-    if run.get("stage") == "reward":
+    if run["kind"] != "lm":
         raise InputError(f"{workdir} is a reward model, which scores texts and writes none: give another workdir.")
     config = configs.build(GPTConfig, run["model"], "model")
-    without = has_no_tokenizer(workdir, run)
+    without = run.get("without_tokenizer", False)
     if without and needs_tokenizer:
         raise InputError(
             f"{workdir} was imported without a tokenizer, so it reads and writes no text: import it again with "
@@ -68,11 +68,6 @@ def load_model(workdir, *, step: int | str | None = None, mesh: jax.sharding.Mes
     params, meta = load_params(workdir, run, boxed, shardings, step)
     dtype = DTYPES[run.get("precision", {}).get("compute", "float32")]
     return Model(config, params, tokenizer, dtype, meta["step"], grid, template_kind(run), meta["weights"])
-
-
-def has_no_tokenizer(workdir, run: dict) -> bool:
-    """Whether a workdir is one of `convert --tokenizer=none`."""
-    return run.get("stage") == "convert" and not (paths.local(workdir) / "tokenizer").exists()
 
 
 def template_kind(run: dict) -> str | None:
@@ -104,6 +99,33 @@ def load_base(init_from, workdir, *, mesh: jax.sharding.Mesh) -> Model:
     config = configs.build(GPTConfig, run["model"], "model")
     config = dataclasses.replace(config, attention=resolve(config.attention, jax.default_backend()))
     return Model(config, None, Tokenizer.load(workdir / "tokenizer"), float, 0, mesh, template_kind(run))
+
+
+def check_same_tokenizer(init_from, tokenizer: Tokenizer):
+    """Weights mean nothing under another vocabulary: InputError if the two runs' tokenizers differ."""
+    if run_config.read_config(init_from).get("without_tokenizer"):
+        return  # imported with --tokenizer=none: whose ids they are is the user's to know
+    if Tokenizer.load(paths.local(init_from) / "tokenizer").fingerprint != tokenizer.fingerprint:
+        raise InputError(
+            f"init_from: {init_from} was trained with another tokenizer; "
+            f"give --config.data.tokenizer={init_from}/tokenizer."
+        )
+
+
+def load_initial(workdir, model: GPTConfig, abstract, shardings, tokenizer: Tokenizer, mesh) -> Model:
+    """Another run's newest good checkpoint, for a run of the same model to begin from. Raises InputError if its model
+    is another one."""
+    saved = run_config.read_config(workdir)["model"]
+    for key in ("vocab_size", "n_layer", "n_head", "d_model", "context_length", "norm", "local_window", "tied_head"):
+        if saved[key] != getattr(model, key):
+            raise InputError(f"init_from: {workdir} has model.{key}={saved[key]}, this run {getattr(model, key)}.")
+    checkpointer = Checkpointer(workdir)
+    with jax.set_mesh(mesh):
+        restored = checkpointer.restore_params(abstract, shardings)
+    if restored is None:
+        raise InputError(f"init_from: {workdir} has no checkpoint.")
+    params, meta = restored
+    return Model(model, params, tokenizer, float, meta["step"], mesh, weights=checkpointer.weights(meta["step"]))
 
 
 def origin(**models) -> dict:

@@ -10,7 +10,7 @@ import random
 import jax
 import pytest
 
-from gptjax import ppo, pretrain, reward, sft, trained
+from gptjax import ppo, pretrain, reward, run, sft, trained
 from gptjax.config import config_dict
 from gptjax.data.chat import Template
 from gptjax.parallel.mesh import make_mesh
@@ -18,15 +18,15 @@ from gptjax.parallel.mesh import make_mesh
 CONTEXT, RESPONSE = 48, 8
 WORDS = ("ba", "ko", "mi", "ru", "te", "fo", "la", "ni", "zu", "ge")
 LIKED = "zu"
-STAGES = (pretrain, sft, reward, ppo, trained)
+MESH_MAKERS = (run, trained)
 
 
 @contextlib.contextmanager
 def on_one_device():
     """All stages on the first of the 8 virtual devices, whatever mesh the config has: small models like it."""
     with pytest.MonkeyPatch.context() as patch:
-        for stage in STAGES:
-            patch.setattr(stage, "make_mesh", lambda config: make_mesh(type(config)(), jax.devices()[:1]))
+        for module in MESH_MAKERS:
+            patch.setattr(module, "make_mesh", lambda config: make_mesh(type(config)(), jax.devices()[:1]))
         yield
 
 
@@ -141,17 +141,17 @@ def files(root) -> dict:
 
 def make_pretrained(root, source):
     with on_one_device():
-        assert pretrain.pretrain(pretrain_config(source), str(root / "pretrained")) is True
+        assert pretrain.pretrain(pretrain_config(source), str(root / "pretrained")).finished
     return root / "pretrained"
 
 
 def make_tuned(root, pretrained, source):
     with on_one_device():
-        assert sft.sft(sft_config(pretrained, source), str(root / "sft")) is True
+        assert sft.sft(sft_config(pretrained, source), str(root / "sft")).finished
     return root / "sft"
 
 
 def make_judge(root, tuned, source):
     with on_one_device():
-        assert reward.reward(reward_config(tuned, source), str(root / "reward")) is True
+        assert reward.reward(reward_config(tuned, source), str(root / "reward")).finished
     return root / "reward"

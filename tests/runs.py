@@ -9,7 +9,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 
-from gptjax.training.loop import Dispatch
+from gptjax.training.supervised import Dispatch
 
 TIMED = ("tokens_per_second", "prompts_per_second", "mfu", "seconds", "time/")  # never the same twice
 

@@ -21,6 +21,7 @@ from gptjax.generation.sampling import Sampling
 from gptjax.model import gpt
 from gptjax.model.attention import resolve
 from gptjax.model.spec import GPT2, GPT3, GPTConfig, parameter_count
+from gptjax.objectives.base import Objective
 from gptjax.objectives.lm import causal_lm_loss
 from gptjax.parallel.mesh import MeshConfig, make_mesh
 from gptjax.parallel.sharding import batch_sharding
@@ -63,7 +64,7 @@ def compiled_train_step(model: GPTConfig, mesh, *, micro, rows, packed=False):
     tx = make_optimizer(optimizer)
     state, shardings = state_shardings(gpt.abstract_params(model), tx, BF16, mesh)
     loss = causal_lm_loss(model, BF16.dtype, 128, mesh)
-    step = train_step(loss, tx, optimizer.clip_norm, BF16, seed=0, dropout=model.dropout > 0)
+    step = train_step(Objective(loss), tx, optimizer.clip_norm, BF16, seed=0, dropout=model.dropout > 0)
     time = model.context_length
     fields = {"tokens": (time + 1, jnp.int32), "weights": (time, jnp.float32)}
     if packed:

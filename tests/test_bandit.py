@@ -12,7 +12,7 @@ from numerics import model_terms, tolerance
 from gptjax.model import gpt, heads
 from gptjax.model.spec import GPTConfig
 from gptjax.rlhf import rollout
-from gptjax.rlhf.networks import Networks
+from gptjax.rlhf.networks import RLSpec
 from gptjax.rlhf.state import new_state, phase_keys
 from gptjax.rlhf.update import UpdateConfig, make_update
 from gptjax.training.optimizer import OptimizerConfig, make_optimizer
@@ -20,7 +20,7 @@ from gptjax.training.optimizer import OptimizerConfig, make_optimizer
 ARMS, BETA, BATCH, ITERATIONS = 4, 0.5, 512, 120
 REWARDS = np.array([1, 0, 0, 0], np.float32)
 MODEL = GPTConfig(5, n_layer=1, n_head=2, d_model=16, context_length=2, attention="reference", tied_head=False)
-N = Networks(policy=MODEL, value=None, reward=None, response=1, eos_id=None, pad_id=4, vocab=ARMS)
+N = RLSpec(policy=MODEL, value=None, reward=None, response=1, eos_id=None, pad_id=4, vocab=ARMS)
 PROMPTS, LENGTHS = np.zeros((BATCH, 1), np.int32), np.ones(BATCH, np.int32)
 
 
@@ -36,8 +36,8 @@ def trained():
     record = []
     for i in range(ITERATIONS):
         tokens, mask, _ = rollout.sample(state.policy, PROMPTS, LENGTHS, phase_keys(state)[1], N)
-        judged = rollout.judge(state.policy, state.value, reference, None, tokens, LENGTHS, mask, N)
-        experience, metrics = rollout.finish(
+        judged = rollout.score(state.policy, state.value, reference, None, tokens, LENGTHS, mask, N)
+        experience, metrics = rollout.compute_advantages(
             judged, REWARDS[np.asarray(tokens[:, 1])], state.kl_coefficient, eos_id=None, missing_eos=None, gamma=1.0,
             lam=0.95,
         )  # fmt: skip

@@ -317,7 +317,7 @@ def test_every_kind_of_source_trains(tmp_path, kind):
     (tmp_path / "data").mkdir()
     source, options = kind(tmp_path / "data")
     more = {"mesh__data": 1, "mesh__fsdp": 8, "samples__prompts": ("ab", "c", "def"), "samples__max_new_tokens": 4}
-    assert pretrain(tiny(source, **options, **more), str(tmp_path / "run")) is True
+    assert pretrain(tiny(source, **options, **more), str(tmp_path / "run")).finished
     assert [m["step"] for m in lines(tmp_path / "run", "metrics")] == [1, 2]
     assert len(lines(tmp_path / "run", "samples")) == 6
     assert load_model(tmp_path / "run").step == 2
@@ -377,7 +377,7 @@ def test_bad_input_is_one_clear_error(tmp_path, name):
     good = tmp_path / "data" / "good.txt"
     good.write_text("abc def " * 500)  # mended, the same workdir can be used
     if name in ("missing", "too short"):
-        assert pretrain(tiny(good), str(tmp_path / "run")) is True
+        assert pretrain(tiny(good), str(tmp_path / "run")).finished
 
 
 def test_a_forgotten_length_costs_nothing(tmp_path):
@@ -386,7 +386,7 @@ def test_a_forgotten_length_costs_nothing(tmp_path):
     path.write_text("abc def " * 500)
     with pytest.raises(InputError, match="--config.steps"):
         pretrain(tiny(path, steps=None), str(tmp_path / "run"))
-    assert pretrain(tiny(path, steps=1), str(tmp_path / "run")) is True
+    assert pretrain(tiny(path, steps=1), str(tmp_path / "run")).finished
 
 
 def test_a_prompt_for_samples_that_can_not_be_is_refused_before_training(tmp_path):
@@ -407,7 +407,7 @@ def test_a_prompt_of_the_config_file_that_can_not_be_is_skipped(tmp_path, monkey
     monkeypatch.setattr(config_flags, "get_override_values", lambda flag: given)
     monkeypatch.setattr(command_line, "flags", types.SimpleNamespace(FLAGS={"config": None}))
     config = tiny(path, steps=1, samples__prompts=("\n", "a", "b" * 33))
-    assert pretrain(config, str(tmp_path / "run")) is True
+    assert pretrain(config, str(tmp_path / "run")).finished
     assert {s["prompt"] for s in lines(tmp_path / "run", "samples")} == {"a"}
     said = [line for line in capsys.readouterr().out.splitlines() if line.startswith("warning: no sample")]
     assert len(said) == 2 and "'\\n'" in said[0] and "33 tokens" in said[1]
@@ -425,7 +425,7 @@ def test_a_tokenizer_too_large_for_its_dtype(tmp_path):
 
 def test_shards_that_do_not_match_their_manifest(trained, text, tmp_path):
     workdir = tmp_path / "run"
-    assert pretrain(tiny(text), str(workdir)) is True
+    assert pretrain(tiny(text), str(workdir)).finished
     (shard,) = (workdir / "data").glob("*/train-00000.bin")
     content = bytearray(shard.read_bytes())
     content[100] ^= 1
@@ -433,7 +433,7 @@ def test_shards_that_do_not_match_their_manifest(trained, text, tmp_path):
     with pytest.raises(InputError, match="train-00000.bin.*sha256.*delete .*/data/[0-9a-f]{16} to have it"):
         pretrain(tiny(text, steps=4), str(workdir))
     shutil.rmtree(workdir / "data")  # as the message says
-    assert pretrain(tiny(text, steps=4), str(workdir)) is True
+    assert pretrain(tiny(text, steps=4), str(workdir)).finished
     assert [m["step"] for m in lines(workdir, "metrics")] == [1, 2, 3, 4]
 
 
@@ -447,7 +447,7 @@ def test_another_runs_workdir(trained, text):
 def test_weights_of_another_run_to_start_from(trained, text, tmp_path):
     """init_from: the first loss is the other run's last, and a model of another shape is refused."""
     same = {"init_from": str(trained[0]), "model__vocab_size": 10}
-    assert pretrain(tiny(text, eval__batches=0, steps=1, **same), str(tmp_path / "run")) is True
+    assert pretrain(tiny(text, eval__batches=0, steps=1, **same), str(tmp_path / "run")).finished
     first = lines(tmp_path / "run", "evaluations")[0]
     assert first["step"] == 0
     assert first["loss"] == approx(lines(trained[0], "evaluations")[-1]["loss"], terms=TERMS)
@@ -462,7 +462,7 @@ def test_a_run_goes_on_without_the_weights_it_began_with(trained, text, tmp_path
     origin = read_config(tmp_path / "[2026]" / "run")["origin"]
     assert origin["init_from_step"] == STEPS and len(origin["init_from_weights"]) == 64
     shutil.rmtree(base)
-    assert pretrain(tiny(text, steps=2, **same), str(tmp_path / "[2026]" / "run")) is True
+    assert pretrain(tiny(text, steps=2, **same), str(tmp_path / "[2026]" / "run")).finished
     assert read_config(tmp_path / "[2026]" / "run")["origin"] == origin
 
 
@@ -473,5 +473,5 @@ def test_eight_devices_are_what_these_tests_run_on():
 def test_a_tokenizer_smaller_than_the_model_samples_only_what_it_can_decode(text, tmp_path):
     """An untrained model gives every id a chance; those beyond the tokenizer have no text."""
     config = tiny(text, steps=1, samples__prompts=(text.read_text()[:3],))
-    assert pretrain(config, str(tmp_path / "run")) is True
+    assert pretrain(config, str(tmp_path / "run")).finished
     assert {s["step"] for s in lines(tmp_path / "run", "samples")} == {0, 1}

@@ -223,9 +223,9 @@ def test_an_orderly_end_ends_nobody(watched):
 
 def test_a_stuck_process_says_where_and_ends():
     stuck = (
-        "import time; from gptjax.training.loop import ends_when_stuck\n"
+        "import time; from gptjax.distributed.watchdog import watchdog\n"
         "def waits_for_good(): time.sleep(60)\n"
-        "with ends_when_stuck(1.5) as alive:\n"
+        "with watchdog(1.5) as alive:\n"
         "    for i in range(6): time.sleep(0.3); alive()\n"
         "    print('alive', flush=True); waits_for_good()"
     )
@@ -323,5 +323,5 @@ def test_ctrl_c_on_one_host_saves_on_all_and_one_process_goes_on(tmp_path):
     config = read_config_file(hosts_config(tmp_path))
     config.steps = stopped + 2
     for workdir in ("run", "straight"):
-        assert pretrain(config, str(tmp_path / workdir)) is True
+        assert pretrain(config, str(tmp_path / workdir)).finished
     assert_same_figures(tmp_path / "run", tmp_path / "straight")

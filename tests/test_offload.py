@@ -77,10 +77,10 @@ def test_saved_and_taken_up_again(text, tmp_path):  # noqa: F811
     """Bit for bit; and a run may begin without and go on with it, for the checkpoints are the same."""
     options = {"mesh__data": 2, "mesh__fsdp": 4, "optimizer__eps": 1e-4}
     config = lambda offload: tiny(text, **options, optimizer__offload=offload)
-    assert pretrain(config(True), str(tmp_path / "straight")) is True
+    assert pretrain(config(True), str(tmp_path / "straight")).finished
     for first, name in ((True, "parts"), (False, "began without")):
-        assert until_sigterm(pretrain, config(first), tmp_path / name, STOP) is False
-        assert pretrain(config(True), str(tmp_path / name)) is True
+        assert not until_sigterm(pretrain, config(first), tmp_path / name, STOP).finished
+        assert pretrain(config(True), str(tmp_path / name)).finished
     assert_same_run(tmp_path / "parts", tmp_path / "straight", 25)
     a, b = (lines(tmp_path / name) for name in ("began without", "straight"))
     assert [m["loss"] for m in a] == approx([m["loss"] for m in b], terms=TERMS)

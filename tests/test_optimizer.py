@@ -11,6 +11,7 @@ from numerics import assert_close, unit_roundoff
 from gptjax.errors import InputError
 from gptjax.model import gpt, heads
 from gptjax.model.spec import GPTConfig
+from gptjax.objectives.base import Objective
 from gptjax.training.optimizer import OptimizerConfig, decay_mask, make_optimizer, parameter_path
 from gptjax.training.precision import PrecisionConfig
 from gptjax.training.state import new_state
@@ -133,7 +134,7 @@ def test_the_gradient_is_cut_to_its_global_norm(clip, scale):
         return 3 * params["a"] + 4 * params["b"], jnp.float32(1)
 
     descent = optax.scale(-1.0)
-    step = jax.jit(train_step(loss, descent, clip, PrecisionConfig(), seed=0, dropout=False))
+    step = jax.jit(train_step(Objective(loss), descent, clip, PrecisionConfig(), seed=0, dropout=False))
     state = new_state({"a": jnp.float32(0), "b": jnp.float32(0)}, descent, PrecisionConfig())
     new, metrics = step(state, ({"weights": jnp.ones((1, 1, 1))}, jnp.float32(0.5)))
     got = np.array([new.params["a"], new.params["b"]])

@@ -23,9 +23,8 @@ from gptjax.parallel.mesh import AXES, MeshConfig, make_mesh
 from gptjax.parallel.pipeline import Plan, make_plan, work
 from gptjax.parallel.sharding import parameter_shardings
 from gptjax.rlhf import networks, rollout, update
-from gptjax.rlhf.networks import Networks
+from gptjax.rlhf.networks import RLSpec
 from gptjax.rlhf.reward_model import score_at_end
-from gptjax.rlhf.rollout import Rollout
 
 MODEL = GPTConfig(64, n_layer=8, n_head=4, d_model=32, context_length=16, attention="xla")
 ROWS = 16
@@ -239,7 +238,7 @@ def test_reward_models_loss():
 )
 def test_ppo_samples_judges_and_learns(sizes):
     """A rollout by the policy, its judgment by the four models, and the gradients of policy and value."""
-    n = Networks(policy=MODEL, value=MODEL, reward=MODEL, response=6, eos_id=5, pad_id=7, vocab=60)
+    n = RLSpec(policy=MODEL, value=MODEL, reward=MODEL, response=6, eos_id=5, pad_id=7, vocab=60)
     scalar = lambda seed: {
         "trunk": heads.trunk(random_params(MODEL, seed)),
         "head": {"kernel": np.linspace(-1, 1, 32, dtype=np.float32), "bias": np.float32(0.3)},
@@ -253,14 +252,14 @@ def test_ppo_samples_judges_and_learns(sizes):
             policy, reference = on(mesh, random_params(MODEL), language), on(mesh, random_params(MODEL, 1), language)
             value, reward = on(mesh, scalar(2), scores), on(mesh, scalar(3), scores)
             tokens, mask, log_prob = rollout.sample(policy, prompts, lengths, jax.random.key(3), here)
-            judged = rollout.judge(policy, value, reference, reward, tokens, lengths, mask, here)
+            judged = rollout.score(policy, value, reference, reward, tokens, lengths, mask, here)
             real = networks.real_tokens(lengths, mask, prompts.shape[1])
             advantage = jnp.sin(jnp.arange(mask.size)).reshape(mask.shape)
             arrays = dict(
                 tokens=tokens, mask=mask, real=real, advantage=advantage, returns=judged["value"] + advantage / 10,
                 reward=advantage, **{k: judged[k] for k in ("log_prob", "ref_log_prob", "value")},
             )  # fmt: skip
-            made = Rollout(**{name: a[None] for name, a in arrays.items()})
+            made = rollout.Experience(**{name: a[None] for name, a in arrays.items()})
             gradients = jax.jit(lambda p, v, b: update.ppo_gradients(update.UpdateConfig(), here, p, v, b))
             return jax.device_get((tokens, mask, log_prob, judged, gradients(policy, value, made)))
 

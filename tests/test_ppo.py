@@ -96,15 +96,15 @@ def ruled(tuned, alignment):
 @pytest.fixture(scope="module")
 def straight(config, tmp_path_factory):
     """(workdir, the frozen models as they went into each judging) of the whole of WHOLE, uninterrupted."""
-    workdir, frozen, real = tmp_path_factory.mktemp("ppo") / "run", [], rollout.judge
+    workdir, frozen, real = tmp_path_factory.mktemp("ppo") / "run", [], rollout.score
 
     def judging(policy, value, reference, reward, *args, **kwargs):
         frozen.append(jax.tree.map(np.array, (reference, reward)))
         return real(policy, value, reference, reward, *args, **kwargs)
 
     with on_one_device(), pytest.MonkeyPatch.context() as patch:
-        patch.setattr(stage.rollout, "judge", judging)
-        assert ppo(config(**WHOLE), str(workdir)) is True
+        patch.setattr(stage.rollout, "score", judging)
+        assert ppo(config(**WHOLE), str(workdir)).finished
     return workdir, frozen
 
 
@@ -244,7 +244,7 @@ def assert_same_ppo(workdir, other, steps):
 
 def test_two_iterations_and_two_are_four(config, straight, tmp_path):
     for steps in (2, 4):
-        assert ppo(config(**WHOLE | {"steps": steps}), str(tmp_path / "parts")) is True
+        assert ppo(config(**WHOLE | {"steps": steps}), str(tmp_path / "parts")).finished
     assert_same_ppo(tmp_path / "parts", straight[0], 4)
 
 
@@ -273,7 +273,7 @@ def test_a_full_disk_does_not_stop_it(config, straight, tmp_path, monkeypatch, c
     with monkeypatch.context() as patch:
         patch.setattr(os, "pwrite", pwrite)
         patch.setattr(stage, "check_iteration", checked)
-        assert ppo(config(**WHOLE), str(tmp_path / "run")) is True
+        assert ppo(config(**WHOLE), str(tmp_path / "run")).finished
     assert_same_ppo(tmp_path / "run", straight[0], 4)
     said = [line for line in capsys.readouterr().err.splitlines() if line.startswith("warning: /")]
     assert len(said) == 2 and "cannot be written" in said[0] and "complete again" in said[1], said
@@ -291,9 +291,9 @@ def test_ctrl_c_saves_and_the_run_goes_on(config, straight, tmp_path, monkeypatc
         patch.setattr(stage, "check_iteration", check)
         c = config(**WHOLE)
         c.checkpoint.every = 10
-        assert ppo(c, str(tmp_path / "parts")) is False
+        assert not ppo(c, str(tmp_path / "parts")).finished
     assert Checkpointer(tmp_path / "parts").steps() == [3]
-    assert ppo(config(**WHOLE), str(tmp_path / "parts")) is True
+    assert ppo(config(**WHOLE), str(tmp_path / "parts")).finished
     assert_same_ppo(tmp_path / "parts", straight[0], 4)
 
 
@@ -315,7 +315,7 @@ def test_a_run_cut_off_between_a_checkpoint_and_the_next(config, straight, tmp_p
         patch.setattr(stage, "check_iteration", check)
         with pytest.raises(Killed):
             ppo(c, str(tmp_path / "parts"))
-    assert ppo(c, str(tmp_path / "parts")) is True
+    assert ppo(c, str(tmp_path / "parts")).finished
     assert_same_ppo(tmp_path / "parts", straight[0], 4)
 
 
@@ -335,7 +335,7 @@ def test_a_run_cut_off_between_a_checkpoint_and_its_evaluation(config, straight,
         patch.setattr(JsonLines, "write", write)
         with pytest.raises(Killed):
             ppo(config(**WHOLE), str(tmp_path / "parts"))
-    assert ppo(config(**WHOLE), str(tmp_path / "parts")) is True
+    assert ppo(config(**WHOLE), str(tmp_path / "parts")).finished
     assert [e["step"] for e in lines(tmp_path / "parts", "evaluations")] == [0, 2, 4]
     assert_same_ppo(tmp_path / "parts", straight[0], 4)
 
@@ -407,7 +407,7 @@ LEARNS = {"steps": 15, "eval__every": 15, "eval__lm_batches": 0, "checkpoint__ev
 def test_a_planted_rule_is_learned(ruled, tmp_path, shared):
     """By the rule alone: the share of two of ten words goes from a fifth to most. With a value network, and with a
     value head on the policy's own trunk."""
-    assert ppo(ruled(shared_trunk=shared, **LEARNS), str(tmp_path / "run"), share) is True
+    assert ppo(ruled(shared_trunk=shared, **LEARNS), str(tmp_path / "run"), share).finished
     score = [m["objective/score"] for m in lines(tmp_path / "run")]
     assert np.mean(score[:2]) < 0.3 and np.mean(score[-3:]) > 0.6
     assert [m["policy/first_ratio_deviation"] < ROUNDING for m in lines(tmp_path / "run")] == [True] * 15
@@ -419,14 +419,14 @@ def test_a_planted_rule_is_learned(ruled, tmp_path, shared):
 
 def first_scores(c, workdir, **kwargs):
     """(score of each of the first iteration's responses, prompts, responses): what finish was given."""
-    seen, real = [], rollout.finish
+    seen, real = [], rollout.compute_advantages
 
     def finish(judged, score, *args, **options):
         seen.append((np.asarray(score), jax.device_get(judged)))
         return real(judged, score, *args, **options)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(stage.rollout, "finish", finish)
+        patch.setattr(stage.rollout, "compute_advantages", finish)
         ppo(c, str(workdir), **kwargs)
     return seen
 
@@ -531,7 +531,7 @@ def gold(prompts, responses):
 def test_a_named_callable_and_a_gold_score(ruled, tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(str(ROOT / "tests"))
     c = ruled(steps=1, reward_fn="test_ppo:share", eval__gold_fn="test_ppo:gold", eval__lm_batches=0)
-    assert ppo(c, str(tmp_path / "run")) is True
+    assert ppo(c, str(tmp_path / "run")).finished
     last, samples = lines(tmp_path / "run", "evaluations")[-1], lines(tmp_path / "run", "samples")
     assert last["gold"] > 0 and all(s["gold"] == len(s["text"]) for s in samples)
     for name in ("nowhere:f", "test_ppo:nothing", "test_ppo", "test_ppo:METRICS"):
@@ -586,7 +586,7 @@ MESHES = {
 @pytest.mark.slow
 @pytest.mark.parametrize("name", MESHES)
 def test_a_mesh_of_8_gives_the_figures_of_one_device(config, first_two, tmp_path, monkeypatch, name):
-    for module in (stage, sys.modules["gptjax.trained"]):
+    for module in (sys.modules["gptjax.run"], sys.modules["gptjax.trained"]):
         monkeypatch.setattr(module, "make_mesh", make_mesh)
     ppo(config(**VARIANT, **MESHES[name]), str(tmp_path / "run"))
     nearly(without_times(lines(tmp_path / "run")), first_two)
@@ -662,7 +662,7 @@ def test_a_reference_trained_anew_to_the_same_step_is_refused(config, straight, 
     run, policy = shutil.copytree(straight[0], tmp_path / "run"), shutil.copytree(tuned, tmp_path / "policy")
     c = config(**WHOLE)
     c.policy = str(policy)
-    assert ppo(c, str(run)) is True  # moved
+    assert ppo(c, str(run)).finished  # moved
     there = load_model(policy)
     shutil.rmtree(policy / "checkpoints")
     checkpointer = Checkpointer(policy)
@@ -733,7 +733,7 @@ def test_a_reward_model_of_a_shorter_context(config, tmp_path, monkeypatch, shar
 
 
 def test_a_batch_that_does_not_divide_over_the_mesh(config, tmp_path, monkeypatch):
-    for module in (stage, sys.modules["gptjax.trained"]):
+    for module in (sys.modules["gptjax.run"], sys.modules["gptjax.trained"]):
         monkeypatch.setattr(module, "make_mesh", make_mesh)
     refused(
         config(batch_size=12, ppo__minibatches=1), tmp_path / "run", "12 is not divisible over.*8 devices: use 8 or 16"
@@ -756,7 +756,7 @@ def test_callables_that_can_not_be(ruled, tmp_path, rule, says):
     refused(ruled(eval__lm_batches=0), tmp_path / "run", says, claimed=True, reward_fn=rule)
     mended = ruled(eval__lm_batches=0, steps=1)
     if "17" in says:
-        assert ppo(mended, str(tmp_path / "run"), share) is True
+        assert ppo(mended, str(tmp_path / "run"), share).finished
 
 
 def test_a_rule_that_fails_midway_keeps_what_was_done(ruled, tmp_path):
@@ -773,12 +773,12 @@ def test_a_rule_that_fails_midway_keeps_what_was_done(ruled, tmp_path):
         ppo(c, str(tmp_path / "run"), rule)
     assert [m["step"] for m in lines(tmp_path / "run")] == [1, 2]
     assert Checkpointer(tmp_path / "run").steps() == [1, 2]
-    assert ppo(c, str(tmp_path / "run"), share) is True
+    assert ppo(c, str(tmp_path / "run"), share).finished
     assert [m["step"] for m in lines(tmp_path / "run")] == [1, 2, 3, 4]
 
 
 def test_forward_passes_that_do_not_divide_over_the_mesh(ruled, tmp_path, monkeypatch):
-    for module in (stage, sys.modules["gptjax.trained"]):
+    for module in (sys.modules["gptjax.run"], sys.modules["gptjax.trained"]):
         monkeypatch.setattr(module, "make_mesh", make_mesh)
     refused(ruled(rollout__forward_rows=4), tmp_path / "run", "forward_rows=4 is not divisible over the 8 devices",
             reward_fn=share)  # fmt: skip

@@ -7,6 +7,7 @@ from runs import arrays, lines, without_times
 
 from gptjax import ppo as stage
 from gptjax.ppo import ppo
+from gptjax.rlhf import program
 
 ROWS = [{"prompt": "ba" if i % 7 else "ko mi ru te ko mi ru"} for i in range(24)]
 STEPS = 6
@@ -23,7 +24,7 @@ def config(tuned, judge, tmp_path_factory):
 
 def run(c, workdir):
     """Runs it. Returns the widths that the update was traced at, and the responses of each iteration."""
-    traced, responses, make, sample = [], [], stage.make_update, stage.rollout.sample
+    traced, responses, make, sample = [], [], program.make_update, stage.rollout.sample
 
     def counted(*args):
         update = make(*args)
@@ -40,9 +41,9 @@ def run(c, workdir):
         return tokens, mask, log_prob
 
     with on_one_device(), pytest.MonkeyPatch.context() as patch:
-        patch.setattr(stage, "make_update", counted)
+        patch.setattr(program, "make_update", counted)
         patch.setattr(stage.rollout, "sample", sampling)
-        assert ppo(c, str(workdir)) is True
+        assert ppo(c, str(workdir)).finished
     return traced, responses
 
 

@@ -14,6 +14,7 @@ from jax import lax
 from gptjax.errors import InputError
 from gptjax.model import gpt
 from gptjax.model.spec import GPTConfig
+from gptjax.objectives.base import Objective
 from gptjax.objectives.lm import causal_lm_loss
 from gptjax.training.optimizer import OptimizerConfig, make_optimizer
 from gptjax.training.precision import PrecisionConfig, initial_loss_scale, next_loss_scale
@@ -91,7 +92,7 @@ def half_loss(params, batch, key):
 def toy():
     """(jitted step, state) for a float16 model of one weight, with AdamW moments."""
     tx = make_optimizer(OptimizerConfig())
-    step = jax.jit(train_step(half_loss, tx, 1.0, half(2.0**16, 3), seed=0, dropout=False))
+    step = jax.jit(train_step(Objective(half_loss), tx, 1.0, half(2.0**16, 3), seed=0, dropout=False))
     return step, new_state({"kernel": jnp.float32(0.5)}, tx, half(2.0**16, 3))
 
 
@@ -133,7 +134,7 @@ def test_input_that_is_not_finite_is_skipped_too(toy, x):
 @pytest.mark.parametrize("scale", [1.0, 2.0**10, 2.0**15])
 def test_the_gradient_does_not_depend_on_the_scale(scale):
     descent = optax.scale(-1.0)
-    step = jax.jit(train_step(half_loss, descent, 0.0, half(scale), seed=0, dropout=False))
+    step = jax.jit(train_step(Objective(half_loss), descent, 0.0, half(scale), seed=0, dropout=False))
     new, metrics = step(new_state({"kernel": jnp.float32(0.5)}, descent, half(scale)), toy_batch(0.75))
     assert float(metrics["grad_norm"]) == 0.75 and float(new.params["kernel"]) == pytest.approx(0.5 - 0.075)
 
@@ -147,7 +148,7 @@ def trainer(compute):
     precision = PrecisionConfig(compute)
     tx = make_optimizer(OptimizerConfig(eps=1e-6))
     params = gpt.init(MODEL, jax.random.key(0))
-    step = train_step(causal_lm_loss(MODEL, precision.dtype, 16), tx, 1.0, precision, seed=0, dropout=False)
+    step = train_step(Objective(causal_lm_loss(MODEL, precision.dtype, 16)), tx, 1.0, precision, seed=0, dropout=False)
     tokens = jax.random.randint(jax.random.key(1), (STEPS, 1, 4, 17), 0, 8)
     batches = {"tokens": tokens, "weights": jnp.ones((STEPS, 1, 4, 16))}
     state = new_state(params, tx, precision)

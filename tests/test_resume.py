@@ -20,16 +20,19 @@ from numerics import approx, assert_close, model_terms
 from runs import arrays, assert_same_run, lines, one_device_environment, until_sigterm
 
 from gptjax import pretrain as stage
+from gptjax import run as spine
 from gptjax.config import config_dict
 from gptjax.errors import InputError
 from gptjax.model.spec import GPTConfig
 from gptjax.parallel.mesh import make_mesh
 from gptjax.pretrain import PretrainConfig, pretrain
 from gptjax.trained import load_model
-from gptjax.training import checkpoint, files, loop, stopping
+from gptjax.training import checkpoint, files, stopping, supervised
+from gptjax.training import step as step_module
 from gptjax.training.checkpoint import CheckpointConfig, Checkpointer
 from gptjax.training.loop import TrainingDiverged
 from gptjax.training.schedule import Schedule
+from gptjax.training.stage import Evaluation
 
 STEPS, STOP = 25, 13
 TERMS = model_terms(GPTConfig(100, n_layer=2, n_head=4, d_model=32, context_length=32), rows=8)  # of tiny()
@@ -62,7 +65,7 @@ def tiny(text, **overrides):
 @pytest.fixture
 def one_device(monkeypatch):
     """pretrain() in this process, which has 8 virtual devices, on the first of them."""
-    monkeypatch.setattr(stage, "make_mesh", lambda config: make_mesh(config, jax.devices()[:1]))
+    monkeypatch.setattr(spine, "make_mesh", lambda config: make_mesh(config, jax.devices()[:1]))
 
 
 @pytest.fixture(scope="module")
@@ -70,14 +73,14 @@ def uninterrupted(text, tmp_path_factory):
     """Workdir of tiny(text) on one device."""
     workdir = tmp_path_factory.mktemp("uninterrupted")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(stage, "make_mesh", lambda config: make_mesh(config, jax.devices()[:1]))
-        assert pretrain(tiny(text), str(workdir)) is True
+        patch.setattr(spine, "make_mesh", lambda config: make_mesh(config, jax.devices()[:1]))
+        assert pretrain(tiny(text), str(workdir)).finished
     return workdir
 
 
 def interrupted(config, workdir, stop=STOP):
     """The step saved by a run that was sent a SIGTERM while step `stop` was being computed."""
-    assert until_sigterm(pretrain, config, workdir, stop) is False
+    assert not until_sigterm(pretrain, config, workdir, stop).finished
     assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
     return Checkpointer(workdir).steps()[-1]
 
@@ -102,11 +105,11 @@ def slow(*values):
 @pytest.mark.parametrize("case", ["float16", "ramp", slow("dropout"), slow("5 steps a dispatch")])
 def test_13_steps_and_12_are_25(text, tmp_path, monkeypatch, one_device, case):
     config = tiny(text, **CASES[case])
-    assert pretrain(config, str(tmp_path / "straight")) is True
+    assert pretrain(config, str(tmp_path / "straight")).finished
     stopped = interrupted(config, tmp_path / "parts")
     assert stopped == (14 if "5 steps" in case else STOP)  # between two device calls
     assert [line["step"] for line in lines(tmp_path / "parts")] == list(range(1, stopped + 1))
-    assert pretrain(config, str(tmp_path / "parts")) is True
+    assert pretrain(config, str(tmp_path / "parts")).finished
     assert_same_run(tmp_path / "parts", tmp_path / "straight", STEPS)
 
     metrics = lines(tmp_path / "straight")
@@ -135,7 +138,7 @@ def test_a_finished_run_started_again_changes_nothing(text, tmp_path, one_device
     config = tiny(text, steps=5)
     pretrain(config, str(tmp_path / "run"))
     before = {name: lines(tmp_path / "run", name) for name in ("metrics", "evaluations")}
-    assert pretrain(config, str(tmp_path / "run")) is True
+    assert pretrain(config, str(tmp_path / "run")).finished
     assert {name: lines(tmp_path / "run", name) for name in before} == before
 
 
@@ -198,13 +201,13 @@ def test_taken_up_on_another_mesh(text, tmp_path, monkeypatch, first, then):
     def run(mesh, workdir, how):
         with monkeypatch.context() as patch:
             if mesh == "one device":
-                patch.setattr(stage, "make_mesh", lambda config: make_mesh(config, jax.devices()[:1]))
+                patch.setattr(spine, "make_mesh", lambda config: make_mesh(config, jax.devices()[:1]))
             return how(tiny(text, optimizer__eps=1e-4, **meshes[mesh]), workdir)
 
     straight = lambda config, workdir: pretrain(config, str(workdir))
     run("one device", tmp_path / "straight", straight)
     assert run(first, tmp_path / "parts", interrupted) == STOP
-    assert run(then, tmp_path / "parts", straight) is True
+    assert run(then, tmp_path / "parts", straight).finished
     a, b = lines(tmp_path / "parts"), lines(tmp_path / "straight")
     assert [m["step"] for m in a] == list(range(1, STEPS + 1))
     losses = lambda rows: np.array([m["loss"] for m in rows])
@@ -231,7 +234,7 @@ def test_a_loss_that_becomes_nan_stops_the_run(text, tmp_path, monkeypatch, one_
     assert [m["step"] for m in lines(tmp_path / "run")] == list(range(1, 8))  # up to the last finite one, on disk
     assert Checkpointer(tmp_path / "run").steps()[-1] == 5
     assert load_model(tmp_path / "run").step == 5
-    assert pretrain(tiny(text), str(tmp_path / "run")) is True
+    assert pretrain(tiny(text), str(tmp_path / "run")).finished
     assert_same_run(tmp_path / "run", uninterrupted, STEPS)
 
 
@@ -254,7 +257,7 @@ def test_float16_whose_loss_stays_nan_stops_too(text, tmp_path, monkeypatch, one
         return nan
 
     monkeypatch.setattr(stage, "causal_lm_loss", planted)
-    monkeypatch.setattr(stage, "evaluator", lambda *_: None)
+    monkeypatch.setattr(stage, "text_loss", lambda *_: lambda state: Evaluation({}))
     config = tiny(text, precision__compute="float16", precision__initial_scale=2.0, steps=60)
     with pytest.raises(TrainingDiverged, match="step"):
         pretrain(config, str(tmp_path / "run"))
@@ -300,7 +303,7 @@ def fill_disk(patch, *steps):
 def test_a_full_disk_does_not_stop_training(text, tmp_path, monkeypatch, capsys, one_device):
     with monkeypatch.context() as patch:
         fill_disk(patch, 10, 15)
-        assert pretrain(tiny(text), str(tmp_path / "run")) is True
+        assert pretrain(tiny(text), str(tmp_path / "run")).finished
     assert capsys.readouterr().err.count("is full") == 2
     assert [m["step"] for m in lines(tmp_path / "run")] == list(range(1, STEPS + 1))
     assert Checkpointer(tmp_path / "run").steps()[-2:] == [20, 25]
@@ -311,13 +314,13 @@ def test_the_last_checkpoint_does_not_fit(text, tmp_path, monkeypatch, one_devic
         fill_disk(patch, STEPS)
         with pytest.raises(InputError, match="free some disk space and give the same command again.* step 20"):
             pretrain(tiny(text), str(tmp_path / "run"))
-    assert pretrain(tiny(text), str(tmp_path / "run")) is True
+    assert pretrain(tiny(text), str(tmp_path / "run")).finished
     assert_same_run(tmp_path / "run", uninterrupted, STEPS)
 
 
 def full_between(patch, first, last):
     """No record and no best.json can be written while steps first .. last are computed; some of a line still can."""
-    real, write, compute = os.pwrite, checkpoint.write_json, loop.Dispatch.__call__
+    real, write, compute = os.pwrite, checkpoint.write_json, supervised.Dispatch.__call__
     at, error = [0], OSError(errno.ENOSPC, "No space left on device")
 
     def pwrite(file, data, offset):
@@ -338,7 +341,7 @@ def full_between(patch, first, last):
 
     patch.setattr(os, "pwrite", pwrite)
     patch.setattr(checkpoint, "write_json", write_json)
-    patch.setattr(loop.Dispatch, "__call__", call)
+    patch.setattr(supervised.Dispatch, "__call__", call)
     patch.setattr(files, "_failing", {})
 
 
@@ -346,7 +349,7 @@ def test_records_wait_until_the_disk_has_room(text, tmp_path, monkeypatch, capsy
     """Evaluations of steps 10 and 20, best.json and the lines of three checkpoints meet a full disk."""
     with monkeypatch.context() as patch:
         full_between(patch, 8, 22)
-        assert pretrain(tiny(text, log__tensorboard=True), str(tmp_path / "run")) is True
+        assert pretrain(tiny(text, log__tensorboard=True), str(tmp_path / "run")).finished
     said = [line for line in capsys.readouterr().err.splitlines() if line.startswith("warning")]
     assert len(said) == 2 and "cannot be written (No space left" in said[0] and "complete again" in said[1], said
     assert_same_run(tmp_path / "run", uninterrupted, STEPS)
@@ -357,11 +360,11 @@ def test_records_wait_until_the_disk_has_room(text, tmp_path, monkeypatch, capsy
 def test_a_disk_that_stays_full_ends_in_one_report(text, tmp_path, monkeypatch, capsys, one_device, uninterrupted):
     with monkeypatch.context() as patch:
         full_between(patch, 8, STEPS)
-        assert pretrain(tiny(text), str(tmp_path / "run")) is True
+        assert pretrain(tiny(text), str(tmp_path / "run")).finished
     said = [line for line in capsys.readouterr().err.splitlines() if line.startswith("warning")]
     assert len(said) == 2 and "metrics.jsonl lacks its last 20 lines, of steps 6 to 25" in said[1], said
     assert [m["step"] for m in lines(tmp_path / "run")] == [1, 2, 3, 4, 5]
-    assert pretrain(tiny(text), str(tmp_path / "run")) is True  # best.json and the last evaluation are made up for
+    assert pretrain(tiny(text), str(tmp_path / "run")).finished  # best.json and the last evaluation are made up for
     assert lines(tmp_path / "run", "evaluations")[-1] == lines(uninterrupted, "evaluations")[-1]
     assert json.loads((tmp_path / "run" / "checkpoints" / "best.json").read_text())["step"] == STEPS
 
@@ -390,23 +393,23 @@ def test_the_best_checkpoint_that_did_not_fit_is_not_the_best(text, tmp_path, mo
 @pytest.mark.parametrize("step", [0, 10, STEPS])
 def test_a_long_evaluation_is_left_and_made_up_for(text, tmp_path, monkeypatch, one_device, uninterrupted, step):
     """Ctrl-C in the middle of one, at the start, between checkpoints and at the end: the run goes on as if never."""
-    real, asked = stage.evaluator, []
+    real, asked = stage.text_loss, []
 
     def evaluator(*args):
         evaluate = real(*args)
 
-        def stopped(params):
+        def stopped(state):
             if Evaluated.at == step and not asked:
                 asked.append(step)
                 os.kill(os.getpid(), signal.SIGINT)
-            return evaluate(params)
+            return evaluate(state)
 
         return stopped
 
     class Evaluated:
         at = 0
 
-    compute = loop.Dispatch.__call__
+    compute = supervised.Dispatch.__call__
 
     def call(self, state, batch, rates):
         result = compute(self, state, batch, rates)
@@ -416,14 +419,14 @@ def test_a_long_evaluation_is_left_and_made_up_for(text, tmp_path, monkeypatch, 
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         with monkeypatch.context() as patch:
-            patch.setattr(stage, "evaluator", evaluator)
-            patch.setattr(loop.Dispatch, "__call__", call)
-            assert pretrain(tiny(text, checkpoint__every=7), str(tmp_path / "run")) is False
+            patch.setattr(stage, "text_loss", evaluator)
+            patch.setattr(supervised.Dispatch, "__call__", call)
+            assert not pretrain(tiny(text, checkpoint__every=7), str(tmp_path / "run")).finished
     finally:
         signal.signal(signal.SIGINT, before)
     assert asked == [step] and Checkpointer(tmp_path / "run").steps()[-1:] == [step][: step > 0]
     assert step not in [e["step"] for e in lines(tmp_path / "run", "evaluations")]
-    assert pretrain(tiny(text, checkpoint__every=7), str(tmp_path / "run")) is True
+    assert pretrain(tiny(text, checkpoint__every=7), str(tmp_path / "run")).finished
     assert_same_run(tmp_path / "run", uninterrupted, STEPS)
 
 
@@ -432,7 +435,7 @@ class Broken(Exception):
 
 
 def test_an_exception_keeps_the_lines_and_the_checkpoint_being_written(text, tmp_path, monkeypatch, one_device):
-    compute = loop.Dispatch.__call__
+    compute = supervised.Dispatch.__call__
 
     def call(self, state, batch, rates):
         if int(state.step) == 13:
@@ -440,7 +443,7 @@ def test_an_exception_keeps_the_lines_and_the_checkpoint_being_written(text, tmp
         return compute(self, state, batch, rates)
 
     with monkeypatch.context() as patch:
-        patch.setattr(loop.Dispatch, "__call__", call)
+        patch.setattr(supervised.Dispatch, "__call__", call)
         with pytest.raises(Broken):
             pretrain(tiny(text), str(tmp_path / "run"))
     assert [m["step"] for m in lines(tmp_path / "run")] == list(range(1, 13))
@@ -452,7 +455,7 @@ def test_an_exception_keeps_the_lines_and_the_checkpoint_being_written(text, tmp
 
 def test_compiling_is_not_training_time(text, tmp_path, monkeypatch, one_device):
     """So says the report: "compiling, evaluating and saving not counted"."""
-    real = stage.jit_train_step
+    real = step_module.jit_train_step
 
     class Slow:
         def __init__(self, step):
@@ -462,7 +465,7 @@ def test_compiling_is_not_training_time(text, tmp_path, monkeypatch, one_device)
             time.sleep(1.0)
             return self.step.lower(*args)
 
-    monkeypatch.setattr(stage, "jit_train_step", lambda *args: Slow(real(*args)))
+    monkeypatch.setattr(step_module, "jit_train_step", lambda *args: Slow(real(*args)))
     pretrain(tiny(text, steps=2), str(tmp_path / "run"))
     assert lines(tmp_path / "run")[0]["seconds"] < 1.0
 

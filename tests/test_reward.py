@@ -3,6 +3,7 @@
 import json
 import re
 import shutil
+import types
 
 import jax
 import numpy as np
@@ -24,6 +25,7 @@ from safetensors.numpy import load_file, save_file
 
 from gptjax import convert
 from gptjax import reward as stage
+from gptjax import run as spine
 from gptjax.data.tokenizer import Tokenizer
 from gptjax.errors import InputError
 from gptjax.interop import huggingface
@@ -36,6 +38,7 @@ from gptjax.rlhf.reward_model import load_reward_model
 from gptjax.sft import sft
 from gptjax.trained import load_model
 from gptjax.training.checkpoint import Checkpointer
+from gptjax.training.stage import Evaluation
 
 
 @pytest.fixture(autouse=True)
@@ -153,7 +156,7 @@ def test_each_completion_is_forwarded_once(tuned, alignment, tmp_path, monkeypat
 def test_the_best_of_k_objective(tuned, alignment, tmp_path):
     """Its loss before the first step, of a batch, by hand; and it learns."""
     c = reward_config(tuned, alignment["comparisons"], objective="best", steps=80)
-    assert reward(c, str(tmp_path / "run")) is True
+    assert reward(c, str(tmp_path / "run")).finished
     assert result(tmp_path / "run")["accuracy"] > 0.9
     first, last = lines(tmp_path / "run", "evaluations")
     assert last["loss"] < first["loss"] and last["loss"] > 0
@@ -169,10 +172,12 @@ def test_more_evaluation_batches_than_there_are_mean_all_of_them(judge, alignmen
     assert len(batches) >= 3
     found = {}
     for most in (0, len(batches), 10):
-        config = stage.configs.build(stage.RewardConfig, reward_config(judge, "x", eval__batches=most))
-        read = stage.judge_of(model.config, model.dtype, mesh)
+        read = stage.scorer(
+            lambda params, *texts: stage.score_at_end(params, *texts, model.config, model.dtype, mesh), mesh
+        )
         with jax.set_mesh(mesh):
-            found[most] = stage.evaluator(config, read, batches, mesh)(model.params)
+            evaluate = stage.ranking(read, stage.CRITERIA["pairs"], stage.spread(batches, most))
+            found[most] = evaluate(types.SimpleNamespace(params=model.params)).figures
     assert found[0] == found[len(batches)]
     assert found[10] == found[0]
 
@@ -209,14 +214,14 @@ def test_the_selected_checkpoint_is_the_one_that_is_zeroed(tuned, alignment, mes
 
     def planted(*args):
         seen = iter([9.0, 1.0, 2.0, 3.0])
-        return lambda params: {"loss": next(seen), "accuracy": 0.5, "margin": 0.0, "pairs": 1}
+        return lambda state: Evaluation({"loss": next(seen), "accuracy": 0.5, "margin": 0.0, "pairs": 1})
 
-    monkeypatch.setattr(stage, "evaluator", planted)
+    monkeypatch.setattr(stage, "ranking", planted)
     c = reward_config(
         tuned, alignment["comparisons"], steps=6, selection="loss", eval__every=2, checkpoint__every=2,
         checkpoint__keep_last=1,
     )  # fmt: skip
-    assert reward(c, str(tmp_path / "run")) is True
+    assert reward(c, str(tmp_path / "run")).finished
     opened = load_reward_model(tmp_path / "run", mesh=mesh)
     assert opened.step == result(tmp_path / "run")["step"] == 2
     source = DemonstrationConfig(source=str(alignment["demonstrations"]), validation="0.15")
@@ -228,9 +233,9 @@ def test_the_selected_checkpoint_is_the_one_that_is_zeroed(tuned, alignment, mes
 def test_a_longer_run_has_no_scale_until_it_is_finished(judge, mesh, tmp_path, monkeypatch, tuned, alignment):
     """reward.json of the shorter run tells of other weights: stopped on the way, the workdir is no reward model."""
     copy = shutil.copytree(judge, tmp_path / "longer")
-    monkeypatch.setattr(stage.loop, "train", lambda c, state, *_, **__: (state, False))
+    monkeypatch.setattr(spine.loop, "run", lambda stage, state, *_: (state, False, 0.0))
     c = reward_config(tuned, alignment["comparisons"], steps=240)
-    assert reward(c, str(copy)) is False
+    assert not reward(c, str(copy)).finished
     with pytest.raises(InputError, match="no reward.json"):
         load_reward_model(copy, mesh=mesh)
 
@@ -291,7 +296,7 @@ def test_fewer_comparisons_than_a_batch_train_and_are_warned_of(tuned, alignment
     c = reward_config(tuned, alignment["comparisons"], steps=None, epochs=1.0, batch_size=256, model__dropout=0.0)
     c.optimizer.learning_rate = 1e-3
     c.schedule.final_fraction = 0.0
-    assert reward(c, str(tmp_path / "run")) is True
+    assert reward(c, str(tmp_path / "run")).finished
     (line,) = lines(tmp_path / "run")
     assert line["learning_rate"] == 1e-3
     assert "warning: the run has only 1 optimizer step, which hardly move" in capsys.readouterr().out
@@ -359,12 +364,12 @@ def test_a_stopped_run_ends_where_an_uninterrupted_one_does(tuned, alignment, tm
         checkpoint__every=4,
         eval__batches=1,
     )
-    assert reward(c, str(tmp_path / "straight")) is True
-    assert until_sigterm(reward, c, tmp_path / "parts", stop=3) is False
+    assert reward(c, str(tmp_path / "straight")).finished
+    assert not until_sigterm(reward, c, tmp_path / "parts", stop=3).finished
     assert Checkpointer(tmp_path / "parts").steps() == [3]
     with pytest.raises(InputError, match="no reward.json: let its training finish"):
         load_reward_model(tmp_path / "parts", mesh=make_mesh(MeshConfig(), jax.devices()[:1]))
-    assert reward(c, str(tmp_path / "parts")) is True
+    assert reward(c, str(tmp_path / "parts")).finished
     assert_same_run(tmp_path / "parts", tmp_path / "straight", 8)
     assert result(tmp_path / "parts") == result(tmp_path / "straight")
 
@@ -392,7 +397,7 @@ def test_a_trunk_without_demonstrations(pretrained, alignment, tmp_path, capsys)
     demos = tmp_path / "d.jsonl"
     demos.write_text(alignment["demonstrations"].read_text() + json.dumps({"prompt": "ba " * 99, "response": "ko"}))
     c = reward_config(pretrained, alignment["comparisons"], steps=1, demonstrations=str(demos), eval__batches=1)
-    assert reward(c, str(tmp_path / "run")) is True
+    assert reward(c, str(tmp_path / "run")).finished
     assert re.search(r"demonstrations left out: 1 too long; .*d.jsonl:\d+: ", capsys.readouterr().out)
     assert abs(result(tmp_path / "run")["mean_after"]) < 1e-4
 

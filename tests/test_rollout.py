@@ -16,7 +16,7 @@ from gptjax.model import gpt, heads
 from gptjax.model.spec import GPTConfig
 from gptjax.objectives.chunked import token_log_probs, token_log_probs_and_entropy
 from gptjax.rlhf import networks, rollout
-from gptjax.rlhf.networks import Networks
+from gptjax.rlhf.networks import RLSpec
 from gptjax.rlhf.state import phase_keys
 from gptjax.training.precision import frozen
 
@@ -24,7 +24,7 @@ from gptjax.training.precision import frozen
 VOCAB, EOS, PAD = 6, 5, 7
 Q, R = 5, 4  # slots of prompts and responses
 MODEL = GPTConfig(vocab_size=8, n_layer=2, n_head=2, d_model=16, context_length=16, attention="reference")
-N = Networks(policy=MODEL, value=MODEL, reward=MODEL, response=R, eos_id=EOS, pad_id=PAD, vocab=VOCAB)
+N = RLSpec(policy=MODEL, value=MODEL, reward=MODEL, response=R, eos_id=EOS, pad_id=PAD, vocab=VOCAB)
 ROWS = 40
 LENGTHS = np.arange(ROWS, dtype=np.int32) % Q + 1  # every left padding, eight times
 TERMS = model_terms(MODEL, ROWS)
@@ -65,7 +65,7 @@ def sampled(temperature=1.0):
 def judged(temperature=1.0):
     tokens, mask, _ = sampled(temperature)
     models = policy(), scalar_params(5), policy(1), scalar_params(6)
-    return rollout.judge(*models, tokens, LENGTHS, mask, at(temperature))
+    return rollout.score(*models, tokens, LENGTHS, mask, at(temperature))
 
 
 @functools.partial(jax.jit, static_argnames="config")
@@ -231,12 +231,12 @@ def test_samples_have_the_enumerated_probabilities(temperature):
 
 def credit(j, score, beta=0.1, **changes):
     options = {"eos_id": EOS, "missing_eos": None, "gamma": 1.0, "lam": 0.95} | changes
-    return rollout.finish(j, jnp.asarray(score), jnp.float32(beta), **options)
+    return rollout.compute_advantages(j, jnp.asarray(score), jnp.float32(beta), **options)
 
 
 def test_the_first_kl_is_exactly_0():
     tokens, mask, _ = sampled()
-    same = rollout.judge(policy(), scalar_params(5), jax.tree.map(np.copy, policy()), None, tokens, LENGTHS, mask, N)
+    same = rollout.score(policy(), scalar_params(5), jax.tree.map(np.copy, policy()), None, tokens, LENGTHS, mask, N)
     np.testing.assert_array_equal(same["log_prob"], same["ref_log_prob"])
     assert "score" not in same
     _, metrics = credit(same, np.zeros(ROWS, np.float32))
@@ -250,7 +250,7 @@ def test_a_frozen_copy_computes_the_same_bits():
     reference = frozen(jax.tree.map(jnp.asarray, policy()), jnp.bfloat16)
     assert reference["blocks"]["mlp"]["c_fc"]["kernel"].dtype == jnp.bfloat16
     assert reference["wte"].dtype == jnp.float32
-    found = rollout.judge(policy(), scalar_params(5), reference, None, tokens, LENGTHS, mask, n)
+    found = rollout.score(policy(), scalar_params(5), reference, None, tokens, LENGTHS, mask, n)
     np.testing.assert_array_equal(found["log_prob"], found["ref_log_prob"])
 
 
@@ -267,10 +267,10 @@ def test_a_value_network_that_is_the_reward_model_sees_what_it_sees():
     """V before token t + 1 = the score of the response cut after token t."""
     tokens, mask, _ = sampled()
     shared = scalar_params(6)
-    value = np.asarray(rollout.judge(policy(), shared, policy(), shared, tokens, LENGTHS, mask, N)["value"])
+    value = np.asarray(rollout.score(policy(), shared, policy(), shared, tokens, LENGTHS, mask, N)["value"])
     for t in range(R - 1):
         cut = mask * (jnp.arange(R) <= t)
-        score = rollout.judge(policy(), shared, policy(), shared, tokens, LENGTHS, cut, N)["score"]
+        score = rollout.score(policy(), shared, policy(), shared, tokens, LENGTHS, cut, N)["score"]
         longer = np.asarray(mask)[:, t + 1] > 0
         assert longer.any()
         close(value[longer, t + 1], np.asarray(score)[longer])
@@ -288,7 +288,7 @@ def test_what_is_judged_is_0_after_the_last_action():
 def test_more_left_padding_changes_nothing():
     tokens, mask, _ = sampled()
     wider = np.pad(np.asarray(tokens), ((0, 0), (3, 0)), constant_values=PAD)
-    found = rollout.judge(policy(), scalar_params(5), policy(1), scalar_params(6), wider, LENGTHS, mask, N)
+    found = rollout.score(policy(), scalar_params(5), policy(1), scalar_params(6), wider, LENGTHS, mask, N)
     for name in ("log_prob", "ref_log_prob", "entropy", "value", "score"):
         close(found[name], judged()[name])
     again = rollout.sample(policy(), wider[:, : Q + 3], LENGTHS, jax.random.key(3), N)
@@ -300,7 +300,7 @@ def test_more_right_padding_changes_nothing():
     wide = lambda x, value: np.pad(np.asarray(x), ((0, 0), (0, 2)), constant_values=value)
     arguments = wide(tokens, PAD), LENGTHS, wide(mask, 0)
     n = dataclasses.replace(N, response=R + 2)
-    found = rollout.judge(policy(), scalar_params(5), policy(1), scalar_params(6), *arguments, n)
+    found = rollout.score(policy(), scalar_params(5), policy(1), scalar_params(6), *arguments, n)
     close(found["score"], judged()["score"])
     for name in ("log_prob", "value"):
         close(found[name][:, :R], judged()[name])
@@ -312,7 +312,7 @@ def test_what_stands_in_pads_changes_nothing():
     pads = np.asarray(judged()["real"]) == 0
     for garbage in (0, 3, EOS, 10_000):
         dirty = np.where(pads, garbage, np.asarray(tokens)).astype(np.int32)
-        found = rollout.judge(policy(), scalar_params(5), policy(1), scalar_params(6), dirty, LENGTHS, mask, N)
+        found = rollout.score(policy(), scalar_params(5), policy(1), scalar_params(6), dirty, LENGTHS, mask, N)
         for name in ("log_prob", "ref_log_prob", "entropy", "value", "score"):
             np.testing.assert_array_equal(found[name], judged()[name])
 
@@ -322,7 +322,7 @@ def test_the_score_depends_on_every_token_up_to_the_last():
     for t in range(Q - 1, Q + R):  # the prompt's last token, then the response's
         other = tokens.copy()
         other[:, t] = (other[:, t] + 1) % VOCAB
-        found = rollout.judge(policy(), scalar_params(5), policy(1), scalar_params(6), other, LENGTHS, mask, N)
+        found = rollout.score(policy(), scalar_params(5), policy(1), scalar_params(6), other, LENGTHS, mask, N)
         moved = np.asarray(found["score"]) != np.asarray(judged()["score"])
         inside = mask[:, t - Q] > 0 if t >= Q else np.ones(ROWS, bool)
         np.testing.assert_array_equal(moved, inside)
@@ -331,7 +331,7 @@ def test_the_score_depends_on_every_token_up_to_the_last():
 def test_a_few_rows_at_a_time_is_all_at_once():
     tokens, mask, _ = sampled()
     models = policy(), scalar_params(5), policy(1), scalar_params(6)
-    found = rollout.judge(*models, tokens, LENGTHS, mask, N, rows=8)
+    found = rollout.score(*models, tokens, LENGTHS, mask, N, rows=8)
     for name, expected in judged().items():
         close(found[name], expected)
 
@@ -339,8 +339,8 @@ def test_a_few_rows_at_a_time_is_all_at_once():
 def test_a_value_head_on_the_policys_trunk():
     tokens, mask, _ = sampled()
     head = scalar_params(5)["head"]
-    shared = rollout.judge(policy(), {"head": head}, policy(1), None, tokens, LENGTHS, mask, at(1.0, value=None))
-    apart = rollout.judge(
+    shared = rollout.score(policy(), {"head": head}, policy(1), None, tokens, LENGTHS, mask, at(1.0, value=None))
+    apart = rollout.score(
         policy(), {"trunk": heads.trunk(policy()), "head": head}, policy(1), None, tokens, LENGTHS, mask, N
     )
     close(shared["value"], apart["value"])
@@ -352,7 +352,7 @@ def test_dropout_plays_no_part():
     n = at(1.0, policy=dropping, value=dropping, reward=dropping)
     tokens, mask, log_prob = rollout.sample(policy(), left_padded(LENGTHS), LENGTHS, jax.random.key(3), n)
     jax.tree.map(np.testing.assert_array_equal, (tokens, mask, log_prob), sampled())
-    found = rollout.judge(policy(), scalar_params(5), policy(1), scalar_params(6), tokens, LENGTHS, mask, n)
+    found = rollout.score(policy(), scalar_params(5), policy(1), scalar_params(6), tokens, LENGTHS, mask, n)
     jax.tree.map(np.testing.assert_array_equal, found, judged())
 
 

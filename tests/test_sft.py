@@ -40,7 +40,8 @@ from gptjax.run_config import read_config
 from gptjax.sft import sft, sft_loss, weigher
 from gptjax.trained import load_model
 from gptjax.training.checkpoint import Checkpointer
-from gptjax.training.loop import device_batches
+from gptjax.training.stage import Evaluation
+from gptjax.training.supervised import device_batches
 
 TERMS = model_terms(GPTConfig(300, n_layer=2, n_head=4, d_model=32, context_length=CONTEXT), rows=24)
 
@@ -76,14 +77,15 @@ def state_and_batches(config, workdir, monkeypatch, steps=0):
     """(state before the first step, the first batches) of a run that is not run: what the loop was given."""
     seen = {}
 
-    def train(c, state, step_fn, batches, *, mesh, **_):
+    def capture(c, program, batches, schedule, mesh, *, init, **_):
         plan, by_row = ((i, 1) for i in range(steps)), batch_sharding(mesh, 2)
-        seen["params"] = jax.device_get(state.params)
+        with jax.set_mesh(mesh):
+            seen["params"] = jax.device_get(init().params)
         seen["batches"] = [b for *_, b in device_batches(batches, plan, c.microbatch_rows, by_row, 0, steps)]
         raise Stop
 
     with monkeypatch.context() as patch:
-        patch.setattr(stage.loop, "train", train)
+        patch.setattr(stage, "supervised", capture)
         with pytest.raises(Stop):
             sft(config, str(workdir))
     return seen["params"], [jax.device_get(jax.tree.map(lambda a: a[0], b)) for b in seen["batches"]]
@@ -175,9 +177,9 @@ def test_one_example_has_no_gradient_on_another(start, some):
 def test_the_first_step_by_hand(pretrained, alignment, start, some, tmp_path, monkeypatch, options):
     """metrics.jsonl's loss, count and gradient norm of a whole run's first step; 4 rows of ragged demonstrations."""
     params, config, _, t = start
-    monkeypatch.setattr(stage, "evaluator", lambda *_: None)
+    monkeypatch.setattr(stage, "response_loss", lambda *_: lambda state: Evaluation({}))
     settings = {"batch_size": 4, "steps": 1, "samples__count": 0, **options}
-    assert sft(sft_config(pretrained, alignment["demonstrations"], **settings), str(tmp_path / "run")) is True
+    assert sft(sft_config(pretrained, alignment["demonstrations"], **settings), str(tmp_path / "run")).finished
     rows = PackedRows(some, CONTEXT, options.get("data__packing", True), t.pad_id)
     index = lm.shuffled(np.arange(4), len(rows), 0)
     demos = [some[i] for row in index for i in rows._rows[row]]
@@ -293,9 +295,9 @@ def straight(pretrained, alignment, tmp_path_factory):
 
 def test_a_stopped_run_ends_where_an_uninterrupted_one_does(pretrained, alignment, straight, tmp_path):
     config = sft_config(pretrained, alignment["demonstrations"], steps=10, **RESUMED)
-    assert until_sigterm(sft, config, tmp_path / "parts", stop=6) is False
+    assert not until_sigterm(sft, config, tmp_path / "parts", stop=6).finished
     assert Checkpointer(tmp_path / "parts").steps()[-1] == 6
-    assert sft(config, str(tmp_path / "parts")) is True
+    assert sft(config, str(tmp_path / "parts")).finished
     assert_same_run(tmp_path / "parts", straight, 10)
     shown = lines(tmp_path / "parts", "samples")
     assert shown == lines(straight, "samples") and {s["step"] for s in shown} == {0, 10}
@@ -316,7 +318,7 @@ def test_a_base_that_is_gone_is_not_needed_any_more(pretrained, alignment, tmp_p
     shutil.rmtree(base)
     with pytest.raises(InputError, match=f"{base} is not a workdir: there is no such folder"):
         sft(sft_config(base, alignment["demonstrations"], steps=4, **options), str(tmp_path / "new"))
-    assert sft(sft_config(base, alignment["demonstrations"], steps=4, **options), str(tmp_path / "run")) is True
+    assert sft(sft_config(base, alignment["demonstrations"], steps=4, **options), str(tmp_path / "run")).finished
     assert "goes on from its own checkpoint" in capsys.readouterr().out
     assert read_config(tmp_path / "run")["origin"]["init_from_weights"] == weights
 
@@ -341,14 +343,14 @@ def test_the_selected_checkpoint_is_the_one_that_is_loaded(
 
     def planted(*args):
         seen = iter([9.0, 1.0, 2.0, 3.0])
-        return lambda params: {"loss": next(seen), "bits_per_byte": 0.0, "tokens": 1}
+        return lambda state: Evaluation({"loss": next(seen), "bits_per_byte": 0.0, "tokens": 1})
 
-    monkeypatch.setattr(stage, "evaluator", planted)
+    monkeypatch.setattr(stage, "response_loss", planted)
     c = sft_config(
         pretrained, alignment["demonstrations"], steps=6, selection=selection, eval__every=2, checkpoint__every=2,
         checkpoint__keep_last=1, samples__count=0,
     )  # fmt: skip
-    assert sft(c, str(tmp_path / "run")) is True
+    assert sft(c, str(tmp_path / "run")).finished
     model = load_model(tmp_path / "run")
     assert model.step == expected
     if selection == "loss":
@@ -361,7 +363,7 @@ def test_selection_by_the_reward_model(pretrained, alignment, judge, tmp_path, c
         pretrained, alignment["demonstrations"], steps=12, selection="reward", reward=str(judge), eval__every=3,
         checkpoint__every=3, optimizer__learning_rate=1e-2,
     )  # fmt: skip
-    assert sft(c, str(tmp_path / "run")) is True
+    assert sft(c, str(tmp_path / "run")).finished
     rewards = {e["step"]: e["reward"] for e in lines(tmp_path / "run", "evaluations")}
     assert set(rewards) == {0, 3, 6, 9, 12} and len(set(rewards.values())) == 5
     del rewards[0]  # there is no checkpoint of step 0
@@ -375,7 +377,7 @@ def test_a_reward_model_and_a_long_prompt(pretrained, judge, tmp_path):
         pretrained, write(tmp_path / "rows.jsonl", rows), steps=1, selection="reward", reward=str(judge),
         samples__max_new_tokens=64, data__validation="0.5",
     )  # fmt: skip
-    assert sft(c, str(tmp_path / "run")) is True
+    assert sft(c, str(tmp_path / "run")).finished
 
 
 def test_a_reward_model_too_short_for_the_samples(pretrained, alignment, judge, tmp_path, monkeypatch):
@@ -405,7 +407,7 @@ def test_a_handful_of_demonstrations_is_learnt_by_heart(pretrained, tmp_path):
         pretrained, write(tmp_path / "rows.jsonl", rows), steps=150, batch_size=2, samples__count=0,
         data__validation=str(write(tmp_path / "held_out.jsonl", rows[:2])), optimizer__learning_rate=1e-2,
     )  # fmt: skip
-    assert sft(c, str(tmp_path / "run")) is True
+    assert sft(c, str(tmp_path / "run")).finished
     model, t = load_model(tmp_path / "run"), template(tmp_path / "run")
     with jax.set_mesh(model.mesh):
         out = generate(

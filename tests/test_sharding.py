@@ -14,6 +14,7 @@ from gptjax.distributed.hosts import global_array
 from gptjax.errors import InputError
 from gptjax.model import gpt, heads
 from gptjax.model.spec import GPTConfig
+from gptjax.objectives.base import Objective
 from gptjax.objectives.lm import causal_lm_loss
 from gptjax.parallel.mesh import MeshConfig, batch_shards, check_fits, make_mesh
 from gptjax.parallel.sharding import (
@@ -67,7 +68,7 @@ def _train(config, devices, optimizer):
     model = dataclasses.replace(MODEL, attention="xla")
     tx = make_optimizer(optimizer)
     _, shardings = state_shardings(gpt.abstract_params(model), tx, F32, mesh)
-    step = train_step(causal_lm_loss(model, jnp.float32, 8, mesh), tx, 1.0, F32, seed=0, dropout=False)
+    step = train_step(Objective(causal_lm_loss(model, jnp.float32, 8, mesh)), tx, 1.0, F32, seed=0, dropout=False)
     rng = np.random.default_rng(0)
     batch = {
         "tokens": rng.integers(0, 61, (STEPS, 2, 8, 17), np.int32),
@@ -362,7 +363,7 @@ def test_unrolled_layers_that_are_recomputed_compile_on_a_cpu():
     tx, precision = make_optimizer(OptimizerConfig()), PrecisionConfig()
     abstract, shardings = state_shardings(gpt.abstract_params(model), tx, precision, mesh)
     loss = causal_lm_loss(model, precision.dtype, 128, mesh)
-    step = jit_train_step(train_step(loss, tx, 1.0, precision, 0, False), shardings)
+    step = jit_train_step(train_step(Objective(loss), tx, 1.0, precision, 0, False), shardings)
     batch = {
         name: jax.ShapeDtypeStruct((1, 2, 8, length), dtype, sharding=batch_sharding(mesh, 2))
         for name, length, dtype in (("tokens", 17, jnp.int32), ("weights", 16, jnp.float32))

@@ -11,13 +11,15 @@ from numerics import approx, assert_close, model_terms
 
 from gptjax.model import gpt
 from gptjax.model.spec import GPTConfig
+from gptjax.objectives.base import Objective
 from gptjax.objectives.lm import causal_lm_loss
 from gptjax.parallel.mesh import MeshConfig, make_mesh
-from gptjax.training.loop import Dispatch, chunks, micro_batches
+from gptjax.training.loop import plan
 from gptjax.training.optimizer import OptimizerConfig, make_optimizer
 from gptjax.training.precision import PrecisionConfig
 from gptjax.training.state import init_state, new_state, state_shardings
 from gptjax.training.step import jit_eval_step, jit_train_step, memory_needed, train_step
+from gptjax.training.supervised import Dispatch, micro_batches
 
 MODEL = GPTConfig(64, n_layer=2, n_head=4, d_model=32, context_length=16, attention="reference")
 DROPOUT = dataclasses.replace(MODEL, dropout=0.2)
@@ -46,7 +48,7 @@ def batch():
 
 def gradient_step(loss, **kwargs):
     options = {"clip_norm": 0.0, "precision": F32, "seed": 0, "dropout": False} | kwargs
-    return jax.jit(train_step(loss, KEEP, **options))
+    return jax.jit(train_step(Objective(loss), KEEP, **options))
 
 
 @pytest.fixture(scope="module")
@@ -162,7 +164,7 @@ def born():
     mesh = make_mesh(MeshConfig(data=1), jax.devices()[:1])
     tx = make_optimizer(OptimizerConfig())
     _, shardings = state_shardings(gpt.abstract_params(DROPOUT), tx, F32, mesh)
-    step = train_step(causal_lm_loss(DROPOUT, jnp.float32, 8, mesh), tx, 1.0, F32, seed=3, dropout=True)
+    step = train_step(Objective(causal_lm_loss(DROPOUT, jnp.float32, 8, mesh)), tx, 1.0, F32, seed=3, dropout=True)
     return mesh, shardings, jit_train_step(step, shardings), lambda: init_state(DROPOUT, tx, F32, shardings, 0)
 
 
@@ -212,7 +214,7 @@ def test_the_state_is_donated_and_the_memory_told(born):
     "start, stop, size, boundaries", [(0, 25, 5, (10, 7)), (13, 25, 10, (5,)), (3, 4, 8, ()), (0, 9, 4, (0, 6))]
 )
 def test_chunks_cover_every_step_and_stop_at_boundaries(start, stop, size, boundaries):
-    got = list(chunks(start, stop, size, *boundaries))
+    got = list(plan(start, stop, size, *boundaries))
     assert [s for first, n in got for s in range(first, first + n)] == list(range(start, stop))
     assert all(1 <= n <= size for _, n in got)
     ends = {first + n for first, n in got}
@@ -229,7 +231,7 @@ def test_a_loss_that_is_not_finite_changes_no_parameter(bad, n_micro):
         return (params["kernel"] * micro["x"]).sum(), jnp.float32(1)
 
     tx = make_optimizer(OptimizerConfig())
-    step = jax.jit(train_step(loss, tx, 1.0, F32, seed=0, dropout=False))
+    step = jax.jit(train_step(Objective(loss), tx, 1.0, F32, seed=0, dropout=False))
     good = {"x": jnp.ones((n_micro, 1, 1)), "weights": jnp.ones((n_micro, 1, 1))}
     state, metrics = step(new_state({"kernel": jnp.ones(3)}, tx, F32), (good, jnp.float32(0.1)))
     assert bool(metrics["finite"])
@@ -247,7 +249,7 @@ def test_it_overfits_one_batch():
     tx = make_optimizer(OptimizerConfig(weight_decay=0.0))
     _, shardings = state_shardings(gpt.abstract_params(MODEL), tx, F32, mesh)
     loss = causal_lm_loss(MODEL, jnp.float32, 16, mesh)
-    run = jit_train_step(train_step(loss, tx, 1.0, F32, seed=0, dropout=False), shardings)
+    run = jit_train_step(train_step(Objective(loss), tx, 1.0, F32, seed=0, dropout=False), shardings)
     one = stacked_batches(1)
     fifty = jax.tree.map(lambda x: np.repeat(x, 50, axis=0), one)
     with jax.set_mesh(mesh):

@@ -250,11 +250,11 @@ def problem():
 def estimate(problem):
     """The mean over all responses, each weighted by its probability, of PPO's policy gradient."""
     bed, here, _, pi = problem
-    n = dataclasses.replace(bed.n, value=None)
+    n = dataclasses.replace(bed.spec, value=None)
     value = {"head": heads.new_head(exact.MODEL.d_model, None)}
     lengths = np.full(len(bed.tokens), 3, np.int32)
-    j = rollout.judge(here, value, bed.reference, None, bed.tokens, lengths, jnp.asarray(bed.mask), n)
-    e, _ = rollout.finish.__wrapped__(  # not the compiled one: it would not see another k1
+    j = rollout.score(here, value, bed.reference, None, bed.tokens, lengths, jnp.asarray(bed.mask), n)
+    e, _ = rollout.compute_advantages.__wrapped__(  # not the compiled one: it would not see another k1
         j, jnp.asarray(bed.rewards).reshape(-1), bed.c.beta, eos_id=exact.EOS, missing_eos=None, gamma=1.0, lam=1.0,
         whiten_advantages=False,
     )  # fmt: skip
@@ -578,25 +578,25 @@ GOOD = {
 )
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 def test_each_fault_has_its_alarm(fault, iteration, message, dtype):
-    found = sanity_checks.alarms(GOOD | fault, iteration, dtype)
+    found = sanity_checks.sanity_checks(GOOD | fault, iteration, dtype)
     assert len(found) == 1 and message in found[0]
 
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 def test_no_alarm_when_all_is_well(dtype):
-    assert sanity_checks.alarms(GOOD, 0, dtype) == []
+    assert sanity_checks.sanity_checks(GOOD, 0, dtype) == []
     later = GOOD | {"objective/kl": 3.0}
-    assert sanity_checks.alarms(later, 1, dtype) == []
-    assert sanity_checks.alarms(GOOD | {"objective/kl": -0.29}, 1, dtype) == []  # within three standard errors
+    assert sanity_checks.sanity_checks(later, 1, dtype) == []
+    assert sanity_checks.sanity_checks(GOOD | {"objective/kl": -0.29}, 1, dtype) == []  # within three standard errors
 
 
 def test_responses_that_never_end_have_an_alarm():
     """Then missing_eos takes the place of every score, and the figures look well."""
     line = GOOD | {"response/eos_rate": 0.0}
-    (found,) = sanity_checks.alarms(line, 3, jnp.float32, missing_eos=-1.0)
+    (found,) = sanity_checks.sanity_checks(line, 3, jnp.float32, missing_eos=-1.0)
     assert "no response ended" in found and "rollout.missing_eos=-1" in found and "max_new_tokens" in found
-    assert sanity_checks.alarms(line, 3, jnp.float32, missing_eos=None) == []
-    assert sanity_checks.alarms(line | {"response/eos_rate": 1 / 512}, 3, jnp.float32, missing_eos=-1.0) == []
+    assert sanity_checks.sanity_checks(line, 3, jnp.float32, missing_eos=None) == []
+    assert sanity_checks.sanity_checks(line | {"response/eos_rate": 1 / 512}, 3, jnp.float32, missing_eos=-1.0) == []
 
 
 @pytest.mark.parametrize("bad", [{"finite": 0.75}, {"finite": 0.0}, {"objective/rlhf_reward": float("nan")}])
@@ -614,7 +614,7 @@ def test_a_real_iteration_raises_no_alarm():
     part = {k: v[:ROWS] for k, v in judged().items()}
     _, figures = credit(part | {"ref_log_prob": part["log_prob"]}, np.zeros(ROWS, np.float32))
     line = {k: float(v) for k, v in (figures | base_run()[0]).items()} | {"policy/rollout_logp_diff": 1e-5}
-    assert sanity_checks.alarms(line, 0, jnp.float32) == []
+    assert sanity_checks.sanity_checks(line, 0, jnp.float32) == []
 
 
 # --- memory -----------------------------------------------------------------------------------------------

@@ -12,7 +12,6 @@ import json
 import os
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import jax
@@ -25,7 +24,9 @@ from gptjax import command_line
 from gptjax.model import gpt, heads
 from gptjax.model.spec import GPTConfig
 from gptjax.rlhf import rollout
-from gptjax.rlhf.networks import Networks
+from gptjax.rlhf.clock import Clock
+from gptjax.rlhf.config import RolloutConfig
+from gptjax.rlhf.networks import RLSpec
 from gptjax.rlhf.state import new_state, phase_keys
 from gptjax.rlhf.update import UpdateConfig, make_update
 from gptjax.training.optimizer import OptimizerConfig, make_optimizer
@@ -52,7 +53,7 @@ class Ours:
     def __init__(self, model: GPTConfig, prompt: int, response: int, batch: int, epochs: int = 4,
                  microbatch: int | None = None, dtype=jnp.float32):  # fmt: skip
         self.model, self.prompt, self.batch = model, prompt, batch
-        self.n = Networks(
+        self.spec = RLSpec(
             policy=model, value=model, reward=model, response=response, eos_id=None, pad_id=model.vocab_size - 1,
             vocab=model.vocab_size - 1, dtype=dtype,
         )  # fmt: skip
@@ -61,33 +62,24 @@ class Ours:
         tx = make_optimizer(OptimizerConfig(weight_decay=0.0))
         self.state = new_state(policy, self.reward, tx, tx, 0.05, 0)
         self.reference, self.reward = frozen(policy, dtype), frozen(self.reward, dtype)
-        update = make_update(UpdateConfig(epochs, minibatches=1, microbatch_size=microbatch), self.n, tx, tx, 0.0, 0.0)
+        settings = UpdateConfig(epochs, minibatches=1, microbatch_size=microbatch)
+        update = make_update(settings, self.spec, tx, tx, 0.0, 0.0)
         self.update = jax.jit(update, donate_argnums=0)
         self.rng = np.random.default_rng(0)
 
     def iterate(self) -> dict:
-        began = time.perf_counter()
-        laps, s = [began], self.state
-        prompts = self.rng.integers(0, self.n.vocab, (self.batch, self.prompt)).astype(np.int32)
+        clock, s = Clock(), self.state
+        prompts = self.rng.integers(0, self.spec.vocab, (self.batch, self.prompt)).astype(np.int32)
         lengths = np.full(self.batch, self.prompt, np.int32)
-        tokens, mask, sampled = rollout.sample(s.policy, prompts, lengths, phase_keys(s)[1], self.n)
-        laps.append(_done(mask))
-        judged = rollout.judge(s.policy, s.value, self.reference, self.reward, tokens, lengths, mask, self.n)
-        experience, self.measured = rollout.finish(
-            judged, judged["score"], s.kl_coefficient, eos_id=None, missing_eos=None, gamma=1.0, lam=0.95
-        )
-        laps.append(_done(experience))
+        experience, measured, _ = rollout.collect(
+            s.policy, s.value, lambda: (self.reference, self.reward), prompts, lengths, phase_keys(s)[1],
+            s.kl_coefficient, self.spec, RolloutConfig(missing_eos=None), lap=clock.lap,
+        )  # fmt: skip
         rate = np.float32(1e-5)
         self.state, metrics = self.update(s, experience, None, (rate, rate))
-        laps.append(_done((self.state, metrics)))
-        self.measured |= metrics | {"sampler": rollout.sampler_difference(sampled, judged["log_prob"], mask)}
-        parts = dict(zip(("rollout", "score", "update"), np.diff(laps).tolist(), strict=True))
-        return {"seconds": laps[-1] - began, **parts}
-
-
-def _done(arrays) -> float:
-    jax.block_until_ready(arrays)
-    return time.perf_counter()
+        clock.lap("update", (self.state, metrics))
+        self.measured = measured | metrics
+        return {"seconds": clock.total, **clock.seconds}
 
 
 def main(_):

@@ -4,21 +4,23 @@ import numpy as np
 
 from gptjax.model import gpt
 from gptjax.model.spec import GPTConfig
+from gptjax.objectives.base import Objective
 from gptjax.objectives.lm import causal_lm_loss
 from gptjax.parallel.mesh import MeshConfig, make_mesh
-from gptjax.training.optimizer import OptimizerConfig, make_optimizer
+from gptjax.training.optimizer import OptimizerConfig
 from gptjax.training.precision import PrecisionConfig
-from gptjax.training.state import init_state, state_shardings
-from gptjax.training.step import jit_train_step, train_step
+from gptjax.training.state import init_state
+from gptjax.training.step import train_program
 
 
 def make_step(model: GPTConfig, compute: str = "float32"):
     """(state, jitted step over [steps, micro-batches, rows, ...] arrays), AdamW with clipping, one device."""
-    precision, tx, mesh = PrecisionConfig(compute), make_optimizer(OptimizerConfig()), make_mesh(MeshConfig())
-    _, shardings = state_shardings(gpt.abstract_params(model), tx, precision, mesh)
-    state = init_state(model, tx, precision, shardings, seed=0)
-    loss = causal_lm_loss(model, precision.dtype, chunk=128, mesh=mesh)
-    return state, jit_train_step(train_step(loss, tx, 1.0, precision, 0, dropout=model.dropout > 0), shardings)
+    precision, mesh = PrecisionConfig(compute), make_mesh(MeshConfig())
+    objective = Objective(causal_lm_loss(model, precision.dtype, chunk=128, mesh=mesh))
+    train = train_program(
+        objective, gpt.abstract_params(model), OptimizerConfig(), precision, 0, mesh, dropout=model.dropout > 0
+    )
+    return init_state(model, train.tx, precision, train.shardings, seed=0), train.step
 
 
 def random_tokens(vocab: int, rows: int, context: int) -> np.ndarray:

@@ -38,10 +38,10 @@ def main(_):
     workdir, scale = Path(FLAGS.workdir), FLAGS.scale
     seconds = {}
 
-    def timed(name, finished):
+    def timed(name, result):
         seconds[name] = time.perf_counter() - began - sum(seconds.values())
-        if finished is False:
-            raise SystemExit("stopped; the same command goes on from there")
+        if result is not None and not result.finished:
+            raise SystemExit("stopped; the same command resumes from there")
 
     heading("1. Pre-training on the standard library's text")
     timed("pre-training", pretrain(FLAGS.config, str(workdir)))

@@ -16,7 +16,8 @@ import numpy as np
 from gptjax.model import gpt, heads
 from gptjax.model.spec import GPTConfig
 from gptjax.rlhf import networks, rollout
-from gptjax.rlhf.networks import Networks
+from gptjax.rlhf.config import RolloutConfig
+from gptjax.rlhf.networks import RLSpec
 from gptjax.rlhf.state import new_state, phase_keys
 from gptjax.rlhf.update import UpdateConfig, make_update
 from gptjax.training.optimizer import OptimizerConfig, make_optimizer
@@ -65,7 +66,7 @@ class Bed:
 
     def __init__(self, seed: int, c: BedConfig = BedConfig()):
         self.c, self.seed = c, seed
-        self.n = Networks(
+        self.spec = RLSpec(
             policy=MODEL, value=MODEL, reward=None, response=LENGTH, eos_id=EOS, pad_id=PAD, vocab=VOCAB,
             temperature=c.temperature,
         )  # fmt: skip
@@ -94,7 +95,7 @@ class Bed:
     def log_probs(self, policy):
         """log pi(y|x) of every response: float32 [3, 341]."""
         lengths = np.full(len(self.tokens), PROMPTS.shape[1])
-        return enumerated(policy, self.tokens, lengths, self.mask, self.n).reshape(len(PROMPTS), -1)
+        return enumerated(policy, self.tokens, lengths, self.mask, self.spec).reshape(len(PROMPTS), -1)
 
     def objective(self, log_pi):
         """J = E[r] - beta KL(pi || ref), the mean over prompts."""
@@ -118,19 +119,19 @@ class Bed:
     def train(self, ptx=None, record=lambda *_: None):
         """PPO for c.iterations. ptx: (state) -> pre-training sequences for the update, or None. record is called
         with (iteration, metrics of finish and update). Returns the final PPOState."""
-        c, n = self.c, self.n
+        c, spec = self.c, self.spec
+        settings = RolloutConfig(missing_eos=None, gamma=c.gamma, lam=c.lam)
         tx = make_optimizer(OptimizerConfig(weight_decay=0.0, clip_norm=1.0, b2=0.95))
         value = heads.scalar_model(self.reference, MODEL, None)
         state = new_state(self.reference, value, tx, tx, c.beta, self.seed)
-        update = jax.jit(make_update(c.ppo, n, tx, tx, 1.0, 1.0), donate_argnums=0)
+        update = jax.jit(make_update(c.ppo, spec, tx, tx, 1.0, 1.0), donate_argnums=0)
         lengths = np.full(c.batch, PROMPTS.shape[1], np.int32)
         for i in range(c.iterations):
             prompt = (int(state.prompt_position) + np.arange(c.batch)) % len(PROMPTS)
-            tokens, mask, _ = rollout.sample(state.policy, PROMPTS[prompt], lengths, phase_keys(state)[1], n)
-            judged = rollout.judge(state.policy, state.value, self.reference, None, tokens, lengths, mask, n)
-            experience, metrics = rollout.finish(
-                judged, self.score(tokens, prompt), state.kl_coefficient, eos_id=n.eos_id, missing_eos=None,
-                gamma=c.gamma, lam=c.lam,
+            experience, metrics, _ = rollout.collect(
+                state.policy, state.value, lambda: (self.reference, None), PROMPTS[prompt], lengths,
+                phase_keys(state)[1], state.kl_coefficient, spec, settings,
+                rule=lambda tokens, lengths, mask, prompt=prompt: self.score(tokens, prompt),
             )  # fmt: skip
             rate = np.float32(c.learning_rate * (1 - i / c.iterations))
             state, more = update(state, experience, ptx(state) if ptx else None, (rate, rate))
@@ -138,11 +139,11 @@ class Bed:
         return state
 
 
-@functools.partial(jax.jit, static_argnames="n")
-def enumerated(policy, tokens, lengths, mask, n):
-    real = networks.real_tokens(lengths, mask, tokens.shape[1] - n.response)
-    states = networks.policy_states(policy, tokens, real, mask, n)
-    return (networks.log_probs(policy, states, tokens, n) * mask).sum(1)
+@functools.partial(jax.jit, static_argnames="spec")
+def enumerated(policy, tokens, lengths, mask, spec):
+    real = networks.real_tokens(lengths, mask, tokens.shape[1] - spec.response)
+    states = networks.policy_states(policy, tokens, real, mask, spec)
+    return (networks.log_probs(policy, states, tokens, spec) * mask).sum(1)
 
 
 def _sharpened(params):

@@ -61,7 +61,7 @@ def value_after_the_end():
 
 
 def min_for_max():
-    """The optimiztic of the two surrogates in place of the pessimistic."""
+    """The optimistic of the two surrogates in place of the pessimistic."""
 
     def policy_loss(log_prob, old_log_prob, advantages, mask, clip):
         log_ratio = ppo.keep(log_prob - old_log_prob, mask)
@@ -145,9 +145,9 @@ def mean_of_means():
     """Each micro-batch divided by its own count of actions, then averaged."""
     gradients = update.ppo_gradients
 
-    def averaged(c, n, policy, value, batch):
+    def averaged(c, spec, policy, value, batch, *rest):
         parts = [
-            gradients(c, n, policy, value, jax.tree.map(lambda a, i=i: a[i : i + 1], batch))
+            gradients(c, spec, policy, value, jax.tree.map(lambda a, i=i: a[i : i + 1], batch), *rest)
             for i in range(batch.mask.shape[0])
         ]
         return jax.tree.map(lambda *xs: functools.reduce(jnp.add, xs) / len(xs), *parts)
@@ -163,8 +163,8 @@ def value_not_clipped_against_the_old():
 
 def missing_eos_forgiven():
     """The penalty for a response that never ends is not applied."""
-    finish = rollout.finish
-    rollout.finish = lambda *args, missing_eos, **rest: finish(*args, missing_eos=None, **rest)
+    compute_advantages = rollout.compute_advantages
+    rollout.compute_advantages = lambda *args, missing_eos, **rest: compute_advantages(*args, missing_eos=None, **rest)
 
 
 def _replace_where_imported(name, new):

@@ -35,7 +35,7 @@ class PtxBed(Bed):
         """log pi of each of the 625 texts after the context."""
         lengths = np.full(len(self.texts), len(CONTEXT))
         mask = np.ones((len(self.texts), LENGTH), np.float32)
-        return enumerated(policy, self.texts, lengths, mask, self.n)
+        return enumerated(policy, self.texts, lengths, mask, self.spec)
 
     def tax(self, policy) -> float:
         return float((jnp.exp(self.text_log_ref) * (self.text_log_ref - self.text_log_probs(policy))).sum())

@@ -16,6 +16,7 @@ from gptjax.data.comparisons import Comparison, ComparisonBatches
 from gptjax.errors import InputError
 from gptjax.model import gpt, heads
 from gptjax.model.spec import GPTConfig
+from gptjax.objectives.base import Objective
 from gptjax.reward import reward_loss
 from gptjax.rlhf.reward_model import score_rows
 from gptjax.training.optimizer import OptimizerConfig, make_optimizer
@@ -143,8 +144,9 @@ class Bed:
         schedule = Schedule(ScheduleConfig(warmup_tokens=20 * c.batch), batch_size=c.batch, context_length=1,
                             learning_rate=optimizer.learning_rate, steps=self.steps)  # fmt: skip
         tx = make_optimizer(optimizer)
-        loss = reward_loss(MODEL, precision.dtype, "pairs")
-        step = jax.jit(train_step(loss, tx, optimizer.clip_norm, precision, self.seed, dropout=False), donate_argnums=0)
+        objective = Objective(reward_loss(MODEL, precision.dtype, "pairs"))
+        step = train_step(objective, tx, optimizer.clip_norm, precision, self.seed, dropout=False)
+        step = jax.jit(step, donate_argnums=0)
         state = _new(jax.random.key(self.seed), tx, precision)
         for i, batch in lm.iterate(self.batches, 0, self.steps):
             micro = {name: array[None] for name, array in batch.items()}

@@ -69,9 +69,9 @@ def main(_):
     say(result)
 
 
-def finished(done: bool):
-    if not done:
-        raise SystemExit("stopped; the same command goes on from there")
+def finished(result):
+    if not result.finished:
+        raise SystemExit("stopped; the same command resumes from there")
 
 
 # --- the stages' settings -----------------------------------------------------------------------------------

@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec
 
+from gptjax import pretrain, reward, sft
 from gptjax.cost.memory import cache_bytes, training_peak
 from gptjax.cost.roofline import Work, train_work
 from gptjax.data import comparisons
@@ -22,24 +23,20 @@ from gptjax.model import gpt, heads
 from gptjax.model.attention import resolve
 from gptjax.model.flops import flops_per_token
 from gptjax.model.spec import GPTConfig, non_embedding_count, parameter_count
-from gptjax.objectives.lm import causal_lm_loss
 from gptjax.parallel import pipeline
 from gptjax.parallel.mesh import batch_shards, check_fits
 from gptjax.parallel.sharding import batch_sharding, num_shards, parameter_shardings
 from gptjax.ppo import PPOConfig
 from gptjax.pretrain import PretrainConfig
-from gptjax.reward import RewardConfig, reward_loss
-from gptjax.rlhf import networks, rollout
-from gptjax.rlhf import state as ppo_state
+from gptjax.reward import RewardConfig
+from gptjax.rlhf import rollout
+from gptjax.rlhf.networks import RLSpec
+from gptjax.rlhf.program import PPOProgram, boxed_params, context_lengths, make_spec, ppo_program
 from gptjax.rlhf.ptx import batch_shape
 from gptjax.rlhf.reward_model import prompt_room
-from gptjax.rlhf.update import make_update
 from gptjax.sft import SFTConfig
 from gptjax.training import precision
 from gptjax.training.offload import MEMORY
-from gptjax.training.optimizer import make_optimizer
-from gptjax.training.state import state_shardings
-from gptjax.training.step import jit_train_step, train_step
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,7 +77,7 @@ def placed(tree, shardings):
     return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), tree, shardings)
 
 
-def whole(mesh, *arrays):
+def replicated(mesh, *arrays):
     """Abstract arrays (shape, dtype) that every device has."""
     everywhere = NamedSharding(mesh, PartitionSpec())
     return tuple(jax.ShapeDtypeStruct(shape, dtype, sharding=everywhere) for shape, dtype in arrays)
@@ -91,54 +88,46 @@ def whole(mesh, *arrays):
 
 def train_program(c: PretrainConfig, mesh) -> Program:
     """One optimizer step at the full batch (pretrain.py)."""
-    return _language_program(c, c.model, mesh, c.model.context_length, c.data.isolate_documents)
+    return _language_program(c, c.model, pretrain.program, mesh, c.model.context_length, c.data.isolate_documents)
 
 
 def sft_program(c: SFTConfig, base: GPTConfig, mesh) -> Program:
     """The same of supervised fine-tuning (sft.py) from a model like `base`, whatever rows are packed with."""
     model = c.model.apply(base)
-    return _language_program(c, model, mesh, c.data.max_length or model.context_length, c.data.packing)
+    return _language_program(c, model, sft.program, mesh, c.data.max_length or model.context_length, c.data.packing)
 
 
 def reward_program(c: RewardConfig, base: GPTConfig, mesh, completions: int = comparisons.MOST) -> Program:
     """The same of a reward model (reward.py) on a trunk like `base`, each prompt with the most completions."""
-    model = dataclasses.replace(c.model, dropout=c.model.dropout or 0.0).apply(base)
+    model = reward.trunk(c, base)
     time, rows = c.data.max_length or model.context_length, c.microbatch_rows
     shapes = {
         "tokens": ((completions, time), jnp.int32), "lengths": ((completions,), jnp.int32),
-        "ranks": ((completions,), jnp.float32), "valid": ((completions,), jnp.bool_), "weights": ((), jnp.float32),
+        "ranks": ((completions,), jnp.float32), "valid": ((completions,), jnp.float32), "weights": ((), jnp.float32),
     }  # fmt: skip
-    loss = lambda model: reward_loss(model, c.precision.dtype, c.objective, mesh)
-    return _step_program(
-        c, model, mesh, time, shapes, loss, heads.abstract_scalar_model, sequences=rows * completions, chunk=1
-    )
+    return _step_program(c, model, reward.program, mesh, time, shapes, sequences=rows * completions, chunk=1)
 
 
-def _language_program(c, model: GPTConfig, mesh, time: int, isolated: bool) -> Program:
+def _language_program(c, model: GPTConfig, program, mesh, time: int, isolated: bool) -> Program:
     shapes = {"tokens": ((time + 1,), jnp.int32), "weights": ((time,), jnp.float32)}
     if isolated:
         shapes |= {"segment_ids": ((time,), jnp.int32), "positions": ((time,), jnp.int32)}
-    loss = lambda model: causal_lm_loss(model, c.precision.dtype, c.loss_chunk, mesh)
-    return _step_program(
-        c, model, mesh, time, shapes, loss, gpt.abstract_params, sequences=c.microbatch_rows, chunk=c.loss_chunk
-    )
+    return _step_program(c, model, program, mesh, time, shapes, sequences=c.microbatch_rows, chunk=c.loss_chunk)
 
 
-def _step_program(c, model, mesh, time, shapes, make_loss, abstract_params, *, sequences, chunk) -> Program:
-    """A stage's optimizer step. shapes: {name: (shape of a row, dtype)} of a batch; sequences: those of a micro-batch,
-    of `time` tokens."""
+def _step_program(c, model, program, mesh, time, shapes, *, sequences, chunk) -> Program:
+    """A stage's optimizer step. program: of its main. shapes: {name: (shape of a row, dtype)} of a batch; sequences:
+    those of a micro-batch, of `time` tokens."""
     rows, micro = c.microbatch_rows, c.batch_size // c.microbatch_rows
     check_fits(mesh.shape, n_head=model.n_head, batch_size=c.batch_size, microbatch_size=rows, time=time)
     model = dataclasses.replace(model, attention=resolve(model.attention, mesh.devices.flat[0].platform))
-    tx = make_optimizer(c.optimizer)
-    abstract, shardings = state_shardings(abstract_params(model), tx, c.precision, mesh)
-    state = placed(abstract, shardings)
-    step = train_step(make_loss(model), tx, c.optimizer.clip_norm, c.precision, c.seed, dropout=model.dropout > 0)
+    train = program(c, model, mesh)
+    state = placed(train.abstract, train.shardings)
     batch = {
         name: jax.ShapeDtypeStruct((1, micro, rows, *shape), dtype, sharding=batch_sharding(mesh, 2))
         for name, (shape, dtype) in shapes.items()
     }
-    rates = whole(mesh, ((1,), jnp.float32))[0]
+    rates = replicated(mesh, ((1,), jnp.float32))[0]
 
     state_bytes = {
         "params": device_bytes(state.params), "optimizer": device_bytes(state.opt_state), "batch": device_bytes(batch)
@@ -153,7 +142,7 @@ def _step_program(c, model, mesh, time, shapes, make_loss, abstract_params, *, s
         state_bytes=state_bytes["params"] + state_bytes["optimizer"], parameter_bytes=state_bytes["params"],
         kept_bytes=kept, bubble=pipeline.make_plan(model, mesh.shape, sequences).bubble,
     )  # fmt: skip
-    return Program(jit_train_step(step, shardings), (state, batch, rates), {}, mesh, tokens, work, parts, arrays)
+    return Program(train.step, (state, batch, rates), {}, mesh, tokens, work, parts, arrays)
 
 
 # --- generation -------------------------------------------------------------------------------------------
@@ -176,7 +165,7 @@ def decode_program(c: PretrainConfig, mesh, *, rows: int, prompt: int, new_token
     boxed = gpt.abstract_params(model)
     params = placed(_shapes(boxed), parameter_shardings(boxed, mesh))
     key = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), rows))
-    prompts, lengths, limits, keys = whole(
+    prompts, lengths, limits, keys = replicated(
         mesh, ((rows, prompt), jnp.int32), ((rows,), jnp.int32), ((rows,), jnp.int32), (key.shape, key.dtype)
     )
     tensor, ways = mesh.shape["tensor"], batch_shards(mesh.shape) * num_shards(mesh.shape, "heads")
@@ -207,42 +196,31 @@ def _shapes(boxed):
 class PPOParts:
     """The abstract models of PPO on a mesh, as ppo.py sets them up. slots: the widest that prompts are padded to."""
 
-    n: networks.Networks
+    spec: RLSpec
+    program: PPOProgram
     state: Any
-    shardings: Any
     reference: Any
     reward: Any
-    txs: tuple
     slots: int
 
 
 def ppo_parts(c: PPOConfig, policy: GPTConfig, reward: GPTConfig | None, mesh) -> PPOParts:
-    rows = c.batch_size // c.ppo.minibatches
-    micro = c.ppo.microbatch_size or rows
-    check_fits(mesh.shape, n_head=policy.n_head, batch_size=rows, microbatch_size=micro)
-    attention = resolve(c.model.attention or policy.attention, mesh.devices.flat[0].platform)
-    options = dataclasses.replace(c.model, dropout=0.0, attention=attention)
-    policy = options.apply(policy)
-    reward = reward and options.apply(reward)
-    value = None if c.shared_trunk else reward or policy
-    readers = {"policy": policy, "value network": value, "reward model": reward}
-    contexts = {name: model.context_length for name, model in readers.items() if model}
-    room = prompt_room(contexts, c.rollout.max_new_tokens, "rollout.max_new_tokens")
+    resolved = lambda m: dataclasses.replace(
+        m, attention=resolve(c.model.attention or m.attention, mesh.devices.flat[0].platform)
+    )
+    reward = reward and dataclasses.replace(c.model, dropout=0.0).apply(resolved(reward))
+    policy = resolved(policy)
+    c = dataclasses.replace(c, model=dataclasses.replace(c.model, attention=None))
+    spec = make_spec(c, policy, reward, mesh, eos_id=0, pad_id=1, vocab=policy.vocab_size)
+    program = ppo_program(c, spec, mesh)
+    room = prompt_room(context_lengths(spec), spec.response, "rollout.max_new_tokens")
     slots = bucket_widths(c.data.max_length or room, c.data.buckets, room)[-1]
-    n = networks.Networks(
-        policy=policy, value=value, reward=reward, response=c.rollout.max_new_tokens, eos_id=0, pad_id=1,
-        vocab=policy.vocab_size, temperature=c.rollout.temperature, loss_chunk=c.loss_chunk, dtype=c.precision.dtype,
-        mesh=mesh,
-    )  # fmt: skip
-    txs = make_optimizer(c.optimizer), make_optimizer(c.value_optimizer)
-    boxed = gpt.abstract_params(policy)
-    boxed_value = heads.abstract_scalar_model(value) if value else {"head": heads.abstract_head(policy)}
-    abstract, shardings = ppo_state.state_shardings(boxed, boxed_value, *txs, mesh)
     frozen = lambda boxed: placed(
-        jax.eval_shape(lambda p: precision.frozen(p, n.dtype), _shapes(boxed)), parameter_shardings(boxed, mesh)
+        jax.eval_shape(lambda p: precision.frozen(p, spec.dtype), _shapes(boxed)), parameter_shardings(boxed, mesh)
     )
     judge = frozen(heads.abstract_scalar_model(reward)) if reward else None
-    return PPOParts(n, placed(abstract, shardings), shardings, frozen(boxed), judge, txs, slots)
+    reference = frozen(boxed_params(spec)[0])
+    return PPOParts(spec, program, placed(program.abstract, program.shardings), reference, judge, slots)
 
 
 def _ppo_bytes(p: PPOParts, offload: bool) -> dict[str, int]:
@@ -260,39 +238,35 @@ def _ppo_bytes(p: PPOParts, offload: bool) -> dict[str, int]:
 def collect_program(c: PPOConfig, policy: GPTConfig, reward: GPTConfig | None, mesh) -> Program:
     """Sampling and the four models' view of the samples, with all that lies in memory meanwhile (rlhf/rollout.py)."""
     p = ppo_parts(c, policy, reward, mesh)
-    n, rows = p.n, c.batch_size
+    spec, rows = p.spec, c.batch_size
     cut = batch_sharding(mesh, 0)
     prompts = jax.ShapeDtypeStruct((rows, p.slots), jnp.int32, sharding=cut)
     lengths = jax.ShapeDtypeStruct((rows,), jnp.int32, sharding=cut)
     key = jax.eval_shape(lambda: jax.random.key(0))
-    (key,) = whole(mesh, (key.shape, key.dtype))
-    jitted = jax.jit(_collect(c, n), keep_unused=True)
-    texts = p.slots + n.response
-    models = [n.policy, n.policy] + [m for m in (n.value, n.reward) if m]  # policy, reference, value, reward
-    flops = rows * (forward_flops(n.policy, texts) + sum(forward_flops(m, texts) for m in models)) / mesh.size
+    (key,) = replicated(mesh, (key.shape, key.dtype))
+    jitted = jax.jit(_collect(c, spec), keep_unused=True)
+    texts = p.slots + spec.response
+    models = [spec.policy, spec.policy, *filter(None, (spec.value, spec.reward))]  # the second is the reference
+    flops = rows * (forward_flops(spec.policy, texts) + sum(forward_flops(m, texts) for m in models)) / mesh.size
     tensor, ways = mesh.shape["tensor"], batch_shards(mesh.shape) * num_shards(mesh.shape, "heads")
-    cache = cache_bytes(n.policy, rows * texts, n.dtype) // ways
-    matrices = 2 * parameter_count(n.policy) / tensor
-    work = Work(
-        flops, 0.0, flops, (n.response + 1) * matrices + n.response * cache * (p.slots + n.response / 2) / texts
-    )
+    cache = cache_bytes(spec.policy, rows * texts, spec.dtype) // ways
+    matrices = 2 * parameter_count(spec.policy) / tensor
+    read = (spec.response + 1) * matrices + spec.response * cache * (p.slots + spec.response / 2) / texts
+    work = Work(flops, 0.0, flops, read)
     parts = _ppo_bytes(p, offload=False) | {"key-value cache": cache + cache * p.slots // texts // 2}
     return Program(jitted, (p.state, p.reference, p.reward, prompts, lengths, key), {}, mesh, rows * texts, work, parts)
 
 
-def _collect(c: PPOConfig, n):
+def _collect(c: PPOConfig, spec: RLSpec):
+    # Without a reward model the whole score is a rule's, which is no part of the program.
+    rule = None if spec.reward else lambda tokens, lengths, mask: mask[:, 0]
+
     def collect(state, reference, reward, prompts, lengths, key):
-        tokens, mask, sampled = rollout.sample(state.policy, prompts, lengths, key, n)
-        judged = rollout.judge(
-            state.policy, state.value, reference, reward, tokens, lengths, mask, n, rows=c.rollout.forward_rows
-        )
-        score = judged.get("score", mask[:, 0])
-        r = c.rollout
-        experience, _ = rollout.finish(
-            judged, score, state.kl_coefficient, eos_id=n.eos_id, missing_eos=r.missing_eos, gamma=r.gamma, lam=r.lam,
-            whiten_rewards=r.whiten_rewards, whiten_advantages=r.whiten_advantages,
+        experience, metrics, _ = rollout.collect(
+            state.policy, state.value, lambda: (reference, reward), prompts, lengths, key, state.kl_coefficient, spec,
+            c.rollout, rule=rule,
         )  # fmt: skip
-        return experience, sampled
+        return experience, metrics["policy/rollout_logp_diff"]
 
     return collect
 
@@ -300,33 +274,32 @@ def _collect(c: PPOConfig, n):
 def update_program(c: PPOConfig, policy: GPTConfig, reward: GPTConfig | None, mesh) -> Program:
     """All epochs and minibatches of one iteration, and PPO-ptx's text (rlhf/update.py)."""
     p = ppo_parts(c, policy, reward, mesh)
-    n, rows, texts = p.n, c.batch_size, p.slots + p.n.response
+    spec, rows, texts = p.spec, c.batch_size, p.slots + p.spec.response
     cut = batch_sharding(mesh, 0)
     array = lambda slots, dtype: jax.ShapeDtypeStruct((rows, slots), dtype, sharding=cut)
-    experience = rollout.Rollout(
+    experience = rollout.Experience(
         tokens=array(texts, jnp.int32),
         real=array(texts, jnp.float32),
-        **{f.name: array(n.response, jnp.float32) for f in dataclasses.fields(rollout.Rollout)[2:]},
+        **{f.name: array(spec.response, jnp.float32) for f in dataclasses.fields(rollout.Experience)[2:]},
     )
     ptx, ptx_flops, ptx_tokens = None, 0.0, 0
     steps = c.ppo.epochs * c.ppo.minibatches
     if c.ppo.ptx_coefficient:
-        time = c.ptx.context_length or n.policy.context_length
+        time = c.ptx.context_length or spec.policy.context_length
         shape = batch_shape(c.ptx, c.ppo.minibatches, rows // c.ppo.minibatches, c.ppo.microbatch_size, mesh)
         ptx = {"tokens": jax.ShapeDtypeStruct((*shape, time + 1), jnp.int32, sharding=batch_sharding(mesh, 2))}
         sequences = c.ppo.epochs * math.prod(shape)
-        ptx_flops, ptx_tokens = 3 * sequences * forward_flops(n.policy, time), sequences * time
-    inner = make_update(c.ppo, n, *p.txs, c.optimizer.clip_norm, c.value_optimizer.clip_norm)
-    resident = () if c.offload else (p.reference, p.reward)
+        ptx_flops, ptx_tokens = 3 * sequences * forward_flops(spec.policy, time), sequences * time
+    resident, update = () if c.offload else (p.reference, p.reward), p.program.update.__wrapped__
     jitted = jax.jit(
-        lambda state, experience, ptx, rates, *resident: inner(state, experience, ptx, rates),
-        donate_argnums=0, out_shardings=(p.shardings, None), keep_unused=True,
+        lambda state, experience, ptx, rates, *resident: update(state, experience, ptx, rates),
+        donate_argnums=0, out_shardings=(p.program.shardings, None), keep_unused=True,
     )  # fmt: skip
-    per_text = sum(forward_flops(m, texts) for m in (n.policy, n.value) if m)
+    per_text = sum(forward_flops(m, texts) for m in (spec.policy, spec.value) if m)
     flops = (3 * c.ppo.epochs * rows * per_text + ptx_flops) / mesh.size
     state = device_bytes((p.state.policy, p.state.policy_opt, p.state.value, p.state.value_opt))
     gradients = device_bytes((p.state.policy, p.state.value))
     work = Work(flops, 0.0, flops, steps * (2 * state + 2 * gradients))
     parts = _ppo_bytes(p, c.offload) | {"gradients": gradients}
-    arguments = (p.state, experience, ptx, whole(mesh, ((), jnp.float32), ((), jnp.float32)), *resident)
+    arguments = (p.state, experience, ptx, replicated(mesh, ((), jnp.float32), ((), jnp.float32)), *resident)
     return Program(jitted, arguments, {}, mesh, c.ppo.epochs * rows * texts + ptx_tokens, work, parts)

@@ -333,10 +333,15 @@ def pretraining_run(workdir) -> tuple[str, dict]:
     while workdir and str(workdir) not in seen:
         seen.append(str(workdir))
         run = read_config(workdir)
-        if run.get("stage") == "pretrain" and (run.get("data") or {}).get("source"):
+        if _is_of_text(run) and run["data"].get("source"):
             return str(workdir), run
         workdir = run.get("init_from") or run.get("policy")
     raise InputError(f"{' <- '.join(seen)}: no pre-training text is known of these weights; name a source of text")
+
+
+def _is_of_text(run: dict) -> bool:
+    """Whether the data of a run (its config.json) are a DataConfig's: plain text, as in pre-training."""
+    return "tokenizer" in (run.get("data") or {})
 
 
 def pretraining_documents(workdir) -> dict:
@@ -353,8 +358,8 @@ def pretraining_documents(workdir) -> dict:
         except InputError as error:
             _warn_once(f"{error} How documents were told apart in pre-training is not known: taken as by default.")
             break
-        if run.get("stage") == "pretrain":
-            data = run.get("data") or {}
+        if _is_of_text(run):
+            data = run["data"]
             break
         if "documents" in record:
             data = record["documents"]

@@ -1,20 +1,40 @@
 """Language-model loss on held-out text."""
 
-import jax
-import numpy as np
+from collections.abc import Mapping
 
-from gptjax.console import progress
-from gptjax.distributed import hosts
-from gptjax.training.stopping import leave_if_asked
+from gptjax.data.corpus import Text
+from gptjax.data.lm import LmBatches
+from gptjax.evals.base import evaluation_sums
+from gptjax.objectives.lm import bits_per_byte
+from gptjax.parallel.sharding import batch_sharding
+from gptjax.training.stage import Evaluation
+from gptjax.training.step import jit_eval_step
 
 
-def evaluation_sums(eval_step, params, batches, sharding) -> tuple[float, float, dict]:
-    """(loss sum, count, {name: further sum}) over batches[0 .. len - 1], each with this host's rows.
+def text_loss(loss, text: Text, batches: Mapping[str, LmBatches], mesh):
+    """An Evaluator's state -> Evaluation: 'loss' in nats per token, 'bits_per_byte' and 'tokens' of a text's validation
+    split; of a mixture the means under its weights, with 'loss/<name>' of each part.
 
-    Raises Interrupted where the run that it is part of is asked to stop."""
-    results, quiet = [], len(batches) < 20 or not hosts.first()
-    for i in progress(range(len(batches)), desc="evaluating", unit="batch", disable=quiet, leave=False):
-        leave_if_asked()
-        batch = {k: v for k, v in batches[i].items() if isinstance(v, np.ndarray)}
-        results.append(eval_step(params, jax.tree.map(lambda a: hosts.global_array(a, sharding), batch)))
-    return jax.tree.map(lambda *xs: sum(map(float, xs)), *results) if results else (0.0, 0.0, {})
+    loss: of an Objective. batches: text.validation_batches.
+    """
+    step, sharding = jit_eval_step(loss, mesh), batch_sharding(mesh, 0)
+
+    def evaluate(state) -> Evaluation:
+        return Evaluation(
+            text.figures({k: evaluation_sums(step, state.params, v, sharding) for k, v in batches.items()})
+        )
+
+    return evaluate
+
+
+def response_loss(loss, batches, mesh):
+    """An Evaluator's state -> Evaluation: 'loss' in nats per response token, 'bits_per_byte' and 'tokens' over batches
+    of demonstrations."""
+    step, sharding = jit_eval_step(loss, mesh), batch_sharding(mesh, 0)
+
+    def evaluate(state) -> Evaluation:
+        total, count, more = evaluation_sums(step, state.params, batches, sharding)
+        bits = float(bits_per_byte(total, max(more["target_bytes"], 1)))
+        return Evaluation({"loss": total / max(count, 1), "bits_per_byte": bits, "tokens": int(count)})
+
+    return evaluate

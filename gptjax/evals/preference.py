@@ -1,11 +1,64 @@
 """How well scores agree with people's rankings: accuracy, calibration, and what length alone would explain.
 
-Plain numpy over a whole validation set. A pair is a better and a worse completion of one prompt.
+The statistics are plain numpy over a whole validation set. A pair is a better and a worse completion of one prompt.
 """
 
 import dataclasses
 
+import jax
 import numpy as np
+
+from gptjax.distributed import hosts
+from gptjax.objectives.preference import ranking_statistics
+from gptjax.parallel.sharding import batch_sharding
+from gptjax.training.stage import Evaluation
+from gptjax.training.stopping import leave_if_asked
+
+
+def scorer(score, mesh):
+    """(params, batches of comparisons) -> scores, ranks, valid, lengths of all completions, each [prompts, K].
+
+    score: (params, tokens [rows, time], lengths [rows]) -> [rows].
+    """
+
+    def score_batch(params, b):
+        rows, k, time = b["tokens"].shape
+        scores = score(params, b["tokens"].reshape(rows * k, time), b["lengths"].reshape(rows * k))
+        return scores.reshape(rows, k), b["ranks"], b["valid"], b["lengths"]
+
+    # Each host has some of the rows and needs all scores.
+    score_batch = jax.jit(score_batch, out_shardings=hosts.replicated(mesh))
+
+    def score_all(params, batches):
+        sharding, parts = batch_sharding(mesh, 0), []
+        for i in range(len(batches)):
+            leave_if_asked()
+            batch = {k: hosts.global_array(a, sharding) for k, a in batches[i].items() if k != "weights"}
+            parts.append(jax.device_get(score_batch(params, batch)))
+        return tuple(np.concatenate(p) for p in zip(*parts, strict=True))
+
+    return score_all
+
+
+def ranking(scores, criterion, batches):
+    """An Evaluator's state -> Evaluation: 'loss', 'accuracy', 'margin' and 'pairs' over comparisons.
+
+    scores: of `scorer`. criterion: (scores, ranks, valid) -> (sum, count).
+    """
+
+    def evaluate(state) -> Evaluation:
+        scored, ranks, valid, _ = scores(state.params, batches)
+        total, count = criterion(scored, ranks, valid)
+        found = ranking_metrics({k: float(v) for k, v in ranking_statistics(scored, ranks, valid).items()})
+        return Evaluation({"loss": float(total) / max(float(count), 1), **found})
+
+    return evaluate
+
+
+def ranking_metrics(sums: dict) -> dict:
+    """Of objectives/preference.ranking_statistics."""
+    n = max(sums["pairs"], 1)
+    return {"accuracy": sums["correct"] / n, "margin": sums["margin"] / n, "pairs": int(sums["pairs"])}
 
 
 @dataclasses.dataclass(frozen=True)

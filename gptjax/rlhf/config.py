@@ -48,12 +48,24 @@ class KLConfig:
 
 @dataclasses.dataclass(frozen=True)
 class RolloutConfig:
-    """max_new_tokens: R, slots of a response. temperature: of sampling and of every log-probability; there is no top-k
-    or top-p: the log-probabilities would be another distribution's. missing_eos: score of a response without
-    end-of-text, in place of its own; None = its own. gamma, lam: of GAE. forward_rows: responses scored in one forward
-    pass; None = all."""
+    """Sampling and credit. There is no top-k or top-p: the log-probabilities would be another distribution's.
+
+    max_new_tokens: R, slots of a response.
+    group_size: samples of each prompt; more than 1 makes it GRPO (Shao et al. 2024): advantages against the others of a
+        prompt, no value network, the KL penalty in the loss.
+    temperature: of sampling and of every log-probability.
+    top_k: must be 0.
+    top_p: must be 1.
+    missing_eos: score of a response without end-of-text, in place of its own; None = its own.
+    gamma: discount of GAE.
+    lam: lambda of GAE.
+    whiten_rewards: rewards are divided by their standard deviation (Ziegler et al. 2019).
+    whiten_advantages: advantages get mean 0 and standard deviation 1.
+    forward_rows: responses scored in one forward pass; None = all.
+    """
 
     max_new_tokens: Count = 64
+    group_size: Count = 1
     temperature: Positive = 1.0
     top_k: int = 0
     top_p: TopP = 1.0

@@ -7,7 +7,7 @@ import jax
 from gptjax.cost.memory import cache_bytes
 from gptjax.parallel.mesh import batch_shards
 from gptjax.parallel.sharding import num_shards
-from gptjax.rlhf.networks import Networks
+from gptjax.rlhf.networks import RLSpec
 from gptjax.rlhf.state import PPOState
 
 
@@ -16,14 +16,15 @@ def bytes_per_device(tree) -> int:
     return sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(tree))
 
 
-def memory_plan(state: PPOState, reference, reward, n: Networks, batch: int, prompt_slots: int, offload: bool) -> str:
+def memory_plan(state: PPOState, reference, reward, spec: RLSpec, batch: int, prompt_slots: int, offload: bool) -> str:
     """A table of what PPO keeps on each device between and during iterations; activations come on top."""
     rows, heads, platform = batch, 1, jax.default_backend()
-    if n.mesh is not None:
-        rows, heads = batch / batch_shards(n.mesh.shape), num_shards(n.mesh.shape, "heads")
-        platform = n.mesh.devices.flat[0].platform
-    cache = cache_bytes(n.policy, batch * (prompt_slots + n.response), n.dtype, platform) * rows / batch / heads
-    logits = rows * min(n.loss_chunk, n.response) * n.vocab * 4
+    if spec.mesh is not None:
+        rows, heads = batch / batch_shards(spec.mesh.shape), num_shards(spec.mesh.shape, "heads")
+        platform = spec.mesh.devices.flat[0].platform
+    cache = cache_bytes(spec.policy, batch * (prompt_slots + spec.response), spec.dtype, platform)
+    cache *= rows / batch / heads
+    logits = rows * min(spec.loss_chunk, spec.response) * spec.vocab * 4
     where = "host" if offload else "device"
     parts = [
         ("policy", bytes_per_device(state.policy), "device"),

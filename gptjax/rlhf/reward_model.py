@@ -109,7 +109,7 @@ def load_reward_model(workdir, *, mesh, tokenizer: Tokenizer | None = None) -> R
     """
     workdir = paths.local(workdir)
     run = run_config.read_config(workdir)
-    if run.get("stage") != "reward":
+    if run["kind"] != "scalar":
         raise InputError(f"{workdir} is a {run.get('stage')} run, not a reward model: train one with gptjax.reward.")
     own = Tokenizer.load(workdir / "tokenizer")
     if tokenizer is not None and own.fingerprint != tokenizer.fingerprint:

@@ -6,6 +6,7 @@
 One float for each response. A response's tokens end with end-of-text where the policy said it; its text does not.
 """
 
+import dataclasses
 import importlib
 from collections.abc import Callable, Sequence
 
@@ -73,3 +74,21 @@ def split_rows(tokens: np.ndarray, lengths: np.ndarray, mask: np.ndarray) -> tup
     prompts = [row[slots - n : slots].tolist() for row, n in zip(tokens, lengths, strict=True)]
     responses = [row[slots : slots + n].tolist() for row, n in zip(tokens, counts, strict=True)]
     return prompts, responses
+
+
+@dataclasses.dataclass(frozen=True)
+class Rule:
+    """A callable as the rule of rollout.collect. on: what it gets, 'text' or 'tokens'."""
+
+    function: Callable
+    on: str
+    template: Template
+
+    def of(self, prompt_texts: Sequence[str]):
+        """(tokens, lengths, mask) -> float32 [B], for responses to these prompts."""
+
+        def score(tokens, lengths, mask) -> np.ndarray:
+            prompts, responses = split_rows(*map(hosts.whole, (tokens, lengths, mask)))
+            return call(self.function, self.on, self.template, prompts, prompt_texts, responses)
+
+        return score

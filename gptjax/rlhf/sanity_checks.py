@@ -8,7 +8,7 @@ import sys
 
 import jax.numpy as jnp
 
-from gptjax.training.loop import TrainingDiverged
+from gptjax.training.loop import NotFinite
 
 # |ratio - 1| of the first minibatch and |KL| of the first iteration that rounding may leave. Rows are batched in
 # another way in the update than in scoring, which changes the order of sums.
@@ -17,7 +17,7 @@ _KL = {"float32": 1e-4, "bfloat16": 1e-4}  # policy and reference go through one
 _SAMPLER = {"float32": 1e-2, "bfloat16": 0.5}
 
 
-def alarms(line: dict, iteration: int, dtype, missing_eos: float | None = None) -> list[str]:
+def sanity_checks(line: dict, iteration: int, dtype, missing_eos: float | None = None) -> list[str]:
     """Sentences, each with likely causes; empty when all is well. line: the iteration's metrics. missing_eos: the score
     of a response that does not end, None = its own."""
     name = jnp.dtype(dtype).name
@@ -51,16 +51,12 @@ def alarms(line: dict, iteration: int, dtype, missing_eos: float | None = None) 
     return found
 
 
-def check_iteration(line: dict, iteration: int, dtype, checkpointer, writer, missing_eos: float | None = None):
-    """Prints the alarms. Raises TrainingDiverged where the gradient or the reward stopped being finite."""
-    for text in alarms(line, iteration, dtype, missing_eos):
+def check_iteration(line: dict, iteration: int, dtype, missing_eos: float | None = None):
+    """Prints what is wrong. Raises NotFinite where the gradient or the reward stopped being finite."""
+    for text in sanity_checks(line, iteration, dtype, missing_eos):
         print(f"warning: iteration {iteration + 1}: {text}", file=sys.stderr)
     if line["finite"] < 1 or not math.isfinite(line["objective/rlhf_reward"]):
-        checkpointer.wait()
-        writer.flush()
-        good = checkpointer.steps()
-        raise TrainingDiverged(
-            f"Loss or gradient was not finite in iteration {iteration + 1}; training stopped and "
-            f"{f'the last good checkpoint is iteration {good[-1]}' if good else 'no checkpoint had been written yet'}. "
-            "Lower optimizer.learning_rate, raise kl.coefficient, or look at the scores in metrics.jsonl."
+        raise NotFinite(
+            f"Loss or gradient was not finite in iteration {iteration + 1}",
+            "Lower optimizer.learning_rate, raise kl.coefficient, or look at the scores in metrics.jsonl.",
         )

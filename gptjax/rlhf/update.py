@@ -17,9 +17,10 @@ from gptjax.objectives.chunked import cross_entropy_sum
 from gptjax.parallel.sharding import constrain
 from gptjax.ranges import BelowOne, Count, Positive
 from gptjax.rlhf import networks
-from gptjax.rlhf.networks import Networks
-from gptjax.rlhf.rollout import Rollout
+from gptjax.rlhf.networks import RLSpec
+from gptjax.rlhf.rollout import Experience
 from gptjax.rlhf.state import PPOState, phase_keys
+from gptjax.training.accumulate import accumulate, apply_gradients
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,82 +53,77 @@ class UpdateConfig:
                 raise InputError(f"ppo.{name}={getattr(self, name)!r}: choose token or sequence.")
 
 
-def ppo_gradients(c: UpdateConfig, n: Networks, policy, value, batch: Rollout):
-    """Gradients of policy loss + c_v value loss on one minibatch, and its statistics.
+def ppo_gradients(c: UpdateConfig, spec: RLSpec, policy, value, batch: Experience, kl_coefficient=0.0):
+    """Gradients of policy loss + c_v value loss on one minibatch, and its statistics; without a critic of GRPO's loss.
 
-    batch: arrays [micro-batches, rows, ...]. Returns ((d_policy, d_value), statistics as means over the actions).
+    batch: arrays [micro-batches, rows, ...]. kl_coefficient: of the KL term in GRPO's loss.
+    Returns ((d_policy, d_value), statistics as means over the actions).
     """
     actions = batch.mask.sum()
-    count = jnp.maximum(actions if c.normalize == "token" else batch.mask.shape[0] * batch.mask.shape[1], 1)
+    responses = batch.mask.shape[0] * batch.mask.shape[1]
+    by_response = c.normalize == "sequence" or not spec.critic
+    count = jnp.maximum(responses if by_response else actions, 1)
+    mean = lambda sum_: sum_ / jnp.maximum(actions, 1)
 
-    def loss(networks_, micro: Rollout):
-        policy, value = networks_
-        states = networks.policy_states(policy, micro.tokens, micro.real, micro.mask, n)
-        log_prob = networks.log_probs(policy, states, micro.tokens, n)
-        v = networks.values(value, states, micro.tokens, micro.real, micro.mask, n)
+    def loss(models, micro: Experience):
+        policy, value = models
+        states = networks.policy_states(policy, micro.tokens, micro.real, micro.mask, spec)
+        log_prob = networks.log_probs(policy, states, micro.tokens, spec)
         policy_sum, _, of_policy = ppo.policy_loss(log_prob, micro.log_prob, micro.advantage, micro.mask, c.clip)
-        value_sum, _, of_value = ppo.value_loss(v, micro.value, micro.returns, micro.mask, c.value_clip)
-        total = (policy_sum + c.value_coefficient * value_sum) / count
-        log_ratio = ppo.keep(log_prob - micro.log_prob, micro.mask)
         sums = {
-            "loss/policy": policy_sum / count,
-            "loss/value": value_sum / count,
-            "policy/approxkl": of_policy["approx_kl"] / jnp.maximum(actions, 1),
-            "policy/clipfrac": of_policy["clipped"] / jnp.maximum(actions, 1),
-            "policy/ratio_mean": of_policy["ratio"] / jnp.maximum(actions, 1),
-            "value/clipfrac": of_value["clipped"] / jnp.maximum(actions, 1),
+            "policy/approxkl": mean(of_policy["approx_kl"]),
+            "policy/clipfrac": mean(of_policy["clipped"]),
+            "policy/ratio_mean": mean(of_policy["ratio"]),
         }
-        extremes = {"max": log_ratio.max(), "min": log_ratio.min()}
-        return total, (sums, extremes)
+        if spec.critic:
+            v = networks.values(value, states, micro.tokens, micro.real, micro.mask, spec)
+            value_sum, _, of_value = ppo.value_loss(v, micro.value, micro.returns, micro.mask, c.value_clip)
+            sums |= {"loss/value": value_sum / count, "value/clipfrac": mean(of_value["clipped"])}
+            total = policy_sum + c.value_coefficient * value_sum
+        else:
+            total = policy_sum = ppo.grpo_loss(
+                log_prob, micro.log_prob, micro.ref_log_prob, micro.advantage, micro.mask, c.clip, kl_coefficient
+            )[0]
+        sums["loss/policy"] = policy_sum / count
+        log_ratio = ppo.keep(log_prob - micro.log_prob, micro.mask)
+        return total / count, (sums, {"max": log_ratio.max(), "min": log_ratio.min()})
 
-    gradient = jax.grad(loss, has_aux=True)
-    if batch.mask.shape[0] == 1:
-        grads, (sums, extremes) = gradient((policy, value), jax.tree.map(lambda a: a[0], batch))
-    else:
+    def gradient(micro, _):
+        grads, (sums, extremes) = jax.grad(loss, has_aux=True)((policy, value), micro)
+        return (grads, sums), extremes
 
-        def accumulate(carry, micro):
-            grads, (sums, extremes) = gradient((policy, value), micro)
-            return jax.tree.map(jnp.add, carry, (grads, sums)), extremes
-
-        shapes = jax.eval_shape(gradient, (policy, value), jax.tree.map(lambda a: a[0], batch))
-        zeros = jax.tree.map(lambda a: jnp.zeros(a.shape, jnp.float32), (shapes[0], shapes[1][0]))
-        (grads, sums), extremes = lax.scan(accumulate, zeros, batch)
+    (grads, sums), extremes = accumulate(gradient, batch)
     return grads, sums | {
         "policy/ratio_max": jnp.exp(extremes["max"].max()),
         "policy/ratio_min": jnp.exp(extremes["min"].min()),
     }
 
 
-def ptx_gradient(c: UpdateConfig, n: Networks, policy, text):
-    """Gradient of -E[log pi(x)] on pre-training sequences (without gamma), and the loss.
+def ptx_gradient(c: UpdateConfig, spec: RLSpec, policy, text):
+    """Gradient of -E[log pi(x)] on pre-training sequences (without gamma), and the loss: PPO-ptx's pre-training mix.
 
     text: {tokens: int [micro-batches, rows, time + 1]}, below 0 in rows that count for nothing (ptx.PADDING), and where
     documents are isolated segment_ids and positions, int [micro-batches, rows, time].
     """
-    micro, _, time = text["tokens"].shape
-    count = (text["tokens"][..., 0] >= 0).sum() * ((time - 1) if c.ptx_normalize == "token" else 1)
+    time = text["tokens"].shape[-1] - 1
+    count = (text["tokens"][..., 0] >= 0).sum() * (time if c.ptx_normalize == "token" else 1)
 
     def loss(policy, x):
         tokens = x["tokens"]
-        weights = jnp.broadcast_to((tokens[:, :1] >= 0).astype(jnp.float32), (tokens.shape[0], time - 1))
+        weights = jnp.broadcast_to((tokens[:, :1] >= 0).astype(jnp.float32), (tokens.shape[0], time))
         tokens = jnp.maximum(tokens, 0)
         h = gpt.hidden(
-            policy, n.policy, tokens[:, :-1], positions=x.get("positions"), segment_ids=x.get("segment_ids"),
-            dtype=n.dtype, mesh=n.mesh,
+            policy, spec.policy, tokens[:, :-1], positions=x.get("positions"), segment_ids=x.get("segment_ids"),
+            dtype=spec.dtype, mesh=spec.mesh,
         )  # fmt: skip
-        return cross_entropy_sum(h, gpt.unembedding(policy, n.policy), tokens[:, 1:], weights, n.loss_chunk) / count
+        w = gpt.unembedding(policy, spec.policy)
+        return cross_entropy_sum(h, w, tokens[:, 1:], weights, spec.loss_chunk) / count
 
-    gradient = jax.value_and_grad(loss)
-    if micro == 1:
-        return gradient(policy, jax.tree.map(lambda a: a[0], text))[::-1]
-    zeros = (jnp.float32(0), jax.tree.map(jnp.zeros_like, policy))
-    (total, grads), _ = lax.scan(
-        lambda carry, x: (jax.tree.map(jnp.add, carry, gradient(policy, x)), None), zeros, text
-    )
+    (total, grads), _ = accumulate(lambda x, _: (jax.value_and_grad(loss)(policy, x), ()), text)
     return grads, total
 
 
-def make_update(c: UpdateConfig, n: Networks, policy_tx, value_tx, clip_norm: float, value_clip_norm: float):
+def make_update(c: UpdateConfig, spec: RLSpec, policy_tx, value_tx, clip_norm: float, value_clip_norm: float):
     """Returns update(state, rollout, ptx, learning_rates) -> (state, metrics), to be jitted with the state donated.
 
     ptx: the `text` of ptx_gradient with a leading axis of minibatches, or None. learning_rates: (policy's, value's) of
@@ -136,15 +132,7 @@ def make_update(c: UpdateConfig, n: Networks, policy_tx, value_tx, clip_norm: fl
     sets `finite` to 0.
     """
 
-    def optimize(params, opt, grads, tx, limit, rate, finite):
-        norm = optax.tree.norm(grads)
-        if limit:
-            grads = jax.tree.map(lambda g: g * jnp.minimum(1.0, limit / jnp.maximum(norm, 1e-12)), grads)
-        updates, new_opt = tx.update(grads, opt, params)
-        new = jax.tree.map(lambda p, u: p + rate * u, params, updates)
-        return jax.tree.map(lambda a, b: jnp.where(finite, a, b), (new, new_opt), (params, opt))
-
-    def update(state: PPOState, rollout: Rollout, ptx, learning_rates):
+    def update(state: PPOState, rollout: Experience, ptx, learning_rates):
         key, _, permutation_key = phase_keys(state)
         B = rollout.mask.shape[0]
         size = B // c.minibatches
@@ -155,12 +143,12 @@ def make_update(c: UpdateConfig, n: Networks, policy_tx, value_tx, clip_norm: fl
             policy, policy_opt, value, value_opt = carry
             take = lambda a: constrain(a[order[index]], None, "batch", *(None,) * (a.ndim - 1))
             batch = jax.tree.map(take, rollout)
-            (d_policy, d_value), metrics = ppo_gradients(c, n, policy, value, batch)
+            (d_policy, d_value), metrics = ppo_gradients(c, spec, policy, value, batch, state.kl_coefficient)
             metrics["grad_norm/ppo"] = optax.tree.norm(d_policy)
             metrics["grad_norm/value"] = optax.tree.norm(d_value)
             if ptx is not None:
                 text = jax.tree.map(lambda a: a[index % c.minibatches], ptx)
-                d_ptx, metrics["loss/ptx"] = ptx_gradient(c, n, policy, text)
+                d_ptx, metrics["loss/ptx"] = ptx_gradient(c, spec, policy, text)
                 d_ptx = jax.tree.map(lambda g: c.ptx_coefficient * g, d_ptx)
                 metrics["grad_norm/ptx"] = optax.tree.norm(d_ptx)  # with gamma: as it enters the step
                 dot = optax.tree.vdot(d_policy, d_ptx)
@@ -169,8 +157,14 @@ def make_update(c: UpdateConfig, n: Networks, policy_tx, value_tx, clip_norm: fl
                 d_policy = jax.tree.map(jnp.add, d_policy, d_ptx)
             metrics["grad_norm/policy"] = optax.tree.norm(d_policy)
             finite = jnp.isfinite(metrics["grad_norm/policy"]) & jnp.isfinite(metrics["grad_norm/value"])
-            policy, policy_opt = optimize(policy, policy_opt, d_policy, policy_tx, clip_norm, learning_rates[0], finite)
-            value, value_opt = optimize(value, value_opt, d_value, value_tx, value_clip_norm, learning_rates[1], finite)
+            policy, policy_opt = apply_gradients(
+                policy_tx, policy, policy_opt, d_policy, norm=metrics["grad_norm/policy"], clip_norm=clip_norm,
+                learning_rate=learning_rates[0], finite=finite,
+            )  # fmt: skip
+            value, value_opt = apply_gradients(
+                value_tx, value, value_opt, d_value, norm=metrics["grad_norm/value"], clip_norm=value_clip_norm,
+                learning_rate=learning_rates[1], finite=finite,
+            )  # fmt: skip
             metrics["finite"] = finite.astype(jnp.float32)
             return (policy, policy_opt, value, value_opt), metrics
 
@@ -188,7 +182,7 @@ def make_update(c: UpdateConfig, n: Networks, policy_tx, value_tx, clip_norm: fl
         new = dataclasses.replace(
             state, step=state.step + 1, policy=policy, policy_opt=policy_opt, value=value, value_opt=value_opt,
             average=ppo.exponential_moving_average(state.average, policy, c.ema_decay), key=jax.random.key_data(key),
-            prompt_position=state.prompt_position + B,
+            prompt_position=state.prompt_position + B // spec.group_size,
             ptx_position=state.ptx_position
             + (0 if ptx is None else (ptx["tokens"][..., 0] >= 0).sum(dtype=jnp.int32)),
         )  # fmt: skip

@@ -1,87 +1,41 @@
-"""The training loop every stage runs: dispatch ahead, read late, save before evaluating, stop cleanly.
+"""The loop that every stage runs: signals, watchdog, cadence of evaluations and checkpoints, and how a run ends.
 
-The loop never waits for the step it has just dispatched: it reads the metrics of the one before. It does wait
-before a checkpoint, so that metrics.jsonl on disk is never behind the checkpoint a run resumes from.
+It never waits for the steps it has just dispatched: it reads the metrics of those before (Stage.reads_late). It does
+wait before a checkpoint, so that metrics.jsonl on disk is never behind the checkpoint a run resumes from, and it saves
+before it evaluates.
 """
 
 import contextlib
-import dataclasses
-import faulthandler
-import functools
-import itertools
-import math
-import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 import jax
-import numpy as np
 
 from gptjax.console import progress
-from gptjax.data import lm
 from gptjax.distributed import hosts
+from gptjax.distributed.watchdog import watchdog
 from gptjax.errors import InputError
-from gptjax.model.flops import mfu
-from gptjax.objectives.lm import bits_per_byte
-from gptjax.parallel.sharding import batch_sharding
-from gptjax.ranges import Count
 from gptjax.training.checkpoint import Checkpointer
-from gptjax.training.metrics import JsonLines, MetricWriter
-from gptjax.training.schedule import Schedule
-from gptjax.training.state import TrainState
-from gptjax.training.step import memory_needed
+from gptjax.training.metrics import MetricWriter
+from gptjax.training.stage import Stage
 from gptjax.training.stopping import Interrupted, stop_on_signals
-
-
-@dataclasses.dataclass(frozen=True)
-class EvalConfig:
-    """every: steps between evaluations; one more before the first step and after the last. batches: how many
-    validation batches, of a mixture of each part; 0 = all of them."""
-
-    every: Count = 1000
-    batches: int = 0
-
-    def __post_init__(self):
-        if self.every < 1 or self.batches < 0:
-            raise InputError("eval.every is at least 1 and eval.batches at least 0.")
 
 
 class TrainingDiverged(InputError):
     """The loss or the gradient stopped being finite."""
 
 
-class Dispatch:
-    """A chunk of consecutive steps as one device call, compiled once for each shape of its batch.
+class NotFinite(Exception):
+    """Raised by Stage.lines. what: a sentence without its period; fix: what to change."""
 
-    step_fn: jitted (state, batch, learning rates [steps]) -> (state, metrics [steps]).
-    """
-
-    def __init__(self, step_fn, say=hosts.say):
-        self._step_fn, self._compiled, self._say = step_fn, {}, say
-        self.seconds_compiling = 0.0
-
-    def __call__(self, state, batch, rates):
-        key = jax.tree.structure(batch), tuple(x.shape for x in jax.tree.leaves(batch))
-        if key not in self._compiled:
-            began = time.perf_counter()
-            self._compiled[key] = self._step_fn.lower(state, batch, rates).compile()
-            seconds = time.perf_counter() - began
-            self.seconds_compiling += seconds
-            if len(self._compiled) == 1:
-                self._announce(self._compiled[key], seconds)
-        return self._compiled[key](state, batch, rates)
-
-    def _announce(self, compiled, seconds):
-        needed = memory_needed(compiled)
-        text = f"compiled the train step in {seconds:.1f} s"
-        if needed:
-            parts = ", ".join(f"{name} {size / 2**20:,.0f} MiB" for name, size in needed.items())
-            text += f"; memory per device: {sum(needed.values()) / 2**20:,.0f} MiB ({parts})"
-        self._say(text)
+    def __init__(self, what: str, fix: str):
+        super().__init__(what)
+        self.what, self.fix = what, fix
 
 
-def chunks(start: int, stop: int, size: int, *boundaries: int, at=()) -> Iterator[tuple[int, int]]:
-    """(first step, number of steps) of each dispatch; none runs across a multiple of a boundary or a step of `at`."""
+def plan(start: int, stop: int, size: int, *boundaries: int | None, at=()) -> Iterator[tuple[int, int]]:
+    """(first step, number of steps) of each dispatch: at most `size`, none across a multiple of a boundary or a step of
+    `at`."""
     step = start
     while step < stop:
         ends = [step + size, stop, *((step // b + 1) * b for b in boundaries if b), *(a for a in at if a > step)]
@@ -89,207 +43,153 @@ def chunks(start: int, stop: int, size: int, *boundaries: int, at=()) -> Iterato
         step = min(ends)
 
 
-@contextlib.contextmanager
-def ends_when_stuck(seconds: float | None):
-    """Yields alive(), to be called once a step: `seconds` without it end the process (LogConfig.stuck_after)."""
-    if seconds is None:
-        yield lambda: None
-        return
-    alive = functools.partial(faulthandler.dump_traceback_later, seconds, exit=True, file=sys.__stderr__)
-    alive()
-    try:
-        yield alive
-    finally:
-        faulthandler.cancel_dump_traceback_later()
+def run(stage: Stage, state, checkpointer: Checkpointer, writer: MetricWriter, seconds: float):
+    """Runs steps state.step .. stage.total - 1. seconds: of training in earlier starts.
 
-
-def train(
-    c,
-    state: TrainState,
-    step_fn,
-    batches,
-    *,
-    mesh,
-    schedule: Schedule,
-    checkpointer: Checkpointer,
-    writer: MetricWriter,
-    evaluate: Callable[[object], dict] | None,
-    data: str,
-    seconds_before: float,
-    train_flops_per_token: float | None = None,
-    figures: Callable[[dict], dict] | None = None,
-    unit: str = "tokens",
-) -> tuple[TrainState, bool]:
-    """Runs steps state.step .. schedule.steps - 1.
-
-    Args:
-        c: a stage's config; read are its checkpoint, eval, log, precision, microbatch_rows and steps_per_dispatch.
-        step_fn: jitted (state, stacked batches, learning rates [steps]) -> (state, metrics [steps]): jit_train_step.
-        batches: batches[t] is step t's, numpy arrays of this host's rows (hosts.batch_rows) and scalars. Without
-            target_bytes there is no bits_per_byte.
-        evaluate: params -> {'loss', ...}; its record goes to evaluations.jsonl. Where it has a 'selection', that is
-            what the best checkpoint has lowest, else the loss.
-        data, seconds_before: fingerprint of the data and training time of earlier starts: Checkpointer.resume.
-        figures: the step's further sums (step.py) -> {name: figure} for metrics.jsonl.
-        unit: what the loss counts: batch_<unit>, <unit>_per_second.
-    Returns:
-        (state, whether the run is finished): False after a SIGTERM or Ctrl-C (stopping.py), with everything saved.
-    Raises:
-        TrainingDiverged: naming the step and the checkpoint to go back to.
+    Returns (state, whether the run is finished, seconds of training): not finished after SIGTERM or Ctrl-C
+    (stopping.py), with everything saved. Raises TrainingDiverged, naming the step and the last good checkpoint, and
+    InputError where the last checkpoint could not be written.
     """
-    devices, dispatch, log, start = jax.devices(), Dispatch(step_fn), c.log, int(state.step)
-    if start < schedule.steps:
-        for text in schedule.warnings():
-            hosts.say(f"warning: {text}")
-        _compare_rates(checkpointer.workdir, schedule, start)
-    stops_on_overflow = not c.precision.scaled  # float16 skips a step that is not finite instead
-    clock = _Clock(seconds_before)
-    bar = progress(total=schedule.steps, initial=start, unit="step", disable=not hosts.first())
+    return _Loop(stage, state, checkpointer, writer, seconds).run()
 
-    def record(first, count, metrics):
+
+class _Loop:
+    def __init__(self, stage: Stage, state, checkpointer: Checkpointer, writer: MetricWriter, seconds: float):
+        self.c, self.stage, self.state = stage.config, stage, state
+        self.checkpointer, self.writer = checkpointer, writer
+        self.step = self.start = int(state.step)
+        self.saved = self.start or None  # the newest step with a checkpoint
+        self.pending = None
+        self.clock = _Clock(seconds)
+        evaluations = writer.evaluations()
+        for line in evaluations:  # best.json may not have been written
+            checkpointer.report(line["step"], line.get("selection", line.get("loss")))
+        self.evaluated = {line["step"] for line in evaluations}
+
+    def run(self):
+        c, stage = self.c, self.stage
+        self.bar = progress(total=stage.total, initial=self.start, unit=stage.unit, disable=not hosts.first())
+        profiler = _Profiler(self.checkpointer.workdir, self.start + c.log.profile_start, c.log.profile_steps)
+        with stop_on_signals() as asked_to_stop, watchdog(c.log.stuck_after) as heartbeat, profiler:
+            stopping = not self.evaluate()
+            heartbeat()
+            self.clock.lap()
+            every = (c.checkpoint.every, *(e.every for e in stage.evaluators))
+            steps = plan(self.start, self.start if stopping else stage.total, stage.steps_per_dispatch, *every,
+                         at=profiler.ends)  # fmt: skip
+            for advance in stage.advances(steps, self.start):
+                profiler.before(advance.first)
+                self.advance(advance)
+                stopping = asked_to_stop()
+                heartbeat()
+                at_end = self.step == stage.total or stopping
+                due = not stopping and any(e.due(self.step, stage.total) for e in stage.evaluators)
+                save = at_end or self.step % c.checkpoint.every == 0
+                if save or due or not stage.reads_late or self.step >= profiler.stop_at:
+                    self.record()
+                profiler.after(self.step)
+                if save:
+                    self.save()
+                if due and not self.evaluate():
+                    stopping = True  # resuming the run evaluates this step
+                    self.save()
+                if stopping:
+                    break
+            self.bar.close()
+            on_disk = self.checkpointer.wait() and (self.saved == self.step or self.step == 0)
+        finished = self.step == stage.total and not stopping
+        self.close(finished, on_disk)
+        return self.state, finished, self.clock.total()
+
+    def advance(self, advance):
+        """Dispatches steps, and reads the metrics of those before."""
+        compiling = self.stage.seconds_compiling()
+        self.state, metrics = advance.run(self.state)
+        self.clock.leave_out(self.stage.seconds_compiling() - compiling)
+        self.record()
+        self.pending, self.step = (advance.first, advance.count, metrics), advance.first + advance.count
+
+    def record(self):
+        if self.pending is None:
+            return
+        first, count, metrics = self.pending
+        self.pending = None
         metrics = jax.device_get(metrics)
-        seconds = clock.lap() / count
-        for i in range(count):
-            step = first + i + 1
-            # float16 has nothing left to lower once its scale is 1
-            if not metrics["finite"][i] and (stops_on_overflow or metrics["loss_scale"][i] <= 1):
-                bar.close()
-                writer.flush()
-                _diverged(step, float(metrics["loss_sum"][i]), float(metrics["grad_norm"][i]), checkpointer)
-            if step % log.every and step != schedule.steps:
-                continue
-            count_i = float(metrics["count"][i])
-            nats = float(metrics["loss_sum"][i])
-            line = {
-                "step": step,
-                "tokens_seen": schedule.tokens_before(step),
-                "loss": nats / max(count_i, 1),
-                **(_bits(nats, metrics["target_bytes"][i]) if "target_bytes" in metrics else {}),
-                **(figures({k: float(v[i]) for k, v in metrics["sums"].items()}) if figures else {}),
-                "grad_norm": float(metrics["grad_norm"][i]),
-                "learning_rate": schedule.learning_rate(step - 1),
-                f"batch_{unit}": int(count_i),
-                f"{unit}_per_second": count_i / seconds,
-                "mfu": train_flops_per_token
-                and mfu(train_flops_per_token * count_i / seconds, devices[0].device_kind, len(devices)),
-                "seconds": clock.total(),
-            }
-            if not stops_on_overflow:
-                line |= {"loss_scale": float(metrics["loss_scale"][i]), "skipped": int(not metrics["finite"][i])}
-            writer.train(line)
-        bar.update(count)
-        if step % log.every == 0:
-            shown = [f"{k.replace('_', ' ')} {line[k]:.3f}" for k in ("loss", "bits_per_byte", "accuracy") if k in line]
-            bar.set_postfix_str(f"{', '.join(shown)}, {line[f'{unit}_per_second']:,.0f} {unit}/s", refresh=False)
+        seconds = self.clock.lap() / count
+        try:
+            lines = self.stage.lines(first, count, metrics, seconds)
+        except NotFinite as error:
+            self.bar.close()
+            self.writer.flush()
+            text = f"{error.what}; training stopped and {self.last_good()}. {error.fix}"
+            raise TrainingDiverged(text) from error
+        for line in lines:
+            if line["step"] % self.c.log.every == 0 or line["step"] == self.stage.total:
+                self.writer.train({**line, "seconds": self.clock.total()})
+        self.bar.update(count)
+        if (first + count) % self.c.log.every == 0:
+            self.bar.set_postfix_str(self.stage.summary(lines[-1]), refresh=False)
 
-    def assess(step) -> bool:
-        """Whether the step could be evaluated, before the run was asked to stop."""
-        if evaluate is None:
+    def last_good(self) -> str:
+        self.checkpointer.wait()
+        good = self.checkpointer.steps()
+        newest = f"the last good checkpoint is {self.stage.unit} {good[-1]}" if good else ""
+        return newest or "no checkpoint had been written yet"
+
+    def evaluate(self) -> bool:
+        """Runs the evaluators due at this step. False where the run was asked to stop before they were done."""
+        step, due = self.step, [e for e in self.stage.evaluators if e.due(self.step, self.stage.total)]
+        if not due or step in self.evaluated:
             return True
-        with clock.paused():
+        figures, samples = {}, []
+        with self.clock.paused():
             try:
-                result = evaluate(state.params)
+                for evaluator in due:
+                    found = evaluator.evaluate(self.state)
+                    figures |= found.figures
+                    samples += found.samples
             except Interrupted:
                 return False
-            writer.evaluation({"step": step, "tokens_seen": schedule.tokens_before(step), **result})
-            checkpointer.report(step, result.get("selection", result["loss"]))
-            bar.clear()
-            shown = [f"{k.replace('_', ' ')} {v:.4f}" for k, v in result.items() if isinstance(v, float)]
-            hosts.say(f"step {step}: validation {', '.join(shown)}")
+            self.writer.samples(step, samples)
+            if not figures:
+                return True
+            self.evaluated.add(step)
+            self.writer.evaluation({"step": step, **self.stage.position(step), **figures})
+            self.checkpointer.report(step, figures.get("selection", figures.get("loss")))
+            self.bar.clear()
+            shown = [f"{k.replace('_', ' ')} {v:.4f}" for k, v in figures.items() if isinstance(v, float)]
+            hosts.say(f"{self.stage.unit} {step}: validation {', '.join(shown)}")
         return True
 
-    def save(step):
-        with clock.paused():
-            writer.flush()
-            return checkpointer.save(step, state, {"seconds": clock.total(), "data": data})
+    def save(self):
+        if self.saved == self.step:
+            return
+        with self.clock.paused():
+            self.writer.flush()
+            if self.checkpointer.save(
+                self.step, self.state, {"seconds": self.clock.total(), "data": self.stage.data}
+            ):
+                self.saved = self.step
 
-    evaluations = writer.evaluations()
-    for line in evaluations:  # best.json may not have been written
-        checkpointer.report(line["step"], line.get("selection", line.get("loss")))
-    evaluated = {line["step"] for line in evaluations}
-    profiler = _Profiler(checkpointer.workdir, start + log.profile_start, log.profile_steps)
-    pending, step, saved, stopping = None, start, start if start else -1, False
-    rows, by_row = c.microbatch_rows, batch_sharding(mesh, 2)
-    at_once = 1 if schedule.ramping else c.steps_per_dispatch  # under the ramp the rows change from step to step
-    with stop_on_signals() as asked_to_stop, ends_when_stuck(log.stuck_after) as alive, profiler:
-        if start not in evaluated and (start % c.eval.every == 0 or start == schedule.steps):
-            stopping = not assess(start)
-            alive()
-        stop = start if stopping else schedule.steps
-        plan = chunks(start, stop, at_once, c.checkpoint.every, c.eval.every, at=profiler.ends)
-        clock.lap()
-        for first, count, batch in device_batches(batches, plan, rows, by_row, start, schedule.steps):
-            profiler.before(first)
-            rates = np.array([schedule.learning_rate(s) for s in range(first, first + count)], np.float32)
-            compiling = dispatch.seconds_compiling
-            state, metrics = dispatch(state, batch, rates)
-            clock.leave_out(dispatch.seconds_compiling - compiling)
-            if pending is not None:
-                record(*pending)
-            pending, step = (first, count, metrics), first + count
-            stopping = asked_to_stop()
-            alive()
-            at_end = step == schedule.steps or stopping
-            if at_end or step % c.checkpoint.every == 0 or step % c.eval.every == 0 or step >= profiler.stop_at:
-                record(*pending)
-                pending = None
-            profiler.after(step)
-            if at_end or step % c.checkpoint.every == 0:
-                if save(step):
-                    saved = step
-            if not stopping and (step % c.eval.every == 0 or step == schedule.steps) and not assess(step):
-                stopping = True  # resuming the run evaluates this step
-                if saved != step and save(step):
-                    saved = step
-            if stopping:
-                break
-        bar.close()
-        on_disk = checkpointer.wait() and (saved == step or step == 0)
-    finished = step == schedule.steps and not stopping
-    if not finished:
-        hosts.say(
-            f"asked to stop: saved step {saved}; the same command goes on from there" if saved >= 0
-            else "asked to stop before the first step; the same command starts again"
-        )  # fmt: skip
-    if not on_disk:
-        raise InputError(
-            f"The run stopped at step {step} but its last checkpoint could not be written: free some disk space and "
-            f"give the same command again, which goes on from step {max(checkpointer.steps(), default=0)}."
-        )
-    if not checkpointer.best_written and getattr(c, "selection", "last") != "last":
-        raise InputError(
-            f"The best checkpoint is step {checkpointer.best}, and {checkpointer.directory}/best.json, which tells "
-            "later stages, could not be written: free some disk space and give the same command again."
-        )
-    return state, finished
-
-
-def _compare_rates(workdir, schedule: Schedule, start: int):
-    """Says so where the step before `start` had another learning rate than the schedule now gives it: the length of the
-    run changed, or it began with a version whose schedule was another."""
-    if not start or not hosts.first():
-        return
-    before = [line for line in JsonLines.read(workdir / "metrics.jsonl") if line["step"] == start]
-    now = schedule.learning_rate(start - 1)
-    if before and not math.isclose(before[-1].get("learning_rate", now), now, rel_tol=1e-6):
-        print(
-            f"the learning rate of step {start:,} was {before[-1]['learning_rate']:.4g}; by the schedule as it is now "
-            f"it would have been {now:.4g}, and the run continues with {schedule.learning_rate(start):.4g}"
-        )
-
-
-def _bits(nats, n_bytes) -> dict:
-    return {"bits_per_byte": float(bits_per_byte(nats, max(int(n_bytes), 1)))}
-
-
-def _diverged(step, loss, grad_norm, checkpointer):
-    checkpointer.wait()
-    good = checkpointer.steps()
-    where = f"the last good checkpoint is step {good[-1]}" if good else "no checkpoint had been written yet"
-    raise TrainingDiverged(
-        f"The loss became {loss} (gradient norm {grad_norm}) at step {step}; training stopped and {where}. "
-        "Lower optimizer.learning_rate, lengthen schedule.warmup_tokens, or look at the data of that step."
-    )
+    def close(self, finished: bool, on_disk: bool):
+        """Says how the run ended. InputError: its last checkpoint, or which one is the best, is not on disk."""
+        unit, checkpointer = self.stage.unit, self.checkpointer
+        if not finished:
+            hosts.say(
+                f"asked to stop: saved {unit} {self.saved}; the same command resumes from there" if self.saved
+                else f"asked to stop before the first {unit}; the same command starts again"
+            )  # fmt: skip
+        if not on_disk:
+            raise InputError(
+                f"The run stopped at {unit} {self.step} but its last checkpoint could not be written: free some disk "
+                f"space and give the same command again, which resumes from {unit} "
+                f"{max(checkpointer.steps(), default=0)}."
+            )
+        if not checkpointer.best_written and getattr(self.c, "selection", "last") != "last":
+            raise InputError(
+                f"The best checkpoint is {unit} {checkpointer.best}, and {checkpointer.directory}/best.json, which "
+                "tells later stages, could not be written: free some disk space and give the same command again."
+            )
 
 
 class _Clock:
@@ -342,27 +242,3 @@ class _Profiler(contextlib.AbstractContextManager):
             jax.profiler.stop_trace()
             self._on, self._steps = False, 0
             self.stop_at = float("inf")
-
-
-def micro_batches(batch: dict[str, np.ndarray], microbatch_rows: int) -> dict[str, np.ndarray]:
-    """[rows, ...] -> [micro-batches, rows of one, ...]."""
-    return {k: v.reshape(-1, microbatch_rows, *v.shape[1:]) for k, v in batch.items()}
-
-
-def device_batches(batches, plan: Iterator[tuple[int, int]], microbatch_rows: int, sharding, start: int, stop: int):
-    """(first step, steps, arrays on the devices [steps, micro-batches, rows, ...]) for each (first, steps) of `plan`.
-
-    Args:
-        batches: as `train` takes them; read ahead from `start` to `stop`.
-        microbatch_rows: of one micro-batch, over all hosts.
-        sharding: of the arrays.
-    """
-    rows_here = len(hosts.rows_here(sharding, microbatch_rows))
-    read = lm.iterate(batches, start, stop)
-    for first, count in plan:
-        arrays = []
-        for step, batch in itertools.islice(read, count):
-            assert step == first + len(arrays), "the loader and the loop disagree on the step"
-            arrays.append(micro_batches({k: v for k, v in batch.items() if isinstance(v, np.ndarray)}, rows_here))
-        stacked = jax.tree.map(lambda *xs: np.stack(xs), *arrays)
-        yield first, count, jax.tree.map(lambda a: hosts.global_array(a, sharding), stacked)

@@ -148,7 +148,7 @@ class MetricWriter:
 
     def __init__(self, workdir, config: LogConfig, start_step: int = 0, run_config: dict | None = None):
         self.active = hosts.first()
-        self._workdir, self._samples = epath.Path(workdir), None
+        self._workdir, self._samples, self._last = epath.Path(workdir), None, None
         if not self.active:
             return
         self._train = JsonLines(self._workdir / "metrics.jsonl", start_step, once=True)
@@ -165,7 +165,15 @@ class MetricWriter:
                 id_file.write_text(wandb.util.generate_id())
             self._wandb = wandb.init(id=id_file.read_text(), resume="allow", config=run_config, dir=str(self._workdir))
 
+    def last(self) -> dict | None:
+        """The newest record of metrics.jsonl, of an earlier start where this one has written none."""
+        if self._last is None:
+            read = lambda: JsonLines.read(self._workdir / "metrics.jsonl", once=True)[-1:]
+            self._last = next(iter(hosts.from_first(read)), None)
+        return self._last
+
     def train(self, record: dict):
+        self._last = record
         self._put(self._train if self.active else None, "train", record)
 
     def evaluation(self, record: dict):

@@ -1,12 +1,12 @@
-"""The train and evaluation steps, for any loss that is a sum over tokens.
+"""The train and evaluation steps of any objective that is a sum over tokens or rows (objectives/base.py).
 
-A loss function takes (params, microbatch, dropout_keys) and returns (sum, count), or (sum, count, {name: further
-sum}); dropout_keys: of the rows [rows], or None. Gradients of the sums are accumulated over micro-batches in float32
-and divided once by the count of the whole global batch, so that one big batch and many small ones give the same step
-however their tokens are spread.
+Gradients of the sums are accumulated over micro-batches in float32 and divided once by the count of the whole global
+batch, so that one big batch and many small ones give the same step however their tokens are spread.
 """
 
+import dataclasses
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -14,83 +14,59 @@ import optax
 from jax import lax
 from jax.sharding import NamedSharding, PartitionSpec
 
-from gptjax.training.offload import Offloaded, update_per_layer
+from gptjax.objectives.base import Objective, Sums
+from gptjax.training.accumulate import accumulate, apply_gradients
+from gptjax.training.optimizer import OptimizerConfig, make_optimizer
 from gptjax.training.precision import PrecisionConfig, next_loss_scale
-from gptjax.training.state import TrainState
+from gptjax.training.state import TrainState, state_shardings
 
 
-def train_step(loss_fn, tx, clip_norm: float, precision: PrecisionConfig, seed: int, dropout: bool, weigh=None):
+def train_step(objective: Objective, tx, clip_norm: float, precision: PrecisionConfig, seed: int, dropout: bool):
     """Returns step(state, (batch, learning_rate)) -> (state, metrics), to be jitted or scanned over.
 
     Every array of the batch is [micro-batches, rows, ...]; `weights` is one of them. metrics: loss_sum, count,
-    grad_norm, finite, loss_scale, sums (what the loss returns besides), and target_bytes where the batch has them. A
-    step whose loss or gradient is not finite changes nothing but the counters. weigh: batch -> batch, for weights that
-    depend on the whole global batch.
+    grad_norm, finite, loss_scale, sums (the objective's extra ones), and target_bytes where the batch has them. A step
+    whose loss or gradient is not finite changes nothing but the counters.
     """
 
     def step(state: TrainState, batch_and_rate):
         batch, learning_rate = batch_and_rate
-        batch = weigh(batch) if weigh else batch
-        n_micro, *one = batch["weights"].shape
+        batch = objective.prepare(batch)
+        rows = batch["weights"].shape[1]
         # A row's noise depends on its place in the whole batch, not on the micro-batch it is computed in.
         key = jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), state.step), 0)
-        keys_of = lambda index: jax.vmap(jax.random.fold_in, (None, 0))(key, index * one[0] + jnp.arange(one[0]))
+        keys_of = lambda index: jax.vmap(jax.random.fold_in, (None, 0))(key, index * rows + jnp.arange(rows))
         # A static denominator keeps the scaled loss near a mean: float16 would overflow on a sum.
-        scale = state.loss_scale.scale / math.prod(one)
+        scale = state.loss_scale.scale / math.prod(batch["weights"].shape[1:])
 
-        def scaled_loss(params, micro, index):
-            sums = loss_fn(params, micro, keys_of(index) if dropout else None)
-            return sums[0] * scale, sums
+        def gradient(micro, index):
+            def scaled_loss(params):
+                sums = Sums(*objective.loss(params, micro, keys_of(index) if dropout else None))
+                return sums.total * scale, sums
 
-        gradient = jax.grad(scaled_loss, has_aux=True)
+            return jax.grad(scaled_loss, has_aux=True)(state.params), ()
 
-        def accumulate(carry, indexed):
-            grads, sums = carry
-            return jax.tree.map(jnp.add, (grads, sums), gradient(state.params, *indexed)), None
-
-        first = jax.tree.map(lambda a: a[0], batch)
-        if n_micro == 1:
-            grads, sums = gradient(state.params, first, 0)
-        else:
-            zeros = lambda tree: jax.tree.map(lambda a: jnp.zeros(a.shape, jnp.float32), tree)
-            start = zeros(jax.eval_shape(gradient, state.params, first, 0))
-            (grads, sums), _ = lax.scan(accumulate, start, (batch, jnp.arange(n_micro)))
-        total, count, *further = sums
-        inverse = 1 / (scale * jnp.maximum(count, 1))
+        (grads, sums), _ = accumulate(gradient, batch)
+        inverse = 1 / (scale * jnp.maximum(sums.count, 1))
         grads = jax.tree.map(lambda g: g * inverse, grads)
-
         grad_norm = optax.tree.norm(grads)
-        finite = jnp.isfinite(grad_norm) & jnp.isfinite(total)
-        if clip_norm:
-            shrink = jnp.minimum(1.0, clip_norm / jnp.maximum(grad_norm, 1e-12))
-            grads = jax.tree.map(lambda g: g * shrink, grads)
-
-        def optimize(params, opt_state, grads):
-            updates, new_opt = tx.update(grads, opt_state, params)
-            new = jax.tree.map(lambda p, u: p + learning_rate * u, params, updates)
-            return jax.tree.map(lambda new, old: jnp.where(finite, new, old), (new, new_opt), (params, opt_state))
-
-        if isinstance(tx, Offloaded):
-            params, opt_state = update_per_layer(tx, optimize, state.params, state.opt_state, grads)
-        else:
-            params, opt_state = optimize(state.params, state.opt_state, grads)
-        new = TrainState(
-            step=state.step + 1,
-            params=params,
-            opt_state=opt_state,
-            loss_scale=next_loss_scale(precision, state.loss_scale, finite),
-        )
+        finite = jnp.isfinite(grad_norm) & jnp.isfinite(sums.total)
+        params, opt_state = apply_gradients(
+            tx, state.params, state.opt_state, grads, norm=grad_norm, clip_norm=clip_norm, learning_rate=learning_rate,
+            finite=finite,
+        )  # fmt: skip
+        loss_scale = next_loss_scale(precision, state.loss_scale, finite)
         metrics = {
-            "loss_sum": total,
-            "count": count,
+            "loss_sum": sums.total,
+            "count": sums.count,
             "grad_norm": grad_norm,
             "finite": finite,
             "loss_scale": state.loss_scale.scale,
-            "sums": further[0] if further else {},
+            "sums": sums.extra,
         }
         if "target_bytes" in batch:  # on the device, for it knows each row once however many hosts hold it
             metrics["target_bytes"] = batch["target_bytes"].sum()
-        return new, metrics
+        return TrainState(state.step + 1, params, opt_state, loss_scale), metrics
 
     return step
 
@@ -107,18 +83,43 @@ def jit_train_step(step, shardings: TrainState):
             return state, jax.tree.map(lambda m: m[None], metrics)
         return lax.scan(step, state, (batches, learning_rates))
 
-    whole = NamedSharding(shardings.step.mesh, PartitionSpec())
-    return jax.jit(steps, donate_argnums=0, out_shardings=(shardings, whole))
+    replicated = NamedSharding(shardings.step.mesh, PartitionSpec())
+    return jax.jit(steps, donate_argnums=0, out_shardings=(shardings, replicated))
 
 
-def jit_eval_step(loss_fn, mesh):
+@dataclasses.dataclass(frozen=True)
+class TrainProgram:
+    """A stage's device program, which its main runs and `aot` lowers.
+
+    abstract, shardings: of the TrainState. step: jitted, donating the state: (state, batches [steps, micro-batches,
+    rows, ...], learning rates [steps]) -> (state, metrics [steps]).
+    """
+
+    objective: Objective
+    tx: optax.GradientTransformation
+    abstract: TrainState
+    shardings: TrainState
+    step: Any
+
+
+def train_program(
+    objective: Objective, boxed_params, optimizer: OptimizerConfig, precision: PrecisionConfig, seed: int, mesh, *,
+    dropout: bool,
+) -> TrainProgram:  # fmt: skip
+    """boxed_params: abstract parameters with logical axis names (gpt.abstract_params)."""
+    tx = make_optimizer(optimizer)
+    abstract, shardings = state_shardings(boxed_params, tx, precision, mesh)
+    step = train_step(objective, tx, optimizer.clip_norm, precision, seed, dropout)
+    return TrainProgram(objective, tx, abstract, shardings, jit_train_step(step, shardings))
+
+
+def jit_eval_step(loss, mesh):
     """eval_step(params, batch) -> (loss sum, count, {further sums, and target_bytes where the batch has them}), the
-    batch without a micro-batch axis."""
+    batch without a micro-batch axis. loss: of an Objective."""
 
     def evaluate(params, batch):
-        total, count, *further = loss_fn(params, batch, None)
-        sums = {k: v.sum() for k, v in batch.items() if k == "target_bytes"}
-        return total, count, sums | (further[0] if further else {})
+        sums = Sums(*loss(params, batch, None))
+        return sums.total, sums.count, {k: v.sum() for k, v in batch.items() if k == "target_bytes"} | sums.extra
 
     return jax.jit(evaluate, out_shardings=NamedSharding(mesh, PartitionSpec()))
 

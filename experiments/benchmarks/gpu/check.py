@@ -88,7 +88,9 @@ def sampler_and_ppo(scale: Scale, compute: str) -> dict:
     m = {k: float(v) for k, v in jax.device_get(ours.measured).items()}
     return {
         # 16 bits of a hidden state are 2^-8 of it, and logits add hundreds of such: a fault is far above .1
-        f"{compute} sampler's log-probabilities beside teacher forcing": (m["sampler"], 1e-4 if exact else 0.1),
+        f"{compute} sampler's log-probabilities beside teacher forcing": (
+            m["policy/rollout_logp_diff"], 1e-4 if exact else 0.1
+        ),
         f"{compute} PPO, first minibatch, largest |ratio - 1|": (
             m["policy/first_ratio_deviation"], 1e-4 if exact else 0.1,
         ),

@@ -1,0 +1,145 @@
+"""Texts of the model in training, written to samples.jsonl and printed."""
+
+import dataclasses
+
+from gptjax import command_line
+from gptjax.data.chat import Template
+from gptjax.data.demonstrations import Demonstrations
+from gptjax.data.tokenizer import Tokenizer
+from gptjax.distributed import hosts
+from gptjax.errors import InputError
+from gptjax.generation.decode import generate
+from gptjax.generation.respond import respond
+from gptjax.generation.sampling import Sampling
+from gptjax.model.spec import GPTConfig
+from gptjax.ranges import Count, TopP
+from gptjax.training.stage import Evaluation
+
+
+@dataclasses.dataclass(frozen=True)
+class SamplesConfig:
+    """Texts written to samples.jsonl before the first step and after the last.
+
+    prompts: texts to continue.
+    max_new_tokens: most tokens of a continuation.
+    temperature: divides the logits; 0 = greedy.
+    top_p: sample from the likeliest tokens of this probability mass.
+    """
+
+    prompts: tuple[str, ...] = ()
+    max_new_tokens: Count = 128
+    temperature: float = 0.8
+    top_p: TopP = 0.95
+
+
+def sample_prompts(prompts, tokenizer: Tokenizer, context_length: int) -> dict[str, list[int]]:
+    """{prompt: its token ids} of samples.prompts.
+
+    One that cannot be a prompt (characters that the tokenizer lacks, longer than the context) is skipped with a warning
+    where it is the config file's own, which knows nothing of the data. Raises InputError where the command line or code
+    gave it.
+    """
+    encoded = {}
+    for prompt in prompts:
+        ids, problem = [], None
+        try:
+            ids = tokenizer.encode(prompt)
+        except InputError as error:
+            problem = str(error)
+        if problem is None and not 0 < len(ids) <= context_length:
+            problem = f"it has {len(ids)} tokens and must have 1 to {context_length} (the context)"
+        if problem is None:
+            encoded[prompt] = ids
+        elif command_line.overridden("samples.prompts"):
+            raise InputError(f"samples.prompts {prompt!r}: {problem}. Change --config.samples.prompts.")
+        else:
+            hosts.say(
+                f"warning: no sample of the config file's prompt {prompt!r} is written: {problem}. Give another with "
+                "--config.samples.prompts."
+            )
+    return encoded
+
+
+def continuations(c: SamplesConfig, prompts: dict[str, list[int]], model: GPTConfig, tokenizer: Tokenizer, seed: int,
+                  dtype, mesh):  # fmt: skip
+    """An Evaluator's state -> Evaluation: each prompt ({text: ids}) continued, with the same noise each time."""
+
+    def evaluate(state) -> Evaluation:
+        if not prompts:
+            return Evaluation({})
+        out = generate(
+            state.params, model, list(prompts.values()), max_new_tokens=c.max_new_tokens,
+            sampling=Sampling(c.temperature, top_p=c.top_p), seed=seed, eot_id=tokenizer.eot_id,
+            vocab=tokenizer.vocab_size, dtype=dtype, mesh=mesh,
+        )  # fmt: skip
+        rows = [{"prompt": p, "text": tokenizer.decode(ids)} for p, ids in zip(prompts, out, strict=True)]
+        for row in rows:
+            hosts.say(f"--- sample at step {int(state.step)} ---\n{row['prompt']}{row['text']}\n")
+        return Evaluation({}, rows)
+
+    return evaluate
+
+
+# --- responses of a fine-tuned model --------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class ResponseConfig:
+    """Responses to validation prompts, written to samples.jsonl before the first step and after the last; they are also
+    what selection='reward' scores.
+
+    count: how many are written; four times as many are scored.
+    max_new_tokens: most tokens of a response.
+    temperature: divides the logits; 0 = greedy.
+    """
+
+    count: int = 8
+    max_new_tokens: Count = 64
+    temperature: float = 0.7
+
+
+def scored_prompts(c: ResponseConfig, demonstrations: Demonstrations) -> list:
+    """The validation prompts (ids) whose sampled responses selection='reward' scores."""
+    return [d.ids[: d.prompt] for d in demonstrations.validation if d.prompt][: 4 * c.count]
+
+
+def _sampled(c: ResponseConfig, params, model: GPTConfig, prompts, template: Template, seed: int, dtype, mesh):
+    """One sampled response to each prompt, as ids with end-of-text where there was one."""
+    return respond(
+        params, model, prompts, template, max_new_tokens=c.max_new_tokens, temperature=c.temperature, seed=seed,
+        dtype=dtype, mesh=mesh,
+    )  # fmt: skip
+
+
+def scored_responses(judge, c: ResponseConfig, demonstrations: Demonstrations, model: GPTConfig, template: Template,
+                     seed: int, dtype, mesh):  # fmt: skip
+    """An Evaluator's state -> Evaluation: 'reward', the reward model's mean score of sampled responses, by which the
+    best checkpoint is selected. judge: a reward model with score(prompts, responses) -> [n]."""
+    prompts = scored_prompts(c, demonstrations)
+
+    def evaluate(state) -> Evaluation:
+        sampled = _sampled(c, state.params, model, prompts, template, seed, dtype, mesh)
+        reward = float(judge.score(prompts, sampled).mean())
+        return Evaluation({"reward": reward, "selection": -reward})
+
+    return evaluate
+
+
+def responses(c: ResponseConfig, demonstrations: Demonstrations, model: GPTConfig, template: Template, seed: int, dtype,
+              mesh):  # fmt: skip
+    """An Evaluator's state -> Evaluation: responses to the first validation prompts, beside the demonstration."""
+    shown = [d for d in demonstrations.validation if d.prompt][: c.count]
+
+    def evaluate(state) -> Evaluation:
+        prompts = [d.ids[: d.prompt] for d in shown]
+        sampled = _sampled(c, state.params, model, prompts, template, seed, dtype, mesh) if shown else []
+        rows = [
+            {"prompt": template.decode(d.ids[: d.prompt]), "text": template.decode(response),
+             "demonstration": template.decode(d.ids[d.prompt :])}
+            for d, response in zip(shown, sampled, strict=True)
+        ]  # fmt: skip
+        for row in rows:
+            hosts.say(f"--- sample at step {int(state.step)} ---\n{row['prompt']}\n=> {row['text']}")
+        return Evaluation({}, rows)
+
+    return evaluate
