@@ -17,7 +17,13 @@ from ml_collections import config_dict as mlc
 from gptjax import command_line, json_files, paths, run_config
 from gptjax import config as configs
 from gptjax.data.chat import Template, chat_tokenizer
-from gptjax.data.comparisons import ComparisonBatches, ComparisonConfig, load_comparisons, validation_batches
+from gptjax.data.comparisons import (
+    ComparisonBatches,
+    ComparisonConfig,
+    load_comparisons,
+    padded_length,
+    validation_batches,
+)
 from gptjax.data.demonstrations import DemonstrationConfig, load_demonstrations
 from gptjax.distributed import hosts
 from gptjax.errors import InputError
@@ -119,17 +125,13 @@ def build(c: RewardConfig, mesh, claim: Claim) -> Stage:
     base = load_base(c.init_from, claim.workdir, mesh=mesh)
     tokenizer = chat_tokenizer(base.tokenizer)
     model = trunk(c, base.config, vocab_size=max(base.config.vocab_size, tokenizer.vocab_size))
-    length = c.data.max_length or model.context_length
     pipeline.make_plan(model, mesh.shape, c.microbatch_rows)
 
     # --- data ---
     template = Template(tokenizer, kind)
     comparisons = load_comparisons(c.data, template, model.context_length, c.seed)
     examples = None if c.normalize == "none" else reference_texts(c, of_sft, template, model.context_length)
-    longest = max(len(x.prompt) + max(map(len, x.completions)) for x in comparisons.train + comparisons.validation)
-    padded = lambda step_of: min(length, -(-longest // step_of) * step_of)
-    counted = padded(8)  # a completion's tokens as the schedule counts them, whatever the mesh pads them to
-    length = padded(8 * mesh.shape["seq"])
+    counted, length = padded_length(comparisons, c.data.max_length or model.context_length, mesh.shape["seq"])
     rows = {"batch_size": c.batch_size, "microbatch_size": c.microbatch_rows}
     check_fits(mesh.shape, n_head=model.n_head, time=length, **rows)
     record = claim.begin(c.init_from)

@@ -9,6 +9,7 @@ from ml_collections import config_dict as mlc
 
 from gptjax import ranges
 from gptjax.config import build, config_dict
+from gptjax.dpo import DPOConfig
 from gptjax.errors import InputError
 from gptjax.ppo import PPOConfig
 from gptjax.pretrain import PretrainConfig
@@ -16,7 +17,9 @@ from gptjax.reward import RewardConfig
 from gptjax.sft import SFTConfig
 from gptjax.training.metrics import LogConfig
 
-STAGES = {"pretrain": PretrainConfig, "sft": SFTConfig, "reward": RewardConfig, "ppo": PPOConfig}
+STAGES = {
+    "pretrain": PretrainConfig, "sft": SFTConfig, "reward": RewardConfig, "dpo": DPOConfig, "ppo": PPOConfig
+}  # fmt: skip
 MODEL = {"vocab_size": 16, "n_layer": 1, "n_head": 1, "d_model": 8, "context_length": 8}
 DIGITS_20 = 12_345_678_901_234_567_890
 

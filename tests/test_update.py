@@ -414,7 +414,7 @@ def test_epochs_go_through_all_rows_in_orders_of_their_own(monkeypatch):
     """3 epochs x 2 minibatches x 2 micro-batches of 2, and again in the next iteration."""
     seen = []
 
-    def spy(c, n, policy, value, batch):
+    def spy(c, n, policy, value, batch, *_):
         jax.debug.callback(lambda rows: seen.append(np.array(rows)), batch.returns[..., 0], ordered=True)
         one = jnp.float32(1)
         zeros = jax.tree.map(jnp.zeros_like, (policy, value))

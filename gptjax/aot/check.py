@@ -18,6 +18,7 @@ from gptjax.cost.memory import KEPT
 from gptjax.cost.roofline import bounds
 from gptjax.cost.topology import Topology
 from gptjax.describe import with_vocabulary
+from gptjax.dpo import DPOConfig
 from gptjax.errors import InputError
 from gptjax.model.spec import GPT1, GPT2, GPT3, GPTConfig
 from gptjax.parallel.mesh import AXES, MeshConfig, batch_shards
@@ -56,7 +57,8 @@ def build_program(config: dict, topology: Topology, request: Request) -> program
         make = programs.collect_program if request.program == "ppo_collect" else programs.update_program
         return make(c, request.policy, request.reward, topologies.topology_mesh(c.mesh, topology))
     for key, kind, make in (
-        ("mix", SFTConfig, programs.sft_program), ("objective", RewardConfig, programs.reward_program)
+        ("mix", SFTConfig, programs.sft_program), ("objective", RewardConfig, programs.reward_program),
+        ("beta", DPOConfig, programs.dpo_program),
     ):  # fmt: skip
         if key in config:  # no other stage has it
             c = configs.build(kind, config)
@@ -81,7 +83,7 @@ def adjusted(config: dict, topology: Topology, request: Request) -> tuple[dict, 
     if request.program.startswith("ppo") != of_ppo:
         suits = "ppo_collect or --program=ppo_update" if of_ppo else "train or --program=decode"
         raise InputError(f"program={request.program} is not of this config: give --program={suits}.")
-    if ("mix" in config or "objective" in config) and (request.program != "train" or request.policy is None):
+    if not {"mix", "objective", "beta"}.isdisjoint(config) and (request.program != "train" or request.policy is None):
         raise InputError(
             "This config is of a stage that begins with another's model: give --program=train and --policy, one of "
             f"{', '.join(PRESETS)}."

@@ -11,11 +11,12 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec
 
-from gptjax import pretrain, reward, sft
+from gptjax import dpo, pretrain, reward, sft
 from gptjax.cost.memory import cache_bytes, training_peak
 from gptjax.cost.roofline import Work, train_work
 from gptjax.data import comparisons
 from gptjax.data.prompts import bucket_widths
+from gptjax.dpo import DPOConfig
 from gptjax.errors import InputError
 from gptjax.generation.decode import decode
 from gptjax.generation.sampling import Sampling
@@ -101,11 +102,27 @@ def reward_program(c: RewardConfig, base: GPTConfig, mesh, completions: int = co
     """The same of a reward model (reward.py) on a trunk like `base`, each prompt with the most completions."""
     model = reward.trunk(c, base)
     time, rows = c.data.max_length or model.context_length, c.microbatch_rows
-    shapes = {
+    shapes = _comparison_shapes(completions, time)
+    return _step_program(c, model, reward.program, mesh, time, shapes, sequences=rows * completions, chunk=1)
+
+
+def dpo_program(c: DPOConfig, base: GPTConfig, mesh, completions: int = comparisons.MOST) -> Program:
+    """The same of DPO (dpo.py) on a model like `base`, each prompt with the most completions."""
+    model = dataclasses.replace(c.model, dropout=c.model.dropout or 0.0).apply(base)
+    time, rows = c.data.max_length or model.context_length, c.microbatch_rows
+    shapes = _comparison_shapes(completions, time) | {
+        "starts": ((completions,), jnp.int32), "reference": ((completions,), jnp.float32)
+    }  # fmt: skip
+    return _step_program(
+        c, model, dpo.program, mesh, time, shapes, sequences=rows * completions, chunk=c.loss_chunk
+    )
+
+
+def _comparison_shapes(completions: int, time: int) -> dict:
+    return {
         "tokens": ((completions, time), jnp.int32), "lengths": ((completions,), jnp.int32),
         "ranks": ((completions,), jnp.float32), "valid": ((completions,), jnp.float32), "weights": ((), jnp.float32),
     }  # fmt: skip
-    return _step_program(c, model, reward.program, mesh, time, shapes, sequences=rows * completions, chunk=1)
 
 
 def _language_program(c, model: GPTConfig, program, mesh, time: int, isolated: bool) -> Program:

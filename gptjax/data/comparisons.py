@@ -57,6 +57,9 @@ class ComparisonConfig:
         check_config(self, _FIELDS)
 
 
+More = Callable[[np.ndarray], dict[str, np.ndarray]]
+
+
 class Comparison(NamedTuple):
     """prompt: its ids; completions: ids of each, with end-of-text; ranks: of each, lower is better, equal ties;
     characters: of each completion's text."""
@@ -118,6 +121,14 @@ def load_comparisons(c: ComparisonConfig, template: Template, length: int, seed:
     return Comparisons(train, validation, k, left_out, fingerprint(content))
 
 
+def padded_length(comparisons: Comparisons, limit: int, shards: int) -> tuple[int, int]:
+    """(tokens that a schedule counts for a completion, tokens that rows are padded to): the longest prompt and
+    completion in whole eights, and in eights for each of `shards` that time is sharded over; at most `limit`."""
+    longest = max(len(e.prompt) + max(map(len, e.completions)) for e in comparisons.train + comparisons.validation)
+    counted, padded = (min(limit, -(-longest // step) * step) for step in (8, 8 * shards))
+    return counted, padded
+
+
 class ComparisonBatches:
     """One host's part of the batch of each step, by random access: batches[step] is a dict.
 
@@ -128,7 +139,8 @@ class ComparisonBatches:
     weights: float32 [rows], 1
 
     The comparisons come in a new order each epoch. rows: comparisons of a step, over all hosts; here: rows of a
-    batch → those of them to give, by default all. shuffle: version of lm.shuffled. InputError: a comparison that
+    batch → those of them to give, by default all. shuffle: version of lm.shuffled. more: numbers of comparisons [rows],
+    -1 for padding → further arrays [rows, ...]. InputError: a comparison that
     doesn't fit k or length.
     """
 
@@ -143,8 +155,9 @@ class ComparisonBatches:
         pad_id: int,
         here: Callable[[int], np.ndarray] = np.arange,
         shuffle: int = lm.SHUFFLE,
+        more: More | None = None,
     ):
-        self._padded = _Padded(comparisons, k, length, pad_id)
+        self._padded = _Padded(comparisons, k, length, pad_id, more)
         self._count, self._rows, self._seed = len(comparisons), rows, seed
         self._shuffle = shuffle
         self._here = here(rows)
@@ -171,17 +184,18 @@ def validation_batches(
     *,
     pad_id: int,
     here: Callable[[int], np.ndarray] = np.arange,
+    more: More | None = None,
 ) -> InOrder:
     """The comparisons in their order, as ComparisonBatches gives them; the last batch is padded with rows of
     weight 0 without a completion. InputError: as there.
     """
-    padded = _Padded(comparisons, k, length, pad_id)
+    padded = _Padded(comparisons, k, length, pad_id, more)
     return InOrder(len(comparisons), rows, here(rows), padded.arrays)
 
 
 class _Padded:
-    def __init__(self, comparisons: Sequence[Comparison], k: int, length: int, pad_id: int):
-        self._comparisons, self._shape, self._pad_id = comparisons, (k, length), pad_id
+    def __init__(self, comparisons: Sequence[Comparison], k: int, length: int, pad_id: int, more: More | None):
+        self._comparisons, self._shape, self._pad_id, self._more = comparisons, (k, length), pad_id, more
         for e in comparisons:
             tokens = len(e.prompt) + max(map(len, e.completions))
             if len(e.completions) > k or tokens > length:
@@ -210,7 +224,7 @@ class _Padded:
                 batch["lengths"][row, i] = len(ids)
             batch["ranks"][row, : len(e.ranks)] = e.ranks
             batch["valid"][row, : len(e.ranks)] = 1
-        return batch
+        return batch if self._more is None else batch | self._more(index)
 
 
 def _ranked(record: Record, kind: str) -> tuple[Any, list[Any], list[float]]:

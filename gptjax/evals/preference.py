@@ -9,9 +9,11 @@ import jax
 import numpy as np
 
 from gptjax.distributed import hosts
+from gptjax.evals.base import evaluation_sums
 from gptjax.objectives.preference import ranking_statistics
 from gptjax.parallel.sharding import batch_sharding
 from gptjax.training.stage import Evaluation
+from gptjax.training.step import jit_eval_step
 from gptjax.training.stopping import leave_if_asked
 
 
@@ -51,6 +53,18 @@ def ranking(scores, criterion, batches):
         total, count = criterion(scored, ranks, valid)
         found = ranking_metrics({k: float(v) for k, v in ranking_statistics(scored, ranks, valid).items()})
         return Evaluation({"loss": float(total) / max(float(count), 1), **found})
+
+    return evaluate
+
+
+def ranking_sums(loss, batches, mesh):
+    """An Evaluator's state -> Evaluation: 'loss', 'accuracy', 'margin' and 'pairs' over comparisons, of an Objective's
+    loss whose extra sums are ranking_statistics."""
+    step, sharding = jit_eval_step(loss, mesh), batch_sharding(mesh, 0)
+
+    def evaluate(state) -> Evaluation:
+        total, count, extra = evaluation_sums(step, state.params, batches, sharding)
+        return Evaluation({"loss": total / max(count, 1), **ranking_metrics(extra)})
 
     return evaluate
 

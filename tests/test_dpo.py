@@ -1,0 +1,247 @@
+"""DPO: the objective beside its closed form and the reward-model loss, and the stage end to end."""
+
+import dataclasses
+import json
+import shutil
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from alignment_runs import CONTEXT, comparisons, on_one_device, overridden, template, write
+from numerics import approx, assert_close, model_terms
+from runs import assert_same_run, lines, until_sigterm
+
+from gptjax import dpo as stage
+from gptjax.aot import programs
+from gptjax.config import build, config_dict
+from gptjax.cost import topology
+from gptjax.data.comparisons import ComparisonConfig, load_comparisons
+from gptjax.dpo import DPOConfig, dpo
+from gptjax.errors import InputError
+from gptjax.model import gpt
+from gptjax.model.spec import GPTConfig
+from gptjax.objectives.dpo import dpo_objective, response_log_probs
+from gptjax.objectives.preference import dpo_loss
+from gptjax.trained import load_model
+from gptjax.training.checkpoint import Checkpointer
+
+MODEL = GPTConfig(31, n_layer=2, n_head=2, d_model=16, context_length=16, attention="reference")
+TERMS = model_terms(MODEL)
+
+
+def dpo_config(init_from, source, **overrides):
+    c = config_dict(DPOConfig)
+    c.init_from, c.data.source, c.data.validation = str(init_from), str(source), "0.25"
+    c.steps, c.batch_size, c.optimizer.learning_rate = 12, 8, 1e-3
+    return overridden(c, overrides)
+
+
+# --- the objective ----------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def batch():
+    """Three prompts of two ragged completions; in row 1 the second wins; row 2 is padding."""
+    rng = np.random.default_rng(0)
+    return {
+        "tokens": rng.integers(0, 31, (3, 2, 12), np.int32),
+        "starts": np.array([[3, 3], [5, 5], [0, 0]], np.int32),
+        "lengths": np.array([[7, 12], [9, 6], [1, 1]], np.int32),
+        "ranks": np.array([[0, 1], [2, 1], [0, 0]], np.float32),
+        "valid": np.array([[1, 1], [1, 1], [0, 0]], np.float32),
+        "reference": rng.normal(-8, 1, (3, 2)).astype(np.float32),
+    }
+
+
+@pytest.fixture(scope="module")
+def params():
+    return gpt.init(MODEL, jax.random.key(0))
+
+
+def plain_log_prob(params, tokens, start, length):
+    """Of one text, by the formula: no padding, no chunks."""
+    text = jnp.asarray(tokens[:length])[None]
+    log_p = jax.nn.log_softmax(gpt.logits(params, MODEL, gpt.hidden(params, MODEL, text)))[0]
+    return sum(log_p[t - 1, text[0, t]] for t in range(start, length))
+
+
+def test_the_log_probability_of_a_response_counts_its_tokens_alone(params, batch):
+    flat = (batch[k].reshape(6, *batch[k].shape[2:]) for k in ("tokens", "starts", "lengths"))
+    found = response_log_probs(params, MODEL, *flat, dtype=jnp.float32, chunk=5)
+    for row in range(2):
+        for i in range(2):
+            expected = plain_log_prob(params, *(batch[k][row, i] for k in ("tokens", "starts", "lengths")))
+            assert float(found[2 * row + i]) == approx(float(expected), terms=TERMS)
+
+
+def test_it_is_rafailovs_loss_in_value_and_gradient(params, batch):
+    """eq. 7 on the four log-probabilities of each pair, each worked out by itself."""
+
+    def written_out(params):
+        of = lambda row, i: plain_log_prob(params, *(batch[k][row, i] for k in ("tokens", "starts", "lengths")))
+        wins = ((0, 0), (1, 1))
+        chosen, rejected = (jnp.stack([of(r, i if w else 1 - i) for r, i in wins]) for w in (True, False))
+        ref = batch["reference"]
+        ref_chosen, ref_rejected = (np.array([ref[r, i if w else 1 - i] for r, i in wins]) for w in (True, False))
+        return dpo_loss(chosen, rejected, ref_chosen, ref_rejected, jnp.ones(2), 0.3)[0]
+
+    objective = dpo_objective(MODEL, 0.3, jnp.float32, 5)
+    sums = objective(params, batch, None)
+    assert float(sums.count) == 2 and float(sums.extra["pairs"]) == 2
+    value, gradient = jax.value_and_grad(written_out)(params)
+    assert float(sums.total) == approx(float(value), terms=TERMS)
+    assert_close(jax.grad(lambda p: objective(p, batch, None).total)(params), gradient, terms=TERMS)
+
+
+def test_before_the_first_step_the_loss_is_log_2(params, batch):
+    """Policy and reference are one: every implicit reward is 0."""
+    flat = (batch[k].reshape(6, *batch[k].shape[2:]) for k in ("tokens", "starts", "lengths"))
+    same = response_log_probs(params, MODEL, *flat, dtype=jnp.float32, chunk=5).reshape(3, 2)
+    sums = dpo_objective(MODEL, 0.1, jnp.float32, 5)(params, {**batch, "reference": same}, None)
+    assert float(sums.total / sums.count) == pytest.approx(np.log(2), rel=1e-6)
+    assert float(sums.extra["margin"]) == 0
+
+
+def test_the_optimum_on_enumerated_preferences_is_the_closed_form():
+    """All pairs of six responses, weighted by Bradley-Terry's probabilities under a reward r: of all policies the loss
+    is lowest at ref(y) exp(r(y) / beta) / Z (Rafailov et al. eq. 4), and descent from the reference comes there."""
+    rng, beta = np.random.default_rng(0), 0.5
+    reward = rng.normal(0, 1, 6)
+    log_ref = jax.nn.log_softmax(jnp.asarray(rng.normal(0, 1, 6), jnp.float32))
+    optimum = jax.nn.log_softmax(log_ref + reward / beta)
+    first, second = np.nonzero(~np.eye(6, dtype=bool))
+    weights = jnp.asarray(1 / (1 + np.exp(reward[second] - reward[first])), jnp.float32)
+
+    def loss(logits):
+        log_pi = jax.nn.log_softmax(logits)
+        total, count, _ = dpo_loss(log_pi[first], log_pi[second], log_ref[first], log_ref[second], weights, beta)
+        return total / count
+
+    assert np.abs(jax.grad(loss)(optimum)).max() < 1e-6 < np.abs(jax.grad(loss)(log_ref)).max()
+    logits = log_ref
+    step = jax.jit(lambda x: x - 20 * jax.grad(loss)(x))
+    for _ in range(600):
+        logits = step(logits)
+    np.testing.assert_allclose(jax.nn.softmax(logits), jnp.exp(optimum), atol=1e-4)
+
+
+# --- the stage --------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def straight(tuned, alignment, tmp_path_factory):
+    workdir = tmp_path_factory.mktemp("dpo") / "run"
+    with on_one_device():
+        c = dpo_config(tuned, alignment["comparisons"], steps=60, eval__every=20, checkpoint__every=20)
+        assert dpo(c, str(workdir)).finished
+    return workdir
+
+
+@pytest.fixture(autouse=True)
+def one_device():
+    with on_one_device():
+        yield
+
+
+def test_it_learns_the_preference(straight, tuned):
+    """Completions with the liked word win: the policy ranks them first, and says the word more than the SFT model."""
+    first, *_, last = lines(straight, "evaluations")
+    assert first["loss"] == pytest.approx(np.log(2), rel=1e-5) and first["margin"] == pytest.approx(0, abs=1e-4)
+    assert last["loss"] < first["loss"] and last["accuracy"] > 0.8
+    model = load_model(straight)
+    assert model.template == "chat" and model.step == 60
+    assert json.loads((straight / "config.json").read_text())["kind"] == "lm"
+
+
+def test_the_reference_is_the_sft_model(straight, tuned, alignment):
+    """reference.npz has its log-probabilities, each text by itself."""
+    loaded = load_comparisons(
+        ComparisonConfig(source=str(alignment["comparisons"]), validation="0.25"), template(straight), CONTEXT, 0
+    )
+    saved, model = np.load(straight / "reference.npz"), load_model(tuned)
+    assert saved["train"].shape == (len(loaded.train), loaded.k)
+    for split, rows in (("train", loaded.train), ("validation", loaded.validation)):
+        for row, e in list(zip(saved[split], rows, strict=True))[:2]:
+            for value, completion in zip(row, e.completions, strict=False):
+                text = jnp.asarray([e.prompt + completion])
+                log_p = jax.nn.log_softmax(gpt.logits(model.params, model.config, gpt.hidden(
+                    model.params, model.config, text)))[0]  # fmt: skip
+                expected = sum(log_p[t - 1, text[0, t]] for t in range(len(e.prompt), text.shape[1]))
+                assert value == approx(float(expected), terms=model_terms(model.config))
+
+
+def test_killed_and_resumed_it_is_the_same_run(straight, tuned, alignment, tmp_path):
+    """Bit for bit, and without the SFT model: reference.npz has what was needed of it."""
+    base = shutil.copytree(tuned, tmp_path / "sft")
+    c = dpo_config(base, alignment["comparisons"], steps=60, eval__every=20, checkpoint__every=20)
+    assert not until_sigterm(dpo, c, tmp_path / "parts", stop=27).finished
+    assert Checkpointer(tmp_path / "parts").steps()[-1] == 27
+    shutil.rmtree(base)
+    result = dpo(c, str(tmp_path / "parts"))
+    assert result.finished and result.steps == 60 and result.best["step"] > 0
+    assert_same_run(tmp_path / "parts", straight, 60)
+
+
+def test_higher_beta_stays_nearer_the_reference(tuned, alignment, tmp_path):
+    distance = {}
+    start = load_model(tuned).params
+    for beta in (0.1, 10.0):
+        c = dpo_config(tuned, alignment["comparisons"], beta=beta, eval__every=12)
+        dpo(c, str(tmp_path / str(beta)))
+        there = load_model(tmp_path / str(beta)).params
+        assert jax.tree.structure(there) == jax.tree.structure(start)
+        distance[beta] = lines(tmp_path / str(beta), "evaluations")[-1]["margin"] / beta
+    assert 0 < distance[10.0] < distance[0.1]
+
+
+@pytest.mark.parametrize(
+    "change, says",
+    [
+        ({"init_from": None}, "--config.init_from"),
+        ({"data.source": None}, "--config.data.source"),
+        ({"steps": None}, "--config.epochs or --config.steps"),
+        ({"beta": 0.0}, "beta=0.0 must be above 0"),
+        ({"selection": "reward"}, "choose last or loss"),
+        ({"batch_size": 7, "microbatch_size": 2}, "not a multiple of microbatch_size=2"),
+    ],
+)
+def test_bad_input_is_one_clear_error(tuned, alignment, tmp_path, change, says):
+    c = dpo_config(tuned, alignment["comparisons"])
+    c.update_from_flattened_dict(change)
+    with pytest.raises(InputError, match=says):
+        dpo(c, str(tmp_path / "run"))
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_model_without_a_template_is_refused(pretrained, alignment, tmp_path):
+    with pytest.raises(InputError, match="answers no prompts: give the workdir of an SFT run"):
+        dpo(dpo_config(pretrained, alignment["comparisons"]), str(tmp_path / "run"))
+
+
+def test_other_comparisons_are_refused_on_resume(tuned, tmp_path):
+    source = write(tmp_path / "rows.jsonl", comparisons(40))
+    dpo(dpo_config(tuned, source, steps=1), str(tmp_path / "run"))
+    write(source, comparisons(40, seed=9))
+    with pytest.raises(InputError, match="has changed since the run began"):
+        dpo(dpo_config(tuned, source, steps=2), str(tmp_path / "run"))
+
+
+def test_aot_lowers_the_program_that_the_stage_runs(tuned, alignment, tmp_path, monkeypatch):
+    """The arrays of aot's batch are the loader's, by name, shape and dtype."""
+    seen = {}
+
+    def capture(c, program, batches, *args, **kwargs):
+        seen["batch"] = batches[0]
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(stage, "supervised", capture)
+    config = dpo_config(tuned, alignment["comparisons"], data__max_length=32)
+    with pytest.raises(KeyboardInterrupt):
+        dpo(config, str(tmp_path / "run"))
+    c = build(DPOConfig, config)
+    mesh = topology.topology_mesh(c.mesh, topology.parse("v5e-1"))
+    base = dataclasses.replace(load_model(tuned).config, attention="auto")
+    lowered = programs.dpo_program(c, base, mesh, completions=seen["batch"]["tokens"].shape[1])
+    expected = {k: (v.shape[2:], v.dtype) for k, v in lowered.arguments[1].items()}
+    assert {k: (v.shape, v.dtype) for k, v in seen["batch"].items()} == expected
