@@ -55,11 +55,22 @@ from gptjax.training.stopping import Interrupted, stop_on_signals
 
 @dataclasses.dataclass(frozen=True)
 class PPOConfig:
-    """policy: workdir of the SFT run, also the reference. reward: workdir of the reward model. reward_fn:
-    'package.module:function', alone or added to the reward model's score; reward_on: what it gets, 'text' or 'tokens'.
-    How long: steps (iterations), or episodes. batch_size: episodes of an iteration. value_optimizer: of the separate
-    value network, which starts as the reward model; shared_trunk: a head on the policy's own trunk instead.
-    offload: keep the two frozen models in host memory and bring them to the device to score."""
+    """PPO. How long: steps, or episodes. Give a reward model, a reward function, or both.
+
+    policy: workdir of the SFT run, also the reference.
+    reward: workdir of the reward model.
+    reward_fn: 'package.module:function', alone or added to the reward model's score.
+    reward_on: what reward_fn gets: 'text' or 'tokens'.
+    value_optimizer: optimizer of the separate value network, which starts as the reward model, or of the head on a
+        shared trunk.
+    shared_trunk: a value head on the policy's own trunk, in place of the separate value network.
+    offload: keep the two frozen models in host memory and bring them to the device to score.
+    seed: of data order, minibatches and sampling.
+    steps: iterations of the run.
+    episodes: responses sampled in the whole run, in place of steps.
+    batch_size: episodes of an iteration.
+    loss_chunk: time steps whose logits are held at once.
+    """
 
     policy: str | None = paths.field()
     reward: str | None = paths.field()

@@ -44,7 +44,13 @@ from gptjax.training.step import jit_eval_step, jit_train_step, train_step
 
 @dataclasses.dataclass(frozen=True)
 class SamplesConfig:
-    """Texts written to samples.jsonl before the first step and after the last."""
+    """Texts written to samples.jsonl before the first step and after the last.
+
+    prompts: texts to continue; the flag is given once for each, or as ('one', 'two').
+    max_new_tokens: most tokens of a continuation.
+    temperature: of sampling; 0 = greedy.
+    top_p: sample from the likeliest tokens of this probability mass.
+    """
 
     prompts: tuple[str, ...] = ()
     max_new_tokens: Count = 128
@@ -54,9 +60,18 @@ class SamplesConfig:
 
 @dataclasses.dataclass(frozen=True)
 class PretrainConfig:
-    """How long: the first given of steps, tokens and epochs. batch_size: sequences of a step over all devices;
-    microbatch_size: sequences computed at a time, None = all. steps_per_dispatch: steps per device call.
-    loss_chunk: time steps whose logits are held at once. init_from: a workdir to take the weights from."""
+    """Pre-training. How long: the first given of steps, tokens and epochs.
+
+    seed: of the held-out split, initialization, data order, dropout and samples.
+    steps: optimizer steps of the run.
+    tokens: training tokens of the run, in place of steps.
+    epochs: passes over the training tokens, in place of steps and tokens.
+    batch_size: sequences of a step over all devices.
+    microbatch_size: sequences whose gradients are computed at a time; None = all of the batch.
+    steps_per_dispatch: steps per device call.
+    loss_chunk: time steps whose logits are held at once.
+    init_from: a workdir to take the weights from; None = random initialization.
+    """
 
     model: GPTConfig
     data: DataConfig = DataConfig()

@@ -48,11 +48,22 @@ from gptjax.training.stopping import leave_if_asked
 
 @dataclasses.dataclass(frozen=True)
 class RewardConfig:
-    """How long: the first given of steps and epochs (InstructGPT: one epoch; more overfits). batch_size: prompts of a
-    step. objective: 'pairs' (Ouyang et al. eq. 1) or 'best' (Ziegler et al. eq. 1: which of K is best).
+    """Reward model. How long: the first given of steps and epochs (InstructGPT: one epoch; more overfits).
+
+    init_from: the workdir to start from, of an SFT run.
+    objective: 'pairs' (Ouyang et al. eq. 1) or 'best' (Ziegler et al. eq. 1: which of K is best).
     normalize: after training, 'mean' = a bias so that demonstrations score 0 (InstructGPT C.2), 'mean_std' = a gain
-    too, so that their standard deviation is 1 (Ziegler et al. 2019), 'none'. demonstrations: rows with prompt and
-    response; None = those of the SFT run. template: None = the SFT run's, else 'chat'."""
+        too, so that their standard deviation is 1 (Ziegler et al. 2019), 'none'.
+    demonstrations: rows with prompt and response, whose scores are normalized; None = those of the SFT run.
+    template: 'chat' or 'plain'; None = the SFT run's, else 'chat'.
+    selection: the checkpoint that later stages use: 'last' or 'loss' (lowest on validation).
+    seed: of the held-out split, the scalar head's initialization, data order and dropout.
+    steps: optimizer steps of the run.
+    epochs: passes over the prompts, in place of steps.
+    batch_size: prompts of a step, each with all its completions.
+    microbatch_size: prompts whose gradients are computed at a time; None = all of the batch.
+    steps_per_dispatch: steps per device call.
+    """
 
     init_from: str | None = paths.field()
     model: ModelOptions = ModelOptions()

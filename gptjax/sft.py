@@ -54,9 +54,11 @@ from gptjax.training.step import jit_eval_step, jit_train_step, train_step
 class MixConfig:
     """Pre-training text mixed into the demonstrations (InstructGPT C.3: 10 % for the model RL starts from).
 
-    fraction: share of the rows of a batch, 0 = none. source: None = what the run's weights were pre-trained on. cache:
-    local folder for the tokens, as data.cache of pre-training; None = `data` in the workdir, or without `source` where
-    that pre-training has them."""
+    fraction: share of the rows of a batch; 0 = none.
+    source: None = what the run's weights were pre-trained on.
+    cache: local folder for the tokens, as data.cache of pre-training; None = `data` in the workdir, or without `source`
+        where that pre-training has them.
+    """
 
     fraction: BelowOne = 0.0
     source: str | None = paths.field(paths.SOURCE)
@@ -69,8 +71,13 @@ class MixConfig:
 
 @dataclasses.dataclass(frozen=True)
 class SamplesConfig:
-    """responses to validation prompts, written to samples.jsonl before the first step and after the last; they are
-    also what selection='reward' scores."""
+    """Responses to validation prompts, written to samples.jsonl before the first step and after the last; they are also
+    what selection='reward' scores.
+
+    count: how many prompts are answered.
+    max_new_tokens: most tokens of a response.
+    temperature: of sampling; 0 = greedy.
+    """
 
     count: int = 8
     max_new_tokens: Count = 64
@@ -79,10 +86,21 @@ class SamplesConfig:
 
 @dataclasses.dataclass(frozen=True)
 class SFTConfig:
-    """How long: the first given of steps and epochs. batch_size: rows of a step, each of which holds several
-    demonstrations when they are packed. lm_weight: lambda of GPT-1's auxiliary language-model term, 0 = none.
-    selection: the checkpoint that later stages use: 'last', 'loss' (lowest on validation) or 'reward' (highest score
-    of the reward model in the workdir `reward`, as InstructGPT C.1). init_from: the workdir to start from."""
+    """Supervised fine-tuning. How long: the first given of steps and epochs.
+
+    init_from: the workdir to start from.
+    selection: the checkpoint that later stages use: 'last', 'loss' (lowest on validation) or 'reward' (highest score of
+        the reward model in the workdir `reward`, as InstructGPT C.1).
+    reward: workdir of the reward model that selection='reward' scores samples with.
+    lm_weight: lambda of GPT-1's auxiliary language-model term; 0 = none.
+    seed: of the held-out split, data order, dropout and samples.
+    steps: optimizer steps of the run.
+    epochs: passes over the demonstrations, in place of steps.
+    batch_size: rows of a step, each of which holds several demonstrations when they are packed.
+    microbatch_size: rows whose gradients are computed at a time; None = all of the batch.
+    steps_per_dispatch: steps per device call.
+    loss_chunk: time steps whose logits are held at once.
+    """
 
     init_from: str | None = paths.field()
     model: ModelOptions = ModelOptions()

@@ -35,8 +35,11 @@ from gptjax.training.stopping import Interrupted, stop_on_signals
 
 @dataclasses.dataclass(frozen=True)
 class EvalConfig:
-    """every: steps between evaluations; one more before the first step and after the last. batches: how many
-    validation batches, of a mixture of each part; 0 = all of them."""
+    """Evaluation on held-out data.
+
+    every: steps between evaluations; one more before the first step and after the last.
+    batches: how many validation batches, of a mixture of each part; 0 = all of them.
+    """
 
     every: Count = 1000
     batches: int = 0
