@@ -401,4 +401,4 @@ def steer_kl(state, kl, c: PPOConfig):
 
 
 if __name__ == "__main__":
-    command_line.run_stage(ppo)
+    command_line.run_stage(ppo, PPOConfig)

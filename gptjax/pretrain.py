@@ -320,4 +320,4 @@ def write_samples(writer: MetricWriter, step, params, model, tokenizer, prompts,
 
 
 if __name__ == "__main__":
-    command_line.run_stage(pretrain)
+    command_line.run_stage(pretrain, PretrainConfig)

@@ -359,4 +359,4 @@ def describe_run(c: RewardConfig, model: GPTConfig, comparisons, length: int, sc
 
 
 if __name__ == "__main__":
-    command_line.run_stage(reward)
+    command_line.run_stage(reward, RewardConfig)

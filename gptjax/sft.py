@@ -346,4 +346,4 @@ def describe_run(c: SFTConfig, model: GPTConfig, demonstrations, packed: PackedR
 
 
 if __name__ == "__main__":
-    command_line.run_stage(sft)
+    command_line.run_stage(sft, SFTConfig)
