@@ -11,6 +11,8 @@ import jax
 from gptjax.config import config_dict
 from gptjax.pretrain import PretrainConfig
 
+PRESETS = {"pretrain": []}  # by stage, for --help
+
 PROMPTS = (
     'def read(self, size=-1):\n    """',
     "import os\nimport sys\n\nclass ",

@@ -10,6 +10,8 @@ moment, .99. Higher beta stays nearer the reference.
 from gptjax.config import config_dict
 from gptjax.dpo import DPOConfig
 
+PRESETS = {"dpo": []}  # by stage, for --help
+
 
 def get_config():
     c = config_dict(DPOConfig)

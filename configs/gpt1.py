@@ -15,6 +15,8 @@ from gptjax.config import config_dict
 from gptjax.model.spec import GPT1
 from gptjax.pretrain import PretrainConfig
 
+PRESETS = {"pretrain": []}  # by stage, for --help
+
 
 def get_config():
     c = config_dict(PretrainConfig)

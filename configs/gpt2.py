@@ -15,6 +15,8 @@ from gptjax.config import choose, config_dict
 from gptjax.model.spec import GPT2
 from gptjax.pretrain import PretrainConfig
 
+PRESETS = {"pretrain": ["124m", "355m", "774m", "1558m"]}  # by stage, for --help
+
 LEARNING_RATE = {"124m": 6e-4, "355m": 3e-4, "774m": 2.5e-4, "1558m": 2e-4}  # GPT-3 Table 2.1 by width
 
 

@@ -18,6 +18,9 @@ from gptjax.config import choose, config_dict
 from gptjax.model.spec import GPT3
 from gptjax.pretrain import PretrainConfig
 
+# by stage, for --help; each size may have ,mixture
+PRESETS = {"pretrain": ["125m", "350m", "760m", "1.3b", "2.7b", "6.7b", "13b", "175b", "125m,mixture"]}
+
 # size: (batch in tokens, learning rate, ramp in tokens, batch_size, microbatch_size, fsdp, tensor)
 TRAINING = {
     "125m": (0.5e6, 6.0e-4, 4e9, 256, 32, 8, 1),

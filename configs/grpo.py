@@ -10,6 +10,8 @@ reward model, a rule, or both. The paper: 64 samples of each of 16 prompts, one 
 from gptjax.config import config_dict
 from gptjax.ppo import PPOConfig
 
+PRESETS = {"ppo": []}  # by stage, for --help
+
 
 def get_config():
     c = config_dict(PPOConfig)

@@ -15,6 +15,8 @@ from gptjax.ppo import PPOConfig
 from gptjax.reward import RewardConfig
 from gptjax.sft import SFTConfig
 
+PRESETS = {"sft": ["sft"], "reward": ["reward"], "ppo": ["ppo"]}  # by stage, for --help
+
 ADAM = dict(learning_rate=3e-6, b1=0.9, b2=0.999, eps=1e-5, weight_decay=0.0, clip_norm=0.0)  # all three stages
 
 

@@ -13,6 +13,8 @@ input.txt is https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tin
 from gptjax.config import choose, config_dict
 from gptjax.pretrain import PretrainConfig
 
+PRESETS = {"pretrain": ["cpu", "gpu"]}  # by stage, for --help
+
 SIZES = {
     "cpu": dict(n_layer=4, n_head=4, d_model=128, context_length=64, dropout=0.0),
     "gpu": dict(n_layer=6, n_head=6, d_model=384, context_length=256, dropout=0.2),

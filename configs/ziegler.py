@@ -16,6 +16,8 @@ from gptjax.config import choose, config_dict
 from gptjax.ppo import PPOConfig
 from gptjax.reward import RewardConfig
 
+PRESETS = {"reward": ["reward"], "ppo": ["ppo"]}  # by stage, for --help
+
 
 def reward():
     c = config_dict(RewardConfig)

@@ -8,9 +8,11 @@ into dataclasses. Nothing below the mains ever sees a ConfigDict. The defaults l
 import dataclasses
 import difflib
 import functools
+import inspect
 import json
+import re
 import typing
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 
 from ml_collections import config_dict as mlc
 
@@ -21,22 +23,28 @@ from gptjax.parallel import sharding
 
 def config_dict(cls, **overrides) -> mlc.ConfigDict:
     """A ConfigDict with the fields and defaults of a dataclass; `X | None` fields become placeholders."""
+    result = _config_dict(cls, None)
+    result.update(overrides)
+    return result
+
+
+def _config_dict(cls, instance) -> mlc.ConfigDict:
+    """instance: what gives the defaults, as a section that its stage has a default of its own for; None = the class."""
     result = mlc.ConfigDict()
     hints = typing.get_type_hints(cls)
     for field in dataclasses.fields(cls):
-        kind = hints[field.name]
-        if dataclasses.is_dataclass(kind):
-            result[field.name] = config_dict(kind)
-            continue
-        optional = type(None) in typing.get_args(kind)
+        kind, default = hints[field.name], field.default
         if field.default_factory is not dataclasses.MISSING:
-            value = mlc.ConfigDict(field.default_factory())
-        elif field.default is dataclasses.MISSING or (optional and field.default is None):
+            default = field.default_factory()
+        default = default if instance is None else getattr(instance, field.name)
+        optional = type(None) in typing.get_args(kind)
+        if dataclasses.is_dataclass(kind):
+            value = _config_dict(kind, None if default is dataclasses.MISSING else default)
+        elif default is dataclasses.MISSING or (optional and default is None):
             value = mlc.config_dict.placeholder(kind.__args__[0] if optional else kind)
         else:
-            value = field.default
+            value = mlc.ConfigDict(dict(default)) if isinstance(default, Mapping) else default
         result[field.name] = value
-    result.update(overrides)
     return result
 
 
@@ -94,6 +102,65 @@ def choose(presets: dict, name: str, what: str):
     if name not in presets:
         raise InputError(f"Unknown {what} {name!r}{nearest(name, presets)}")
     return presets[name]
+
+
+# --- what a config's keys mean ----------------------------------------------------------------------------
+
+_LINE = re.compile(r"(\w+): +(.*)")
+
+
+def documentation(cls) -> tuple[str, dict[str, str]]:
+    """(what a config dataclass is, {key: its explanation}), from its docstring and those of the classes it extends.
+
+    A key has a line `key: explanation`, which goes on in indented lines; the text before the first is about the whole.
+    """
+    about, explained = "", {}
+    for base in reversed(cls.__mro__):
+        docstring = base.__dict__.get("__doc__") or ""
+        if not dataclasses.is_dataclass(base) or docstring.startswith(f"{base.__name__}("):  # made by dataclass()
+            continue
+        prose, key = [], None
+        for line in inspect.cleandoc(docstring).splitlines():
+            if match := _LINE.fullmatch(line):
+                key, explained[match[1]] = match[1], match[2]
+            elif key and line.startswith(" "):
+                explained[key] += f" {line.strip()}"
+            elif key is None:
+                prose.append(line)
+        about = " ".join(" ".join(prose).split()) or about
+    return about, explained
+
+
+class Section(typing.NamedTuple):
+    """A dataclass within a config. path: 'mesh.rules', '' of the whole; about: what it is; keys: its own values, as
+    {name: (type with annotations, its dataclass field, explanation)}."""
+
+    path: str
+    about: str
+    keys: dict[str, tuple[typing.Any, dataclasses.Field, str]]
+
+
+def sections(cls, path: str = "", about: str = "") -> Iterator[Section]:
+    """Every section of a config, the whole first. about: what the field says that holds it, if anything."""
+    hints = typing.get_type_hints(cls, include_extras=True)
+    whole, explained = documentation(cls)
+    fields = [(f, hints[f.name], explained.get(f.name, "")) for f in dataclasses.fields(cls)]
+    keys = {f.name: (hint, f, text) for f, hint, text in fields if not dataclasses.is_dataclass(hint)}
+    yield Section(path, about or whole, keys)
+    for field, hint, text in fields:
+        if dataclasses.is_dataclass(hint):
+            yield from sections(hint, f"{path}.{field.name}".lstrip("."), text)
+
+
+def flatten(config) -> dict:
+    """{dotted key: value} of a config, its mappings key by key; as --config.KEY=VALUE has them."""
+    flat = {}
+    for section in sections(type(config)):
+        within = functools.reduce(getattr, section.path.split(".") if section.path else (), config)
+        for name in section.keys:
+            key, value = f"{section.path}.{name}".lstrip("."), getattr(within, name)
+            flat |= {f"{key}.{k}": v for k, v in value.items()} if isinstance(value, Mapping) else {key: value}
+    return flat
 
 
 def to_json(config) -> dict:

@@ -47,8 +47,9 @@ from gptjax.training.supervised import supervised
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class DPOConfig(TrainConfig):
-    """Direct preference optimization. How long: the first given of steps and epochs. batch_size is prompts of a step.
+    """Direct preference optimization. How long: the first given of steps and epochs.
 
+    batch_size: prompts of a step over all devices.
     init_from: the workdir of an SFT run, policy and reference.
     beta: of the KL penalty that DPO's optimum has; higher stays nearer the reference.
     selection: the checkpoint that later stages use: 'last', or 'loss' (lowest on validation).
@@ -143,4 +144,4 @@ def build(c: DPOConfig, mesh, claim: Claim) -> Stage:
 
 
 if __name__ == "__main__":
-    command_line.run_stage(dpo)
+    command_line.run_stage(dpo, DPOConfig)

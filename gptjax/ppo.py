@@ -48,8 +48,10 @@ from gptjax.training.stage import Advance, Evaluator, RunConfig, RunResult, Stag
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class PPOConfig(RunConfig):
-    """Reinforcement learning. How long: steps (iterations), or episodes. batch_size is episodes of an iteration.
+    """Reinforcement learning. How long: steps (iterations), or episodes. Give a reward model, a rule, or both.
 
+    steps: iterations of the run.
+    batch_size: episodes (sampled responses) of an iteration.
     policy: workdir of the SFT run, also the reference.
     reward: workdir of the reward model.
     reward_fn: 'package.module:function', alone or added to the reward model's score.
@@ -283,4 +285,4 @@ def describe(c: PPOConfig, spec, prompts, slots: int, iterations: int, about: di
 
 
 if __name__ == "__main__":
-    command_line.run_stage(ppo)
+    command_line.run_stage(ppo, PPOConfig)

@@ -40,7 +40,8 @@ from gptjax.training.supervised import supervised
 class PretrainConfig(TrainConfig):
     """Pre-training. How long: the first given of steps, tokens and epochs.
 
-    tokens: training tokens of the run.
+    tokens: training tokens of the run, in place of steps.
+    batch_size: sequences of a step over all devices.
     loss_chunk: time steps whose logits are held at once.
     init_from: a workdir to take the weights from, None = random ones.
     """
@@ -152,4 +153,4 @@ def describe(c: PretrainConfig, model: GPTConfig, corpus: Text, schedule: Schedu
 
 
 if __name__ == "__main__":
-    command_line.run_stage(pretrain)
+    command_line.run_stage(pretrain, PretrainConfig)

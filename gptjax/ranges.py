@@ -29,6 +29,13 @@ class Range:
         low = value > self.low if self.open_low else value >= self.low
         return value in self.also or (low and (value < self.high if self.open_high else value <= self.high))
 
+    def brief(self) -> str:
+        """For --help: without the ends that only a device's numbers have; '' where any number is in it."""
+        if self.high in (INT_MAX, FLOAT_MAX):
+            text = str(dataclasses.replace(self, high=FLOAT_MAX))
+            return "" if text == "finite" else text
+        return str(self) if self.open_low or self.open_high else f"{self.low:g} to {self.high:,.10g}"
+
     def __str__(self):
         ends = [f"above {self.low:g}" if self.open_low else f"at least {self.low:g}"] * (self.low > -FLOAT_MAX)
         if self.high < FLOAT_MAX:
@@ -57,6 +64,19 @@ def split(hint) -> tuple:
     range_ = next((m for m in getattr(hint, "__metadata__", ()) if isinstance(m, Range)), None)
     kind = hint.__origin__ if range_ else hint
     return kind, range_ or {int: WHOLE, float: NON_NEGATIVE}.get(kind), optional
+
+
+def metavar(hint) -> str:
+    """A field's type as --help writes it: INT, FLOAT, BOOL, TEXT, pre|post, (TEXT, ...); of a mapping its values'."""
+    kind, *_ = split(hint)
+    origin, arguments = typing.get_origin(kind), typing.get_args(kind)
+    if origin is typing.Literal:
+        return "|".join(map(str, arguments))
+    if origin is tuple:
+        return f"({metavar(arguments[0])}, ...)"
+    if arguments:
+        return metavar(arguments[1])
+    return {int: "INT", float: "FLOAT", bool: "BOOL"}.get(kind, "TEXT")
 
 
 def check(value, hint, path: str):

@@ -61,9 +61,9 @@ CRITERIA = {"pairs": ranking_loss, "best": best_of_k_loss}
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class RewardConfig(TrainConfig):
-    """Reward model. How long: the first given of steps and epochs (InstructGPT: one epoch; more overfits). batch_size
-    is prompts of a step.
+    """Reward model. How long: the first given of steps and epochs (InstructGPT: one epoch; more overfits).
 
+    batch_size: prompts of a step over all devices.
     init_from: the workdir to start from, of an SFT run.
     objective: 'pairs' (Ouyang et al. eq. 1) or 'best' (Ziegler et al. eq. 1: which of K is best).
     normalize: after training, 'mean' = a bias so that demonstrations score 0 (InstructGPT C.2), 'mean_std' = a gain
@@ -305,4 +305,4 @@ def describe(c: RewardConfig, model: GPTConfig, comparisons, length: int, schedu
 
 
 if __name__ == "__main__":
-    command_line.run_stage(reward)
+    command_line.run_stage(reward, RewardConfig)

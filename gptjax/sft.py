@@ -66,9 +66,9 @@ class MixConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SFTConfig(TrainConfig):
-    """Supervised fine-tuning. How long: the first given of steps and epochs. A row of a batch holds several
-    demonstrations when they are packed.
+    """Supervised fine-tuning. How long: the first given of steps and epochs.
 
+    batch_size: rows of a step over all devices, each of which holds several demonstrations when they are packed.
     init_from: the workdir to start from.
     selection: the checkpoint that later stages use: 'last', 'loss' (lowest on validation) or 'reward' (highest score
         of the reward model, as InstructGPT C.1).
@@ -233,4 +233,4 @@ def describe(c: SFTConfig, model: GPTConfig, demonstrations, packed: PackedRows,
 
 
 if __name__ == "__main__":
-    command_line.run_stage(sft)
+    command_line.run_stage(sft, SFTConfig)

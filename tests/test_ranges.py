@@ -140,6 +140,29 @@ def test_whole_numbers_are_numbers_and_no_value_is_none():
     assert isinstance(c.get_ref("microbatch_size"), mlc.FieldReference) and c.get_type("microbatch_size") is int
 
 
+@pytest.mark.parametrize(
+    "hint, metavar, limits",
+    [
+        (int, "INT", "at least 0"),
+        (ranges.Count | None, "INT", "at least 1"),
+        (ranges.Axis, "INT", "at least 1, or -1"),
+        (ranges.Seed, "INT", "0 to 4,294,967,295"),
+        (ranges.Real, "FLOAT", ""),
+        (ranges.Positive, "FLOAT", "above 0"),
+        (ranges.Share, "FLOAT", "0 to 1"),
+        (ranges.BelowOne, "FLOAT", "at least 0 and below 1"),
+        (bool, "BOOL", None),
+        (str | None, "TEXT", None),
+        (typing.Literal["pre", "post"], "pre|post", None),
+        (tuple[str, ...], "(TEXT, ...)", None),
+        (typing.Mapping[str, float], "FLOAT", None),
+    ],
+)
+def test_what_help_says_of_a_type(hint, metavar, limits):
+    _, range_, _ = ranges.split(hint)
+    assert ranges.metavar(hint) == metavar and (range_ and range_.brief()) == limits
+
+
 def test_weights_and_biases_without_its_package(monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(InputError, match="log.wandb=True needs the package wandb: pip install wandb"):

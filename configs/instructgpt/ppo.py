@@ -19,6 +19,8 @@ ppo.microbatch_size and rollout.forward_rows.
 from gptjax.config import choose, config_dict
 from gptjax.ppo import PPOConfig
 
+PRESETS = {"ppo": ["1.3b", "6b", "175b", "1.3b,ppo", "6b,ppo", "175b,ppo"]}  # by stage, for --help
+
 SIZES = {  # policy's rate (ours, inside the sweeps of C.4), value's rate (C.4)
     "1.3b": (5e-6, 9e-6),  # swept 2.55e-6 .. 2.55e-5; above 8.05e-6 diverged without ptx
     "6b": (5e-6, 9e-6),

@@ -13,6 +13,8 @@ the TPU compiler. On other slices mesh.fsdp takes all the devices, which must di
 from gptjax.config import config_dict
 from gptjax.reward import RewardConfig
 
+PRESETS = {"reward": []}  # by stage, for --help
+
 SLICE = "v5p:2x2x4"  # 16 chips
 MODEL = "gpt3:6.7b"  # what init_from is, and aot's --policy
 

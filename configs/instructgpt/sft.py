@@ -14,6 +14,8 @@ the devices, which must divide batch_size (with 175b: devices / 16).
 from gptjax.config import choose, config_dict
 from gptjax.sft import SFTConfig
 
+PRESETS = {"sft": ["1.3b", "6b", "175b", "1.3b,rl", "6b,rl", "175b,rl"]}  # by stage, for --help
+
 SIZES = {  # C.1: learning rate, batch; C.3: learning rate of the RL initialization
     "1.3b": (9.65e-6, 32, 5e-6),
     "6b": (9.65e-6, 32, 1.04e-5),

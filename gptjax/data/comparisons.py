@@ -38,13 +38,17 @@ MOST = 9  # completions of a prompt, as in InstructGPT §3.5
 
 @dataclasses.dataclass(frozen=True)
 class ComparisonConfig:
-    """source: rows with `prompt`, `completions` and `ranks`, or `prompt`, `chosen` and `rejected`; or with whole
-    conversations `chosen` and `rejected`, whose shared beginning is the prompt (data/published.py).
-    fields: our name → the rows' name, which may reach inside (rows.Record).
-    validation: the share of prompts held out, or another source.
-    max_length: tokens of a prompt and completion, None = the model's context.
-    drop_long: leave longer rows out, rather than stop. bad_rows: 'stop', or 'drop' rows with anything else wrong; what
-    is left out is written to dropped_rows.jsonl."""
+    """The ranked completions, and what is held out of them for validation.
+
+    source: rows with `prompt`, `completions` and `ranks`, or `prompt`, `chosen` and `rejected`; or with whole
+        conversations `chosen` and `rejected`, whose shared beginning is the prompt (data/published.py).
+    fields: the rows' name for our field NAME; it may reach inside, as 'a.0.b', and join several, as 'a,b'
+        (rows.Record).
+    validation: share of the prompts that is held out, or another source.
+    max_length: most tokens of a prompt and completion; None = the model's context.
+    drop_long: leave longer rows out, rather than stop.
+    bad_rows: 'stop', or 'drop' rows with anything else wrong; what is left out is written to dropped_rows.jsonl.
+    """
 
     source: str | None = paths.field(paths.SOURCE)
     fields: Mapping[str, str] = dataclasses.field(default_factory=lambda: {name: name for name in _FIELDS})

@@ -33,16 +33,21 @@ from gptjax.run_config import read_config
 
 @dataclasses.dataclass(frozen=True)
 class DataConfig:
-    """source: what data/sources.py reads: 'stdlib', a file, a directory, a glob, 'hf:NAME', gs:// paths.
+    """The text, its tokenizer and what is held out of it for validation.
+
+    source: what data/sources.py reads: 'stdlib', a file, a directory, a glob, 'hf:NAME', gs:// paths.
     tokenizer: 'bpe:SIZE' (trained on the source), 'char', or a directory with GPT-2's, GPT-1's or our files.
-    validation: the share of documents held out, or another source. text_field: of JSONL and Parquet rows.
-    mixture: {name: weight}: `source` is then a folder and each name a source in it (GPT-3 Table 2.2);
-        weights are normalized. isolate_documents: attention stays within a document, positions restart.
+    validation: share of the documents that is held out, or another source.
+    text_field: field of JSONL and Parquet rows that holds the text.
+    mixture: weight of each part: `source` is then a folder and each name a source in it (GPT-3 Table 2.2); weights are
+        normalized.
+    isolate_documents: attention stays within a document and positions restart in each.
     split: how the share is held out: 'documents', 'lines' (each line of a text file is a document) or 'position' (the
         last of the text); None = documents where there are several, else position.
     document_separator: text that ends a document inside a text, as '<|endoftext|>'.
     cache: local folder where token shards are kept, each request in a folder of its own, so that runs can share it;
-        None = `data` in the workdir."""
+        None = `data` in the workdir.
+    """
 
     source: str | None = paths.field(paths.SOURCE)
     tokenizer: str = paths.field(paths.TOKENIZER, "bpe:50257")

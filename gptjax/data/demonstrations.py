@@ -38,14 +38,20 @@ _LOSS_ON = ("response", "all")
 
 @dataclasses.dataclass(frozen=True)
 class DemonstrationConfig:
-    """source: rows with `prompt` and `response` (or `completion`), or with `messages` (or `conversations`), in the
-    forms of data/published.py; see sources.rows.
-    fields: our name → the rows' name, which may reach inside (rows.Record).
-    validation: the share of prompts held out, or another source.
-    template: 'chat' or 'plain' (the texts alone). max_length: tokens of an example, None = the model's context.
-    loss_on: 'response' or 'all' tokens. packing: several examples a row, none seeing another.
-    drop_long: leave longer examples out, rather than stop. bad_rows: 'stop', or 'drop' rows with anything else wrong;
-    what is left out is written to dropped_rows.jsonl."""
+    """The demonstrations, and what is held out of them for validation.
+
+    source: rows with `prompt` and `response` (or `completion`), or with `messages` (or `conversations`), in the forms
+        of data/published.py; see sources.rows.
+    fields: the rows' name for our field NAME; it may reach inside, as 'a.0.b', and join several, as 'a,b'
+        (rows.Record).
+    validation: share of the prompts that is held out, or another source.
+    template: 'chat' or 'plain' (the texts alone).
+    max_length: most tokens of an example; None = the model's context.
+    loss_on: 'response' or 'all' tokens.
+    packing: several examples a row, none seeing another.
+    drop_long: leave longer examples out, rather than stop.
+    bad_rows: 'stop', or 'drop' rows with anything else wrong; what is left out is written to dropped_rows.jsonl.
+    """
 
     source: str | None = paths.field(paths.SOURCE)
     fields: Mapping[str, str] = dataclasses.field(default_factory=lambda: {name: name for name in _FIELDS})

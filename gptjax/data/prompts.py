@@ -20,12 +20,17 @@ _FIELDS = ("prompt",)
 
 @dataclasses.dataclass(frozen=True)
 class PromptConfig:
-    """source: rows with `prompt`, a text, messages or a transcript (data/published.py), of which an answer at the end
-    is left out. fields: our name → the rows' name, which may reach inside (rows.Record).
-    max_length: tokens of a prompt, None = the model's context without the response.
-    drop_long: leave longer prompts out, rather than stop. bad_rows: 'stop', or 'drop' rows with anything else wrong;
-    what is left out is written to dropped_rows.jsonl.
-    buckets: at most so many widths that batches are padded to, each compiled once when a batch first needs it."""
+    """The prompts.
+
+    source: rows with `prompt`, a text, messages or a transcript (data/published.py), of which an answer at the end is
+        left out.
+    fields: the rows' name for our field NAME; it may reach inside, as 'a.0.b', and join several, as 'a,b'
+        (rows.Record).
+    max_length: most tokens of a prompt; None = the model's context without the response.
+    drop_long: leave longer prompts out, rather than stop.
+    buckets: most widths that batches are padded to, each compiled once when a batch first needs it.
+    bad_rows: 'stop', or 'drop' rows with anything else wrong; what is left out is written to dropped_rows.jsonl.
+    """
 
     source: str | None = paths.field(paths.SOURCE)
     fields: Mapping[str, str] = dataclasses.field(default_factory=lambda: {name: name for name in _FIELDS})

@@ -23,21 +23,28 @@ REMAT_POLICIES = ("none", "dots", "full", "offload")
 class GPTConfig:
     """The architecture. Hashable, so that it can be a static argument of jit.
 
-    norm: 'pre' = GPT-2/3 (LayerNorm first, one more after the last block, residual projections
-        initialized with .02/sqrt(2 n_layer)); 'post' = GPT-1 (LayerNorm after each residual sum, no
-        final one, every matrix N(0, .02)).
-    local_window: None = dense attention in every layer. An integer = GPT-3's alternating pattern: even
-        layers dense, odd layers see the last `local_window` positions only, themselves included. The
-        paper gives neither the width nor the parity: both are ours (after openai/sparse_attention).
+    vocab_size: rows of the embedding; pre-training takes the tokenizer's size where it is not set.
+    n_layer: transformer blocks.
+    n_head: attention heads of a block; each has d_model / n_head features.
+    d_model: width of the residual stream; the MLP is four times as wide.
+    context_length: most tokens of a sequence, as many as there are position embeddings.
+    norm: 'pre' = GPT-2/3 (LayerNorm first, one more after the last block, residual projections initialized with
+        .02/sqrt(2 n_layer)); 'post' = GPT-1 (LayerNorm after each residual sum, no final one, every matrix N(0, .02)).
+    local_window: None = dense attention in every layer. An integer = GPT-3's alternating pattern: even layers dense,
+        odd layers see the last `local_window` positions only, themselves included. The paper gives neither the width
+        nor the parity: both are ours (after openai/sparse_attention).
+    tied_head: the output projection is the token embedding (all GPTs); False = a matrix of its own.
+    dropout: probability that an element is dropped in training; 0 = no dropout.
     dropout_sites: 'all' = embeddings, attention weights and sub-layer outputs (GPT-1 §4.1); 'residual' = sub-layer
         outputs alone (InstructGPT C.1).
-    attention: which implementation; 'auto' picks by platform (see attention.py).
+    attention: implementation: 'reference', 'xla', 'cpu', 'splash' (TPU) or 'cudnn' (GPU); 'auto' picks by platform (see
+        model/attention.py).
     remat: what the backward pass recomputes: 'none', 'dots' (all but the weight matmuls), 'full', or 'offload': as
-        'dots', with the matmuls' outputs kept in the host's memory until then.
-    unroll: layers laid out per iteration of the scan over layers. n_layer = no loop at all, which the
-        CPU likes; 1 keeps compile time independent of depth.
-    pipeline_microbatches: where mesh.stage > 1, into how many micro-batches at the most the rows are cut; None = 4 a
-        stage. pipeline_virtual_stages: groups of layers on each stage; more make the bubble smaller.
+        'dots', with the matmuls' outputs kept in host memory until then.
+    unroll: layers per iteration of the scan over layers. n_layer = no loop at all, which is faster on CPU; 1 keeps
+        compile time independent of depth.
+    pipeline_microbatches: most micro-batches that the rows are split into where mesh.stage > 1; None = 4 a stage.
+    pipeline_virtual_stages: groups of layers on each pipeline stage; more make the bubble smaller.
     """
 
     vocab_size: Count
@@ -149,7 +156,18 @@ GPT3 = {  # Brown et al. 2020, Table 2.1, mended as the docstring says
 
 @dataclasses.dataclass(frozen=True)
 class ModelOptions:
-    """What a later stage may change about the model it starts from; None = as that run had it."""
+    """What a later stage may change about the model it starts from; None = as that run had it.
+
+    dropout: probability that an element is dropped in training; 0 = no dropout.
+    dropout_sites: 'all' = embeddings, attention weights and sub-layer outputs (GPT-1 §4.1); 'residual' = sub-layer
+        outputs alone (InstructGPT C.1).
+    attention: implementation: 'reference', 'xla', 'cpu', 'splash' (TPU) or 'cudnn' (GPU); 'auto' picks by platform.
+    remat: what the backward pass recomputes: 'none', 'dots' (all but the weight matmuls), 'full', or 'offload': as
+        'dots', with the matmuls' outputs kept in host memory until then.
+    unroll: layers per iteration of the scan over layers; the model's n_layer = no loop at all.
+    pipeline_microbatches: most micro-batches that the rows are split into where mesh.stage > 1.
+    pipeline_virtual_stages: groups of layers on each pipeline stage; more make the bubble smaller.
+    """
 
     dropout: BelowOne | None = None
     dropout_sites: str | None = None

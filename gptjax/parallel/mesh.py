@@ -14,15 +14,16 @@ from gptjax.ranges import Axis, Count
 
 @dataclasses.dataclass(frozen=True)
 class MeshConfig:
-    """Devices along each axis; -1 on one axis = all the rest.
+    """Devices along each axis; -1 on one axis = all the rest. `rules`: which axes of the model's arrays lie on which of
+    these axes; `use_rules` of sharding.py puts them in force.
 
-    data: copies of the model, each with its rows of the batch. fsdp: rows of the batch too, and parameters,
-    gradients and optimizer state cut up over it. tensor: heads and MLP features of every layer cut up.
-    stage: layers cut up, micro-batches flow through (pipeline.py). seq: the context cut up, for sequences of which one
-    device could not hold the activations.
+    data: copies of the model, each with its rows of the batch.
+    fsdp: devices that the rows of the batch, parameters, gradients and optimizer state are sharded over.
+    tensor: devices that the heads and MLP features of every layer are sharded over.
+    stage: pipeline stages: each has its layers, and micro-batches flow through (parallel/pipeline.py).
+    seq: devices that the context is sharded over, for sequences whose activations do not fit on one device.
     dcn_data: slices of a multislice job, each of which has data / dcn_data copies of the model: between slices, over
-    the data-center network, there are gradients to add once a step and nothing else.
-    rules: which axes of the model's arrays lie on which of these axes; `use_rules` of sharding.py puts them in force.
+        the data-center network, there are gradients to add once a step and nothing else.
     """
 
     data: Axis = -1

@@ -45,10 +45,23 @@ _FIXED = {
 
 @dataclasses.dataclass(frozen=True)
 class Rules:
-    """logical axis: mesh axis, several with commas between them ('fsdp,seq'), or 'none' (whole on every device).
+    """Mesh axes of each axis of the model's arrays: one, several with commas ('fsdp,seq'), or 'none' (not sharded).
 
-    mesh.rules of a config. They decide where arrays lie, never what is computed: a run may be taken up again under
-    others. The vocabulary is cut up over tensor in embedding and loss whatever they say (vocabulary.py).
+    mesh.rules of a config. They decide where arrays lie, never what is computed: a run may be resumed under others. The
+    vocabulary is sharded over tensor in embedding and loss whatever they say (vocabulary.py).
+
+    batch: rows of the batch; within a pipeline's layers, where stage is manual, data and fsdp alone. Fixed.
+    time: positions of the activations inside attention and MLP. Fixed.
+    residual: positions of the residual stream; without tensor every tensor-parallel device would hold all of it.
+    heads: attention heads.
+    mlp: features of the MLP.
+    features: width of the residual stream. Fixed.
+    layers: the stacked layers. Fixed.
+    embed: width d_model of the parameters, which are gathered just before use, layer by layer.
+    vocab: rows of the token embedding.
+    position: rows of the position embedding.
+    qkv: which of query, key and value.
+    norm: gains and biases of width d_model, too small to shard.
     """
 
     # activations

@@ -14,9 +14,12 @@ _LEAST_TEMPERATURE = 0.01
 
 @dataclasses.dataclass(frozen=True)
 class KLConfig:
-    """coefficient: beta of the per-token KL penalty. target: nats per sequence that an adaptive coefficient steers
-    to (Ziegler et al. 2019 §2.2), None = fixed; horizon: of that controller, in episodes, more than a fifth of the
-    batch."""
+    """Penalty on leaving the reference model.
+
+    coefficient: beta of the per-token KL penalty; 0 = none.
+    target: nats per sequence that an adaptive coefficient steers to (Ziegler et al. 2019 §2.2); None = fixed.
+    horizon: of the adaptive coefficient's controller, in episodes, more than a fifth of the batch.
+    """
 
     coefficient: float = 0.02
     target: Positive | None = None
@@ -95,8 +98,12 @@ class RolloutConfig:
 
 @dataclasses.dataclass(frozen=True)
 class RateConfig:
-    """Learning rates over iterations: linear from warmup_start x peak over `warmup` iterations, then 'constant' or
-    'linear' to 0, which the iteration after the last would have. No iteration is taken at a rate of 0."""
+    """Learning rates over iterations. No iteration is taken at a rate of 0.
+
+    kind: what follows the warm-up: 'constant', or 'linear' to 0, which the iteration after the last would have.
+    warmup: iterations over which the rate rises linearly to its peak; 0 = no warm-up.
+    warmup_start: share of the peak that the warm-up starts at.
+    """
 
     kind: str = "constant"
     warmup: int = 0
@@ -118,10 +125,14 @@ class RateConfig:
 
 @dataclasses.dataclass(frozen=True)
 class PtxConfig:
-    """Pre-training text of PPO-ptx. per_episode: sequences for each episode of the minibatch (InstructGPT: 8).
-    context_length: tokens of one; None = the model's. source: None = what the policy was pre-trained on. cache: local
-    folder for the tokens, as data.cache of pre-training; None = `data` in the workdir, or without `source` where that
-    pre-training has them."""
+    """Pre-training text of PPO-ptx, which ppo.ptx_coefficient turns on.
+
+    per_episode: sequences for each episode of the minibatch (InstructGPT: 8).
+    context_length: tokens of a sequence; None = the model's.
+    source: None = what the policy was pre-trained on.
+    cache: local folder for the tokens, as data.cache of pre-training; None = `data` in the workdir, or without `source`
+        where that pre-training has them.
+    """
 
     per_episode: Positive = 8.0
     context_length: Count | None = None
@@ -131,11 +142,16 @@ class PtxConfig:
 
 @dataclasses.dataclass(frozen=True)
 class EvaluationConfig:
-    """every: iterations between evaluations of the policy's moving average; one more at the start and the end.
-    source: held-out prompts; None = some of data's own. prompts: how many. lm_batches: batches of pre-training
-    validation text whose loss is measured, where that text is at hand; 0 = none. samples: written to samples.jsonl.
+    """Evaluation on held-out prompts.
+
+    every: iterations between evaluations of the policy's moving average; one more at the start and the end.
+    source: held-out prompts; None = some of data's own.
+    prompts: how many prompts are answered.
+    lm_batches: batches of pre-training validation text whose loss is measured, where that text is at hand; 0 = none.
+    samples: how many responses are written to samples.jsonl.
     gold_fn: 'package.module:function' that is measured and never trained on, to see over-optimization (Gao et al.
-    2022)."""
+        2022).
+    """
 
     every: Count = 10
     source: str | None = paths.field(paths.SOURCE)

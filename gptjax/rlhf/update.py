@@ -25,12 +25,22 @@ from gptjax.training.accumulate import accumulate, apply_gradients
 
 @dataclasses.dataclass(frozen=True)
 class UpdateConfig:
-    """epochs x minibatches optimizer steps an iteration. clip, value_clip: epsilon of the two clipped losses.
-    value_coefficient: of the value loss; it matters where the trunk is shared. normalize: what the policy and value
-    losses are means over: 'token' (all actions of the minibatch) or 'sequence' (sums of a response, over responses).
-    microbatch_size: responses whose gradients are computed at a time; None = the whole minibatch. ptx_coefficient:
-    gamma of PPO-ptx; 0 = plain PPO. ptx_normalize: log pi(x) as a mean over 'token's or summed over a 'sequence':
-    the paper does not say, and gamma means nothing without it."""
+    """The update: epochs x minibatches optimizer steps an iteration.
+
+    epochs: passes over the episodes of an iteration.
+    minibatches: optimizer steps of an epoch.
+    microbatch_size: responses whose gradients are computed at a time; None = the whole minibatch.
+    clip: epsilon of the clipped policy loss.
+    value_clip: epsilon of the clipped value loss.
+    value_coefficient: weight of the value loss; it matters where the trunk is shared.
+    normalize: what the policy and value losses are means over: 'token' (all actions of the minibatch) or 'sequence'
+        (sums of a response, over responses).
+    ptx_coefficient: gamma of PPO-ptx; 0 = plain PPO.
+    ptx_normalize: log pi(x) as a mean over 'token's or summed over a 'sequence': the paper does not say, and gamma
+        means nothing without it.
+    ema_decay: decay per iteration of the policy's moving average, which checkpoints and evaluations use; 0 = no
+        average.
+    """
 
     epochs: Count = 4
     minibatches: Count = 1

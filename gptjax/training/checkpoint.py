@@ -38,8 +38,13 @@ from gptjax.training import files
 
 @dataclasses.dataclass(frozen=True)
 class CheckpointConfig:
-    """every: steps between saves. keep_last: newest ones kept. keep_best: keep the best evaluated one too
-    (make eval.every a multiple of `every`). keep_every: steps whose multiples are kept for good; 0 = none."""
+    """Checkpoints of a run.
+
+    every: steps between saves (of PPO: iterations).
+    keep_last: how many of the newest are kept.
+    keep_best: keep the best evaluated one too (make eval.every a multiple of `every`).
+    keep_every: steps whose multiples are kept for good (of PPO: iterations); 0 = none.
+    """
 
     every: Count = 1000
     keep_last: Count = 2

@@ -22,10 +22,17 @@ from gptjax.training.files import AppendFile, give_up
 
 @dataclasses.dataclass(frozen=True)
 class LogConfig:
-    """every: steps between lines of metrics.jsonl. tensorboard, wandb: further places.
-    profile_start, profile_steps: trace these steps into workdir/profile (0 steps = no trace). stuck_after: seconds
-    without a new step, evaluations and checkpoints included, after which the process writes the stack of each of its
-    threads and ends; None = never. Of many hosts one that is stuck would keep the others waiting for good."""
+    """What a run records besides its checkpoints.
+
+    every: steps between lines of metrics.jsonl.
+    tensorboard: write the metrics to TensorBoard files in the workdir too.
+    wandb: send the metrics to Weights & Biases too.
+    profile_start: first step of the trace in workdir/profile, counted from where the run starts or resumes.
+    profile_steps: how many steps are traced; 0 = no trace.
+    stuck_after: seconds without a new step, evaluations and checkpoints included, after which the process writes the
+        stack of each of its threads and ends; None = never. Of many hosts one that is stuck would keep the others
+        waiting for good.
+    """
 
     every: Count = 1
     tensorboard: bool = True

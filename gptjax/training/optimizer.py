@@ -21,12 +21,21 @@ DECAYED = r"(^|/)(kernel|wte|wpe|lm_head)$"  # never biases or gains, whatever t
 
 @dataclasses.dataclass(frozen=True)
 class OptimizerConfig:
-    """name: 'adamw' (Loshchilov & Hutter 2019) or 'gpt1_adam'. weight_decay applies to the parameters whose path
-    matches `decayed`; GPT-3 says only "weight decay of 0.1", the choice of parameters is ours (nanoGPT's: matrices and
-    embeddings). The kernel of a scalar head is a matrix [d_model, 1] and decays too, as in Hugging Face's Trainer
-    and TRL, which leave out biases and LayerNorms alone. clip_norm: global norm the gradient is cut to; 0 = no
-    clipping. offload: the moments in host memory, a layer's at a time on the device (offload.py): the same steps,
-    slower by what the transfers take."""
+    """Optimizer of the parameters.
+
+    name: 'adamw' (Loshchilov & Hutter 2019) or 'gpt1_adam', the Adam of GPT-1's released code.
+    learning_rate: the peak, which warm-up and decay are shares of.
+    b1: decay of Adam's first moment.
+    b2: decay of Adam's second moment.
+    eps: added to the root of the second moment.
+    weight_decay: decoupled weight decay of the parameters that match `decayed`; 0 = none.
+    decayed: regular expression of the paths of the parameters that decay. GPT-3 says only "weight decay of 0.1"; the
+        choice is ours (nanoGPT's: matrices and embeddings). The kernel of a scalar head is a matrix [d_model, 1] and
+        decays too, as in Hugging Face's Trainer and TRL, which leave out biases and LayerNorms alone.
+    clip_norm: global norm that the gradient is clipped to; 0 = no clipping.
+    offload: keep the moments in host memory, a layer's at a time on the device (training/offload.py): the same steps,
+        slower by what the transfers take.
+    """
 
     name: str = "adamw"
     learning_rate: Positive = 6e-4

@@ -19,7 +19,12 @@ DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16, "float16": jnp.float
 
 @dataclasses.dataclass(frozen=True)
 class PrecisionConfig:
-    """compute: dtype of activations and matmuls. The two others are for float16 alone."""
+    """Number formats of the computation; parameters in training stay float32.
+
+    compute: dtype of activations and matmuls: 'float32', 'bfloat16' or 'float16' (with dynamic loss scaling).
+    initial_scale: loss scale of the first step, float16 alone.
+    growth_interval: steps without an overflow after which the loss scale doubles, float16 alone.
+    """
 
     compute: str = "float32"
     initial_scale: Positive = 2.0**16

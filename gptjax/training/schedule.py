@@ -18,12 +18,14 @@ class ScheduleConfig:
     """Learning rate over tokens, and the batch-size ramp.
 
     kind: what follows the warm-up: 'cosine', 'linear' (both fall to final_fraction) or 'constant'.
-    warmup_tokens: linear from 0.
-    decay_tokens: where the fall ends, counted from the first token (GPT-3: 260B of 300B); None = the end: the rate
+    warmup_tokens: tokens over which the learning rate rises linearly from 0; 0 = no warm-up.
+    decay_tokens: where the decay ends, counted from the first token (GPT-3: 260B of 300B); None = the end: the rate
         would be final_fraction in the step after the last, so that no step of a decay to 0 is taken at 0.
+    final_fraction: share of the peak learning rate that the decay ends at.
     ramp_tokens: tokens over which the batch grows linearly in tokens (GPT-3 appendix B: 4-12B); 0 = none.
-    ramp_start_batch_tokens, ramp_full_batch_tokens: its ends, in tokens per batch; the full batch is at
-        most batch_size x context_length.
+    ramp_start_batch_tokens: tokens of a batch where the ramp begins.
+    ramp_full_batch_tokens: tokens of a batch where the ramp ends, at most batch_size x context_length; None = that
+        many.
     """
 
     kind: str = "cosine"
