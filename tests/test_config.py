@@ -30,7 +30,7 @@ STABLE = {
     "model.context_length", "model.dropout", "optimizer.learning_rate", "precision.compute", "mesh.data", "mesh.fsdp",
     "mesh.tensor", "mesh.stage", "mesh.seq", "checkpoint.every", "eval.every",
 }  # fmt: skip
-ALIGNMENT = {"nplus", "ziegler"}  # tests/test_presets.py
+ALIGNMENT = {"nplus", "ziegler", "dpo", "grpo"}  # tests/test_presets.py
 FILES = sorted({path.stem for path in (ROOT / "configs").glob("*.py")} - ALIGNMENT)
 PRESETS = [
     ("gpt1", None), *(("gpt2", s) for s in ("124m", "355m", "774m", "1558m")),
@@ -190,7 +190,7 @@ def test_a_workdir_is_claimed_and_taken_up_again(config, tmp_path):
     assert claim_workdir(tmp_path / "new" / "run", "pretrain", c) is False
     assert claim_workdir(tmp_path / "new" / "run", "pretrain", c) is True
     written = read_config(tmp_path / "new" / "run")
-    assert written.pop("stage") == "pretrain"
+    assert written.pop("stage") == "pretrain" and written.pop("kind") == "lm"
     assert build(PretrainConfig, written) == c
 
 
