@@ -5,6 +5,7 @@ import json
 import os
 import shutil
 import subprocess
+import types
 
 import jax
 import jax.numpy as jnp
@@ -15,6 +16,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from jax.sharding import NamedSharding, PartitionSpec
 
+from gptjax import run
 from gptjax.errors import InputError
 from gptjax.parallel.mesh import MeshConfig, make_mesh
 from gptjax.training.checkpoint import CheckpointConfig, Checkpointer, digests
@@ -303,15 +305,16 @@ def test_weights_alone_can_be_saved(tmp_path, one_device):
 
 def resume(workdir, where, **given):
     with contextlib.closing(Checkpointer(workdir, CheckpointConfig())) as checkpointer:
-        of_run = {"data": "these", "changed": "The data changed.", "total": 2}
-        return checkpointer.resume(abstract(), where, **{**of_run, **given})
+        of_run = {"data": "these", "changed": "The data changed.", "total": 2, "unit": "step"}
+        stage = types.SimpleNamespace(abstract=abstract(), shardings=where, **{**of_run, **given})
+        return run.resume(checkpointer, stage)
 
 
 def test_a_run_goes_on_from_its_newest_good_checkpoint_and_puts_a_damaged_one_away(workdir, one_device, capsys):
     damage(workdir)
     state, seconds = resume(workdir, one_device, total=9, unit="iteration")
     assert (int(state.step), seconds) == (1, 0.5)
-    assert "going on from iteration 1 of 9" in capsys.readouterr().out
+    assert "resuming from iteration 1 of 9" in capsys.readouterr().out
     assert (workdir / "checkpoints-damaged" / "2").exists() and not (workdir / "checkpoints" / "2").exists()
 
 
