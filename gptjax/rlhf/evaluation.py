@@ -28,10 +28,10 @@ def held_out_score(c, spec: RLSpec, prompts, widths, template: Template, text, f
                    rule: rewards.Rule | None, shuffle: int):  # fmt: skip
     """An Evaluator's state -> Evaluation of the policy's moving average, always with the same noise.
 
-    c: PPOConfig. figures: score (reward model and rules, as trained on), raw_score (the same before `missing_eos`), gold, kl,
-    entropy, length, eos_rate, and lm_loss on pre-training text where there is some (`text`, rlhf/ptx.py), of a mixture
-    the mean under its weights and lm_loss/<name> of each part. widths: that the prompts may be padded to.
-    frozen_models, rule: of rollout.collect. shuffle: version of lm.shuffled.
+    c: PPOConfig. figures: score (reward model and rules, as trained on), raw_score (the same before `missing_eos`),
+    gold, kl, entropy, length, eos_rate, and lm_loss on pre-training text where there is some (`text`, rlhf/ptx.py), of
+    a mixture the mean under its weights and lm_loss/<name> of each part. widths: that the prompts may be padded to.
+    frozen_models: Models.frozen of rollout.collect. shuffle: version of lm.shuffled.
     """
     sharding = batch_sharding(spec.mesh, 0)
     multiple = math.lcm(batch_shards(spec.mesh.shape), spec.group_size)
