@@ -18,6 +18,7 @@ import itertools
 import json
 import math
 import sys
+import time
 
 import jax
 import jax.numpy as jnp
@@ -110,6 +111,15 @@ def _without_closed_loops(kind, error, trace):
     """sys.excepthook: TensorStore prints one of these per array that a full disk kept it from writing."""
     if not (kind is RuntimeError and "Event loop is closed" in str(error)):
         _excepthook(kind, error, trace)
+
+
+def _remove(directory, attempts: int = 10):
+    """Orbax's threads may still be writing into it. What stays after all is removed by the next start."""
+    for _ in range(attempts):
+        try:
+            return directory.rmtree(missing_ok=True)
+        except OSError:
+            time.sleep(0.2)
 
 
 class Checkpointer:
@@ -231,7 +241,7 @@ class Checkpointer:
                 raise
         if hosts.first():
             for leftover in self.directory.glob("*.orbax-checkpoint-tmp*"):
-                leftover.rmtree(missing_ok=True)
+                _remove(leftover)
         good = self.steps()
         self._drop_best(good)
         self._failed = (
