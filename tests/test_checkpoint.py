@@ -19,6 +19,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from gptjax import run
 from gptjax.errors import InputError
 from gptjax.parallel.mesh import MeshConfig, make_mesh
+from gptjax.training import checkpoint
 from gptjax.training.checkpoint import CheckpointConfig, Checkpointer, digests
 from gptjax.training.precision import LossScale
 from gptjax.training.state import TrainState
@@ -503,6 +504,21 @@ def test_a_disk_that_is_full_at_the_first_checkpoint(small_disk, one_device, cap
     assert checkpointer.save(2, make_state(2, one_device)) is True
     assert checkpointer._trusted and checkpointer.steps() == [2]
     checkpointer.close()
+
+
+def test_leftovers_that_are_still_written_into_end_nothing(monkeypatch):
+    """Orbax's threads add files to a directory that is being removed: "Directory not empty"."""
+    monkeypatch.setattr(checkpoint.time, "sleep", lambda seconds: None)
+    for failures, calls in ((2, 3), (99, 10)):
+        seen = []
+
+        def rmtree(missing_ok, seen=seen, failures=failures):
+            seen.append(missing_ok)
+            if len(seen) <= failures:
+                raise OSError(39, "Directory not empty")
+
+        checkpoint._remove(types.SimpleNamespace(rmtree=rmtree))
+        assert len(seen) == calls
 
 
 # --- where they lie, and the first one read back ----------------------------------------------------------
