@@ -20,7 +20,7 @@ from ml_collections import config_dict as mlc
 from ml_collections import config_flags
 
 from gptjax import console, paths, ranges, usage
-from gptjax.config import build, config_dict, flatten, nearest, sections
+from gptjax.config import RENAMED, build, config_dict, flatten, nearest, sections
 from gptjax.distributed import hosts
 from gptjax.errors import INTERRUPTED, InputError
 
@@ -364,7 +364,9 @@ def _unknown_key(argv) -> str | None:
             if not isinstance(here, mlc.ConfigDict) or key not in here:
                 if not isinstance(here, mlc.ConfigDict):
                     return f"unknown config key {flag}: {within} has no keys of its own."
-                return f"unknown config key {within}.{key}{nearest(key, list(here))}"
+                new = RENAMED.get(flag.removeprefix("config."))
+                told = f": it is now {section}.{new}" if new else nearest(key, list(here))
+                return f"unknown config key {within}.{key}{told}"
             here, within = here.get(key), f"{within}.{key}"
     return None
 

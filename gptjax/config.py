@@ -20,6 +20,14 @@ from gptjax import console, paths, ranges
 from gptjax.errors import InputError
 from gptjax.parallel import sharding
 
+# Config keys that earlier versions had under another name.
+RENAMED = {
+    "model.pipeline_rounds": "model.pipeline_virtual_stages",
+    "normalise": "normalize",
+    "ppo.normalise": "ppo.normalize",
+    "ppo.ptx_normalise": "ppo.ptx_normalize",
+}
+
 
 def config_dict(cls, **overrides) -> mlc.ConfigDict:
     """A ConfigDict with the fields and defaults of a dataclass; `X | None` fields become placeholders."""

@@ -14,35 +14,27 @@ from ml_collections import config_dict as mlc
 
 from gptjax import command_line, paths
 from gptjax.data.chat import Template
-from gptjax.data.comparisons import (
-    ComparisonBatches,
-    ComparisonConfig,
-    load_comparisons,
-    padded_length,
-    validation_batches,
-)
+from gptjax.data.comparisons import ComparisonConfig, batches_of, load_comparisons, padded_length
 from gptjax.distributed import hosts
 from gptjax.errors import InputError
 from gptjax.evals.base import spread
 from gptjax.evals.preference import ranking_metrics, ranking_sums
 from gptjax.model import gpt
-from gptjax.model.spec import GPTConfig, ModelOptions, parameter_count
+from gptjax.model.spec import GPTConfig, ModelOptions
 from gptjax.objectives.base import Objective
 from gptjax.objectives.dpo import dpo_objective
 from gptjax.parallel import pipeline
 from gptjax.parallel.mesh import check_fits
-from gptjax.parallel.sharding import batch_sharding
 from gptjax.ranges import Count, Positive
 from gptjax.rlhf.reference import ReferenceLogProbs
-from gptjax.run import Claim, run
+from gptjax.run import Claim, require, run
 from gptjax.trained import load_base, origin
 from gptjax.training.checkpoint import check_selection
 from gptjax.training.optimizer import OptimizerConfig
-from gptjax.training.schedule import Schedule
 from gptjax.training.stage import Evaluator, RunResult, Stage, TrainConfig
 from gptjax.training.state import new_state
 from gptjax.training.step import TrainProgram, train_program
-from gptjax.training.supervised import supervised
+from gptjax.training.supervised import make_schedule, supervised
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -67,9 +59,7 @@ class DPOConfig(TrainConfig):
 
     def __post_init__(self):
         super().__post_init__()
-        if self.selection not in ("last", "loss"):
-            raise InputError(f"selection={self.selection!r}: choose last or loss.")
-        check_selection(self)
+        check_selection(self, ("last", "loss"))
 
 
 def dpo(config: mlc.ConfigDict, workdir) -> RunResult:
@@ -80,18 +70,16 @@ def dpo(config: mlc.ConfigDict, workdir) -> RunResult:
 def program(c: DPOConfig, model: GPTConfig, mesh) -> TrainProgram:
     """The device program of a step."""
     loss = dpo_objective(model, c.beta, c.precision.dtype, c.loss_chunk, mesh)
-    objective = Objective(loss, metrics=ranking_metrics, unit="prompts")
-    boxed = gpt.abstract_params(model)
+    objective, boxed = Objective(loss, metrics=ranking_metrics, unit="prompts"), gpt.abstract_params(model)
     return train_program(objective, boxed, c.optimizer, c.precision, c.seed, mesh, dropout=model.dropout > 0)
 
 
 def build(c: DPOConfig, mesh, claim: Claim) -> Stage:
-    if c.init_from is None:
-        raise InputError("No model to start from: give --config.init_from=WORKDIR of an SFT run.")
-    if c.data.source is None:
-        raise InputError("No comparisons: give --config.data.source=PATH (JSONL, Parquet or hf:NAME).")
-    if c.steps is None and c.epochs is None:
-        raise InputError("Say how long to train: --config.epochs or --config.steps.")
+    require(c, {
+        "init_from": "No model to start from: give --config.init_from=WORKDIR of an SFT run.",
+        "data.source": "No comparisons: give --config.data.source=PATH (JSONL, Parquet or hf:NAME).",
+        "steps,epochs": "Say how long to train: --config.epochs or --config.steps.",
+    })  # fmt: skip
     base = load_base(c.init_from, claim.workdir, mesh=mesh)
     if base.template is None:
         raise InputError(f"{c.init_from} answers no prompts: give the workdir of an SFT run as init_from.")
@@ -102,26 +90,16 @@ def build(c: DPOConfig, mesh, claim: Claim) -> Stage:
     template = Template(base.tokenizer, base.template)
     comparisons = load_comparisons(c.data, template, model.context_length, c.seed)
     counted, length = padded_length(comparisons, c.data.max_length or model.context_length, mesh.shape["seq"])
-    rows = {"batch_size": c.batch_size, "microbatch_size": c.microbatch_rows}
-    check_fits(mesh.shape, n_head=model.n_head, time=length, **rows)
+    check_fits(mesh.shape, n_head=model.n_head, time=length, **c.rows)
     hosts.agree("The comparisons", comparisons.fingerprint)
     sections = {"model": model, "template": template.kind, "origin": origin(init_from=base)}
     claim.check(c, **sections)
     record = claim.begin(c.init_from)
-    here = hosts.batch_rows(batch_sharding(mesh, 0), c.microbatch_rows)
     reference = ReferenceLogProbs(base, comparisons, length, c, mesh, claim.workdir)
-    shapes = (comparisons.k, length)
-    batches = ComparisonBatches(
-        comparisons.train, c.batch_size, *shapes, c.seed, pad_id=template.pad_id, here=here, shuffle=record["shuffle"],
-        more=reference.train,
-    )  # fmt: skip
-    held_out = validation_batches(
-        comparisons.validation, c.microbatch_rows, *shapes, pad_id=template.pad_id, here=here, more=reference.validation
+    batches, held_out = batches_of(
+        c, comparisons, length, template.pad_id, mesh, record["shuffle"], (reference.train, reference.validation)
     )
-    schedule = Schedule(
-        c.schedule, batch_size=c.batch_size, context_length=counted * comparisons.k,
-        learning_rate=c.optimizer.learning_rate, steps=c.steps if c.steps is not None else batches.steps(c.epochs),
-    )  # fmt: skip
+    schedule = make_schedule(c, counted * comparisons.k, batches)
     claim.make(c, **sections)
     reference.save()
     hosts.only_first(lambda: comparisons.left_out.write(claim.workdir))
@@ -135,11 +113,7 @@ def build(c: DPOConfig, mesh, claim: Claim) -> Stage:
         c, train, batches, schedule, mesh, workdir=claim.workdir, init=init, data=comparisons.fingerprint,
         changed=f"{c.data.source} has changed since the run began: put it back or take another --workdir.",
         evaluators=(Evaluator(validation, c.eval.every),),
-        begin=lambda state: hosts.say(
-            f"{parameter_count(model):,} parameters from {c.init_from}; {len(comparisons.train):,} comparisons of up "
-            f"to {comparisons.k} completions{comparisons.left_out.describe()}; {len(comparisons.validation):,} held "
-            f"out; {schedule.steps:,} steps of {c.batch_size} prompts of {length} tokens"
-        ),
+        begin=lambda _: hosts.say(f"{comparisons}; {schedule.steps:,} steps of {c.batch_size} prompts"),
     )  # fmt: skip
 
 

@@ -39,7 +39,7 @@ from gptjax.rlhf.reward_model import RewardModel, load_reward_model, prompt_room
 from gptjax.rlhf.sanity_checks import check_iteration
 from gptjax.rlhf.state import PPOState, new_state, phase_keys
 from gptjax.rlhf.update import UpdateConfig
-from gptjax.run import Claim, run
+from gptjax.run import Claim, require, run
 from gptjax.trained import Model, load_model, origin
 from gptjax.training.checkpoint import CheckpointConfig
 from gptjax.training.optimizer import OptimizerConfig
@@ -115,15 +115,14 @@ def ppo(config: mlc.ConfigDict, workdir, reward_fn: Callable | None = None) -> R
 
 
 def build(c: PPOConfig, mesh, claim: Claim, reward_fn: Callable | None = None) -> Stage:
-    if c.policy is None:
-        raise InputError("No policy: give --config.policy=WORKDIR of an SFT run.")
+    require(c, {
+        "policy": "No policy: give --config.policy=WORKDIR of an SFT run.",
+        "data.source": "No prompts: give --config.data.source=PATH (JSONL, Parquet or hf:NAME).",
+        "steps,episodes": "Say how long to train: --config.episodes or --config.steps (iterations).",
+    })  # fmt: skip
     reward_fn = reward_fn or (c.reward_fn and rewards.load_callable(c.reward_fn))
     if c.reward is None and reward_fn is None:
         raise InputError("No reward: give --config.reward=WORKDIR of a reward model, --config.reward_fn, or both.")
-    if c.data.source is None:
-        raise InputError("No prompts: give --config.data.source=PATH (JSONL, Parquet or hf:NAME).")
-    if c.steps is None and c.episodes is None:
-        raise InputError("Say how long to train: --config.episodes or --config.steps (iterations).")
     iterations = c.steps if c.steps is not None else math.ceil(c.episodes / c.batch_size)
 
     # --- the models: policy and reference, reward model, value network ---

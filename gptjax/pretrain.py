@@ -74,10 +74,7 @@ def program(c: PretrainConfig, model: GPTConfig, mesh) -> TrainProgram:
 
 def build(c: PretrainConfig, mesh, claim: Claim, by_tokenizer: bool) -> Stage:
     """by_tokenizer: model.vocab_size is the tokenizer's."""
-    check_fits(
-        mesh.shape, n_head=c.model.n_head, batch_size=c.batch_size, microbatch_size=c.microbatch_rows,
-        time=c.model.context_length,
-    )  # fmt: skip
+    check_fits(mesh.shape, n_head=c.model.n_head, time=c.model.context_length, **c.rows)
     pipeline.make_plan(c.model, mesh.shape, c.microbatch_rows)
     claim.check(c)
 

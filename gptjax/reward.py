@@ -17,13 +17,7 @@ from ml_collections import config_dict as mlc
 from gptjax import command_line, json_files, paths, run_config
 from gptjax import config as configs
 from gptjax.data.chat import Template, chat_tokenizer
-from gptjax.data.comparisons import (
-    ComparisonBatches,
-    ComparisonConfig,
-    load_comparisons,
-    padded_length,
-    validation_batches,
-)
+from gptjax.data.comparisons import ComparisonConfig, batches_of, load_comparisons, padded_length
 from gptjax.data.demonstrations import DemonstrationConfig, load_demonstrations
 from gptjax.distributed import hosts
 from gptjax.errors import InputError
@@ -43,10 +37,9 @@ from gptjax.objectives.base import Objective, Sums
 from gptjax.objectives.preference import best_of_k_loss, ranking_loss, ranking_statistics
 from gptjax.parallel import pipeline
 from gptjax.parallel.mesh import check_fits
-from gptjax.parallel.sharding import batch_sharding
 from gptjax.ranges import Count
 from gptjax.rlhf.reward_model import RewardModel, normalized, score_at_end
-from gptjax.run import Claim, run
+from gptjax.run import Claim, require, run
 from gptjax.trained import load_base, origin
 from gptjax.training.checkpoint import check_selection
 from gptjax.training.optimizer import OptimizerConfig
@@ -54,7 +47,7 @@ from gptjax.training.schedule import Schedule
 from gptjax.training.stage import Evaluator, RunResult, Stage, TrainConfig
 from gptjax.training.state import new_state
 from gptjax.training.step import TrainProgram, train_program
-from gptjax.training.supervised import supervised
+from gptjax.training.supervised import make_schedule, supervised
 
 CRITERIA = {"pairs": ranking_loss, "best": best_of_k_loss}
 
@@ -86,12 +79,10 @@ class RewardConfig(TrainConfig):
 
     def __post_init__(self):
         super().__post_init__()
-        for name, known in (
-            ("objective", tuple(CRITERIA)), ("normalize", ("mean", "mean_std", "none")), ("selection", ("last", "loss"))
-        ):  # fmt: skip
+        for name, known in (("objective", tuple(CRITERIA)), ("normalize", ("mean", "mean_std", "none"))):
             if getattr(self, name) not in known:
                 raise InputError(f"{name}={getattr(self, name)!r}: choose one of {', '.join(known)}.")
-        check_selection(self)
+        check_selection(self, ("last", "loss"))
 
 
 def reward(config: mlc.ConfigDict, workdir) -> RunResult:
@@ -113,12 +104,11 @@ def trunk(c: RewardConfig, base: GPTConfig, **changes) -> GPTConfig:
 
 
 def build(c: RewardConfig, mesh, claim: Claim) -> Stage:
-    if c.init_from is None:
-        raise InputError("No model to start from: give --config.init_from=WORKDIR of an SFT run.")
-    if c.data.source is None:
-        raise InputError("No comparisons: give --config.data.source=PATH (JSONL, Parquet or hf:NAME).")
-    if c.steps is None and c.epochs is None:
-        raise InputError("Say how long to train: --config.epochs=1 (more overfits) or --config.steps.")
+    require(c, {
+        "init_from": "No model to start from: give --config.init_from=WORKDIR of an SFT run.",
+        "data.source": "No comparisons: give --config.data.source=PATH (JSONL, Parquet or hf:NAME).",
+        "steps,epochs": "Say how long to train: --config.epochs=1 (more overfits) or --config.steps.",
+    })  # fmt: skip
     kind, of_sft = texts_of_base(c, claim)
 
     # --- the trunk it starts from ---
@@ -132,25 +122,14 @@ def build(c: RewardConfig, mesh, claim: Claim) -> Stage:
     comparisons = load_comparisons(c.data, template, model.context_length, c.seed)
     examples = None if c.normalize == "none" else reference_texts(c, of_sft, template, model.context_length)
     counted, length = padded_length(comparisons, c.data.max_length or model.context_length, mesh.shape["seq"])
-    rows = {"batch_size": c.batch_size, "microbatch_size": c.microbatch_rows}
-    check_fits(mesh.shape, n_head=model.n_head, time=length, **rows)
+    check_fits(mesh.shape, n_head=model.n_head, time=length, **c.rows)
     record = claim.begin(c.init_from)
-    here = hosts.batch_rows(batch_sharding(mesh, 0), c.microbatch_rows)
-    batches = ComparisonBatches(
-        comparisons.train, c.batch_size, comparisons.k, length, c.seed, pad_id=template.pad_id, here=here,
-        shuffle=record["shuffle"],
-    )  # fmt: skip
-    schedule = Schedule(
-        c.schedule, batch_size=c.batch_size, context_length=counted * comparisons.k,
-        learning_rate=c.optimizer.learning_rate, steps=c.steps if c.steps is not None else batches.steps(c.epochs),
-    )  # fmt: skip
+    batches, held_out = batches_of(c, comparisons, length, template.pad_id, mesh, record["shuffle"])
+    schedule = make_schedule(c, counted * comparisons.k, batches)
     hosts.agree("The comparisons", comparisons.fingerprint)
     claim.make(dataclasses.replace(c, template=kind), model=model, origin=origin(init_from=base))
     hosts.only_first(lambda: comparisons.left_out.write(claim.workdir))
     hosts.only_first(lambda: tokenizer.save(claim.workdir / "tokenizer"))
-    held_out = validation_batches(
-        comparisons.validation, c.microbatch_rows, comparisons.k, length, pad_id=template.pad_id, here=here
-    )
 
     # --- model ---
     train = program(c, model, mesh)
@@ -292,9 +271,7 @@ def describe(c: RewardConfig, model: GPTConfig, comparisons, length: int, schedu
         return
     n_pairs, same = np.sum([x.pairs() for x in comparisons.train], axis=0)
     print(
-        f"{len(comparisons.train):,} comparisons of up to {comparisons.k} completions, {n_pairs:,} pairs"
-        f"{comparisons.left_out.describe()}; "
-        f"{len(comparisons.validation):,} held out; {schedule.steps} steps of {c.batch_size} prompts of {length} tokens"
+        f"{comparisons}; {n_pairs:,} pairs; {schedule.steps} steps of {c.batch_size} prompts of {length} tokens"
         f"{pipeline.describe(model, mesh.shape, c.microbatch_rows * comparisons.k)}"
     )
     if same:

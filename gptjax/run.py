@@ -9,9 +9,10 @@
 """
 
 import contextlib
+import functools
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import jax
 from etils import epath
@@ -28,6 +29,13 @@ from gptjax.training import loop
 from gptjax.training.checkpoint import Checkpointer
 from gptjax.training.metrics import MetricWriter
 from gptjax.training.stage import RunConfig, RunResult, Stage
+
+
+def require(c: RunConfig, texts: Mapping[str, str]):
+    """InputError with the text of the first of the config's keys that is not given; 'a,b' means at least one of two."""
+    for keys, text in texts.items():
+        if all(functools.reduce(getattr, key.split("."), c) is None for key in keys.split(",")):
+            raise InputError(text)
 
 
 class Claim:

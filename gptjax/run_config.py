@@ -6,7 +6,7 @@ import json
 import socket
 
 from gptjax import paths
-from gptjax.config import config_dict, to_json
+from gptjax.config import RENAMED, config_dict, to_json
 from gptjax.distributed import hosts
 from gptjax.errors import InputError
 from gptjax.json_files import write_json
@@ -18,14 +18,6 @@ _MAY_CHANGE = (
     "model.pipeline_microbatches", "model.pipeline_virtual_stages", "optimizer.offload", "data.cache", "mix.cache",
     "ptx.cache",
 )  # fmt: skip
-
-# Keys of config.json that earlier versions wrote under another name.
-_RENAMED = {
-    "model.pipeline_rounds": "model.pipeline_virtual_stages",
-    "normalise": "normalize",
-    "ppo.normalise": "ppo.normalize",
-    "ppo.ptx_normalise": "ppo.ptx_normalize",
-}
 
 
 def claim_workdir(workdir, stage: str, config, *, kind: str = "lm", **sections) -> bool:
@@ -168,7 +160,7 @@ def read_config(workdir) -> dict:
 
 def _upgrade(run: dict, workdir):
     """Makes of what an earlier version wrote what this one would have written."""
-    for old, new in _RENAMED.items():
+    for old, new in RENAMED.items():
         _rename(run, old.split("."), new.split(".")[-1])
     stage = run.get("stage")
     run.setdefault("kind", "scalar" if stage == "reward" else "lm")

@@ -38,7 +38,7 @@ from gptjax.parallel.mesh import check_fits
 from gptjax.parallel.sharding import batch_sharding
 from gptjax.ranges import BelowOne, Count
 from gptjax.rlhf.reward_model import RewardModel, load_reward_model
-from gptjax.run import Claim, run
+from gptjax.run import Claim, require, run
 from gptjax.trained import load_base, origin
 from gptjax.training.checkpoint import check_selection
 from gptjax.training.optimizer import OptimizerConfig
@@ -46,7 +46,7 @@ from gptjax.training.schedule import Schedule
 from gptjax.training.stage import Evaluator, RunResult, Stage, TrainConfig
 from gptjax.training.state import new_state
 from gptjax.training.step import TrainProgram, train_program
-from gptjax.training.supervised import supervised
+from gptjax.training.supervised import make_schedule, supervised
 
 
 @dataclasses.dataclass(frozen=True)
@@ -90,15 +90,13 @@ class SFTConfig(TrainConfig):
 
     def __post_init__(self):
         super().__post_init__()
-        if self.selection not in ("last", "loss", "reward"):
-            raise InputError(f"selection={self.selection!r}: choose last, loss or reward.")
         if (self.selection == "reward") != (self.reward is not None):
             raise InputError(
                 "selection='reward' needs the workdir of a reward model, --config.reward=..., and no other."
             )
         if self.selection == "reward" and self.samples.count < 1:
             raise InputError("selection='reward' scores samples: set --config.samples.count to at least 1.")
-        check_selection(self)
+        check_selection(self, ("last", "loss", "reward"))
 
 
 def sft(config: mlc.ConfigDict, workdir) -> RunResult:
@@ -115,20 +113,18 @@ def program(c: SFTConfig, model: GPTConfig, mesh) -> TrainProgram:
 
 
 def build(c: SFTConfig, mesh, claim: Claim) -> Stage:
-    if c.init_from is None:
-        raise InputError("No model to start from: give --config.init_from=WORKDIR of a pre-training run.")
-    if c.data.source is None:
-        raise InputError("No demonstrations: give --config.data.source=PATH (JSONL, Parquet or hf:NAME).")
-    if c.steps is None and c.epochs is None:
-        raise InputError("Say how long to train: --config.steps or --config.epochs.")
+    require(c, {
+        "init_from": "No model to start from: give --config.init_from=WORKDIR of a pre-training run.",
+        "data.source": "No demonstrations: give --config.data.source=PATH (JSONL, Parquet or hf:NAME).",
+        "steps,epochs": "Say how long to train: --config.steps or --config.epochs.",
+    })  # fmt: skip
 
     # --- the model it starts from; new tokens for the chat template ---
     base = load_base(c.init_from, claim.workdir, mesh=mesh)
     tokenizer = chat_tokenizer(base.tokenizer)
     model = c.model.apply(base.config, vocab_size=max(base.config.vocab_size, tokenizer.vocab_size))
     length = c.data.max_length or model.context_length
-    rows = {"batch_size": c.batch_size, "microbatch_size": c.microbatch_rows}
-    check_fits(mesh.shape, n_head=model.n_head, time=length, **rows)
+    check_fits(mesh.shape, n_head=model.n_head, time=length, **c.rows)
     pipeline.make_plan(model, mesh.shape, c.microbatch_rows)
     judge = c.reward and load_reward_model(c.reward, mesh=mesh, tokenizer=tokenizer)
 
@@ -157,10 +153,7 @@ def build(c: SFTConfig, mesh, claim: Claim) -> Stage:
         packed, c.batch_size, c.seed, mix=mix, mix_fraction=c.mix.fraction, mix_eot_id=text and text.eot_id,
         shuffle=record["shuffle"], **options,
     )  # fmt: skip
-    schedule = Schedule(
-        c.schedule, batch_size=c.batch_size, context_length=length, learning_rate=c.optimizer.learning_rate,
-        steps=c.steps if c.steps is not None else batches.steps(c.epochs),
-    )  # fmt: skip
+    schedule = make_schedule(c, length, batches)
     held_out = PackedRows(demonstrations.validation, length, c.data.packing, template.pad_id)
     validation = validation_batches(held_out, c.microbatch_rows, **options)
 

@@ -13,6 +13,7 @@ from numerics import approx, assert_close, model_terms
 from runs import assert_same_run, lines, until_sigterm
 
 from gptjax import dpo as stage
+from gptjax import run, trained
 from gptjax.aot import programs
 from gptjax.config import build, config_dict
 from gptjax.cost import topology
@@ -23,6 +24,7 @@ from gptjax.model import gpt
 from gptjax.model.spec import GPTConfig
 from gptjax.objectives.dpo import dpo_objective, response_log_probs
 from gptjax.objectives.preference import dpo_loss
+from gptjax.parallel.mesh import make_mesh
 from gptjax.trained import load_model
 from gptjax.training.checkpoint import Checkpointer
 
@@ -246,3 +248,19 @@ def test_aot_lowers_the_program_that_the_stage_runs(tuned, alignment, tmp_path, 
     lowered = programs.dpo_program(c, base, mesh, completions=seen["batch"]["tokens"].shape[1])
     expected = {k: (v.shape[2:], v.dtype) for k, v in lowered.arguments[1].items()}
     assert {k: (v.shape, v.dtype) for k, v in seen["batch"].items()} == expected
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "mesh",
+    [{"mesh__data": 2, "mesh__fsdp": 2, "mesh__tensor": 2}, {"mesh__data": 1, "mesh__stage": 2, "mesh__fsdp": 4}],
+)
+def test_a_mesh_of_8_gives_the_run_of_one_device(tuned, alignment, tmp_path, monkeypatch, mesh):
+    options = {"steps": 3, "optimizer__eps": 1e-4}
+    dpo(dpo_config(tuned, alignment["comparisons"], **options), str(tmp_path / "alone"))
+    for module in (run, trained):
+        monkeypatch.setattr(module, "make_mesh", make_mesh)
+    dpo(dpo_config(tuned, alignment["comparisons"], **options, **mesh), str(tmp_path / "mesh"))
+    terms = model_terms(load_model(tuned).config)
+    for a, b in zip(lines(tmp_path / "mesh"), lines(tmp_path / "alone"), strict=True):
+        assert a["loss"] == approx(b["loss"], terms=terms) and a["grad_norm"] == approx(b["grad_norm"], terms=terms)

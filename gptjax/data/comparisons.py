@@ -29,7 +29,9 @@ from gptjax.data.rows import (
     load_split,
     prompt_text,
 )
+from gptjax.distributed import hosts
 from gptjax.errors import InputError
+from gptjax.parallel.sharding import batch_sharding
 from gptjax.ranges import Count
 
 _FIELDS = ("prompt", "completions", "ranks", "chosen", "rejected")
@@ -89,6 +91,12 @@ class Comparisons(NamedTuple):
     k: int
     left_out: LeftOut
     fingerprint: str
+
+    def __str__(self):
+        return (
+            f"{len(self.train):,} comparisons of up to {self.k} completions{self.left_out.describe()}; "
+            f"{len(self.validation):,} held out"
+        )
 
 
 def load_comparisons(c: ComparisonConfig, template: Template, length: int, seed: int) -> Comparisons:
@@ -178,6 +186,20 @@ class ComparisonBatches:
     def steps(self, epochs: float) -> int:
         """The fewest steps in which the comparisons are used `epochs` times; at least 1."""
         return max(1, math.ceil(epochs * self._count / self._rows))
+
+
+def batches_of(c, comparisons: Comparisons, length: int, pad_id: int, mesh, shuffle: int,
+               more: tuple[More | None, More | None] = (None, None)) -> tuple[ComparisonBatches, InOrder]:  # fmt: skip
+    """(batches to train on, validation batches). c: a stage's config, with batch_size, microbatch_rows and seed. more:
+    of either. The others as ComparisonBatches has them."""
+    here, k = hosts.batch_rows(batch_sharding(mesh, 0), c.microbatch_rows), comparisons.k
+    train = ComparisonBatches(
+        comparisons.train, c.batch_size, k, length, c.seed, pad_id=pad_id, here=here, shuffle=shuffle, more=more[0]
+    )
+    held_out = validation_batches(
+        comparisons.validation, c.microbatch_rows, k, length, pad_id=pad_id, here=here, more=more[1]
+    )
+    return train, held_out
 
 
 def validation_batches(

@@ -56,11 +56,11 @@ class CheckpointConfig:
             raise InputError("checkpoint: every and keep_last are at least 1, keep_every at least 0.")
 
 
-def check_selection(c):
-    """InputError where a stage is to use its best checkpoint and would have saved none that it evaluated.
-
-    c: a config with `selection`, `checkpoint` and `eval`.
-    """
+def check_selection(c, choices: tuple[str, ...]):
+    """InputError where `selection` is none of the choices, or where a stage is to use its best checkpoint and would
+    have saved none that it evaluated. c: a config with `selection`, `checkpoint` and `eval`."""
+    if c.selection not in choices:
+        raise InputError(f"selection={c.selection!r}: choose {', '.join(choices[:-1])} or {choices[-1]}.")
     if c.selection != "last" and (not c.checkpoint.keep_best or c.eval.every % c.checkpoint.every):
         raise InputError(
             f"selection={c.selection!r} needs checkpoint.keep_best and checkpoints where it is evaluated: make "

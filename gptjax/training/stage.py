@@ -72,6 +72,11 @@ class TrainConfig(RunConfig):
     def microbatch_rows(self) -> int:
         return self.microbatch_size or self.batch_size
 
+    @property
+    def rows(self) -> dict[str, int]:
+        """As mesh.check_fits takes them."""
+        return {"batch_size": self.batch_size, "microbatch_size": self.microbatch_rows}
+
 
 # --- evaluators ---------------------------------------------------------------------------------------------
 

@@ -61,6 +61,14 @@ def supervised(
     )
 
 
+def make_schedule(c: TrainConfig, tokens: int, batches) -> Schedule:
+    """Of the steps or epochs of a config. tokens: of a row; batches: with steps(epochs)."""
+    steps = c.steps if c.steps is not None else batches.steps(c.epochs)
+    return Schedule(
+        c.schedule, batch_size=c.batch_size, context_length=tokens, learning_rate=c.optimizer.learning_rate, steps=steps
+    )
+
+
 class Dispatch:
     """Consecutive steps as one device call, compiled once for each shape of its batch.
 
