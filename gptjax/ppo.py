@@ -33,13 +33,14 @@ from gptjax.rlhf.clock import Clock
 from gptjax.rlhf.config import EvaluationConfig, KLConfig, PtxConfig, RateConfig, RolloutConfig
 from gptjax.rlhf.evaluation import held_out_score
 from gptjax.rlhf.memory import memory_plan, offloaded, on_device
-from gptjax.rlhf.program import context_lengths, make_spec, ppo_program
-from gptjax.rlhf.reward_model import load_reward_model, prompt_room
+from gptjax.rlhf.networks import RLSpec
+from gptjax.rlhf.program import PPOProgram, context_lengths, make_spec, ppo_program
+from gptjax.rlhf.reward_model import RewardModel, load_reward_model, prompt_room
 from gptjax.rlhf.sanity_checks import check_iteration
-from gptjax.rlhf.state import new_state, phase_keys
+from gptjax.rlhf.state import PPOState, new_state, phase_keys
 from gptjax.rlhf.update import UpdateConfig
 from gptjax.run import Claim, run
-from gptjax.trained import load_model, origin
+from gptjax.trained import Model, load_model, origin
 from gptjax.training.checkpoint import CheckpointConfig
 from gptjax.training.optimizer import OptimizerConfig
 from gptjax.training.precision import frozen
@@ -126,13 +127,7 @@ def build(c: PPOConfig, mesh, claim: Claim, reward_fn: Callable | None = None) -
     iterations = c.steps if c.steps is not None else math.ceil(c.episodes / c.batch_size)
 
     # --- the models: policy and reference, reward model, value network ---
-    base = load_model(c.policy, mesh=mesh)
-    if base.tokenizer.pad_id is None or base.tokenizer.eot_id is None:
-        raise InputError(f"{c.policy} has no padding token of its own: give the workdir of an SFT run as policy.")
-    template = Template(base.tokenizer, base.template or "chat")
-    judge = c.reward and load_reward_model(c.reward, mesh=mesh, tokenizer=base.tokenizer)
-    if judge and judge.template != template.kind:
-        raise InputError(f"The reward model saw {judge.template!r} prompts and the policy {template.kind!r} ones.")
+    base, template, judge = load_models(c, mesh)
     spec = make_spec(
         c, base.config, judge.config if judge else None, mesh, eos_id=template.eos_id, pad_id=template.pad_id,
         vocab=base.tokenizer.vocab_size,
@@ -174,25 +169,18 @@ def build(c: PPOConfig, mesh, claim: Claim, reward_fn: Callable | None = None) -
     frozen_models = lambda: on_device((reference, reward), c.offload)
 
     def init():
-        def make(policy, reward):
-            value = {}
-            if spec.value:
-                value = reward or heads.scalar_model(policy, spec.policy, None)
-            elif spec.critic:
-                value = {"head": heads.new_head(spec.policy.d_model, None)}
-            return new_state(policy, value, program.policy_tx, program.value_tx, c.kl.coefficient, c.seed)
-
+        make = functools.partial(initial_state, c=c, spec=spec, program=program)
         return jax.jit(make, out_shardings=program.shardings)(base.params, judge and judge.params)
 
     rule = reward_fn and rewards.Rule(reward_fn, c.reward_on, template)
     eval_widths = sorted({*widths, *bucket_widths(longest_of(held_out), 1, room)})
     evaluate = held_out_score(
-        c.eval, c.rollout, spec, held_out, eval_widths, template, text, frozen_models, rule, c.seed, record["shuffle"]
+        c, spec, held_out, eval_widths, template, text, frozen_models, rule, record["shuffle"]
     )
     batches = PromptBatches(
         prompts, c.batch_size // spec.group_size, widths, c.seed, template.pad_id, record["shuffle"]
     )
-    iteration = make_iteration(c, spec, program, iterations, frozen_models, rule, text, batches, prompts, widths[-1])
+    iteration = make_iteration(c, spec, program, iterations, frozen_models, rule, text, batches, prompts.texts)
 
     def lines(first: int, count: int, metrics, seconds: float) -> list[dict]:
         line = {"step": first + 1, "episodes": (first + 1) * c.batch_size, **{k: float(v) for k, v in metrics.items()}}
@@ -220,7 +208,30 @@ def build(c: PPOConfig, mesh, claim: Claim, reward_fn: Callable | None = None) -
     )  # fmt: skip
 
 
-def make_iteration(c: PPOConfig, spec, program, iterations, frozen_models, rule, text, batches, prompts, widest):
+def load_models(c: PPOConfig, mesh) -> tuple[Model, Template, RewardModel | None]:
+    """(policy and reference, the template of its prompts, reward model)."""
+    base = load_model(c.policy, mesh=mesh)
+    if base.tokenizer.pad_id is None or base.tokenizer.eot_id is None:
+        raise InputError(f"{c.policy} has no padding token of its own: give the workdir of an SFT run as policy.")
+    template = Template(base.tokenizer, base.template or "chat")
+    judge = load_reward_model(c.reward, mesh=mesh, tokenizer=base.tokenizer) if c.reward else None
+    if judge and judge.template != template.kind:
+        raise InputError(f"The reward model saw {judge.template!r} prompts and the policy {template.kind!r} ones.")
+    return base, template, judge
+
+
+def initial_state(policy, reward, *, c: PPOConfig, spec: RLSpec, program: PPOProgram) -> PPOState:
+    """policy: parameters of the SFT model; reward: of the reward model, or None. The value network begins as the reward
+    model, else as the policy under a zero head (InstructGPT C.4)."""
+    value = {}
+    if spec.value:
+        value = reward or heads.scalar_model(policy, spec.policy, None)
+    elif spec.critic:
+        value = {"head": heads.new_head(spec.policy.d_model, None)}
+    return new_state(policy, value, program.policy_tx, program.value_tx, c.kl.coefficient, c.seed)
+
+
+def make_iteration(c: PPOConfig, spec, program, iterations, frozen_models, rule, text, batches, prompt_texts):
     """One iteration of PPO: state -> (state, metrics). text: rlhf/ptx.py's; batches: of prompts."""
     sharding, compiled = batch_sharding(spec.mesh, 0), set()
 
@@ -230,12 +241,13 @@ def make_iteration(c: PPOConfig, spec, program, iterations, frozen_models, rule,
         tokens, lengths, index = (np.repeat(batch[k], spec.group_size, 0) for k in ("tokens", "lengths", "index"))
         if tokens.shape[1] not in compiled:
             compiled.add(tokens.shape[1])
-            hosts.say(f"iteration {step + 1}: compiling for prompts padded to {tokens.shape[1]} of {widest}")
-        texts = [prompts.texts[i] for i in index]
+            hosts.say(f"iteration {step + 1}: compiling for prompts padded to {tokens.shape[1]} of {batches.widest}")
+        texts = [prompt_texts[i] for i in index]
 
         experience, metrics, _ = rollout.collect(
-            state.policy, state.value, frozen_models, hosts.place(tokens, sharding), hosts.place(lengths, sharding),
-            phase_keys(state)[1], state.kl_coefficient, spec, c.rollout, rule=rule and rule.of(texts), lap=clock.lap,
+            rollout.Models(state.policy, state.value, frozen_models), hosts.place(tokens, sharding),
+            hosts.place(lengths, sharding), phase_keys(state)[1], state.kl_coefficient, spec, c.rollout,
+            rule=rule and rule.of(texts), lap=clock.lap,
         )  # fmt: skip
         fraction = c.rate.fraction(step, iterations)
         rates = tuple(np.float32(fraction * o.learning_rate) for o in (c.optimizer, c.value_optimizer))

@@ -21,6 +21,7 @@ from gptjax import config as configs
 from gptjax import console, lock, report, run_config
 from gptjax.data.corpus import Text, start_record, write_record
 from gptjax.distributed import hosts
+from gptjax.errors import InputError
 from gptjax.parallel.mesh import make_mesh
 from gptjax.parallel.sharding import Rules, use_rules
 from gptjax.training import loop
@@ -86,15 +87,36 @@ def run(name: str, config_class: type[RunConfig], build: Callable[..., Stage], c
     return result
 
 
+def resume(checkpointer: Checkpointer, stage: Stage) -> tuple:
+    """(state of the newest good checkpoint, seconds of training so far); (None, 0.0) of a new run.
+
+    Checkpoints newer than that one are put aside. InputError: the data have changed, or more steps are done than asked
+    for.
+    """
+    restored = checkpointer.restore(stage.abstract, stage.shardings)
+    if restored is None:
+        return None, 0.0
+    state, meta = restored
+    done = int(state.step)
+    checkpointer.drop_after(done)
+    if meta["data"] != stage.data:
+        raise InputError(stage.changed)
+    hosts.say(f"resuming from {stage.unit} {done} of {stage.total}")
+    if done > stage.total:
+        raise InputError(
+            f"{checkpointer.workdir} has done {done} {stage.unit}s, more than the {stage.total} asked for: raise "
+            "--config.steps."
+        )
+    return state, meta.get("seconds", 0.0)
+
+
 def _train(stage: Stage, mesh, workdir) -> RunResult:
     """Whatever stops the run, the checkpoint being written and the last lines are kept."""
     c = stage.config
     with jax.set_mesh(mesh), contextlib.ExitStack() as kept:
         # --- where the state comes from: the newest good checkpoint of this run, else a new one ---
         checkpointer = kept.enter_context(contextlib.closing(Checkpointer(workdir, c.checkpoint)))
-        state, seconds = checkpointer.resume(
-            stage.abstract, stage.shardings, data=stage.data, changed=stage.changed, total=stage.total, unit=stage.unit
-        )
+        state, seconds = resume(checkpointer, stage)
         if state is None:
             state = stage.init()
         stage.init = None  # and with it the weights that the run begins with

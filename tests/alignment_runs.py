@@ -95,7 +95,7 @@ def pretrain_config(source, **overrides):
 def sft_config(init_from, source, **overrides):
     c = config_dict(sft.SFTConfig)
     c.init_from, c.data.source, c.data.validation = str(init_from), str(source), "0.15"
-    c.steps, c.batch_size, c.optimizer.learning_rate = 60, 8, 5e-3
+    c.steps, c.batch_size, c.optimizer.learning_rate, c.optimizer.weight_decay = 60, 8, 5e-3, 0.1
     c.samples.update(count=2, max_new_tokens=RESPONSE)
     return overridden(c, overrides)
 
@@ -103,7 +103,7 @@ def sft_config(init_from, source, **overrides):
 def reward_config(init_from, source, **overrides):
     c = config_dict(reward.RewardConfig)
     c.init_from, c.data.source, c.data.validation = str(init_from), str(source), "0.25"
-    c.steps, c.batch_size, c.optimizer.learning_rate = 120, 16, 1e-2
+    c.steps, c.batch_size, c.optimizer.learning_rate, c.optimizer.weight_decay = 120, 16, 1e-2, 0.1
     return overridden(c, overrides)
 
 
@@ -115,6 +115,7 @@ def ppo_config(policy, reward_model, source, **overrides):
     c.steps, c.batch_size, c.rollout.max_new_tokens = 2, 16, RESPONSE
     c.ppo.update(epochs=2, minibatches=2)
     c.optimizer.learning_rate = c.value_optimizer.learning_rate = 3e-3
+    c.optimizer.weight_decay = c.value_optimizer.weight_decay = 0.1
     c.eval.update(every=2, prompts=16, lm_batches=1, samples=2)
     c.checkpoint.every = 1
     return overridden(c, overrides)

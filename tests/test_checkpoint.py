@@ -5,6 +5,7 @@ import json
 import os
 import shutil
 import subprocess
+import types
 
 import jax
 import jax.numpy as jnp
@@ -15,8 +16,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from jax.sharding import NamedSharding, PartitionSpec
 
+from gptjax import run
 from gptjax.errors import InputError
 from gptjax.parallel.mesh import MeshConfig, make_mesh
+from gptjax.training import checkpoint
 from gptjax.training.checkpoint import CheckpointConfig, Checkpointer, digests
 from gptjax.training.precision import LossScale
 from gptjax.training.state import TrainState
@@ -303,15 +306,16 @@ def test_weights_alone_can_be_saved(tmp_path, one_device):
 
 def resume(workdir, where, **given):
     with contextlib.closing(Checkpointer(workdir, CheckpointConfig())) as checkpointer:
-        of_run = {"data": "these", "changed": "The data changed.", "total": 2}
-        return checkpointer.resume(abstract(), where, **{**of_run, **given})
+        of_run = {"data": "these", "changed": "The data changed.", "total": 2, "unit": "step"}
+        stage = types.SimpleNamespace(abstract=abstract(), shardings=where, **{**of_run, **given})
+        return run.resume(checkpointer, stage)
 
 
 def test_a_run_goes_on_from_its_newest_good_checkpoint_and_puts_a_damaged_one_away(workdir, one_device, capsys):
     damage(workdir)
     state, seconds = resume(workdir, one_device, total=9, unit="iteration")
     assert (int(state.step), seconds) == (1, 0.5)
-    assert "going on from iteration 1 of 9" in capsys.readouterr().out
+    assert "resuming from iteration 1 of 9" in capsys.readouterr().out
     assert (workdir / "checkpoints-damaged" / "2").exists() and not (workdir / "checkpoints" / "2").exists()
 
 
@@ -500,6 +504,21 @@ def test_a_disk_that_is_full_at_the_first_checkpoint(small_disk, one_device, cap
     assert checkpointer.save(2, make_state(2, one_device)) is True
     assert checkpointer._trusted and checkpointer.steps() == [2]
     checkpointer.close()
+
+
+def test_leftovers_that_are_still_written_into_end_nothing(monkeypatch):
+    """Orbax's threads add files to a directory that is being removed: "Directory not empty"."""
+    monkeypatch.setattr(checkpoint.time, "sleep", lambda seconds: None)
+    for failures, calls in ((2, 3), (99, 10)):
+        seen = []
+
+        def rmtree(missing_ok, seen=seen, failures=failures):
+            seen.append(missing_ok)
+            if len(seen) <= failures:
+                raise OSError(39, "Directory not empty")
+
+        checkpoint._remove(types.SimpleNamespace(rmtree=rmtree))
+        assert len(seen) == calls
 
 
 # --- where they lie, and the first one read back ----------------------------------------------------------

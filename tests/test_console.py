@@ -86,7 +86,7 @@ def test_a_run_whose_reader_is_gone_goes_on(tmp_path):
 
 
 def test_a_command_whose_reader_is_gone_ends_quietly():
-    script = "from gptjax.config import run\nrun(lambda _: [print('text', i) for i in range(100_000)])"
+    script = "from gptjax.command_line import run\nrun(lambda _: [print('text', i) for i in range(100_000)])"
     process = subprocess.Popen([sys.executable, "-c", script], cwd=ROOT, env=one_device_environment(),
                                stdout=subprocess.PIPE, stderr=subprocess.PIPE)  # fmt: skip
     assert process.stdout.readline() == b"text 0\n"

@@ -61,7 +61,7 @@ def params():
 
 def plain_log_prob(params, tokens, start, length):
     """Of one text, by the formula: no padding, no chunks."""
-    text = jnp.asarray(tokens[:length])[None]
+    text = jnp.asarray(tokens)[None, :length]
     log_p = jax.nn.log_softmax(gpt.logits(params, MODEL, gpt.hidden(params, MODEL, text)))[0]
     return sum(log_p[t - 1, text[0, t]] for t in range(start, length))
 
@@ -89,9 +89,9 @@ def test_it_is_rafailovs_loss_in_value_and_gradient(params, batch):
     objective = dpo_objective(MODEL, 0.3, jnp.float32, 5)
     sums = objective(params, batch, None)
     assert float(sums.count) == 2 and float(sums.extra["pairs"]) == 2
-    value, gradient = jax.value_and_grad(written_out)(params)
+    value, gradient = jax.jit(jax.value_and_grad(written_out))(params)
     assert float(sums.total) == approx(float(value), terms=TERMS)
-    assert_close(jax.grad(lambda p: objective(p, batch, None).total)(params), gradient, terms=TERMS)
+    assert_close(jax.jit(jax.grad(lambda p: objective(p, batch, None).total))(params), gradient, terms=TERMS)
 
 
 def test_before_the_first_step_the_loss_is_log_2(params, batch):
@@ -145,10 +145,10 @@ def one_device():
 
 
 def test_it_learns_the_preference(straight, tuned):
-    """Completions with the liked word win: the policy ranks them first, and says the word more than the SFT model."""
+    """Completions with the liked word win: the policy comes to rank them first (of 65 pairs, .7 is 3 sigma)."""
     first, *_, last = lines(straight, "evaluations")
     assert first["loss"] == pytest.approx(np.log(2), rel=1e-5) and first["margin"] == pytest.approx(0, abs=1e-4)
-    assert last["loss"] < first["loss"] and last["accuracy"] > 0.8
+    assert last["loss"] < first["loss"] and last["accuracy"] > 0.7
     model = load_model(straight)
     assert model.template == "chat" and model.step == 60
     assert json.loads((straight / "config.json").read_text())["kind"] == "lm"
@@ -236,9 +236,10 @@ def test_aot_lowers_the_program_that_the_stage_runs(tuned, alignment, tmp_path, 
         raise KeyboardInterrupt
 
     monkeypatch.setattr(stage, "supervised", capture)
-    config = dpo_config(tuned, alignment["comparisons"], data__max_length=32)
+    config = dpo_config(tuned, alignment["comparisons"])
     with pytest.raises(KeyboardInterrupt):
         dpo(config, str(tmp_path / "run"))
+    config.data.max_length = seen["batch"]["tokens"].shape[2]
     c = build(DPOConfig, config)
     mesh = topology.topology_mesh(c.mesh, topology.parse("v5e-1"))
     base = dataclasses.replace(load_model(tuned).config, attention="auto")

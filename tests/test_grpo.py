@@ -67,9 +67,9 @@ def trained(beta=BETA):
                      donate_argnums=0)  # fmt: skip
     record = []
     for i in range(ITERATIONS):
+        models = rollout.Models(state.policy, state.value, lambda: (reference, None))
         experience, metrics, _ = rollout.collect(
-            state.policy, state.value, lambda: (reference, None), PROMPTS, LENGTHS, phase_keys(state)[1],
-            state.kl_coefficient, spec, RolloutConfig(missing_eos=None),
+            models, PROMPTS, LENGTHS, phase_keys(state)[1], state.kl_coefficient, spec, RolloutConfig(missing_eos=None),
             rule=lambda tokens, lengths, mask: REWARDS[np.asarray(tokens[:, 1])],
         )  # fmt: skip
         rate = np.float32(3e-3 * (1 - i / ITERATIONS))

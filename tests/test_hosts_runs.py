@@ -37,7 +37,7 @@ def test_killed_and_taken_up_on_other_hosts(tmp_path, killed):
         with Processes("pretrain", config, workdir, count, steps=done + more, **mesh) as run:
             ends = run.ends()
         assert all(end.code == 0 for end in ends), "\n".join(end.text for end in ends)
-        assert f"going on from step {done + more - 2} of" in ends[0].text
+        assert f"resuming from step {done + more - 2} of" in ends[0].text
         assert [line["step"] for line in lines(workdir)] == list(range(1, done + more + 1))
     with Processes("pretrain", config, tmp_path / "straight", 1, steps=done + 6) as run:
         assert [end.code for end in run.ends()] == [0]
@@ -82,7 +82,7 @@ def test_a_damaged_checkpoint_is_passed_over_by_all(tmp_path):
     with Processes("pretrain", config, workdir, 2, steps=7) as run:
         ends = run.ends()
     assert all(end.code == 0 for end in ends), ends[0].text + ends[1].text
-    assert all("checkpoint 6 is damaged" in end.text for end in ends) and "going on from step 3 of 7" in ends[0].text
+    assert all("checkpoint 6 is damaged" in end.text for end in ends) and "resuming from step 3 of 7" in ends[0].text
     assert sorted(p.name for p in (workdir / "checkpoints-damaged").iterdir()) == ["6"]
 
 
@@ -133,7 +133,7 @@ def test_ppo(tmp_path, alignment, tuned, judge):
     assert [s["text"] for s in lines(two, "samples")] == [s["text"] for s in lines(one, "samples")]
     with Processes("ppo", tmp_path / "ppo.py", two, 2, **options | {"steps": 3}) as run:
         ends = run.ends()
-    assert all(end.code == 0 for end in ends) and "going on from iteration 2 of 3" in ends[0].text
+    assert all(end.code == 0 for end in ends) and "resuming from iteration 2 of 3" in ends[0].text
 
 
 def test_ppo_on_a_reward_model_alone(tmp_path, tuned, judge):

@@ -393,7 +393,7 @@ def test_kill_9_and_gone_on_with(straight, tuned, judge, alignment, tmp_path):
     process.communicate()
     again = start(tmp_path / "parts")
     output = again.communicate(timeout=200)[0]
-    assert again.returncode == 0 and "going on from iteration" in output, output
+    assert again.returncode == 0 and "resuming from iteration" in output, output
     assert_same_ppo(tmp_path / "parts", tmp_path / "straight", 12)
 
 

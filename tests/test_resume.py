@@ -584,7 +584,7 @@ def test_ctrl_c_saves_and_a_second_one_ends_at_once(text, tmp_path):
 def test_ctrl_c_before_the_first_step_is_one_line(tmp_path):
     script = (
         "import signal, sys\n"
-        "from gptjax.config import run\n"
+        "from gptjax.command_line import run\n"
         "def main(_): signal.raise_signal(signal.SIGINT)\n"
         "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
         "run(main)\n"
@@ -605,7 +605,7 @@ def test_ctrl_c_saves_exits_cleanly_and_goes_on(text, tmp_path, straight, stoppe
     assert code == 0 and 20 <= steps[-1] < LONG and "Traceback" not in output
     assert f"asked to stop: saved step {steps[-1]}" in output
     again = copy(workdir, tmp_path)
-    assert f"going on from step {steps[-1]} of {LONG}" in Process(text, again).finish()
+    assert f"resuming from step {steps[-1]} of {LONG}" in Process(text, again).finish()
     assert_same_run(again, straight, LONG)
 
 
@@ -620,7 +620,7 @@ def test_a_corrupted_newest_checkpoint_goes_on_from_the_older_one(text, tmp_path
         content[at] ^= 0xFF
     path.write_bytes(content)
     output = Process(text, again).finish()
-    assert f"checkpoint {newest} is damaged" in output and f"going on from step {older} " in output
+    assert f"checkpoint {newest} is damaged" in output and f"resuming from step {older} " in output
     assert_same_run(again, straight, LONG)
 
 
@@ -637,6 +637,6 @@ def test_kill_9_in_the_middle_of_a_save(text, tmp_path, straight):
     assert left, "no save was caught in its middle"
     whole = max(int(n) for n in os.listdir(tmp_path / "checkpoints") if n.isdecimal())
     assert whole < int(left[0].name.split(".")[0])
-    assert f"going on from step {whole} of {LONG}" in run.finish()
+    assert f"resuming from step {whole} of {LONG}" in run.finish()
     assert not list((tmp_path / "checkpoints").glob("*tmp*"))
     assert_same_run(tmp_path, straight, LONG)

@@ -71,9 +71,10 @@ class Ours:
         clock, s = Clock(), self.state
         prompts = self.rng.integers(0, self.spec.vocab, (self.batch, self.prompt)).astype(np.int32)
         lengths = np.full(self.batch, self.prompt, np.int32)
+        models = rollout.Models(s.policy, s.value, lambda: (self.reference, self.reward))
         experience, measured, _ = rollout.collect(
-            s.policy, s.value, lambda: (self.reference, self.reward), prompts, lengths, phase_keys(s)[1],
-            s.kl_coefficient, self.spec, RolloutConfig(missing_eos=None), lap=clock.lap,
+            models, prompts, lengths, phase_keys(s)[1], s.kl_coefficient, self.spec, RolloutConfig(missing_eos=None),
+            lap=clock.lap,
         )  # fmt: skip
         rate = np.float32(1e-5)
         self.state, metrics = self.update(s, experience, None, (rate, rate))

@@ -128,9 +128,9 @@ class Bed:
         lengths = np.full(c.batch, PROMPTS.shape[1], np.int32)
         for i in range(c.iterations):
             prompt = (int(state.prompt_position) + np.arange(c.batch)) % len(PROMPTS)
+            models = rollout.Models(state.policy, state.value, lambda: (self.reference, None))
             experience, metrics, _ = rollout.collect(
-                state.policy, state.value, lambda: (self.reference, None), PROMPTS[prompt], lengths,
-                phase_keys(state)[1], state.kl_coefficient, spec, settings,
+                models, PROMPTS[prompt], lengths, phase_keys(state)[1], state.kl_coefficient, spec, settings,
                 rule=lambda tokens, lengths, mask, prompt=prompt: self.score(tokens, prompt),
             )  # fmt: skip
             rate = np.float32(c.learning_rate * (1 - i / c.iterations))

@@ -279,10 +279,10 @@ def _collect(c: PPOConfig, spec: RLSpec):
     rule = None if spec.reward else lambda tokens, lengths, mask: mask[:, 0]
 
     def collect(state, reference, reward, prompts, lengths, key):
+        models = rollout.Models(state.policy, state.value, lambda: (reference, reward))
         experience, metrics, _ = rollout.collect(
-            state.policy, state.value, lambda: (reference, reward), prompts, lengths, key, state.kl_coefficient, spec,
-            c.rollout, rule=rule,
-        )  # fmt: skip
+            models, prompts, lengths, key, state.kl_coefficient, spec, c.rollout, rule=rule
+        )
         return experience, metrics["policy/rollout_logp_diff"]
 
     return collect

@@ -119,6 +119,10 @@ class PromptBatches:
         self._ids, self._batch, self._widths, self._seed, self._pad_id = prompts.ids, batch, widths, seed, pad_id
         self._shuffle = shuffle
 
+    @property
+    def widest(self) -> int:
+        return self._widths[-1]
+
     def at(self, position: int) -> dict[str, np.ndarray]:
         """The prompts at places position to position + batch - 1.
 

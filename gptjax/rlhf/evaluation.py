@@ -13,7 +13,7 @@ from gptjax.objectives.lm import causal_lm_loss
 from gptjax.parallel.mesh import batch_shards
 from gptjax.parallel.sharding import batch_sharding
 from gptjax.rlhf import rewards, rollout
-from gptjax.rlhf.config import EvaluationConfig, RolloutConfig
+from gptjax.rlhf.config import EvaluationConfig
 from gptjax.rlhf.networks import RLSpec
 from gptjax.training.stage import Evaluation
 from gptjax.training.step import jit_eval_step
@@ -24,37 +24,36 @@ _FIGURES = {
 }  # fmt: skip
 
 
-def held_out_score(
-    c: EvaluationConfig, of_rollout: RolloutConfig, spec: RLSpec, prompts, widths, template: Template, text,
-    frozen_models, rule: rewards.Rule | None, seed: int, shuffle: int,
-):  # fmt: skip
+def held_out_score(c, spec: RLSpec, prompts, widths, template: Template, text, frozen_models,
+                   rule: rewards.Rule | None, shuffle: int):  # fmt: skip
     """An Evaluator's state -> Evaluation of the policy's moving average, always with the same noise.
 
-    figures: score (reward model and rules, as trained on), raw_score (the same before `missing_eos`), gold, kl,
-    entropy, length, eos_rate, and lm_loss on pre-training text where there is some (`text`, rlhf/ptx.py), of a mixture
-    the mean under its weights and lm_loss/<name> of each part. widths: that the prompts may be padded to.
-    frozen_models, rule: of rollout.collect. shuffle: version of lm.shuffled.
+    c: PPOConfig. figures: score (reward model and rules, as trained on), raw_score (the same before `missing_eos`),
+    gold, kl, entropy, length, eos_rate, and lm_loss on pre-training text where there is some (`text`, rlhf/ptx.py), of
+    a mixture the mean under its weights and lm_loss/<name> of each part. widths: that the prompts may be padded to.
+    frozen_models: Models.frozen of rollout.collect. shuffle: version of lm.shuffled.
     """
     sharding = batch_sharding(spec.mesh, 0)
     multiple = math.lcm(batch_shards(spec.mesh.shape), spec.group_size)
-    rows = -(-min(c.prompts, len(prompts.ids)) // multiple) * multiple
+    rows = -(-min(c.eval.prompts, len(prompts.ids)) // multiple) * multiple
     batch = PromptBatches(prompts, rows, widths, 0, template.pad_id, shuffle).at(0)
     texts = [prompts.texts[i] for i in batch["index"]]
-    gold = c.gold_fn and rewards.load_callable(c.gold_fn)
-    lm_loss = _text_loss(c, spec, text)
+    gold = c.eval.gold_fn and rewards.load_callable(c.eval.gold_fn)
+    lm_loss = _text_loss(c.eval, spec, text)
 
     def evaluate(state) -> Evaluation:
         tokens, lengths = (hosts.place(batch[k], sharding) for k in ("tokens", "lengths"))
+        models = rollout.Models(state.average, state.value, frozen_models)
         experience, metrics, score = rollout.collect(
-            state.average, state.value, frozen_models, tokens, lengths, jax.random.key(seed), state.kl_coefficient,
-            spec, of_rollout, rule=rule and rule.of(texts),
+            models, tokens, lengths, jax.random.key(c.seed), state.kl_coefficient, spec, c.rollout,
+            rule=rule and rule.of(texts),
         )  # fmt: skip
         score = hosts.whole(score)
         ids, responses = rewards.split_rows(*map(hosts.whole, (experience.tokens, lengths, experience.mask)))
         figures = {name: float(metrics[key]) for name, key in _FIGURES.items()} | {"raw_score": float(np.mean(score))}
         samples = [
             {"prompt": texts[i], "text": template.decode(responses[i]), "score": float(score[i])}
-            for i in range(min(c.samples, len(texts)))
+            for i in range(min(c.eval.samples, len(texts)))
         ]
         if gold:
             of_gold = rewards.call(gold, "text", template, ids, texts, responses)

@@ -1,6 +1,6 @@
 """One iteration's experience: sample, score, and work out rewards and advantages.
 
-    experience, metrics, score = collect(policy, value, frozen, prompts, lengths, key, kl_coefficient, spec, c)
+    experience, metrics, score = collect(models, prompts, lengths, key, kl_coefficient, spec, c)
 
 is sample -> score -> compute_advantages, or compute_group_advantages for GRPO. A Python callable may add to the score
 (rewards.py), which is why they are separate programs.
@@ -9,7 +9,7 @@ is sample -> score -> compute_advantages, or compute_group_advantages for GRPO. 
 import dataclasses
 import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -45,21 +45,29 @@ class Experience:
     returns: jax.Array
 
 
-def collect(policy, value, frozen_models, prompts, lengths, key, kl_coefficient, spec: RLSpec, c: RolloutConfig, *,
+class Models(NamedTuple):
+    """policy, value: parameters; value is {} for GRPO. frozen: () -> (reference, reward model or None), on the device.
+    """
+
+    policy: Any
+    value: Any
+    frozen: Callable[[], tuple]
+
+
+def collect(models: Models, prompts, lengths, key, kl_coefficient, spec: RLSpec, c: RolloutConfig, *,
             rule: Callable | None = None, lap: Callable[[str, Any], None] = lambda phase, arrays: None):  # fmt: skip
     """Samples a response to each prompt, scores it, and works out advantages.
 
     Args:
-        value: the value network; {} for GRPO. frozen_models: () -> (reference, reward model or None), on the device.
         prompts, lengths, key: as `sample` has them; in GRPO the samples of a prompt are adjacent rows.
         rule: (tokens, lengths, mask) -> [B], added to the reward model's score, or the whole score without one.
         lap: told of each phase and its arrays, for timing.
     Returns:
         (Experience, metrics, score float32 [B] before the penalty for a missing end).
     """
-    tokens, mask, sampled = sample(policy, prompts, lengths, key, spec)
+    tokens, mask, sampled = sample(models.policy, prompts, lengths, key, spec)
     lap("rollout", mask)
-    scored = score(policy, value, *frozen_models(), tokens, lengths, mask, spec, rows=c.forward_rows)
+    scored = score(models.policy, models.value, *models.frozen(), tokens, lengths, mask, spec, rows=c.forward_rows)
     total = scored.get("score")
     if rule is not None:
         by_rule = rule(tokens, lengths, mask)

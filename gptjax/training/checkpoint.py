@@ -14,18 +14,17 @@ checkpoint that a start writes is read back at once, before the training after i
 import dataclasses
 import errno
 import glob
-import hashlib
 import itertools
 import json
 import math
 import sys
+import time
 
 import jax
 import jax.numpy as jnp
 import orbax.checkpoint as ocp
 from absl import logging
 from etils.epath import gpath
-from jax import lax
 from orbax.checkpoint.checkpoint_managers import preservation_policy
 
 from gptjax import paths
@@ -34,6 +33,7 @@ from gptjax.errors import InputError
 from gptjax.json_files import write_json
 from gptjax.ranges import Count
 from gptjax.training import files
+from gptjax.training.digests import combined, digests
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,45 +66,6 @@ def check_selection(c):
             f"selection={c.selection!r} needs checkpoint.keep_best and checkpoints where it is evaluated: make "
             f"eval.every={c.eval.every} a multiple of checkpoint.every={c.checkpoint.every}."
         )
-
-
-# --- digests ----------------------------------------------------------------------------------------------
-
-
-@jax.jit
-def _digests(leaves):
-    """uint32 per leaf: the sum over elements of mix(bits + index x odd) mod 2^32.
-
-    The mix (MurmurHash3's finalizer) is a bijection, so any change of one element shows for certain; swaps and
-    changes of several show but for one chance in 2^32. Integer sums do not depend on the sharding."""
-
-    def one(x):
-        x = jax.device_put(x, jax.memory.Space.Device)  # moments may be in host memory
-        x = x.astype(jnp.int32) if x.dtype == jnp.bool_ else x
-        bits = lax.bitcast_convert_type(x, jnp.dtype(f"uint{8 * x.dtype.itemsize}")).astype(jnp.uint32)
-        index, stride = jnp.zeros((), jnp.uint32), 1
-        for axis in reversed(range(x.ndim)):
-            index = index + lax.broadcasted_iota(jnp.uint32, x.shape, axis) * jnp.uint32(stride % 2**32)
-            stride *= x.shape[axis]
-        h = bits + index * jnp.uint32(0x9E3779B9)
-        h = (h ^ (h >> 16)) * jnp.uint32(0x85EBCA6B)
-        h = (h ^ (h >> 13)) * jnp.uint32(0xC2B2AE35)
-        return jnp.sum(h ^ (h >> 16), dtype=jnp.uint32)
-
-    return [one(x) for x in leaves]
-
-
-def digests(tree) -> dict[str, int]:
-    """{path of the leaf: digest}."""
-    paths, leaves = zip(*jax.tree_util.tree_leaves_with_path(tree), strict=True)
-    values = jax.device_get(_digests(list(leaves)))
-    return {jax.tree_util.keystr(p): int(v) for p, v in zip(paths, values, strict=True)}
-
-
-def combined(digests: dict) -> str:
-    """sha256 (hex) of the digests of the parameters among those of a checkpoint: the same weights, the same text."""
-    of_params = {path: value for path, value in digests.items() if path.startswith("['params']")}
-    return hashlib.sha256(json.dumps(of_params, sort_keys=True).encode()).hexdigest()
 
 
 # --- the manager ------------------------------------------------------------------------------------------
@@ -150,6 +111,15 @@ def _without_closed_loops(kind, error, trace):
     """sys.excepthook: TensorStore prints one of these per array that a full disk kept it from writing."""
     if not (kind is RuntimeError and "Event loop is closed" in str(error)):
         _excepthook(kind, error, trace)
+
+
+def _remove(directory, attempts: int = 10):
+    """Orbax's threads may still be writing into it. What stays after all is removed by the next start."""
+    for _ in range(attempts):
+        try:
+            return directory.rmtree(missing_ok=True)
+        except OSError:
+            time.sleep(0.2)
 
 
 class Checkpointer:
@@ -271,7 +241,7 @@ class Checkpointer:
                 raise
         if hosts.first():
             for leftover in self.directory.glob("*.orbax-checkpoint-tmp*"):
-                leftover.rmtree(missing_ok=True)
+                _remove(leftover)
         good = self.steps()
         self._drop_best(good)
         self._failed = (
@@ -334,31 +304,6 @@ class Checkpointer:
             return abstract.join(step, restored["params"], restored["training"]), meta
 
         return self._newest_good(load)
-
-    def resume(self, abstract, shardings, *, data: str, changed: str, total: int, unit: str = "step") -> tuple:
-        """The state that a run goes on from and its seconds of training so far; (None, 0.0) where it is a new run.
-        What is newer than the state is dropped.
-
-        Args:
-            data: fingerprint of the data, as `meta` of each save has it; changed: what to say where it is another.
-            total: how many `unit`s the run is to have.
-        Raises:
-            InputError: other data, or more steps done than asked for.
-        """
-        restored = self.restore(abstract, shardings)
-        if restored is None:
-            return None, 0.0
-        state, meta = restored
-        done = int(state.step)
-        self.drop_after(done)
-        if meta["data"] != data:
-            raise InputError(changed)
-        hosts.say(f"going on from {unit} {done} of {total}")
-        if done > total:
-            raise InputError(
-                f"{self.workdir} has done {done} {unit}s, more than the {total} asked for: raise --config.steps."
-            )
-        return state, meta.get("seconds", 0.0)
 
     def restore_params(self, abstract, shardings, step: int | None = None) -> tuple[dict, dict] | None:
         """Parameters alone and the meta, of the newest good checkpoint or of a given step."""

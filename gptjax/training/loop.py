@@ -85,7 +85,7 @@ class _Loop:
                 at_end = self.step == stage.total or stopping
                 due = not stopping and any(e.due(self.step, stage.total) for e in stage.evaluators)
                 save = at_end or self.step % c.checkpoint.every == 0
-                if save or due or not stage.reads_late or self.step >= profiler.stop_at:
+                if save or due or self.step >= profiler.stop_at:
                     self.record()
                 profiler.after(self.step)
                 if save:
@@ -102,12 +102,14 @@ class _Loop:
         return self.state, finished, self.clock.total()
 
     def advance(self, advance):
-        """Dispatches steps, and reads the metrics of those before."""
+        """Dispatches steps, and reads the metrics of those before, or of these."""
         compiling = self.stage.seconds_compiling()
         self.state, metrics = advance.run(self.state)
         self.clock.leave_out(self.stage.seconds_compiling() - compiling)
         self.record()
         self.pending, self.step = (advance.first, advance.count, metrics), advance.first + advance.count
+        if not self.stage.reads_late:
+            self.record()
 
     def record(self):
         if self.pending is None:
