@@ -69,8 +69,8 @@ def dpo(config: mlc.ConfigDict, workdir) -> RunResult:
 
 def program(c: DPOConfig, model: GPTConfig, mesh) -> TrainProgram:
     """The device program of a step."""
-    loss = dpo_objective(model, c.beta, c.precision.dtype, c.loss_chunk, mesh)
-    objective, boxed = Objective(loss, metrics=ranking_metrics, unit="prompts"), gpt.abstract_params(model)
+    loss, boxed = dpo_objective(model, c.beta, c.precision.dtype, c.loss_chunk, mesh), gpt.abstract_params(model)
+    objective = Objective(loss, metrics=ranking_metrics, unit="prompts")
     return train_program(objective, boxed, c.optimizer, c.precision, c.seed, mesh, dropout=model.dropout > 0)
 
 
@@ -108,11 +108,10 @@ def build(c: DPOConfig, mesh, claim: Claim) -> Stage:
     # --- model ---
     train = program(c, model, mesh)
     init = lambda: jax.jit(lambda p: new_state(p, train.tx, c.precision), out_shardings=train.shardings)(base.params)
-    validation = ranking_sums(train.objective.loss, spread(held_out, c.eval.batches), mesh)
     return supervised(
         c, train, batches, schedule, mesh, workdir=claim.workdir, init=init, data=comparisons.fingerprint,
         changed=f"{c.data.source} has changed since the run began: put it back or take another --workdir.",
-        evaluators=(Evaluator(validation, c.eval.every),),
+        evaluators=(Evaluator(ranking_sums(train.objective.loss, spread(held_out, c.eval.batches), mesh), c.eval.every),),
         begin=lambda _: hosts.say(f"{comparisons}; {schedule.steps:,} steps of {c.batch_size} prompts"),
     )  # fmt: skip
 
