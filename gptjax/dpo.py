@@ -17,7 +17,6 @@ from gptjax.data.chat import Template
 from gptjax.data.comparisons import ComparisonConfig, batches_of, load_comparisons, padded_length
 from gptjax.distributed import hosts
 from gptjax.errors import InputError
-from gptjax.evals.base import spread
 from gptjax.evals.preference import ranking_metrics, ranking_sums
 from gptjax.model import gpt
 from gptjax.model.spec import GPTConfig, ModelOptions
@@ -111,7 +110,7 @@ def build(c: DPOConfig, mesh, claim: Claim) -> Stage:
     return supervised(
         c, train, batches, schedule, mesh, workdir=claim.workdir, init=init, data=comparisons.fingerprint,
         changed=f"{c.data.source} has changed since the run began: put it back or take another --workdir.",
-        evaluators=(Evaluator(ranking_sums(train.objective.loss, spread(held_out, c.eval.batches), mesh), c.eval.every),),
+        evaluators=(Evaluator(ranking_sums(train.objective.loss, held_out, mesh, c.eval.batches), c.eval.every),),
         begin=lambda _: hosts.say(f"{comparisons}; {schedule.steps:,} steps of {c.batch_size} prompts"),
     )  # fmt: skip
 

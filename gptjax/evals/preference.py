@@ -9,7 +9,7 @@ import jax
 import numpy as np
 
 from gptjax.distributed import hosts
-from gptjax.evals.base import evaluation_sums
+from gptjax.evals.base import evaluation_sums, spread
 from gptjax.objectives.preference import ranking_statistics
 from gptjax.parallel.sharding import batch_sharding
 from gptjax.training.stage import Evaluation
@@ -57,10 +57,10 @@ def ranking(scores, criterion, batches):
     return evaluate
 
 
-def ranking_sums(loss, batches, mesh):
+def ranking_sums(loss, batches, mesh, most: int = 0):
     """An Evaluator's state -> Evaluation: 'loss', 'accuracy', 'margin' and 'pairs' over comparisons, of an Objective's
-    loss whose extra sums are ranking_statistics."""
-    step, sharding = jit_eval_step(loss, mesh), batch_sharding(mesh, 0)
+    loss whose extra sums are ranking_statistics. most: batches of them, spread evenly; 0 = all."""
+    step, sharding, batches = jit_eval_step(loss, mesh), batch_sharding(mesh, 0), spread(batches, most)
 
     def evaluate(state) -> Evaluation:
         total, count, extra = evaluation_sums(step, state.params, batches, sharding)
