@@ -181,10 +181,10 @@ def build(c: PPOConfig, mesh, claim: Claim, reward_fn: Callable | None = None) -
     )
     iteration = make_iteration(c, spec, program, iterations, frozen_models, rule, text, batches, prompts.texts)
 
-    def lines(first: int, count: int, metrics, seconds: float) -> list[dict]:
+    def lines(first: int, count: int, metrics, seconds: float):
         line = {"step": first + 1, "episodes": (first + 1) * c.batch_size, **{k: float(v) for k, v in metrics.items()}}
         check_iteration(line, first, spec.dtype, c.rollout.missing_eos)
-        return [line]
+        yield line
 
     def begin(state):
         at_once = (c.batch_size, widths[-1]), (min(c.eval.prompts, len(held_out.ids)), eval_widths[-1])

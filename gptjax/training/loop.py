@@ -119,18 +119,17 @@ class _Loop:
         metrics = jax.device_get(metrics)
         seconds = self.clock.lap() / count
         try:
-            lines = self.stage.lines(first, count, metrics, seconds)
-        except NotFinite as error:
+            for line in self.stage.lines(first, count, metrics, seconds):
+                if line["step"] % self.c.log.every == 0 or line["step"] == self.stage.total:
+                    self.writer.train({**line, "seconds": self.clock.total()})
+        except NotFinite as error:  # the lines of the steps before it are written
             self.bar.close()
             self.writer.flush()
             text = f"{error.what}; training stopped and {self.last_good()}. {error.fix}"
             raise TrainingDiverged(text) from error
-        for line in lines:
-            if line["step"] % self.c.log.every == 0 or line["step"] == self.stage.total:
-                self.writer.train({**line, "seconds": self.clock.total()})
         self.bar.update(count)
-        if (first + count) % self.c.log.every == 0:
-            self.bar.set_postfix_str(self.stage.summary(lines[-1]), refresh=False)
+        if line["step"] % self.c.log.every == 0:
+            self.bar.set_postfix_str(self.stage.summary(line), refresh=False)
 
     def last_good(self) -> str:
         self.checkpointer.wait()

@@ -121,8 +121,8 @@ class Stage:
     init: () -> the state of a new run; called at most once and dropped, for it holds the weights that it begins with.
     data: fingerprint of the training data; changed: what to say where a resumed run finds another.
     advances: (plan of (first step, count), step the run starts at) -> an Advance for each.
-    lines: (first, count, metrics of an Advance, seconds per step) -> a record of metrics.jsonl for each step; it may
-        raise loop.NotFinite. summary: a record -> text for the progress bar.
+    lines: (first, count, metrics of an Advance, seconds per step) -> an iterator of a record of metrics.jsonl for each
+        step; it may raise loop.NotFinite. summary: a record -> text for the progress bar.
     evaluators: all due at a step make one record.
     steps_per_dispatch: most steps of an Advance. reads_late: metrics are read once the next steps are dispatched.
     seconds_compiling: so far, which are not training time. unit: what a step is called.
@@ -140,7 +140,7 @@ class Stage:
     data: str
     changed: str
     advances: Callable[[Iterator[tuple[int, int]], int], Iterator[Advance]]
-    lines: Callable[[int, int, Any, float], list[dict]]
+    lines: Callable[[int, int, Any, float], Iterator[dict]]
     summary: Callable[[dict], str]
     evaluators: tuple[Evaluator, ...] = ()
     steps_per_dispatch: int = 1

@@ -107,8 +107,9 @@ class _Lines:
         self._scaled = c.precision.scaled  # float16 skips a step that is not finite, instead of stopping
         self._devices = jax.devices()
 
-    def __call__(self, first: int, count: int, metrics, seconds: float) -> list[dict]:
-        return [self._line(first + i + 1, jax.tree.map(lambda x, i=i: x[i], metrics), seconds) for i in range(count)]
+    def __call__(self, first: int, count: int, metrics, seconds: float) -> Iterator[dict]:
+        for i in range(count):
+            yield self._line(first + i + 1, jax.tree.map(lambda x, i=i: x[i], metrics), seconds)
 
     def _line(self, step: int, metrics, seconds: float) -> dict:
         nats, count, norm = (float(metrics[k]) for k in ("loss_sum", "count", "grad_norm"))
