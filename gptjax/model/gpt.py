@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from gptjax.errors import InputError
-from gptjax.model.attention import attention, cached_attention, visible
+from gptjax.model.attention import attention, cached_attention, causal_mask
 from gptjax.model.layers import INIT_STD, LayerNorm, Linear, gelu, normal
 from gptjax.model.spec import GPTConfig
 from gptjax.parallel import pipeline
@@ -96,9 +96,9 @@ class Attention(nn.Module):
         keys, values = (lax.dynamic_index_in_dim(cache[n], *at, keepdims=False) if at else cache[n] for n in ("k", "v"))
         slots = jnp.arange(keys.shape[2])
         here = slot + jnp.arange(q.shape[1])
-        mask = visible(here, slots)
+        mask = causal_mask(here, slots)
         if self.config.local_window is not None:
-            mask = mask & (~by_layer["local"] | visible(here, slots, self.config.local_window))
+            mask = mask & (~by_layer["local"] | causal_mask(here, slots, self.config.local_window))
         mask = mask[None] & shared["filled"][:, None, :]  # [B, T, S]
         return cache, cached_attention(q, keys.astype(q.dtype), values.astype(q.dtype), mask)
 
