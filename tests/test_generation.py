@@ -62,9 +62,9 @@ def test_greedy_decoding_equals_the_full_forward(name):
         assert tokens == expected
 
 
-@pytest.mark.parametrize("apart", [False, True], ids=["stacked", "apart"])
+@pytest.mark.parametrize("unstacked", [False, True], ids=["stacked", "unstacked"])
 @every_variant
-def test_cached_logits_equal_the_full_forward(name, apart):
+def test_cached_logits_equal_the_full_forward(name, unstacked):
     """Prefill of unequal prompts padded on the left, then steps of one and of several tokens."""
     c = VARIANTS[name]
     params = random_params(c)
@@ -77,7 +77,7 @@ def test_cached_logits_equal_the_full_forward(name, apart):
     real = np.arange(width)[None] >= pad[:, None]
     positions = np.maximum(np.arange(width)[None] - pad[:, None], 0)
     x, kv = gpt.prefill(params, c, tokens, positions, real.astype(np.int32))
-    assert kv["k"].shape == (3, 3, 2, width, 8)
+    assert kv.k.shape == (3, 3, 2, width, 8)
     prefilled = np.asarray(gpt.logits(params, c, x))
     for i, n in enumerate(lengths):
         assert_close(prefilled[i, width - n :], full[i, :n], terms=model_terms(c))
@@ -85,7 +85,7 @@ def test_cached_logits_equal_the_full_forward(name, apart):
     cache = jax.tree.map(lambda a: jnp.pad(a, ((0, 0), (0, 0), (0, 0), (0, new), (0, 0))), kv)
     filled = jnp.asarray(np.concatenate([real, np.ones((3, new), bool)], 1))
     params = jax.tree.map(jnp.asarray, params)
-    stepped, cache = gpt.taken_apart(params, cache, c) if apart else (params, cache)
+    stepped, cache = gpt.unstack_layers(params, cache, c) if unstacked else (params, cache)
     step = jax.jit(lambda tokens, at, cache, slot: gpt.decode_step(stepped, c, tokens, at, cache, slot, filled))
     done = 0
     for n in (1, 1, 3, 1):

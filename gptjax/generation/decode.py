@@ -48,8 +48,8 @@ def decode(params, config: GPTConfig, prompts, lengths, limits, key, *, new_toke
     x, kv = gpt.prefill(params, config, prompts, positions, real.astype(jnp.int32), dtype=dtype, mesh=mesh)
     cache = jax.tree.map(lambda a: jnp.pad(a, ((0, 0), (0, 0), (0, 0), (0, new_tokens), (0, 0))), kv)
     step_params = params
-    if _takes_layers_apart(mesh):
-        step_params, cache = gpt.taken_apart(params, cache, config)
+    if _unstacks_layers(mesh):
+        step_params, cache = gpt.unstack_layers(params, cache, config)
     filled = jnp.concatenate([real, jnp.ones((B, new_tokens), bool)], axis=1)  # causality hides the rest
     stops = stop_tokens(eot_id)
     fill = next(i for i in (pad_id, *stops, 0) if i is not None)
@@ -88,8 +88,8 @@ def decode(params, config: GPTConfig, prompts, lengths, limits, key, *, new_toke
     return out, count, log_probs
 
 
-def _takes_layers_apart(mesh) -> bool:
-    """On a CPU: see gpt.taken_apart. Stages keep their layers to themselves."""
+def _unstacks_layers(mesh) -> bool:
+    """On a CPU: see gpt.unstack_layers. Stages keep their layers to themselves."""
     platform = jax.default_backend() if mesh is None else mesh.devices.flat[0].platform
     return platform == "cpu" and (mesh is None or mesh.shape["stage"] == 1)
 
