@@ -12,7 +12,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from numerics import assert_close, model_terms, tolerance
 
 from gptjax.errors import InputError
-from gptjax.model import gpt, layers
+from gptjax.model import gpt, layers, plain
 from gptjax.model.matmul import matmul
 from gptjax.model.spec import GPT1, GPT2, GPTConfig
 from gptjax.objectives.chunked import cross_entropy_sum
@@ -103,6 +103,22 @@ def test_forward_equals_numpy(name, time):
     for found, expected in zip(forward(params, c, tokens), numpy_forward(params, c, tokens), strict=True):
         assert found.dtype == jnp.float32
         assert_close(found, expected, terms=TERMS)
+
+
+@every_variant
+def test_the_plain_forward_and_its_gradient_are_the_models(name):
+    """plain.forward, which a reader meets first, beside what is trained: logits, and gradients of their loss."""
+    c = VARIANTS[name]
+    params, tokens = random_params(c), random_tokens(c)
+
+    def loss(p, logits_of):
+        logits = logits_of(p, tokens[:, :-1])
+        return -jnp.take_along_axis(jax.nn.log_softmax(logits), tokens[:, 1:, None], axis=-1).sum(), logits
+
+    run = jax.jit(jax.value_and_grad(loss, has_aux=True), static_argnums=1)
+    found = run(params, lambda p, t: plain.forward(p, c, t))
+    expected = run(params, lambda p, t: gpt.logits(p, c, gpt.hidden(p, c, t)))
+    assert_close(found, expected, terms=TERMS)
 
 
 def test_bfloat16_activations_are_near():
