@@ -11,6 +11,7 @@ from numerics import assert_close, model_terms
 from test_gpt import random_params
 
 from gptjax.errors import InputError
+from gptjax.generation import plain
 from gptjax.generation.decode import decode, generate
 from gptjax.generation.sampling import Sampling, filtered_logits, sample
 from gptjax.model import gpt
@@ -60,6 +61,31 @@ def test_greedy_decoding_equals_the_full_forward(name):
         expected, margin = greedy_without_cache(params, c, prompt, 12)
         assert margin > 1e-4  # no toss-ups, so equal tokens say something
         assert tokens == expected
+
+
+@pytest.mark.parametrize(
+    "name, sampling",
+    [("banded", GREEDY), ("banded", Sampling(2.0, top_k=9, top_p=0.9)), ("post", Sampling(3.0))],
+    ids=["greedy", "filtered", "sampled"],
+)
+def test_decoding_equals_the_plain_decoder(name, sampling):
+    """The same keys, the same tokens: prompts of unequal length in one batch, beside each without a cache or padding.
+    The end-of-text is the second row's third token."""
+    c, new_tokens = VARIANTS[name], 5
+    params, prompts = random_params(c), [[3, 1, 4, 1, 5, 9], [5, 8]]
+    keys = jax.random.split(jax.random.key(4), 2)
+    alone = lambda i, eot_id: plain.decode(
+        params, c, prompts[i], keys[i], new_tokens=new_tokens, sampling=sampling, eot_id=eot_id
+    )
+    eot_id = alone(1, None)[2]
+    rows = np.array([prompts[0], [0] * 4 + prompts[1]])
+    out, counts, _ = decode(
+        params, c, rows, np.array([6, 2]), np.full(2, new_tokens), keys,
+        new_tokens=new_tokens, sampling=sampling, eot_id=eot_id,
+    )  # fmt: skip
+    for i in range(2):
+        assert out[i, : counts[i]].tolist() == alone(i, eot_id)
+    assert counts[1] <= 3
 
 
 @pytest.mark.parametrize("unstacked", [False, True], ids=["stacked", "unstacked"])
