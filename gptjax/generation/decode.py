@@ -116,7 +116,7 @@ def bucket(n: int, limit: int) -> int:
 
 
 def _batch_shards() -> int:
-    """Over how many devices the active mesh (jax.set_mesh) shards the rows of a batch."""
+    """Over how many devices the current mesh (jax.set_mesh) shards the rows of a batch."""
     mesh = jax.sharding.get_abstract_mesh()
     return 1 if mesh.empty else batch_shards(mesh.shape)
 

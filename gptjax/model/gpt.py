@@ -303,7 +303,7 @@ def hidden(
     dtype=jnp.float32,
     mesh=None,
 ):
-    """Final hidden states. Where the active mesh has stages, rows go through the layers in micro-batches.
+    """Final hidden states. Where the current mesh has stages, rows go through the layers in micro-batches.
 
     Args:
         tokens_BT: int, T <= context_length.

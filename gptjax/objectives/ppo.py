@@ -176,8 +176,8 @@ def grpo_loss(
 ):
     """GRPO (Shao et al. 2024 eq. 3): the clipped loss plus beta k3 against the reference, as a loss term.
 
-    Every response weighs the same: its token losses are averaged over its own length first. Mind k3's gradient in a
-    loss (see k3); k2's would be the KL's own.
+    Every response weighs the same: its token losses are averaged over its length first. As a loss k3 has the gradient
+    of KL(ref || pi), not of KL(pi || ref), which k2 would have.
     Returns:
         (sum over responses, number of responses).
     """

@@ -38,22 +38,24 @@ def resolve(path: str, platform: str) -> str:
     return {"cpu": "cpu", "tpu": "splash"}.get(platform, "xla")
 
 
-def attention(q, k, v, *, path, window=None, segment_ids=None, dropout=0.0, dropout_keys=None, mesh=None):
+def attention(
+    q_BTHK, k_BTHK, v_BTHK, *, path, window=None, segment_ids=None, dropout=0.0, dropout_keys=None, mesh=None
+):
     """Causal attention of each position to itself and those before it.
 
     Args:
-        q, k, v: [B, T, H, K], one dtype. Scores are scaled by 1/sqrt(d_head).
+        q_BTHK, k_BTHK, v_BTHK: of one dtype. Scores are scaled by 1/sqrt(d_head).
         path: 'reference', 'xla', 'cpu', 'splash' or 'cudnn'; 'auto' asks `resolve` for the default backend, which is
             wrong when compiling for another platform: resolve it for that one first. Shapes and dtypes that a path
             does not support go to 'xla'.
         window: None, or how many positions back a query sees, its own included (a band).
         segment_ids: None, or int [B, T]; a position sees its own segment only.
         dropout, dropout_keys: probability of dropping an attention weight, and a key for each row, [B].
-        mesh: the mesh that q, k, v are sharded over; needed by 'splash' on more than one device.
+        mesh: the mesh that they are sharded over; needed by 'splash' on more than one device.
     Returns:
         [B, T, H, K] in the dtype of q.
     """
-    path, T = resolve(path, jax.default_backend()), q.shape[1]
+    path, T = resolve(path, jax.default_backend()), q_BTHK.shape[1]
     if window is not None and window >= T:
         window = None
     shards = _context_shards()
@@ -62,24 +64,25 @@ def attention(q, k, v, *, path, window=None, segment_ids=None, dropout=0.0, drop
     if shards > 1 and (dropout > 0.0 or path != "splash"):
         # Keys and values of the whole context beside a part of its queries. The blocks of `cpu` and cuDNN's causal
         # mask start at query 0, so both become `xla`, whose mask is sharded like any array.
-        k, v = (constrain(a, "batch", None, "heads", None) for a in (k, v))
+        k_BTHK, v_BTHK = (constrain(a, "batch", None, "heads", None) for a in (k_BTHK, v_BTHK))
         path = "xla" if path in ("cpu", "cudnn") else path
+    qkv = q_BTHK, k_BTHK, v_BTHK
     if dropout > 0.0 and dropout_keys is not None:
         return reference_attention(
-            q, k, v, window=window, segment_ids=segment_ids, dropout=dropout, dropout_keys=dropout_keys
+            *qkv, window=window, segment_ids=segment_ids, dropout=dropout, dropout_keys=dropout_keys
         )
-    if path == "cpu" and (T > SHORT or q.dtype == jnp.float16):  # XLA's takes no float16 on a CPU
-        return cpu_attention(q, k, v, segment_ids, window)
+    if path == "cpu" and (T > SHORT or q_BTHK.dtype == jnp.float16):  # XLA:CPU's has no float16
+        return cpu_attention(*qkv, segment_ids, window)
     if path == "splash":
-        return splash_attention(q, k, v, window, segment_ids, mesh)
-    if path == "cudnn" and cudnn_supports(q):
-        return fused_attention(q, k, v, window, segment_ids, "cudnn")
+        return splash_attention(*qkv, window, segment_ids, mesh)
+    if path == "cudnn" and cudnn_supports(q_BTHK):
+        return fused_attention(*qkv, window, segment_ids, "cudnn")
     if path in ("xla", "cpu", "cudnn"):
-        return fused_attention(q, k, v, window, segment_ids, "xla")
-    return reference_attention(q, k, v, window=window, segment_ids=segment_ids)
+        return fused_attention(*qkv, window, segment_ids, "xla")
+    return reference_attention(*qkv, window=window, segment_ids=segment_ids)
 
 
 def _context_shards() -> int:
-    """Over how many devices the active mesh (jax.set_mesh) shards the context."""
+    """Over how many devices the current mesh (jax.set_mesh) shards the context."""
     mesh = jax.sharding.get_abstract_mesh()
     return 1 if mesh.empty else mesh.shape["seq"]

@@ -81,6 +81,6 @@ def _kernel(T, H, window, shards, interpret):
     )  # fmt: skip
     heads = sm.MultiHeadMask([mask] * H)
     make = lambda: sk.make_splash_mha(heads, head_shards=1, q_seq_shards=shards, block_sizes=sizes, interpret=interpret)
-    # In a thread of its own, where no mesh or trace is active, and stored as numpy: the kernel outlives both.
+    # In a thread of its own, where no mesh or trace is current, and stored as numpy: the kernel outlives both.
     with concurrent.futures.ThreadPoolExecutor(1) as thread:
         return jax.tree.map(np.asarray, thread.submit(make).result())
