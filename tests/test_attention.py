@@ -14,16 +14,18 @@ from hypothesis import strategies as st
 from jax.sharding import NamedSharding, PartitionSpec
 from numerics import assert_close, tolerance
 
-from gptjax.model import attention as module
-from gptjax.model.attention import attention, reference, resolve, visible
+from gptjax.model.attention import attention, causal_mask, cpu, reference_attention, resolve
+from gptjax.model.attention.cpu import cpu_attention
+from gptjax.model.attention.fused import fused_attention
+from gptjax.model.attention.splash import splash_attention
 from gptjax.parallel.mesh import MeshConfig, make_mesh
 
 # (q, k, v, window, segment_ids) -> out; each the function behind one path, with no look at the window first
 PATHS = {
-    "reference": lambda q, k, v, window, segments: reference(q, k, v, window=window, segment_ids=segments),
-    "xla": lambda q, k, v, window, segments: module._dot_product(q, k, v, window, segments, "xla"),
-    "cpu": lambda q, k, v, window, segments: module._cpu(q, k, v, segments, window),
-    "splash": lambda q, k, v, window, segments: module._splash(q, k, v, window, segments, None, interpret=True),
+    "reference": lambda q, k, v, window, segments: reference_attention(q, k, v, window=window, segment_ids=segments),
+    "xla": lambda q, k, v, window, segments: fused_attention(q, k, v, window, segments, "xla"),
+    "cpu": lambda q, k, v, window, segments: cpu_attention(q, k, v, segments, window),
+    "splash": lambda q, k, v, window, segments: splash_attention(q, k, v, window, segments, None, interpret=True),
 }
 
 
@@ -151,18 +153,18 @@ def test_cpu_path_at_any_shape(data):
 @pytest.mark.parametrize("at_once", [1, 2, 4])
 def test_cpu_path_with_few_rows_at_a_time(at_once, monkeypatch):
     """However many batch rows the cache is taken to hold, here of four: the loop's steps are put together again."""
-    monkeypatch.setattr(module, "_CACHE_BYTES", at_once * 4 * 2 * 64 * 70)
-    assert module._rows_at_once(4, 2, 70) == at_once
+    monkeypatch.setattr(cpu, "_CACHE_BYTES", at_once * 4 * 2 * 64 * 70)
+    assert cpu._rows_at_once(4, 2, 70) == at_once
     q, k, v, d_out = inputs(4, 70, 2, 8)
     segments = some_segments(4, 70)
-    out, pull = jax.vjp(lambda q, k, v: module._cpu(q, k, v, segments, 9), q, k, v)
+    out, pull = jax.vjp(lambda q, k, v: cpu_attention(q, k, v, segments, 9), q, k, v)
     same((out, *pull(d_out)), oracle(q, k, v, d_out, 9, segments))
 
 
 @pytest.mark.parametrize("batch, expected", [(12, 4), (7, 1), (2, 2), (1, 1), (5, 5)])
 def test_rows_at_once_divide_the_batch(batch, expected, monkeypatch):
-    monkeypatch.setattr(module, "_CACHE_BYTES", 5 * 4 * 2 * 64 * 70)  # five rows fit
-    assert module._rows_at_once(batch, 2, 70) == expected
+    monkeypatch.setattr(cpu, "_CACHE_BYTES", 5 * 4 * 2 * 64 * 70)  # five rows fit
+    assert cpu._rows_at_once(batch, 2, 70) == expected
 
 
 def test_cpu_path_sharded_over_rows_and_heads():
@@ -231,12 +233,12 @@ def test_nothing_leaks_through_a_mask(path, window, packed):
         assert (d_k[mask & several[:, None]] > 0.0).mean() > 0.99 and (d_q.diagonal()[several] > 0.0).all()
 
 
-def test_visible():
-    rows = lambda window: visible(jnp.arange(4), jnp.arange(4), window).astype(int).tolist()
+def test_causal_mask():
+    rows = lambda window: causal_mask(jnp.arange(4), jnp.arange(4), window).astype(int).tolist()
     assert rows(None) == [[1, 0, 0, 0], [1, 1, 0, 0], [1, 1, 1, 0], [1, 1, 1, 1]]
     assert rows(1) == [[1, 0, 0, 0], [0, 1, 0, 0], [0, 0, 1, 0], [0, 0, 0, 1]]
     assert rows(2) == [[1, 0, 0, 0], [1, 1, 0, 0], [0, 1, 1, 0], [0, 0, 1, 1]]
-    batched = visible(jnp.array([[5], [2]]), jnp.arange(6), 3)  # a new token against a cache, at slots 5 and 2
+    batched = causal_mask(jnp.array([[5], [2]]), jnp.arange(6), 3)  # a new token against a cache, at slots 5 and 2
     assert batched.astype(int).tolist() == [[[0, 0, 0, 1, 1, 1]], [[1, 1, 1, 0, 0, 0]]]
 
 
@@ -274,12 +276,12 @@ def test_every_path_drops_the_same(path):
     options = dict(
         window=40, segment_ids=some_segments(2, 128), dropout=0.5, dropout_keys=jax.random.split(jax.random.key(3), 2)
     )
-    expected, expected_pull = jax.vjp(lambda q, k, v: reference(q, k, v, **options), q, k, v)
+    expected, expected_pull = jax.vjp(lambda q, k, v: reference_attention(q, k, v, **options), q, k, v)
     found, pull = jax.vjp(lambda q, k, v: attention(q, k, v, path=path, **options), q, k, v)
     np.testing.assert_array_equal(found, expected)
     for a, b in zip(pull(d_out), expected_pull(d_out), strict=True):
         np.testing.assert_array_equal(a, b)
-    assert np.abs(found - reference(q, k, v, window=40, segment_ids=options["segment_ids"])).max() > 0.1
+    assert np.abs(found - reference_attention(q, k, v, window=40, segment_ids=options["segment_ids"])).max() > 0.1
 
 
 @pytest.mark.parametrize(
@@ -324,7 +326,7 @@ def test_attention_takes_window_and_segments_to_its_path(path):
 
 def splash_over(mesh, arrays, window=None, segments=None):
     with jax.set_mesh(mesh):
-        f = jax.jit(lambda q, k, v, s: module._splash(q, k, v, window, s, mesh, interpret=True))
+        f = jax.jit(lambda q, k, v, s: splash_attention(q, k, v, window, s, mesh, interpret=True))
         return np.asarray(f(*arrays[:3], segments))
 
 
@@ -345,7 +347,7 @@ def test_splash_with_the_context_cut_up():
 
         @jax.jit
         def found(q, k, v, d_out, window=window, ids=ids):
-            splash = functools.partial(module._splash, window=window, segment_ids=ids, mesh=mesh, interpret=True)
+            splash = functools.partial(splash_attention, window=window, segment_ids=ids, mesh=mesh, interpret=True)
             out, pull = jax.vjp(splash, q, k, v)
             return out, *pull(d_out)
 

@@ -11,6 +11,7 @@ from numerics import assert_close, model_terms
 from test_gpt import random_params
 
 from gptjax.errors import InputError
+from gptjax.generation import plain
 from gptjax.generation.decode import decode, generate
 from gptjax.generation.sampling import Sampling, filtered_logits, sample
 from gptjax.model import gpt
@@ -62,9 +63,34 @@ def test_greedy_decoding_equals_the_full_forward(name):
         assert tokens == expected
 
 
-@pytest.mark.parametrize("apart", [False, True], ids=["stacked", "apart"])
+@pytest.mark.parametrize(
+    "name, sampling",
+    [("banded", GREEDY), ("banded", Sampling(2.0, top_k=9, top_p=0.9)), ("post", Sampling(3.0))],
+    ids=["greedy", "filtered", "sampled"],
+)
+def test_decoding_equals_the_plain_decoder(name, sampling):
+    """The same keys, the same tokens: prompts of unequal length in one batch, beside each without a cache or padding.
+    The end-of-text is the second row's third token."""
+    c, new_tokens = VARIANTS[name], 5
+    params, prompts = random_params(c), [[3, 1, 4, 1, 5, 9], [5, 8]]
+    keys = jax.random.split(jax.random.key(4), 2)
+    alone = lambda i, eot_id: plain.decode(
+        params, c, prompts[i], keys[i], new_tokens=new_tokens, sampling=sampling, eot_id=eot_id
+    )
+    eot_id = alone(1, None)[2]
+    rows = np.array([prompts[0], [0] * 4 + prompts[1]])
+    out, counts, _ = decode(
+        params, c, rows, np.array([6, 2]), np.full(2, new_tokens), keys,
+        new_tokens=new_tokens, sampling=sampling, eot_id=eot_id,
+    )  # fmt: skip
+    for i in range(2):
+        assert out[i, : counts[i]].tolist() == alone(i, eot_id)
+    assert counts[1] <= 3
+
+
+@pytest.mark.parametrize("unstacked", [False, True], ids=["stacked", "unstacked"])
 @every_variant
-def test_cached_logits_equal_the_full_forward(name, apart):
+def test_cached_logits_equal_the_full_forward(name, unstacked):
     """Prefill of unequal prompts padded on the left, then steps of one and of several tokens."""
     c = VARIANTS[name]
     params = random_params(c)
@@ -77,7 +103,7 @@ def test_cached_logits_equal_the_full_forward(name, apart):
     real = np.arange(width)[None] >= pad[:, None]
     positions = np.maximum(np.arange(width)[None] - pad[:, None], 0)
     x, kv = gpt.prefill(params, c, tokens, positions, real.astype(np.int32))
-    assert kv["k"].shape == (3, 3, 2, width, 8)
+    assert kv.k.shape == (3, 3, 2, width, 8)
     prefilled = np.asarray(gpt.logits(params, c, x))
     for i, n in enumerate(lengths):
         assert_close(prefilled[i, width - n :], full[i, :n], terms=model_terms(c))
@@ -85,7 +111,7 @@ def test_cached_logits_equal_the_full_forward(name, apart):
     cache = jax.tree.map(lambda a: jnp.pad(a, ((0, 0), (0, 0), (0, 0), (0, new), (0, 0))), kv)
     filled = jnp.asarray(np.concatenate([real, np.ones((3, new), bool)], 1))
     params = jax.tree.map(jnp.asarray, params)
-    stepped, cache = gpt.taken_apart(params, cache, c) if apart else (params, cache)
+    stepped, cache = gpt.unstack_layers(params, cache, c) if unstacked else (params, cache)
     step = jax.jit(lambda tokens, at, cache, slot: gpt.decode_step(stepped, c, tokens, at, cache, slot, filled))
     done = 0
     for n in (1, 1, 3, 1):

@@ -12,7 +12,8 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from numerics import assert_close, model_terms, tolerance
 
 from gptjax.errors import InputError
-from gptjax.model import gpt, layers
+from gptjax.model import gpt, layers, plain
+from gptjax.model.matmul import matmul
 from gptjax.model.spec import GPT1, GPT2, GPTConfig
 from gptjax.objectives.chunked import cross_entropy_sum
 from gptjax.objectives.lm import causal_lm_loss, log_probs
@@ -104,6 +105,22 @@ def test_forward_equals_numpy(name, time):
         assert_close(found, expected, terms=TERMS)
 
 
+@every_variant
+def test_the_plain_forward_and_its_gradient_are_the_models(name):
+    """plain.forward, which a reader meets first, beside what is trained: logits, and gradients of their loss."""
+    c = VARIANTS[name]
+    params, tokens = random_params(c), random_tokens(c)
+
+    def loss(p, logits_of):
+        logits = logits_of(p, tokens[:, :-1])
+        return -jnp.take_along_axis(jax.nn.log_softmax(logits), tokens[:, 1:, None], axis=-1).sum(), logits
+
+    run = jax.jit(jax.value_and_grad(loss, has_aux=True), static_argnums=1)
+    found = run(params, lambda p, t: plain.forward(p, c, t))
+    expected = run(params, lambda p, t: gpt.logits(p, c, gpt.hidden(p, c, t)))
+    assert_close(found, expected, terms=TERMS)
+
+
 def test_bfloat16_activations_are_near():
     c = TINY
     params, tokens = random_params(c), random_tokens(c)
@@ -118,7 +135,7 @@ def test_bfloat16_weight_gradients_are_not_rounded():
     x = jnp.asarray(np.random.default_rng(0).standard_normal((4, 64, 8)), jnp.bfloat16)
     w = jnp.asarray(np.random.default_rng(1).standard_normal((8, 3, 5)), jnp.float32)
     d_y = jnp.asarray(np.random.default_rng(2).standard_normal((4, 64, 3, 5)), jnp.bfloat16)
-    y, pull = jax.vjp(lambda x, w: layers._matmul(x, w, ("embed", "qkv", "heads")), x, w)
+    y, pull = jax.vjp(lambda x, w: matmul(x, w, ("embed", "qkv", "heads")), x, w)
     d_x, d_w = pull(d_y)
     assert (y.dtype, d_x.dtype, d_w.dtype) == (jnp.bfloat16, jnp.bfloat16, jnp.float32)
     exact = lambda *names_and_arrays: np.einsum(
@@ -447,7 +464,7 @@ def block_outputs_under_dropout(config, **ones):
     tokens = jnp.zeros((40, 12), int)
     run = jax.jit(
         lambda keys: gpt.GPT(config).apply(
-            {"params": unflatten_dict(params, sep="/")}, tokens, tokens, keys=keys, mutable="intermediates"
+            {"params": unflatten_dict(params, sep="/")}, tokens, tokens, dropout_keys=keys, mutable="intermediates"
         )[1]["intermediates"]["blocks"]["block"][0]
     )
     return np.asarray(run(jax.random.split(jax.random.key(0), 40)))
@@ -458,7 +475,7 @@ def test_the_masks_of_a_row_depend_on_its_key_alone():
     c = dataclasses.replace(TINY, dropout=0.2)
     params, tokens = jax.tree.map(jnp.asarray, random_params(c)), jnp.asarray(random_tokens(c))
     keys = jax.random.split(jax.random.key(0), len(tokens))
-    run = jax.jit(lambda tokens, keys: gpt.GPT(c).apply({"params": params}, tokens, 0 * tokens, keys=keys)[0])
+    run = jax.jit(lambda tokens, keys: gpt.GPT(c).apply({"params": params}, tokens, 0 * tokens, dropout_keys=keys)[0])
     assert_close(run(tokens[1:], keys[1:]), run(tokens, keys)[1:], terms=TERMS)
     same = run(jnp.stack([tokens[0]] * 2), keys[:2])
     assert np.abs(same[0] - same[1]).max() > 0.1  # two rows of the same tokens: two masks

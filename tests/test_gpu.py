@@ -25,7 +25,7 @@ from experiments.benchmarks.gpu import check, common
 from gptjax.aot import programs
 from gptjax.distributed import gpu_flags
 from gptjax.errors import InputError
-from gptjax.model.attention import attention, visible
+from gptjax.model.attention import attention, causal_mask
 from gptjax.model.spec import GPTConfig
 from gptjax.parallel.mesh import MeshConfig, make_mesh
 from gptjax.ppo import PPOConfig
@@ -134,7 +134,7 @@ def cudnn_on_cpu(cudnn):
 
     def attend(query, key, value, bias, options):
         t = jnp.arange(query.shape[1])
-        mask = visible(t, t, options["sliding_window_length"])
+        mask = causal_mask(t, t, options["sliding_window_length"])
         bias = jnp.where(mask, 0.0, -1e30) + (bias.astype(jnp.float32) if options["variadic_args"][0] else 0.0)
         scores = jnp.einsum("bqhd,bkhd->bhqk", query, key, preferred_element_type=jnp.float32) * options["scale"]
         return jnp.einsum("bhqk,bkhd->bqhd", jax.nn.softmax(scores + bias).astype(value.dtype), value)

@@ -23,7 +23,7 @@ from gptjax.data.tokenizer import Tokenizer, character_tokenizer, train_bpe
 from gptjax.errors import InputError
 from gptjax.interop import huggingface
 from gptjax.model import gpt, layers
-from gptjax.model.attention import reference, visible
+from gptjax.model.attention import causal_mask, reference_attention
 from gptjax.model.spec import GPTConfig
 
 SMALL = GPTConfig(vocab_size=17, n_layer=3, n_head=2, d_model=8, context_length=6)
@@ -494,8 +494,8 @@ def test_trained_weights_reproduce_every_intermediate_tensor(sort_model, path):
             "q": by_head(q),
             "k": by_head(k),
             "v": by_head(v),
-            "att": jnp.where(visible(jnp.arange(T), jnp.arange(T)), scores, -jnp.inf),
-            "attSm": by_head(reference(q, k, unit)),
+            "att": jnp.where(causal_mask(jnp.arange(T), jnp.arange(T)), scores, -jnp.inf),
+            "attSm": by_head(reference_attention(q, k, unit)),
             "y": y,
             "yProj": projected,
             "attnResid": seen["embedding"][0] + projected,

@@ -9,11 +9,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
-from numerics import assert_close, tolerance
+from numerics import assert_close, model_terms, tolerance
+from test_gpt import random_params
 
+from gptjax.model import gpt
+from gptjax.model.spec import GPTConfig
 from gptjax.objectives.chunked import cross_entropy_sum, token_log_probs, token_log_probs_and_entropy
-from gptjax.objectives.lm import bits_per_byte, log_probs
+from gptjax.objectives.lm import bits_per_byte, causal_lm_loss, lm_loss, log_probs
 from gptjax.parallel.mesh import MeshConfig, make_mesh
+from gptjax.parallel.sharding import parameter_shardings
 
 B, T, D, V = 3, 10, 8, 29
 # Roundings one after another: of the logits, the softmax, the product with the table, and the sum over all tokens of
@@ -62,6 +66,50 @@ def test_chunked_equals_plain_and_the_oracle(chunk):
     for expected, (e_x, e_w) in (plain(*arguments), (lambda o: (o[0], o[1:]))(oracle(*arguments))):
         assert_close((value, d_x, d_w), (expected, e_x, e_w), terms=TERMS)
     assert value.dtype == jnp.float32 and d_x.shape == (B, T, D) and d_w.shape == (V, D)
+
+
+@pytest.mark.parametrize("sizes", [None, (2, 2, 2, 1), (1, 2, 2, 2)], ids=str)
+@pytest.mark.parametrize("packed", [False, True], ids=["one document", "packed"])
+def test_the_trained_loss_equals_the_plain_one(packed, sizes):
+    """causal_lm_loss beside lm_loss, the model and its gradient in both: weights of 0 and more, documents packed into a
+    row, one device or a mesh."""
+    c = GPTConfig(vocab_size=61, n_layer=2, n_head=2, d_model=16, context_length=12, attention="xla", local_window=3)
+    rng = np.random.default_rng(2)
+    batch = {"tokens": rng.integers(0, 61, (8, 13)), "weights": rng.choice(np.array([0, 1, 0.5], np.float32), (8, 12))}
+    if packed:
+        segments = np.sort(rng.integers(0, 3, (8, 12)))
+        starts = (segments[:, None] < segments[..., None]).sum(-1)
+        batch |= {"segment_ids": segments, "positions": np.arange(12) - starts}
+    gradients = lambda loss: jax.jit(jax.value_and_grad(loss, has_aux=True))
+    params = random_params(c)
+    expected = gradients(lambda p, b: lm_loss(p, c, b))(params, batch)
+    if sizes is None:
+        loss = causal_lm_loss(c, jnp.float32, 5)
+        found = gradients(lambda p, b: loss(p, b, None))(params, batch)
+    else:
+        mesh = make_mesh(MeshConfig(**dict(zip(("data", "fsdp", "tensor", "seq"), sizes, strict=True))))
+        loss = causal_lm_loss(c, jnp.float32, 5, mesh)
+        with jax.set_mesh(mesh):
+            placed = jax.device_put(params, parameter_shardings(gpt.abstract_params(c), mesh))
+            found = gradients(lambda p, b: loss(p, b, None))(placed, batch)
+    (_, count), _ = found
+    assert count == batch["weights"].sum()
+    assert_close(found, expected, terms=model_terms(c, 8))
+
+
+@pytest.mark.parametrize("chunk", [3, 1000])
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_token_log_probs_equal_the_plain_ones(chunk, temperature):
+    x, w, targets, weights = problem()
+    run = lambda f: jax.jit(jax.value_and_grad(lambda x, w: (weights * f(x, w)).sum(), (0, 1)))(x, w)
+    found = run(lambda x, w: token_log_probs(x, w, targets, temperature, chunk))
+    expected = run(lambda x, w: log_probs(x, w, targets, temperature))
+    assert_close(found, expected, terms=TERMS)
+    every = jnp.stack([log_probs(x, w, jnp.full((B, T), v), temperature) for v in range(V)], -1)
+    expected = log_probs(x, w, targets, temperature), -(jnp.exp(every) * every).sum(-1)
+    found = token_log_probs_and_entropy(x, w, targets, temperature, chunk)
+    # the entropy is a difference of what log-probabilities are sums of
+    assert_close(found, expected, terms=TERMS, scale=float(jnp.abs(expected[0]).max()))
 
 
 @pytest.mark.parametrize("chunk", CHUNKS)

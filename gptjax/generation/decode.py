@@ -1,4 +1,4 @@
-"""Autoregressive generation: one prefill over the prompts, then a while_loop over a KV cache.
+"""Autoregressive generation: one prefill over the prompts, then a while_loop over a KV cache. Plain form: plain.py.
 
 Prompts of unequal length are padded on the left, so that every row writes the same cache slot; pads form a
 segment of their own, which nothing else sees, and positions count from each row's first real token.
@@ -23,73 +23,81 @@ _STATIC = ("config", "new_tokens", "sampling", "eot_id", "pad_id", "vocab", "dty
 
 
 @functools.partial(jax.jit, static_argnames=_STATIC)
-def decode(params, config: GPTConfig, prompts, lengths, limits, key, *, new_tokens: int, sampling: Sampling,
+def decode(params, config: GPTConfig, prompts_BQ, lengths_B, limits_B, keys_B, *, new_tokens: int, sampling: Sampling,
            eot_id: int | tuple[int, ...] | None = None, pad_id: int | None = None, vocab: int | None = None,
            dtype=jnp.float32, mesh=None):  # fmt: skip
     """Continues every prompt.
 
     Args:
-        prompts: int [batch, slots], padded on the left; lengths: int [batch], real tokens of each row.
-        limits: int [batch], at most so many new tokens per row.
-        key: one key per row, typed [batch], so that a row's text does not depend on its neighbors.
-        new_tokens: static; slots + new_tokens is the size of the cache.
+        prompts_BQ: int, padded on the left; lengths_B: int, real tokens of each row.
+        limits_B: int, at most so many new tokens per row.
+        keys_B: typed keys, one per row, so that a row's text does not depend on its neighbors.
+        new_tokens: R, static; Q + R is the size of the cache.
         eot_id: a row ends once it has produced this token, or one of these; None = no such token. pad_id: what
             follows it; None = the (first) eot_id again, or 0.
         vocab: only ids below it are produced (a tokenizer smaller than the model); None = all.
     Returns:
-        (tokens int32 [batch, new_tokens], how many of each row are real int32 [batch], their log-probabilities
-        float32 [batch, new_tokens]); the end-of-text token is counted. The log-probabilities are those of the
-        distribution at this temperature before top-k and top-p (at temperature 0: of temperature 1).
+        (tokens int32 [B, R], how many of each row are real int32 [B], their log-probabilities float32 [B, R]); the
+        end-of-text token is counted. The log-probabilities are those of the distribution at this temperature before
+        top-k and top-p (at temperature 0: of temperature 1).
     """
-    B, P = prompts.shape
-    pad = P - lengths
-    positions = jnp.maximum(jnp.arange(P)[None] - pad[:, None], 0)
-    real = jnp.arange(P)[None] >= pad[:, None]
-    x, kv = gpt.prefill(params, config, prompts, positions, real.astype(jnp.int32), dtype=dtype, mesh=mesh)
+    B, Q = prompts_BQ.shape
+    pad_B = Q - lengths_B
+    positions_BQ = jnp.maximum(jnp.arange(Q)[None] - pad_B[:, None], 0)
+    real_BQ = jnp.arange(Q)[None] >= pad_B[:, None]
+    segments_BQ = real_BQ.astype(jnp.int32)
+    x_BQD, kv = gpt.prefill(params, config, prompts_BQ, positions_BQ, segments_BQ, dtype=dtype, mesh=mesh)
     cache = jax.tree.map(lambda a: jnp.pad(a, ((0, 0), (0, 0), (0, 0), (0, new_tokens), (0, 0))), kv)
     step_params = params
-    if _takes_layers_apart(mesh):
-        step_params, cache = gpt.taken_apart(params, cache, config)
-    filled = jnp.concatenate([real, jnp.ones((B, new_tokens), bool)], axis=1)  # causality hides the rest
+    if _unstacks_layers(mesh):
+        step_params, cache = gpt.unstack_layers(params, cache, config)
+    # Slots of new tokens count as filled from the start: causality hides those that are not written yet.
+    filled_BS = jnp.concatenate([real_BQ, jnp.ones((B, new_tokens), bool)], axis=1)
     stops = stop_tokens(eot_id)
     fill = next(i for i in (pad_id, *stops, 0) if i is not None)
 
-    def choose(hidden, i):
-        logits = gpt.logits(params, config, hidden)[:, :vocab]
-        keys = jax.vmap(jax.random.fold_in, (0, None))(key, i)
-        token = jax.vmap(lambda logit, k: sample(logit, k, sampling))(logits, keys)
-        logits = logits / (1.0 if sampling.greedy else sampling.temperature)
-        log_prob = jnp.take_along_axis(logits, token[:, None], 1)[:, 0] - jax.nn.logsumexp(logits, axis=-1)
-        return token, log_prob
+    def choose(x_BD, i):
+        """The i-th new token of each row, and its log-probability."""
+        logits_BV = gpt.logits(params, config, x_BD)[:, :vocab]
+        keys = jax.vmap(jax.random.fold_in, (0, None))(keys_B, i)
+        token_B = jax.vmap(lambda logits_V, key: sample(logits_V, key, sampling))(logits_BV, keys)
+        logits_BV = logits_BV / (1.0 if sampling.greedy else sampling.temperature)
+        chosen_B = jnp.take_along_axis(logits_BV, token_B[:, None], 1)[:, 0]
+        return token_B, chosen_B - jax.nn.logsumexp(logits_BV, axis=-1)
 
-    def emit(chosen, i, out, log_probs, count, done):
-        token = jnp.where(done, fill, chosen[0])
-        out = lax.dynamic_update_slice(out, token[:, None], (0, i))
-        log_probs = lax.dynamic_update_slice(log_probs, jnp.where(done, 0.0, chosen[1])[:, None], (0, i))
-        count = count + ~done
+    def emit(token_B, log_prob_B, i, out_BR, log_probs_BR, count_B, done_B):
+        """Writes a token of each row, or the filler where the row is done."""
+        token_B = jnp.where(done_B, fill, token_B)
+        out_BR = lax.dynamic_update_slice(out_BR, token_B[:, None], (0, i))
+        log_prob_B = jnp.where(done_B, 0.0, log_prob_B)
+        log_probs_BR = lax.dynamic_update_slice(log_probs_BR, log_prob_B[:, None], (0, i))
+        count_B = count_B + ~done_B
         for stop in stops:
-            done = done | (token == stop)
-        return token, out, log_probs, count, done | (count >= limits)
+            done_B = done_B | (token_B == stop)
+        return token_B, out_BR, log_probs_BR, count_B, done_B | (count_B >= limits_B)
 
     def body(carry):
-        i, token, cache, *rest = carry
-        at = (lengths + i - 1)[:, None]
-        h, cache = gpt.decode_step(
-            step_params, config, token[:, None], jnp.minimum(at, config.context_length - 1), cache, P + i - 1, filled,
-            dtype=dtype,
+        i, token_B, cache, *rest = carry
+        position_B1 = (lengths_B + i - 1)[:, None]
+        x_B1D, cache = gpt.decode_step(
+            step_params, config, token_B[:, None], jnp.minimum(position_B1, config.context_length - 1), cache,
+            Q + i - 1, filled_BS, dtype=dtype,
         )  # fmt: skip
-        token, *rest = emit(choose(h[:, 0], i), i, *rest)
-        return i + 1, token, cache, *rest
+        token_B, *rest = emit(*choose(x_B1D[:, 0], i), i, *rest)
+        return i + 1, token_B, cache, *rest
 
-    out, log_probs = jnp.full((B, new_tokens), fill, jnp.int32), jnp.zeros((B, new_tokens), jnp.float32)
-    token, *rest = emit(choose(x[:, -1], 0), 0, out, log_probs, jnp.zeros(B, jnp.int32), limits <= 0)
-    carry = (jnp.int32(1), token, cache, *rest)
-    *_, out, log_probs, count, _ = lax.while_loop(lambda c: (c[0] < new_tokens) & ~jnp.all(c[-1]), body, carry)
-    return out, count, log_probs
+    out_BR, log_probs_BR = jnp.full((B, new_tokens), fill, jnp.int32), jnp.zeros((B, new_tokens), jnp.float32)
+    first = choose(x_BQD[:, -1], 0)
+    token_B, *rest = emit(*first, 0, out_BR, log_probs_BR, jnp.zeros(B, jnp.int32), limits_B <= 0)
+    carry = (jnp.int32(1), token_B, cache, *rest)
+    *_, out_BR, log_probs_BR, count_B, _ = lax.while_loop(
+        lambda c: (c[0] < new_tokens) & ~jnp.all(c[-1]), body, carry
+    )
+    return out_BR, count_B, log_probs_BR
 
 
-def _takes_layers_apart(mesh) -> bool:
-    """On a CPU: see gpt.taken_apart. Stages keep their layers to themselves."""
+def _unstacks_layers(mesh) -> bool:
+    """On a CPU: see gpt.unstack_layers. Stages keep their layers to themselves."""
     platform = jax.default_backend() if mesh is None else mesh.devices.flat[0].platform
     return platform == "cpu" and (mesh is None or mesh.shape["stage"] == 1)
 
@@ -100,15 +108,15 @@ def stop_tokens(eot_id: int | Sequence[int] | None) -> tuple[int, ...]:
 
 
 def bucket(n: int, limit: int) -> int:
-    """Sizes are rounded up, so that few shapes are compiled."""
+    """n rounded up, so that few shapes are compiled: to 16, 32, 64, ..., or the limit."""
     size = 16
     while size < n:
         size *= 2
     return min(size, limit)
 
 
-def _batch_ways() -> int:
-    """Over how many devices of the mesh in force the rows of a batch are cut up."""
+def _batch_shards() -> int:
+    """Over how many devices the current mesh (jax.set_mesh) shards the rows of a batch."""
     mesh = jax.sharding.get_abstract_mesh()
     return 1 if mesh.empty else batch_shards(mesh.shape)
 
@@ -135,24 +143,24 @@ def generate(params, config: GPTConfig, prompts: Sequence[Sequence[int]], *, max
             )
         if wrong := [token for token in prompt if not 0 <= token < config.vocab_size]:
             raise InputError(f"Prompt {i} has token {wrong[0]}; the model's vocabulary is 0..{config.vocab_size - 1}.")
-    lengths = np.array([len(p) for p in prompts], np.int32)
-    width = bucket(int(lengths.max()), config.context_length)
+    lengths_B = np.array([len(p) for p in prompts], np.int32)
+    Q = bucket(int(lengths_B.max()), config.context_length)
     # The last context position can still predict: a prompt of the full context gets one new token.
-    limits = np.minimum(max_new_tokens, config.context_length - lengths + 1).astype(np.int32)
-    rows = -(-len(prompts) // _batch_ways()) * _batch_ways()  # rows beyond the prompts are done from the start
-    tokens = np.zeros((rows, width), np.int32)
-    for row, prompt in zip(tokens, prompts, strict=False):
-        row[width - len(prompt) :] = prompt
-    spare = rows - len(prompts)
-    keys = jax.vmap(lambda i: jax.random.fold_in(jax.random.key(seed), i))(np.arange(rows))
-    out, counts, _ = decode(
-        params, config, tokens, np.pad(lengths, (0, spare), constant_values=1), np.pad(limits, (0, spare)), keys,
-        new_tokens=bucket(int(limits.max()), config.context_length), sampling=sampling, eot_id=eot_id,
+    limits_B = np.minimum(max_new_tokens, config.context_length - lengths_B + 1).astype(np.int32)
+    B = -(-len(prompts) // _batch_shards()) * _batch_shards()
+    tokens_BQ = np.zeros((B, Q), np.int32)
+    for row, prompt in zip(tokens_BQ, prompts, strict=False):
+        row[Q - len(prompt) :] = prompt
+    padding = (0, B - len(prompts))  # rows beyond the prompts, whose limit is 0: they are done from the start
+    keys_B = jax.vmap(lambda i: jax.random.fold_in(jax.random.key(seed), i))(np.arange(B))
+    out_BR, count_B, _ = decode(
+        params, config, tokens_BQ, np.pad(lengths_B, padding, constant_values=1), np.pad(limits_B, padding), keys_B,
+        new_tokens=bucket(int(limits_B.max()), config.context_length), sampling=sampling, eot_id=eot_id,
         vocab=vocab, dtype=dtype, mesh=mesh,
     )  # fmt: skip
-    out, counts = (hosts.whole(a)[: len(prompts)] for a in (out, counts))
+    out_BR, count_B = (hosts.whole(a)[: len(prompts)] for a in (out_BR, count_B))
     texts = []
-    for row, count in zip(out, counts, strict=True):
+    for row, count in zip(out_BR, count_B, strict=True):
         text = row[:count].tolist()
         texts.append(text[:-1] if not keep_eot and text and text[-1] in stop_tokens(eot_id) else text)
     return texts

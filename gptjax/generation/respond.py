@@ -1,4 +1,4 @@
-"""Responses to prompts that a template has put into tokens."""
+"""Responses to prompts that a template has turned into tokens."""
 
 from gptjax import console
 from gptjax.data.chat import Template
@@ -8,10 +8,10 @@ from gptjax.generation.sampling import Sampling
 
 def respond(params, model, prompts, template: Template, *, max_new_tokens, temperature, seed, dtype, mesh, rows=256,
             progress: str | None = None) -> list[list[int]]:  # fmt: skip
-    """One response to each prompt (ids), as ids with end-of-text the last where the model said it.
+    """One response to each prompt, both as token ids; a response ends in end-of-text where the model produced it.
 
-    One that reaches the end of the context is cut to it, so that it can be scored. rows: prompts decoded together.
-    progress: what a progress bar says; None = no bar.
+    A response that reaches the end of the context is truncated to it, so that it can be scored. rows: prompts decoded
+    together. progress: the text of a progress bar; None = no bar.
     """
     out = []
     for first in console.progress(range(0, len(prompts), rows), desc=progress, unit="batch", leave=False,

@@ -8,8 +8,8 @@ import jax.numpy as jnp
 
 from gptjax.errors import InputError
 
-# Temperatures below this are greedy, as in vLLM: a float32 logit divided by it has a rounding error of nats, further
-# down (1e-40) it overflows.
+# Temperatures below this are greedy, as in vLLM: a float32 logit divided by it has a rounding error of nats, and by
+# 1e-40 it overflows.
 _GREEDY_BELOW = 1e-5
 
 
@@ -36,7 +36,7 @@ class Sampling:
 
 
 def filtered_logits(logits, s: Sampling):
-    """Logits [..., vocab] of the distribution that is sampled from; what is cut away is -inf."""
+    """Logits [..., V] of the distribution that is sampled from; -inf for tokens that are filtered out."""
     logits = logits.astype(jnp.float32) / s.temperature
     if 0 < s.top_k < logits.shape[-1]:
         kth = jax.lax.top_k(logits, s.top_k)[0][..., -1:]
@@ -44,7 +44,7 @@ def filtered_logits(logits, s: Sampling):
     if s.top_p < 1.0:
         order = jnp.argsort(logits, axis=-1, descending=True)
         probs = jnp.take_along_axis(jax.nn.softmax(logits, axis=-1), order, axis=-1)
-        before = jnp.cumsum(probs, axis=-1) - probs  # mass of the likelier ones
+        before = jnp.cumsum(probs, axis=-1) - probs  # mass of the likelier tokens
         kept = (before < s.top_p).at[..., 0].set(True)  # 0 < top_p is false of a top_p that float32 rounds to 0
         rank = jnp.argsort(order, axis=-1)
         logits = jnp.where(jnp.take_along_axis(kept, rank, axis=-1), logits, -jnp.inf)
@@ -52,11 +52,11 @@ def filtered_logits(logits, s: Sampling):
 
 
 def sample(logits, key, s: Sampling):
-    """One token per row: int32 [...] from logits [..., vocab]."""
+    """One token per row: int32 [...] from logits [..., V]."""
     if s.greedy:
         return jnp.argmax(logits, axis=-1).astype(jnp.int32)
     noisy = filtered_logits(logits, s)
-    noisy = noisy + jax.random.gumbel(key, noisy.shape)  # as jax.random.categorical has it, bit for bit
+    noisy = noisy + jax.random.gumbel(key, noisy.shape)  # bitwise what jax.random.categorical does
     # Two plain reductions: XLA:CPU takes three times as long over an argmax with the noise fused into it.
     ids = jnp.arange(noisy.shape[-1], dtype=jnp.int32)
     return jnp.where(noisy == noisy.max(-1, keepdims=True), ids, ids[-1]).min(-1)

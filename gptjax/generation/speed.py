@@ -10,8 +10,8 @@ from gptjax.model.spec import GPTConfig
 def bytes_per_token(params, c: GPTConfig, batch: int, slots: float, dtype) -> float:
     """Bytes one decoding step reads: every weight once for all rows, and each row's keys and values.
 
-    params: arrays or their shapes; the position table is looked up, not read. slots: of the cache that are filled, on
-    average over the steps; it has the dtype of the activations.
+    params: arrays or their shapes; the position table is looked up, not read. slots: filled slots of the cache, on
+    average over the steps. dtype: of the activations and the cache.
     """
     size = lambda x: x.size * jnp.dtype(x.dtype).itemsize
     weights = sum(map(size, jax.tree.leaves(params))) - size(params["wpe"])

@@ -1,0 +1,16 @@
+"""GPT-1, GPT-2 and GPT-3. Read spec.py (what a GPT is), plain.py (its forward pass as the papers write it), then gpt.py
+(the module that is trained and sampled from), layers.py and attention/ (what it is made of).
+
+Shape suffixes. In the model, the objectives and generation, the name of an array ends in its axes, a letter each:
+x_BTD is [batch, time, d_model], mask_BR [batch, response]. Names without a suffix are for any shape, or for the shape
+that a docstring gives. An axis of size 1 is written 1; in a shard_map, the letters are those of the whole array.
+
+    B  batch: rows, prompts                     V  vocabulary
+    T  time: positions of a row, queries        L  layers
+    S  positions that a query sees: keys,       C  positions of a chunk of the loss
+       or slots of the KV cache                 Q  slots of a prompt, padded on the left
+    D  d_model                                  R  slots of a response, padded on the right
+    H  attention heads                          N  completions of a prompt
+    K  d_head                                   M  micro-batches
+    F  d_ff
+"""

@@ -1,6 +1,6 @@
 """The one compute accounting: FLOPs per token, PF-days and MFU.
 
-XLA's cost_analysis counts a scanned layer once and a Pallas kernel not at all, so nothing here asks it.
+XLA's cost_analysis counts a scanned layer once and a Pallas kernel not at all, so it is not used.
 A multiply-add is 2 FLOPs; training costs 3 forwards (Kaplan et al. 2020 §2.1).
 """
 
@@ -35,18 +35,18 @@ class FlopsPerToken:
 
 
 def flops_per_token(c: GPTConfig) -> FlopsPerToken:
-    L, d, T, V = c.n_layer, c.d_model, c.context_length, c.vocab_size
+    L, D, T, V = c.n_layer, c.d_model, c.context_length, c.vocab_size
     n = parameter_count(c)
-    matmuls = 2 * (12 * L * d * d + V * d)
-    full_attention = 4 * L * T * d
+    matmuls = 2 * (12 * L * D * D + V * D)
+    full_attention = 4 * L * T * D
     n_local = sum(c.is_local(layer) for layer in range(L))
     # Keys a query sees on average, by the usual halving; a band sees fewer, and the exact count is used.
     dense_keys = T / 2
     local_keys = min(visible_pairs(T, c.local_window) / T, dense_keys)
-    causal_attention = 4 * d * ((L - n_local) * dense_keys + n_local * local_keys)
+    causal_attention = 4 * D * ((L - n_local) * dense_keys + n_local * local_keys)
     return FlopsPerToken(
         causal=3 * (matmuls + causal_attention),
-        palm=6 * (n - T * d) + 12 * L * d * T,
+        palm=6 * (n - T * D) + 12 * L * D * T,
         six_n=6 * n,
         full=3 * (matmuls + full_attention),
     )

@@ -1,12 +1,13 @@
 """GPT-1, GPT-2 and GPT-3 as one thin Flax module behind pure functions.
 
-    params = init(config, key)                        a plain nested dict; blocks stacked [layer, ...]
-    x_BTD  = hidden(params, config, tokens_BT)        after the last LayerNorm
-    l_BTV  = logits(params, config, x_BTD)            [batch, time, vocab], float32
+    params     = init(config, key)                        a plain nested dict; blocks stacked [L, ...]
+    x_BTD      = hidden(params, config, tokens_BT)        after the last LayerNorm
+    logits_BTV = logits(params, config, x_BTD)            float32
 
-The names of the parameters are GPT-2's (wte, wpe, ln_1, attn/c_attn, ...), weights are [in, out], and
-c_attn is [in, 3, out] so that a tensor-parallel shard holds whole heads of q, k and v.
-Shape letters: B batch, T time, D d_model, H head, K d_head, F d_ff, V vocab, L layer, S cache slots.
+plain.py has the same forward pass without sharding, dropout, scan or cache. Here, from top to bottom: the module (GPT,
+Block, Attention, MLP), then the pure functions that the rest of the code calls. The names of the parameters are GPT-2's
+(wte, wpe, ln_1, attn/c_attn, ...), weights are [in, out], and c_attn is [in, 3, out] so that a tensor-parallel shard
+holds whole heads of q, k and v. Shape suffixes: model/__init__.py.
 """
 
 from typing import Any, NamedTuple
@@ -17,103 +18,109 @@ import jax.numpy as jnp
 from jax import lax
 
 from gptjax.errors import InputError
-from gptjax.model.attention import attention, cached_attention, visible
+from gptjax.model.attention import attention, cached_attention, causal_mask
 from gptjax.model.layers import INIT_STD, LayerNorm, Linear, gelu, normal
 from gptjax.model.spec import GPTConfig
 from gptjax.parallel import pipeline
 from gptjax.parallel.sharding import RESIDUAL, constrain, reshard
 from gptjax.parallel.vocabulary import embed
 
-# Between sub-layers the residual stream is cut up along time over the tensor axis, inside them the features are
-# (Korthikanti et al. 2022): one all-gather in and one reduce-scatter out, forward and backward alike.
-_INSIDE = ("batch", "time", "features")
-
-
-def _enter(x):
-    return reshard(x, _INSIDE, RESIDUAL)
-
-
-def _leave(y):
-    return reshard(y, RESIDUAL, _INSIDE)
-
 
 class Mode(NamedTuple):
-    """What is fixed when a forward pass is traced. `mesh` is for kernels that need a shard_map."""
+    """What is fixed when a forward pass is traced."""
 
     keep_kv: bool = False  # return the keys and values of every layer
-    mesh: Any = None
+    mesh: Any = None  # for kernels that need a shard_map
 
 
-class Attention(nn.Module):
+class PerLayer(NamedTuple):
+    """What differs from layer to layer; over all layers [L], in one of them a scalar."""
+
+    index: Any  # int: 0 .. n_layer - 1
+    is_local: Any  # bool: banded attention
+
+
+class Shared(NamedTuple):
+    """What every layer gets alike."""
+
+    dropout_keys: Any = None  # [B], a key for each row; None = no dropout
+    segment_ids: Any = None  # int [B, T]
+    filled: Any = None  # bool [B, S]: slots of the cache that a row may attend to
+    slot: Any = None  # int: slot of the cache where the new keys and values go
+
+
+class KVCache(NamedTuple):
+    """Keys and values, each [B, H, S, K], or [L, B, H, S, K] of all layers. Heads before slots: a head's slots are
+    contiguous."""
+
+    k: Any
+    v: Any
+
+
+class GPT(nn.Module):
     config: GPTConfig
-    mode: Mode
-    residual_std: float
+    mode: Mode = Mode()
+    dtype: Any = jnp.float32  # of activations; parameters are float32
 
     @nn.compact
-    def __call__(self, x_BTD, cache, by_layer, shared):
-        """Returns the output, the cache with this layer's new keys and values, and those themselves."""
+    def __call__(
+        self, tokens_BT, positions_BT, segment_ids=None, dropout_keys=None, cache=None, slot=None, filled=None
+    ):
+        """Returns the final hidden states [B, T, D], the updated cache, and all layers' keys and values (keep_kv)."""
         c = self.config
-        B, T, _ = x_BTD.shape
-        qkv = Linear((3, c.d_model), ("embed", "qkv", "heads"), name="c_attn")(_enter(x_BTD))
-        qkv = constrain(qkv, "batch", "time", "qkv", "heads")
-        q, k, v = (qkv[:, :, i].reshape(B, T, c.n_head, c.d_head) for i in range(3))
-        if cache is None:
-            y = self.over_itself(q, k, v, by_layer, shared)
+        wte_VD = self.param("wte", normal(INIT_STD, "vocab", "embed"), (c.vocab_size, c.d_model))
+        wpe_TD = self.param("wpe", normal(INIT_STD, "position", "embed"), (c.context_length, c.d_model))
+        if not c.tied_head:
+            self.param("lm_head", normal(INIT_STD, "vocab", "embed"), (c.vocab_size, c.d_model))
+        x_BTD = embed(wte_VD, wpe_TD, tokens_BT, positions_BT, self.dtype)
+        self.sow("intermediates", "embedding", x_BTD)
+        if c.dropout_sites == "all":
+            x_BTD = _dropout(x_BTD, c.dropout, dropout_keys, 3 * c.n_layer)
+        x_BTD = constrain(x_BTD, *RESIDUAL)
+        layers = PerLayer(jnp.arange(c.n_layer), jnp.array([c.is_local(layer) for layer in range(c.n_layer)]))
+        shared = Shared(dropout_keys, segment_ids, filled, slot)
+        kv = None
+        if pipeline.stages() > 1 and cache is None and not self.mode.keep_kv and not self.is_initializing():
+            x_BTD = self.pipelined_layers(x_BTD, layers, shared)
+        elif cache is None or isinstance(cache, KVCache):
+            x_BTD, cache, kv = self.scan_layers(x_BTD, cache, layers, shared)
         else:
-            cache, y = self.over_cache(q, k, v, cache, by_layer, shared)
-        y = y.reshape(B, T, c.d_model)
-        self.sow("intermediates", "attn_out", y)
-        y = _leave(Linear((c.d_model,), ("heads", "embed"), self.residual_std, name="c_proj")(y))
-        return y, cache, (k, v) if self.mode.keep_kv else None
+            x_BTD, cache = self.unrolled_layers(x_BTD, cache, layers, shared)
+        if c.norm == "pre":
+            x_BTD = LayerNorm(name="ln_f")(x_BTD)
+        return x_BTD, cache, kv
 
-    def over_itself(self, q, k, v, by_layer, shared):
+    def scan_layers(self, x_BTD, cache, layers: PerLayer, shared: Shared):
+        """One loop over the stacked layers, so that the program does not grow with depth."""
         c = self.config
-        drop = c.dropout if shared["keys"] is not None and c.dropout_sites == "all" else 0.0
-        keys = _fold(shared["keys"], 3 * by_layer["layer"]) if drop else None
+        block = Block if c.remat == "none" else nn.remat(Block, policy=_REMAT[c.remat], prevent_cse=False)
+        blocks = nn.scan(
+            block,
+            variable_axes={"params": 0, "intermediates": 0},
+            split_rngs={"params": True},
+            in_axes=(0, nn.broadcast),
+            length=c.n_layer,
+            unroll=_scan_unroll(c, self.mode.mesh),
+            metadata_params={nn.PARTITION_NAME: "layers"},
+        )(c, self.mode, name="blocks")
+        (x_BTD, cache), kv = blocks((x_BTD, cache), layers, shared)
+        return x_BTD, cache, kv
 
-        def attend(window):
-            return lambda q, k, v: attention(
-                q, k, v, path=c.attention, window=window, segment_ids=shared["segment_ids"],
-                dropout=drop, dropout_keys=keys, mesh=self.mode.mesh,
-            )  # fmt: skip
+    def unrolled_layers(self, x_BTD, caches, layers: PerLayer, shared: Shared):
+        """No loop: the parameters and the cache of each layer are arrays of their own (`unstack_layers`)."""
+        block, updated = Block(self.config, self.mode, parent=None), []
+        for i, (params, cache) in enumerate(zip(self.variables["params"]["blocks"], caches, strict=True)):
+            layer = jax.tree.map(lambda a, i=i: a[i], layers)
+            (x_BTD, cache), _ = block.apply({"params": params}, (x_BTD, cache), layer, shared)
+            updated.append(cache)
+        return x_BTD, tuple(updated)
 
-        if c.local_window is None or c.local_window >= q.shape[1]:
-            return attend(None)(q, k, v)
-        return lax.cond(by_layer["local"], attend(c.local_window), attend(None), q, k, v)
-
-    def over_cache(self, q, k, v, cache, by_layer, shared):
-        """Writes k, v at slot `shared['slot']` and attends to the slots the row has filled.
-
-        cache: of this layer, [B, H, S, K], or of all of them, [L, B, H, S, K].
-        """
-        slot = shared["slot"]
-        at = (by_layer["layer"],) if cache["k"].ndim == 5 else ()
-        new = {name: jnp.swapaxes(a, 1, 2).astype(cache[name].dtype) for name, a in (("k", k), ("v", v))}
-        cache = {
-            name: lax.dynamic_update_slice(cache[name], a[(None,) * len(at)], (*at, 0, 0, slot, 0))
-            for name, a in new.items()
-        }
-        keys, values = (lax.dynamic_index_in_dim(cache[n], *at, keepdims=False) if at else cache[n] for n in ("k", "v"))
-        slots = jnp.arange(keys.shape[2])
-        here = slot + jnp.arange(q.shape[1])
-        mask = visible(here, slots)
-        if self.config.local_window is not None:
-            mask = mask & (~by_layer["local"] | visible(here, slots, self.config.local_window))
-        mask = mask[None] & shared["filled"][:, None, :]  # [B, T, S]
-        return cache, cached_attention(q, keys.astype(q.dtype), values.astype(q.dtype), mask)
-
-
-class MLP(nn.Module):
-    config: GPTConfig
-    residual_std: float
-
-    @nn.compact
-    def __call__(self, x_BTD):
-        c = self.config
-        h = Linear((c.d_ff,), ("embed", "mlp"), name="c_fc")(_enter(x_BTD))
-        h = constrain(h, "batch", "time", "mlp")
-        self.sow("intermediates", "c_fc_out", h)
-        return _leave(Linear((c.d_model,), ("mlp", "embed"), self.residual_std, name="c_proj")(gelu(h)))
+    def pipelined_layers(self, x_BTD, layers: PerLayer, shared: Shared):
+        """The layers sharded over the mesh axis `stage`, micro-batches flowing through them."""
+        block = Block(self.config, self.mode, parent=None)
+        layer = lambda params, x, *rest: block.apply({"params": params}, (x, None), *rest)[0][0]
+        blocks = self.variables["params"]["blocks"]
+        return pipeline.run(layer, blocks, x_BTD, layers, shared, self.config, _REMAT.get(self.config.remat))
 
 
 class Block(nn.Module):
@@ -123,9 +130,9 @@ class Block(nn.Module):
     mode: Mode
 
     @nn.compact
-    def __call__(self, carry, by_layer, shared):
+    def __call__(self, carry, layer: PerLayer, shared: Shared):
         c = self.config
-        x, cache = carry
+        x_BTD, cache = carry
         # Residual projections of pre-LN models are scaled down by the number of residual sums, 2 L
         # (GPT-2 §2.3 read as Hugging Face and nanoGPT read it); GPT-1 has N(0, .02) throughout.
         residual_std = INIT_STD / (2 * c.n_layer) ** 0.5 if c.norm == "pre" else INIT_STD
@@ -133,33 +140,119 @@ class Block(nn.Module):
         attn = Attention(c, self.mode, residual_std, name="attn")
         mlp = MLP(c, residual_std, name="mlp")
 
-        def dropout(h, site):
-            return _dropout(h, c.dropout, shared["keys"], 3 * by_layer["layer"] + site)
+        def dropout(h_BTD, site):
+            return _dropout(h_BTD, c.dropout, shared.dropout_keys, 3 * layer.index + site)
 
         if c.norm == "pre":
-            a, cache, kv = attn(ln_1(x), cache, by_layer, shared)
-            x = x + dropout(a, 1)
-            x = x + dropout(mlp(ln_2(x)), 2)
+            y_BTD, cache, kv = attn(ln_1(x_BTD), cache, layer, shared)
+            x_BTD = x_BTD + dropout(y_BTD, 1)
+            x_BTD = x_BTD + dropout(mlp(ln_2(x_BTD)), 2)
         else:
-            a, cache, kv = attn(x, cache, by_layer, shared)
-            x = ln_1(x + dropout(a, 1))
-            x = ln_2(x + dropout(mlp(x), 2))
-        x = constrain(x, *RESIDUAL)
-        self.sow("intermediates", "block", x)
-        return (x, cache), kv
+            y_BTD, cache, kv = attn(x_BTD, cache, layer, shared)
+            x_BTD = ln_1(x_BTD + dropout(y_BTD, 1))
+            x_BTD = ln_2(x_BTD + dropout(mlp(x_BTD), 2))
+        x_BTD = constrain(x_BTD, *RESIDUAL)
+        self.sow("intermediates", "block", x_BTD)
+        return (x_BTD, cache), kv
 
 
-def _fold(keys, site):
+class Attention(nn.Module):
+    config: GPTConfig
+    mode: Mode
+    residual_std: float
+
+    @nn.compact
+    def __call__(self, x_BTD, cache, layer: PerLayer, shared: Shared):
+        """Returns the output, the cache with this layer's new keys and values, and those themselves (keep_kv)."""
+        c = self.config
+        B, T, _ = x_BTD.shape
+        qkv_BT3D = Linear((3, c.d_model), ("embed", "qkv", "heads"), name="c_attn")(to_tensor_parallel(x_BTD))
+        qkv_BT3D = constrain(qkv_BT3D, "batch", "time", "qkv", "heads")
+        q_BTHK, k_BTHK, v_BTHK = (qkv_BT3D[:, :, i].reshape(B, T, c.n_head, c.d_head) for i in range(3))
+        if cache is None:
+            y_BTHK = self.self_attention(q_BTHK, k_BTHK, v_BTHK, layer, shared)
+        else:
+            y_BTHK, cache = self.cached_self_attention(q_BTHK, k_BTHK, v_BTHK, cache, layer, shared)
+        y_BTD = y_BTHK.reshape(B, T, c.d_model)
+        self.sow("intermediates", "attn_out", y_BTD)
+        y_BTD = to_sequence_parallel(Linear((c.d_model,), ("heads", "embed"), self.residual_std, name="c_proj")(y_BTD))
+        return y_BTD, cache, (k_BTHK, v_BTHK) if self.mode.keep_kv else None
+
+    def self_attention(self, q_BTHK, k_BTHK, v_BTHK, layer: PerLayer, shared: Shared):
+        c = self.config
+        rate = c.dropout if shared.dropout_keys is not None and c.dropout_sites == "all" else 0.0
+        keys = _fold(shared.dropout_keys, 3 * layer.index) if rate else None
+
+        def attend(window):
+            return lambda q, k, v: attention(
+                q, k, v, path=c.attention, window=window, segment_ids=shared.segment_ids,
+                dropout=rate, dropout_keys=keys, mesh=self.mode.mesh,
+            )  # fmt: skip
+
+        if c.local_window is None or c.local_window >= q_BTHK.shape[1]:
+            return attend(None)(q_BTHK, k_BTHK, v_BTHK)
+        return lax.cond(layer.is_local, attend(c.local_window), attend(None), q_BTHK, k_BTHK, v_BTHK)
+
+    def cached_self_attention(self, q_BTHK, k_BTHK, v_BTHK, cache: KVCache, layer: PerLayer, shared: Shared):
+        """Writes the new keys and values at `shared.slot` and attends to the slots that each row has filled.
+
+        cache: of this layer, [B, H, S, K], or of all layers, [L, B, H, S, K], of which this layer's is updated.
+        """
+        slot, of_layer = shared.slot, (layer.index,) if cache.k.ndim == 5 else ()
+        new = KVCache(*(jnp.swapaxes(a, 1, 2).astype(cache.k.dtype) for a in (k_BTHK, v_BTHK)))
+
+        def write(old, new_BHTK):
+            return lax.dynamic_update_slice(old, new_BHTK[(None,) * len(of_layer)], (*of_layer, 0, 0, slot, 0))
+
+        cache = jax.tree.map(write, cache, new)
+        k_BHSK, v_BHSK = (lax.dynamic_index_in_dim(a, *of_layer, keepdims=False) if of_layer else a for a in cache)
+        slots_S = jnp.arange(k_BHSK.shape[2])
+        written_T = slot + jnp.arange(q_BTHK.shape[1])
+        mask_TS = causal_mask(written_T, slots_S)
+        if self.config.local_window is not None:
+            mask_TS = mask_TS & (~layer.is_local | causal_mask(written_T, slots_S, self.config.local_window))
+        mask_BTS = mask_TS[None] & shared.filled[:, None, :]
+        return cached_attention(q_BTHK, k_BHSK.astype(q_BTHK.dtype), v_BHSK.astype(q_BTHK.dtype), mask_BTS), cache
+
+
+class MLP(nn.Module):
+    config: GPTConfig
+    residual_std: float
+
+    @nn.compact
+    def __call__(self, x_BTD):
+        c = self.config
+        h_BTF = Linear((c.d_ff,), ("embed", "mlp"), name="c_fc")(to_tensor_parallel(x_BTD))
+        h_BTF = constrain(h_BTF, "batch", "time", "mlp")
+        self.sow("intermediates", "c_fc_out", h_BTF)
+        y_BTD = Linear((c.d_model,), ("mlp", "embed"), self.residual_std, name="c_proj")(gelu(h_BTF))
+        return to_sequence_parallel(y_BTD)
+
+
+# Sequence parallelism (Korthikanti et al. 2022): between sub-layers the residual stream is sharded along time over the
+# tensor axis, inside them the features are. One all-gather in and one reduce-scatter out, forward and backward alike.
+_INSIDE = ("batch", "time", "features")
+
+
+def to_tensor_parallel(x_BTD):
+    return reshard(x_BTD, _INSIDE, RESIDUAL)
+
+
+def to_sequence_parallel(y_BTD):
+    return reshard(y_BTD, RESIDUAL, _INSIDE)
+
+
+def _dropout(x_BTD, rate, keys_B, site):
+    if keys_B is None or not rate:
+        return x_BTD
+    keep = jax.vmap(lambda key: jax.random.bernoulli(key, 1.0 - rate, x_BTD.shape[1:]))(_fold(keys_B, site))
+    return jnp.where(keep, x_BTD / (1.0 - rate), 0).astype(x_BTD.dtype)
+
+
+def _fold(keys_B, site):
     """Every row has its key, every place with dropout its number (3 to a layer, the embedding's last): a mask depends
-    on nothing else, so neither on the other rows nor on the stage or micro-batch the row is computed in."""
-    return jax.vmap(jax.random.fold_in, (0, None))(keys, site)
-
-
-def _dropout(x, rate, keys, site):
-    if keys is None or not rate:
-        return x
-    kept = jax.vmap(lambda key: jax.random.bernoulli(key, 1.0 - rate, x.shape[1:]))(_fold(keys, site))
-    return jnp.where(kept, x / (1.0 - rate), 0).astype(x.dtype)
+    on nothing else, so neither on the other rows nor on the stage or micro-batch that the row is computed in."""
+    return jax.vmap(jax.random.fold_in, (0, None))(keys_B, site)
 
 
 _REMAT = {
@@ -174,77 +267,16 @@ _REMAT = {
 }
 
 
-def _unroll(c: GPTConfig, mesh) -> int:
-    """Layers of an iteration of the scan. One where XLA:CPU fails on several ("Incorrect number of arguments passed to
-    called function", jaxlib 0.10.2): within a loop, fully recomputed, of parameters cut over fsdp."""
+def _scan_unroll(c: GPTConfig, mesh) -> int:
+    """Layers per iteration of the scan. One where XLA:CPU fails on several ("Incorrect number of arguments passed to
+    called function", jaxlib 0.10.2): within a loop, fully recomputed, of parameters sharded over fsdp."""
     sizes = jax.sharding.get_abstract_mesh().shape
     platform = jax.default_backend() if mesh is None else mesh.devices.flat[0].platform
     fails = platform == "cpu" and c.remat == "full" and sizes.get("fsdp", 1) > 1
     return 1 if fails and c.unroll < c.n_layer else c.unroll
 
 
-class GPT(nn.Module):
-    config: GPTConfig
-    mode: Mode = Mode()
-    dtype: Any = jnp.float32  # of activations; parameters are float32
-
-    @nn.compact
-    def __call__(self, tokens, positions, segment_ids=None, keys=None, cache=None, slot=None, filled=None):
-        c = self.config
-        wte = self.param("wte", normal(INIT_STD, "vocab", "embed"), (c.vocab_size, c.d_model))
-        wpe = self.param("wpe", normal(INIT_STD, "position", "embed"), (c.context_length, c.d_model))
-        if not c.tied_head:
-            self.param("lm_head", normal(INIT_STD, "vocab", "embed"), (c.vocab_size, c.d_model))
-        x = embed(wte, wpe, tokens, positions, self.dtype)
-        self.sow("intermediates", "embedding", x)
-        if c.dropout_sites == "all":
-            x = _dropout(x, c.dropout, keys, 3 * c.n_layer)
-        x = constrain(x, *RESIDUAL)
-        by_layer = {
-            "layer": jnp.arange(c.n_layer),
-            "local": jnp.array([c.is_local(layer) for layer in range(c.n_layer)]),
-        }
-        by_row = {"segment_ids": segment_ids, "keys": keys}
-        if pipeline.stages() > 1 and not (cache or self.mode.keep_kv or self.is_initializing()):
-            block = Block(c, self.mode, parent=None)
-            layer = lambda params, x, *rest: block.apply({"params": params}, (x, None), *rest)[0][0]
-            blocks = self.variables["params"]["blocks"]
-            x, kv = pipeline.run(layer, blocks, x, by_layer, by_row, c, _REMAT.get(c.remat)), None
-        else:
-            x, cache, kv = self.in_one(x, cache, by_layer, {**by_row, "slot": slot, "filled": filled})
-        if c.norm == "pre":
-            x = LayerNorm(name="ln_f")(x)
-        return x, cache, kv
-
-    def in_one(self, x, cache, by_layer, shared):
-        """All layers, one after the other, with the cache of each if there is one."""
-        c = self.config
-        if isinstance(cache, tuple):
-            return self.apart(x, cache, by_layer, shared)
-        block = Block if c.remat == "none" else nn.remat(Block, policy=_REMAT[c.remat], prevent_cse=False)
-        blocks = nn.scan(
-            block,
-            variable_axes={"params": 0, "intermediates": 0},
-            split_rngs={"params": True},
-            in_axes=(0, nn.broadcast),
-            length=c.n_layer,
-            unroll=_unroll(c, self.mode.mesh),
-            metadata_params={nn.PARTITION_NAME: "layers"},
-        )(c, self.mode, name="blocks")
-        (x, cache), kv = blocks((x, cache), by_layer, shared)
-        return x, cache, kv
-
-    def apart(self, x, caches, by_layer, shared):
-        """Layers whose parameters and caches are arrays of their own (`taken_apart`)."""
-        block, new = Block(self.config, self.mode, parent=None), []
-        for i, (params, cache) in enumerate(zip(self.variables["params"]["blocks"], caches, strict=True)):
-            own = jax.tree.map(lambda a, i=i: a[i], by_layer)
-            (x, cache), _ = block.apply({"params": params}, (x, cache), own, shared)
-            new.append(cache)
-        return x, tuple(new), None
-
-
-# --- The pure functions the rest of the code sees ---------------------------------------------------------
+# --- The pure functions that the rest of the code calls ---------------------------------------------------
 
 
 def abstract_params(config: GPTConfig):
@@ -254,7 +286,8 @@ def abstract_params(config: GPTConfig):
 
 
 def init(config: GPTConfig, key):
-    """Parameters, float32: a nested dict with blocks stacked [layer, ...]. Jit it to have them born sharded."""
+    """Parameters, float32: a nested dict with blocks stacked [L, ...]. Jit it with out_shardings to initialize them
+    sharded."""
     zeros = jnp.zeros((1, 1), jnp.int32)
     return nn.meta.unbox(GPT(config).init(key, zeros, zeros)["params"])
 
@@ -262,7 +295,7 @@ def init(config: GPTConfig, key):
 def hidden(
     params,
     config: GPTConfig,
-    tokens,
+    tokens_BT,
     *,
     positions=None,
     segment_ids=None,
@@ -270,71 +303,71 @@ def hidden(
     dtype=jnp.float32,
     mesh=None,
 ):
-    """Final hidden states. Where the mesh in force has stages, rows go through the layers in micro-batches.
+    """Final hidden states. Where the current mesh has stages, rows go through the layers in micro-batches.
 
     Args:
-        tokens: int [batch, time], time <= context_length.
-        positions: int [batch, time], or None for 0..time-1.
-        segment_ids: int [batch, time], or None; attention stays within a segment.
-        dropout_keys: a key for each row, [batch]; None means no dropout.
+        tokens_BT: int, T <= context_length.
+        positions: int [B, T], or None for 0..T-1.
+        segment_ids: int [B, T], or None; attention stays within a segment.
+        dropout_keys: a key for each row, [B]; None means no dropout.
         dtype: of the activations and matmuls.
         mesh: for attention kernels that need a shard_map.
     Returns:
-        [batch, time, d_model] in dtype, after the final LayerNorm where the model has one.
+        [B, T, D] in dtype, after the final LayerNorm where the model has one.
     """
-    _check_time(tokens, config)
+    _check_time(tokens_BT, config)
     if positions is None:
-        positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
+        positions = jnp.broadcast_to(jnp.arange(tokens_BT.shape[1]), tokens_BT.shape)
     keys = dropout_keys if config.dropout else None
-    return GPT(config, Mode(mesh=mesh), dtype).apply({"params": params}, tokens, positions, segment_ids, keys)[0]
+    return GPT(config, Mode(mesh=mesh), dtype).apply({"params": params}, tokens_BT, positions, segment_ids, keys)[0]
 
 
-def _check_time(tokens, config: GPTConfig):
+def _check_time(tokens_BT, config: GPTConfig):
     """InputError: more time steps than positions; a gather would give all beyond the last one its embedding."""
-    if tokens.shape[1] > config.context_length:
-        raise InputError(f"{tokens.shape[1]} tokens don't fit the model's context of {config.context_length}.")
+    if tokens_BT.shape[1] > config.context_length:
+        raise InputError(f"{tokens_BT.shape[1]} tokens don't fit the model's context of {config.context_length}.")
 
 
 def unembedding(params, config: GPTConfig):
-    """[vocab, d_model]: the token embedding itself where the head is tied to it."""
+    """[V, D]: the token embedding itself where the head is tied to it."""
     return params["wte"] if config.tied_head else params["lm_head"]
 
 
 def logits(params, config: GPTConfig, x):
-    """[..., d_model] -> [..., vocab], accumulated and returned in float32."""
-    w = unembedding(params, config).astype(x.dtype)
-    return jnp.einsum("...d,vd->...v", x, w, preferred_element_type=jnp.float32)
+    """[..., D] -> [..., V], accumulated and returned in float32."""
+    w_VD = unembedding(params, config).astype(x.dtype)
+    return jnp.einsum("...d,vd->...v", x, w_VD, preferred_element_type=jnp.float32)
 
 
-def prefill(params, config: GPTConfig, tokens, positions, segment_ids, *, dtype=jnp.float32, mesh=None):
-    """Forward pass that keeps keys and values: (hidden [B, T, D], {'k', 'v'} each [L, B, H, T, K])."""
-    _check_time(tokens, config)
+def prefill(params, config: GPTConfig, tokens_BT, positions_BT, segment_ids, *, dtype=jnp.float32, mesh=None):
+    """Forward pass that keeps keys and values: (hidden [B, T, D], KVCache of [L, B, H, T, K])."""
+    _check_time(tokens_BT, config)
     model = GPT(config, Mode(keep_kv=True, mesh=mesh), dtype)
-    x, _, (k, v) = model.apply({"params": params}, tokens, positions, segment_ids)
-    return x, {"k": jnp.swapaxes(k, 2, 3), "v": jnp.swapaxes(v, 2, 3)}
+    x_BTD, _, (k_LBTHK, v_LBTHK) = model.apply({"params": params}, tokens_BT, positions_BT, segment_ids)
+    return x_BTD, KVCache(jnp.swapaxes(k_LBTHK, 2, 3), jnp.swapaxes(v_LBTHK, 2, 3))
 
 
-def taken_apart(params, cache, config: GPTConfig):
-    """Parameters and cache for decoding without a loop over layers, each layer's arrays apart.
-
-    XLA:CPU copies a layer out of a stacked array before it multiplies by it, every token anew: half the time of a
-    token at 6 layers of 384. This copies once, so it takes the memory of the layers twice.
-    """
-    layers = lambda tree: tuple(jax.tree.map(lambda a, i=i: a[i], tree) for i in range(config.n_layer))
-    return {**params, "blocks": layers(params["blocks"])}, layers(cache)
-
-
-def decode_step(params, config: GPTConfig, tokens, positions, cache, slot, filled, *, dtype=jnp.float32):
+def decode_step(params, config: GPTConfig, tokens_BT, positions_BT, cache, slot, filled_BS, *, dtype=jnp.float32):
     """One or more new tokens per row against the cache.
 
     Args:
-        tokens, positions: int [B, T]; the T new tokens go to slots slot .. slot+T-1, the same in every row.
-        cache: {'k', 'v'} [L, B, H, S, K], or what `taken_apart` made of it and of the parameters.
-        filled: bool [B, S], the slots each row may look at (the causal mask over slots is applied besides).
+        tokens_BT, positions_BT: int; the T new tokens go to slots slot .. slot+T-1, the same in every row.
+        cache: KVCache of [L, B, H, S, K], or what `unstack_layers` made of it and of the parameters.
+        filled_BS: bool, the slots that each row may attend to (the causal mask over slots is applied besides).
     Returns:
         (hidden [B, T, D], the cache with the new keys and values).
     """
-    x, cache, _ = GPT(config, Mode(), dtype).apply(
-        {"params": params}, tokens, positions, cache=cache, slot=slot, filled=filled
+    x_BTD, cache, _ = GPT(config, Mode(), dtype).apply(
+        {"params": params}, tokens_BT, positions_BT, cache=cache, slot=slot, filled=filled_BS
     )
-    return x, cache
+    return x_BTD, cache
+
+
+def unstack_layers(params, cache: KVCache, config: GPTConfig):
+    """Parameters and cache with each layer's arrays by themselves, for decoding without a loop over layers.
+
+    XLA:CPU copies a layer out of a stacked array before it multiplies by it, again for every token: half the time of a
+    token at 6 layers of 384. This copies once, so it takes the memory of the layers twice.
+    """
+    unstack = lambda tree: tuple(jax.tree.map(lambda a, i=i: a[i], tree) for i in range(config.n_layer))
+    return {**params, "blocks": unstack(params["blocks"])}, unstack(cache)

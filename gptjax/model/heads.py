@@ -1,6 +1,6 @@
 """What later stages put on a pre-trained trunk: rows for new tokens, and a scalar head in place of the un-embedding.
 
-A scalar model (reward model, value network) is {'trunk': the GPT's parameters, 'head': {'kernel' [d], 'bias' []}}.
+A scalar model (reward model, value network) is {'trunk': the GPT's parameters, 'head': {'kernel' [D], 'bias' []}}.
 """
 
 import flax.linen as nn
@@ -17,9 +17,10 @@ def grow_vocabulary(params, vocab_size: int):
     The mean gives a new token about the logit of an average one, so that the growth hardly moves the model.
     """
 
-    def grow(table):
-        new = jnp.broadcast_to(table.mean(0), (vocab_size - table.shape[0], table.shape[1]))
-        return jnp.concatenate([table, new])
+    def grow(table_VD):
+        V, D = table_VD.shape
+        new_VD = jnp.broadcast_to(table_VD.mean(0), (vocab_size - V, D))
+        return jnp.concatenate([table_VD, new_VD])
 
     return {k: grow(v) if k in ("wte", "lm_head") and v.shape[0] < vocab_size else v for k, v in params.items()}
 
@@ -30,13 +31,13 @@ def trunk(params):
 
 
 def new_head(d_model: int, key):
-    """kernel ~ N(0, 1/sqrt(d + 1)), bias 0 (Stiennon et al. 2020; openai/summarize-from-feedback). key None: zeros,
-    as Ziegler et al.'s value head."""
+    """kernel ~ N(0, 1/sqrt(D + 1)), bias 0 (Stiennon et al. 2020; openai/summarize-from-feedback). key None: zeros,
+    as in Ziegler et al.'s value head."""
     if key is None:
-        kernel = jnp.zeros(d_model, jnp.float32)
+        kernel_D = jnp.zeros(d_model, jnp.float32)
     else:
-        kernel = jax.random.normal(key, (d_model,)) / (d_model + 1) ** 0.5
-    return {"kernel": kernel, "bias": jnp.zeros((), jnp.float32)}
+        kernel_D = jax.random.normal(key, (d_model,)) / (d_model + 1) ** 0.5
+    return {"kernel": kernel_D, "bias": jnp.zeros((), jnp.float32)}
 
 
 def scalar_model(params, config: GPTConfig, key):
@@ -45,7 +46,7 @@ def scalar_model(params, config: GPTConfig, key):
 
 
 def abstract_head(config: GPTConfig):
-    """A head's shapes with logical axis names, as gpt.abstract_params has them."""
+    """A head's shapes with logical axis names attached, like gpt.abstract_params."""
     box = lambda shape, *names: nn.LogicallyPartitioned(jax.ShapeDtypeStruct(shape, jnp.float32), names)
     return {"kernel": box((config.d_model,), "norm"), "bias": box(())}
 
@@ -55,5 +56,5 @@ def abstract_scalar_model(config: GPTConfig):
 
 
 def scalar(head, x):
-    """w . x + b: [..., d_model] -> float32 [...]."""
+    """w . x + b: [..., D] -> float32 [...]."""
     return jnp.einsum("...d,d->...", x.astype(jnp.float32), head["kernel"]) + head["bias"]

@@ -1,4 +1,4 @@
-"""What the layers of gpt.py are made of: LayerNorm, linear layers with a VJP of their own, GELU."""
+"""What the layers of gpt.py are made of: LayerNorm, linear layers, GELU."""
 
 import flax.linen as nn
 import jax
@@ -56,14 +56,14 @@ def _gelu(x):
 def gelu(x):
     """The tanh form (GPT-1 to 3): 0.5 x (1 + tanh(sqrt(2/pi) (x + 0.044715 x^3))), in float32 inside.
 
-    Its backward pass recomputes from x, so that a layer keeps one [B, T, F] array, not four: as a VJP of its own, for
-    the remat policy around it would decide about what lies in a jax.checkpoint.
+    The backward pass recomputes from x, so that a layer saves one [B, T, F] array, not four. A custom VJP, because the
+    remat policy of the layer would override a jax.checkpoint in it.
     """
     return _gelu(x)
 
 
 def _gelu_backward(x, d_y):
-    x, d_y = lax.optimization_barrier((x, d_y))  # or XLA keeps the forward pass's tanh where there is no loop of layers
+    x, d_y = lax.optimization_barrier((x, d_y))  # or XLA saves the forward pass's tanh where there is no loop of layers
     return jax.vjp(_gelu, x)[1](d_y)
 
 

@@ -1,7 +1,7 @@
 """What a GPT is: its shape as a frozen config, the published presets, and their exact parameter counts.
 
 Sources: GPT-1 (Radford et al. 2018 §4.1), GPT-2 (Radford et al. 2019 §2.3), GPT-3 (Brown et al. 2020,
-Table 2.1). Two figures of GPT-3's Table 2.1 contradict the rest of the paper and are mended here:
+Table 2.1). Two figures of GPT-3's Table 2.1 contradict the rest of the paper and are corrected here:
 
 * XL (1.3B) is printed with 24 heads of 128, an inner width of 3,072 beside d_model 2,048. That would be
   1.517B parameters, not Table D.1's 1.320B. With 16 heads of 128 = 2,048 the count is 1,315,723,264.
@@ -106,12 +106,12 @@ class GPTConfig:
 
 
 def parameter_count(c: GPTConfig) -> int:
-    """V d + T d + L (12 d^2 + 13 d) [+ 2 d, final LayerNorm] [+ V d, untied head]."""
-    d = c.d_model
-    blocks = c.n_layer * (12 * d * d + 13 * d)
-    final_norm = 2 * d if c.norm == "pre" else 0
-    head = 0 if c.tied_head else c.vocab_size * d
-    return c.vocab_size * d + c.context_length * d + blocks + final_norm + head
+    """V D + T D + L (12 D^2 + 13 D) [+ 2 D, final LayerNorm] [+ V D, untied head]."""
+    D = c.d_model
+    blocks = c.n_layer * (12 * D * D + 13 * D)
+    final_norm = 2 * D if c.norm == "pre" else 0
+    head = 0 if c.tied_head else c.vocab_size * D
+    return c.vocab_size * D + c.context_length * D + blocks + final_norm + head
 
 
 def non_embedding_count(c: GPTConfig) -> int:
@@ -142,7 +142,7 @@ GPT2 = {  # Radford et al. 2019, Table 2, under the counts its README corrected 
     "1558m": _gpt2(48, 1600, 25),
 }
 
-GPT3 = {  # Brown et al. 2020, Table 2.1, mended as the docstring says
+GPT3 = {  # Brown et al. 2020, Table 2.1, corrected as the docstring says
     "125m": _gpt3(12, 768, 12),
     "350m": _gpt3(24, 1024, 16),
     "760m": _gpt3(24, 1536, 16),

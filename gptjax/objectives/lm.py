@@ -1,8 +1,8 @@
 """The language-model loss: -log p(next token), summed over tokens (GPT-1 eq. 1).
 
-Losses are (sum, count), not means: micro-batches, devices and hosts add up, and the mean is taken once. `log_probs` is
-the plain form; training uses `chunked.cross_entropy_sum`, which never holds [batch, time,
-vocab] and equals it in tests.
+`lm_loss` is the plain form. Training uses `causal_lm_loss`, which never holds [B, T, V] and equals it in value and
+gradient (tests/test_language.py). Losses are (sum, count), not means: micro-batches, devices and hosts add up, and the
+mean is taken once.
 """
 
 import jax
@@ -13,34 +13,47 @@ from gptjax.model.spec import GPTConfig
 from gptjax.objectives.chunked import cross_entropy_sum
 
 
-def log_probs(x, w, targets):
-    """log p(target | x) under softmax(x w^T), the plain way: the logits are materialized.
-
-    Args:
-        x: [..., d_model]; w: [vocab, d_model]; targets: int [...].
-    Returns:
-        float32 [...].
-    """
-    logits = jnp.einsum("...d,vd->...v", x, w.astype(x.dtype), preferred_element_type=jnp.float32)
-    chosen = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
-    return chosen - jax.nn.logsumexp(logits, axis=-1)
+def lm_loss(params, config: GPTConfig, batch):
+    """Sum of weight * -log p(next token), and the sum of the weights. batch: as of `causal_lm_loss`."""
+    inputs_BT, targets_BT = batch["tokens"][:, :-1], batch["tokens"][:, 1:]
+    x_BTD = gpt.hidden(
+        params, config, inputs_BT, positions=batch.get("positions"), segment_ids=batch.get("segment_ids")
+    )
+    log_probs_BTV = jax.nn.log_softmax(gpt.logits(params, config, x_BTD), axis=-1)
+    nll_BT = -jnp.take_along_axis(log_probs_BTV, targets_BT[..., None], axis=-1)[..., 0]
+    return (batch["weights"] * nll_BT).sum(), batch["weights"].sum()
 
 
 def causal_lm_loss(config: GPTConfig, dtype, chunk: int, mesh=None):
-    """-log p(next token) (GPT-1 eq. 1). Microbatch: tokens int [rows, time + 1], weights [rows, time], and
-    optionally segment_ids and positions [rows, time]."""
+    """The loss function (params, batch, dropout_keys) -> (sum, count) that is trained: `lm_loss` in any dtype, `chunk`
+    time steps' logits at a time, on a mesh too.
+
+    batch: tokens int [B, T + 1], weights [B, T], and optionally segment_ids and positions int [B, T].
+    """
 
     def loss(params, batch, dropout_keys):
         tokens = batch["tokens"]
-        x = gpt.hidden(
+        x_BTD = gpt.hidden(
             params, config, tokens[:, :-1],
             positions=batch.get("positions"), segment_ids=batch.get("segment_ids"),
             dropout_keys=dropout_keys, dtype=dtype, mesh=mesh,
         )  # fmt: skip
-        w = gpt.unembedding(params, config)
-        return cross_entropy_sum(x, w, tokens[:, 1:], batch["weights"], chunk), batch["weights"].sum()
+        w_VD = gpt.unembedding(params, config)
+        return cross_entropy_sum(x_BTD, w_VD, tokens[:, 1:], batch["weights"], chunk), batch["weights"].sum()
 
     return loss
+
+
+def log_probs(x, w_VD, targets, temperature: float = 1.0):
+    """log softmax(x w^T / temperature)[target], the plain form of `chunked.token_log_probs`.
+
+    Args:
+        x: [..., D]; targets: int [...].
+    Returns:
+        float32 [...].
+    """
+    logits = jnp.einsum("...d,vd->...v", x, w_VD.astype(x.dtype), preferred_element_type=jnp.float32) / temperature
+    return jnp.take_along_axis(jax.nn.log_softmax(logits, axis=-1), targets[..., None], axis=-1)[..., 0]
 
 
 def bits_per_byte(nats, n_bytes):

@@ -1,13 +1,14 @@
 """PPO for language models: the per-token reward, advantages and clipped losses, on arrays alone.
 
-Everything is action-aligned [batch, response]: slot t is the t-th response token y_t and the state before it.
+Everything is action-aligned [B, R]: slot t is the t-th response token y_t and the state before it.
 
-    mask     1 on the actions up to and including the end-of-sequence token, 0 after it
-    log_prob log pi(y_t | prompt, y_<t)
-    value    V of the state before y_t; the value after the last action is 0
-    reward   -beta (log pi - log ref) on every action, and the score on the last one
+    mask      1 on the actions up to and including the end-of-sequence token, 0 after it
+    log_prob  log pi(y_t | prompt, y_<t)
+    value     V of the state before y_t; the value after the last action is 0
+    reward    -beta (log pi - log ref) on every action, and the score on the last one
 
-Whatever stands where the mask is 0 may be anything, NaN included. Losses are (sum, count) pairs.
+Where the mask is 0 an array may hold anything, NaN included. Losses are (sum, count) pairs. Names without a suffix are
+for arrays of any shape, the mask of the same.
 Sources: Schulman et al. 2017 (PPO), Schulman et al. 2016 (GAE), Ziegler et al. 2019 and its code, Stiennon et al.
 2020, Ouyang et al. 2022 §3.5 and appendix C.4.
 """
@@ -38,7 +39,7 @@ def masked_variance(x, mask):
 def whiten(x, mask, shift_mean: bool = True):
     """(x - mean) / sqrt(variance + 1e-8) over the slots of mask 1; 0 elsewhere.
 
-    shift_mean False: the mean is added back, as Ziegler et al. whiten rewards. Variance is biased, as theirs.
+    shift_mean False: the mean is added back, as Ziegler et al. whiten rewards. The variance is biased, as theirs.
     """
     x = keep(x, mask)
     mean = masked_mean(x, mask)
@@ -67,14 +68,14 @@ def k3(log_prob, ref_log_prob):
     return jnp.expm1(-d) + d
 
 
-MOST_KL_ERROR = 0.2  # that the adaptive coefficient answers to, of either sign
+MOST_KL_ERROR = 0.2  # the largest relative error, of either sign, that the adaptive coefficient responds to
 
 
 def adaptive_kl_coefficient(coefficient, kl, episodes: int, target: float, horizon: float):
     """beta (1 + clip(KL / target - 1, -.2, .2) episodes / horizon), once an iteration (Ziegler et al. 2019 §2.2).
 
-    kl: nats per sequence, the mean of the iteration. Positive as long as episodes < 5 horizon, which PPO's config sees
-    to (rlhf/config.py).
+    kl: nats per sequence, the mean of the iteration. The result is positive if episodes < 5 horizon, which PPO's config
+    checks (rlhf/config.py).
     """
     error = jnp.clip(kl / target - 1.0, -MOST_KL_ERROR, MOST_KL_ERROR)
     return coefficient * (1.0 + error * episodes / horizon)
@@ -83,105 +84,111 @@ def adaptive_kl_coefficient(coefficient, kl, episodes: int, target: float, horiz
 # --- reward and credit -------------------------------------------------------------------------------------
 
 
-def last_action(mask):
-    """1 on each row's last action [B, R]."""
-    after = jnp.pad(mask[:, 1:], ((0, 0), (0, 1)))
-    return mask * (1 - after)
+def last_action(mask_BR):
+    """1 on each row's last action, else 0: [B, R]."""
+    next_BR = jnp.pad(mask_BR[:, 1:], ((0, 0), (0, 1)))
+    return mask_BR * (1 - next_BR)
 
 
-def token_rewards(score, log_prob, ref_log_prob, mask, kl_coefficient):
+def token_rewards(score_B, log_prob_BR, ref_log_prob_BR, mask_BR, kl_coefficient):
     """R_t = -beta k1_t, plus the score on the last action (Ouyang et al. 2022 eq. 2, first term).
 
-    Args:
-        score: float32 [B]. Integer scores would be a fault waiting to happen, so they are converted.
-        log_prob, ref_log_prob, mask: [B, R].
+    Integer scores are converted to float32, so that the penalty is not truncated.
     Returns:
         float32 [B, R]; a row sums to score - beta KL of its sequence.
     """
-    penalty = -kl_coefficient * keep(k1(log_prob, ref_log_prob), mask)
-    return penalty.astype(jnp.float32) + score.astype(jnp.float32)[:, None] * last_action(mask)
+    penalty_BR = -kl_coefficient * keep(k1(log_prob_BR, ref_log_prob_BR), mask_BR)
+    return penalty_BR.astype(jnp.float32) + score_B.astype(jnp.float32)[:, None] * last_action(mask_BR)
 
 
-def gae(rewards, values, mask, gamma: float, lam: float):
+def gae(rewards_BR, values_BR, mask_BR, gamma: float, lam: float):
     """Generalized advantage estimation (Schulman et al. 2016 eq. 16), backwards over the actions.
 
         delta_t = R_t + gamma V_{t+1} - V_t,  A_t = delta_t + gamma lambda A_{t+1},  V and A after the last action: 0
 
-    Args: all [B, R] but gamma and lam.
     Returns:
         (advantages, returns = advantages + values), float32 [B, R], 0 where the mask is 0.
     """
-    rewards, values = keep(rewards, mask), keep(values, mask)
-    next_values = jnp.pad(values[:, 1:], ((0, 0), (0, 1)))
-    deltas = rewards + gamma * next_values - values
+    rewards_BR, values_BR = keep(rewards_BR, mask_BR), keep(values_BR, mask_BR)
+    next_values_BR = jnp.pad(values_BR[:, 1:], ((0, 0), (0, 1)))
+    deltas_BR = rewards_BR + gamma * next_values_BR - values_BR
 
-    def backward(after, now):
-        delta, m = now
-        advantage = m * (delta + gamma * lam * after)
-        return advantage, advantage
+    def backward(next_advantage_B, slot):
+        delta_B, mask_B = slot
+        advantage_B = mask_B * (delta_B + gamma * lam * next_advantage_B)
+        return advantage_B, advantage_B
 
-    start = jnp.zeros(rewards.shape[0], jnp.float32)
-    _, advantages = lax.scan(backward, start, (deltas.T, mask.T), reverse=True)
-    return advantages.T, keep(advantages.T + values, mask)
+    zeros_B = jnp.zeros(rewards_BR.shape[0], jnp.float32)
+    _, advantages_RB = lax.scan(backward, zeros_B, (deltas_BR.T, mask_BR.T), reverse=True)
+    return advantages_RB.T, keep(advantages_RB.T + values_BR, mask_BR)
 
 
 def group_advantages(score, group_size: int):
     """GRPO (Shao et al. 2024 §4.1.2): a score against the others of its prompt, (r - mean) / (std + 1e-4).
 
-    score: [prompts x group_size], the samples of a prompt next to each other. Returns the same shape; every token
-    of a response gets its response's advantage.
+    score: [B x N], the N = group_size samples of a prompt next to each other. Returns the same shape; every token of a
+    response gets its response's advantage.
     """
-    groups = score.reshape(-1, group_size)
-    centered = groups - groups.mean(1, keepdims=True)
-    return (centered / (groups.std(1, keepdims=True) + 1e-4)).reshape(-1)
+    score_BN = score.reshape(-1, group_size)
+    centered_BN = score_BN - score_BN.mean(1, keepdims=True)
+    return (centered_BN / (score_BN.std(1, keepdims=True) + 1e-4)).reshape(-1)
 
 
 # --- losses ------------------------------------------------------------------------------------------------
 
 
-def policy_loss(log_prob, old_log_prob, advantages, mask, clip: float):
+def policy_loss(log_prob_BR, old_log_prob_BR, advantages_BR, mask_BR, clip: float):
     """-min(A ratio, A clip(ratio, 1 - eps, 1 + eps)) (Schulman et al. 2017 eq. 7), summed over the actions.
 
     Returns:
         (sum, count, statistics as sums over the actions: clipped, approx_kl (k2 of new against old), ratio).
     """
-    log_ratio = keep(log_prob - old_log_prob, mask)
-    ratio = jnp.exp(log_ratio)
-    advantages = keep(advantages, mask)
-    losses = jnp.maximum(-advantages * ratio, -advantages * jnp.clip(ratio, 1 - clip, 1 + clip))
+    log_ratio_BR = keep(log_prob_BR - old_log_prob_BR, mask_BR)
+    ratio_BR = jnp.exp(log_ratio_BR)
+    advantages_BR = keep(advantages_BR, mask_BR)
+    # -min(a, b) = max(-a, -b)
+    losses_BR = jnp.maximum(-advantages_BR * ratio_BR, -advantages_BR * jnp.clip(ratio_BR, 1 - clip, 1 + clip))
     statistics = {
-        "clipped": keep(jnp.abs(ratio - 1) > clip, mask).sum(),
-        "approx_kl": 0.5 * keep(log_ratio**2, mask).sum(),
-        "ratio": keep(ratio, mask).sum(),
+        "clipped": keep(jnp.abs(ratio_BR - 1) > clip, mask_BR).sum(),
+        "approx_kl": 0.5 * keep(log_ratio_BR**2, mask_BR).sum(),
+        "ratio": keep(ratio_BR, mask_BR).sum(),
     }
-    return keep(losses, mask).sum(), mask.sum(), statistics
+    return keep(losses_BR, mask_BR).sum(), mask_BR.sum(), statistics
 
 
-def value_loss(values, old_values, returns, mask, clip: float):
+def value_loss(values_BR, old_values_BR, returns_BR, mask_BR, clip: float):
     """1/2 max((V - R)^2, (V_clipped - R)^2), V_clipped within `clip` of the old value; summed over the actions.
 
     Returns (sum, count, {'clipped': how often the clipped error is the larger, 'error': sum of (V - R)^2}).
     """
-    values, old_values, returns = (keep(x, mask) for x in (values, old_values, returns))
-    clipped = old_values + jnp.clip(values - old_values, -clip, clip)
-    error, clipped_error = (values - returns) ** 2, (clipped - returns) ** 2
-    statistics = {"clipped": keep(clipped_error > error, mask).sum(), "error": keep(error, mask).sum()}
-    return 0.5 * keep(jnp.maximum(error, clipped_error), mask).sum(), mask.sum(), statistics
+    values_BR, old_values_BR, returns_BR = (keep(x, mask_BR) for x in (values_BR, old_values_BR, returns_BR))
+    clipped_BR = old_values_BR + jnp.clip(values_BR - old_values_BR, -clip, clip)
+    error_BR, clipped_error_BR = (values_BR - returns_BR) ** 2, (clipped_BR - returns_BR) ** 2
+    statistics = {
+        "clipped": keep(clipped_error_BR > error_BR, mask_BR).sum(),
+        "error": keep(error_BR, mask_BR).sum(),
+    }
+    return 0.5 * keep(jnp.maximum(error_BR, clipped_error_BR), mask_BR).sum(), mask_BR.sum(), statistics
 
 
-def grpo_loss(log_prob, old_log_prob, ref_log_prob, advantages, mask, clip: float, kl_coefficient: float):
+def grpo_loss(
+    log_prob_BR, old_log_prob_BR, ref_log_prob_BR, advantages_BR, mask_BR, clip: float, kl_coefficient: float
+):
     """GRPO (Shao et al. 2024 eq. 3): the clipped loss plus beta k3 against the reference, as a loss term.
 
-    Every response weighs the same: its token losses are averaged over its own length first. Returns (sum over
-    responses, number of responses). Mind k3's gradient in a loss (see k3); k2 would be the KL's own.
+    Every response weighs the same: its token losses are averaged over its length first. As a loss k3 has the gradient
+    of KL(ref || pi), not of KL(pi || ref), which k2 would have.
+    Returns:
+        (sum over responses, number of responses).
     """
-    log_ratio = keep(log_prob - old_log_prob, mask)
-    ratio = jnp.exp(log_ratio)
-    advantages = keep(advantages, mask)
-    clipped = jnp.maximum(-advantages * ratio, -advantages * jnp.clip(ratio, 1 - clip, 1 + clip))
-    losses = keep(clipped + kl_coefficient * k3(keep(log_prob, mask), keep(ref_log_prob, mask)), mask)
-    lengths = mask.sum(1)
-    return (losses.sum(1) / jnp.maximum(lengths, 1)).sum(), (lengths > 0).sum().astype(jnp.float32)
+    ratio_BR = jnp.exp(keep(log_prob_BR - old_log_prob_BR, mask_BR))
+    advantages_BR = keep(advantages_BR, mask_BR)
+    # -min(A ratio, A clip(ratio)), as in policy_loss
+    surrogate_BR = jnp.maximum(-advantages_BR * ratio_BR, -advantages_BR * jnp.clip(ratio_BR, 1 - clip, 1 + clip))
+    kl_BR = k3(keep(log_prob_BR, mask_BR), keep(ref_log_prob_BR, mask_BR))
+    losses_BR = keep(surrogate_BR + kl_coefficient * kl_BR, mask_BR)
+    length_B = mask_BR.sum(1)
+    return (losses_BR.sum(1) / jnp.maximum(length_B, 1)).sum(), (length_B > 0).sum().astype(jnp.float32)
 
 
 def explained_variance(values, returns, mask):
@@ -198,5 +205,5 @@ def best_of_n_kl(n):
 
 
 def exponential_moving_average(average, new, decay: float):
-    """decay x average + (1 - decay) x new, leaf by leaf (Ouyang et al. 2022 C.4: decay .992 per iteration)."""
+    """decay * average + (1 - decay) * new of every leaf (Ouyang et al. 2022 C.4: decay .992 per iteration)."""
     return jax.tree.map(lambda a, b: decay * a + (1 - decay) * b, average, new)

@@ -12,7 +12,7 @@ from experiments.benchmarks.gpu.common import Scale, half, some_segments
 from experiments.benchmarks.ppo_cpu import Ours
 from experiments.benchmarks.setup import random_tokens
 from gptjax.model import gpt
-from gptjax.model.attention import attention, reference, resolve
+from gptjax.model.attention import attention, reference_attention, resolve
 from gptjax.objectives.lm import causal_lm_loss
 from gptjax.training.precision import DTYPES
 
@@ -67,7 +67,7 @@ def attention_path(scale: Scale, compute: str, window, packed: bool) -> dict:
 
     found = value_and_gradients(functools.partial(attention, path="auto"))(*arrays)
     with jax.default_matmul_precision("highest"):
-        expected = value_and_gradients(reference)(*(a.astype(jnp.float32) for a in arrays))
+        expected = value_and_gradients(reference_attention)(*(a.astype(jnp.float32) for a in arrays))
     name = f"{compute} attention{', banded' * (window is not None)}{', packed' * packed}"
     # One rounding of the result is a half of 2^-8 of it; the rest is rounded probabilities. As tests/test_attention.py.
     eps = float(jnp.finfo(dtype).eps) / 2
