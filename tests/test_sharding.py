@@ -313,7 +313,7 @@ def test_heads_and_batches_that_do_not_divide():
 def test_rows_that_do_not_divide_over_the_context():
     sizes, fits = MeshConfig(data=2, seq=4).sizes(8), dict(n_head=4, batch_size=8, microbatch_size=4)
     check_fits(sizes, **fits, time=16)
-    check_fits(sizes, **fits)  # of many lengths: see attention.py
+    check_fits(sizes, **fits)  # of many lengths: see model/attention
     with pytest.raises(InputError, match=r"Rows of 18 tokens .*mesh.seq=4 devices: use 16 or 20"):
         check_fits(sizes, **fits, time=18)
 

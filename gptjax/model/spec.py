@@ -38,7 +38,7 @@ class GPTConfig:
     dropout_sites: 'all' = embeddings, attention weights and sub-layer outputs (GPT-1 §4.1); 'residual' = sub-layer
         outputs alone (InstructGPT C.1).
     attention: implementation: 'reference', 'xla', 'cpu', 'splash' (TPU) or 'cudnn' (GPU); 'auto' picks by platform (see
-        model/attention.py).
+        model/attention/).
     remat: what the backward pass recomputes: 'none', 'dots' (all but the weight matmuls), 'full', or 'offload': as
         'dots', with the matmuls' outputs kept in host memory until then.
     unroll: layers per iteration of the scan over layers. n_layer = no loop at all, which is faster on CPU; 1 keeps
