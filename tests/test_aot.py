@@ -180,6 +180,29 @@ def test_ppo(libtpu, ppo_config, program):
         assert saved == pytest.approx(ours["reference"] + ours["reward model"], rel=0.25)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("program", ["ppo_collect", "ppo_update"])
+def test_grpo(libtpu, ppo_config, program):
+    """The same programs without a value network, by the TPU compiler."""
+    model = GPTConfig(**TINY)
+    config = changed(ppo_config, {"rollout.group_size": 4, "ppo.ptx_coefficient": 0.0})
+    found = check(config, parse("v5e-4"), Request(program, policy=model))
+    ours = found["ours_per_chip"]
+    assert found["fits"] and ours["value network"] == 0 and ours["value's optimizer"] <= 4  # its count of steps
+
+
+@pytest.mark.slow
+def test_dpo(libtpu):
+    from configs import dpo
+
+    config = changed(dpo.get_config().to_dict(), {
+        "batch_size": 8, "microbatch_size": 4, "data.max_length": 64, "mesh.data": 1, "mesh.fsdp": 4,
+        "precision.compute": "bfloat16",
+    })  # fmt: skip
+    found = check(config, parse("v5e-4"), Request(policy=GPTConfig(**TINY)))
+    assert found["fits"] and found["tokens"] == 8 * 9 * 64
+
+
 def test_ppo_without_a_policy():
     with pytest.raises(InputError, match="--policy, one of gpt1, gpt2:124m"):
         Request("ppo_update")

@@ -4,7 +4,7 @@
 
 --topology: libtpu's name or Cloud's (v5p-1024, v5litepod-16; --num_slices for several). --program: train or decode,
 and with a PPO config ppo_collect or ppo_update, which both have to fit; --policy and --reward name the models, and no
-workdir is needed. For SFT and a reward model --policy is the model that they begin with:
+workdir is needed. For SFT, DPO and a reward model --policy is the model that they begin with:
 
     python -m gptjax.aot --config=configs/instructgpt/ppo.py:1.3b --policy=gpt3:1.3b --reward=gpt3:6.7b \
         --program=ppo_update --topology=v5p:2x2x2
