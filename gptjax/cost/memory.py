@@ -113,7 +113,7 @@ def training_peak(c: GPTConfig, sizes, *, rows: int, micro_batches: int, chunk: 
     staged, itemsize = plan.stages > 1, jnp.dtype(dtype).itemsize
     if staged:  # for each tick the layers of one turn, of which full remat keeps the first one's input alone
         everything = sum(size for *_, size in of("none"))
-        turns = plan.stages * plan.rounds
+        turns = plan.stages * plan.virtual_stages
         again = everything / turns + (kept / turns if c.remat == "dots" else 0)
         kept = plan.ticks * kept / (c.n_layer if c.remat in ("full", "offload") else turns)
     params, whole_table = state["params"], 4 * c.vocab_size * c.d_model // sizes["tensor"]
@@ -131,7 +131,7 @@ def training_peak(c: GPTConfig, sizes, *, rows: int, micro_batches: int, chunk: 
         # A tick's own gradients, its layers' matrices as they are cut out of the stacked ones, and, where there are
         # rounds, all of a stage's as they were dealt, both in the compute dtype.
         layers = params - 4 * (c.vocab_size * (1 if c.tied_head else 2) + c.context_length) * c.d_model // sizes["fsdp"]
-        copies = itemsize / 4 * (1 / plan.rounds + (plan.rounds > 1))
+        copies = itemsize / 4 * (1 / plan.virtual_stages + (plan.virtual_stages > 1))
         backward |= {"a turn's layers again": int(again), "a turn's gradients": int(layers * (1 + copies))}
     moments = [backward, {KEPT: int(kept), "a chunk of the loss": int(_loss(c, sizes, rows, chunk, dtype))}]
     if math.prod(sizes.values()) > 1:
