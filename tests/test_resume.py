@@ -581,7 +581,7 @@ def test_ctrl_c_saves_and_a_second_one_ends_at_once(text, tmp_path):
 def test_ctrl_c_before_the_first_step_is_one_line(tmp_path):
     script = (
         "import signal, sys\n"
-        "from gptjax.config import run\n"
+        "from gptjax.command_line import run\n"
         "def main(_): signal.raise_signal(signal.SIGINT)\n"
         "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
         "run(main)\n"
