@@ -19,8 +19,9 @@ from etils import epath
 
 from gptjax import command_line, json_files, lock, paths, run_config
 from gptjax import config as configs
+from gptjax.data.bpe import make_tokenizer
 from gptjax.data.corpus import DataConfig, isolates_documents
-from gptjax.data.tokenizer import Tokenizer, make_tokenizer
+from gptjax.data.tokenizer import Tokenizer
 from gptjax.errors import InputError
 from gptjax.interop import huggingface
 from gptjax.interop.hf_tokenizer import CHAT_TEMPLATE, read_json, read_token_ids

@@ -6,8 +6,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from gptjax.data.bpe import character_tokenizer, train_bpe
 from gptjax.data.chat import ASSISTANT, PAD, SYSTEM, USER, Template, chat_tokenizer
-from gptjax.data.tokenizer import character_tokenizer, train_bpe
 from gptjax.errors import InputError
 
 TEXTS = st.text(st.sampled_from("ab <|user|>é\n"), min_size=1, max_size=12)

@@ -10,8 +10,9 @@ import pytest
 from tokenizer_files import END, write_legacy
 
 from gptjax import convert, sample
+from gptjax.data.bpe import character_tokenizer, make_tokenizer, train_bpe
 from gptjax.data.chat import chat_tokenizer
-from gptjax.data.tokenizer import Tokenizer, character_tokenizer, make_tokenizer, train_bpe
+from gptjax.data.tokenizer import Tokenizer
 from gptjax.errors import InputError
 from gptjax.generation.decode import generate
 from gptjax.generation.sampling import Sampling

@@ -19,7 +19,8 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from numerics import assert_close, model_terms
 from safetensors.numpy import load_file, save_file
 
-from gptjax.data.tokenizer import Tokenizer, character_tokenizer, train_bpe
+from gptjax.data.bpe import character_tokenizer, train_bpe
+from gptjax.data.tokenizer import Tokenizer
 from gptjax.errors import InputError
 from gptjax.interop import huggingface
 from gptjax.model import gpt, layers

@@ -6,11 +6,11 @@ import pytest
 from rows_files import write
 
 from gptjax.data import published
+from gptjax.data.bpe import character_tokenizer
 from gptjax.data.chat import Template, chat_tokenizer
 from gptjax.data.comparisons import ComparisonConfig, load_comparisons
 from gptjax.data.demonstrations import DemonstrationConfig, load_demonstrations
 from gptjax.data.prompts import PromptConfig, load_prompts
-from gptjax.data.tokenizer import character_tokenizer
 from gptjax.errors import InputError
 
 LONG = 200

@@ -11,9 +11,10 @@ import pytest
 import tokenizers
 from tokenizer_files import END, ROLES, write_legacy
 
+from gptjax.data.bpe import load_gpt1, make_tokenizer, train_bpe
 from gptjax.data.chat import ASSISTANT, PAD, USER, Template, chat_tokenizer
-from gptjax.data.specials import Specials
-from gptjax.data.tokenizer import END_OF_TEXT, Tokenizer, load_gpt1, make_tokenizer, train_bpe
+from gptjax.data.specials import END_OF_TEXT, Specials
+from gptjax.data.tokenizer import Tokenizer
 from gptjax.errors import InputError
 
 

@@ -14,8 +14,8 @@ import numpy as np
 import pytest
 
 from gptjax.data import sources, tokens
+from gptjax.data.bpe import character_tokenizer
 from gptjax.data.lm import Windows, warn_if_few
-from gptjax.data.tokenizer import character_tokenizer
 from gptjax.data.tokens import TokenShards, open_shards, prepare
 from gptjax.errors import InputError
 

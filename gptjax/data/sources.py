@@ -23,7 +23,7 @@ from fsspec.implementations.local import LocalFileSystem
 
 from gptjax.data.formats import Document, File, may_hold_rows, read_documents, read_rows, split_document, text_of
 from gptjax.data.links import FollowingLinks, once
-from gptjax.data.tokenizer import END_OF_TEXT
+from gptjax.data.specials import END_OF_TEXT
 from gptjax.errors import InputError
 
 _STDLIB_SUFFIXES = (".py", ".txt", ".rst")

@@ -22,8 +22,9 @@ from tqdm import tqdm
 
 from gptjax import console
 from gptjax.data import sources
+from gptjax.data.bpe import make_tokenizer
 from gptjax.data.splits import SPLITS, splitter
-from gptjax.data.tokenizer import Tokenizer, make_tokenizer
+from gptjax.data.tokenizer import Tokenizer
 from gptjax.errors import InputError
 
 try:

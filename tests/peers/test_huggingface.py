@@ -16,8 +16,8 @@ from numerics import assert_close, model_terms
 from tokenizer_files import END, ROLES, write_legacy
 
 from gptjax import convert
+from gptjax.data.bpe import character_tokenizer, load_gpt1, make_tokenizer, train_bpe
 from gptjax.data.chat import Template, chat_tokenizer
-from gptjax.data.tokenizer import character_tokenizer, load_gpt1, make_tokenizer, train_bpe
 from gptjax.generation.sampling import Sampling
 from gptjax.interop import huggingface
 from gptjax.interop.hf_tokenizer import read_token_ids
