@@ -20,7 +20,8 @@ from etils import epath
 from gptjax import command_line, json_files, lock, paths, run_config
 from gptjax import config as configs
 from gptjax.data.bpe import make_tokenizer
-from gptjax.data.corpus import DataConfig, isolates_documents
+from gptjax.data.corpus import DataConfig
+from gptjax.data.records import isolates_documents
 from gptjax.data.tokenizer import Tokenizer
 from gptjax.errors import InputError
 from gptjax.interop import huggingface

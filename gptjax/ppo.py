@@ -22,8 +22,8 @@ from gptjax import command_line, lock, paths, report, run_config
 from gptjax import config as configs
 from gptjax.console import progress
 from gptjax.data.chat import Template
-from gptjax.data.corpus import start_record, write_record
 from gptjax.data.prompts import PromptBatches, PromptConfig, bucket_widths, load_prompts, longest_of
+from gptjax.data.records import start_record, write_record
 from gptjax.data.rows import LeftOut
 from gptjax.distributed import hosts
 from gptjax.errors import InputError

@@ -16,7 +16,8 @@ from ml_collections import config_dict as mlc
 from gptjax import command_line, lock, paths, report, run_config
 from gptjax import config as configs
 from gptjax.data import lm
-from gptjax.data.corpus import DataConfig, Text, load_corpus, shards_directory, start_record, write_record
+from gptjax.data.corpus import DataConfig, Text, load_corpus, shards_directory
+from gptjax.data.records import start_record, write_record
 from gptjax.data.tokenizer import Tokenizer
 from gptjax.distributed import hosts
 from gptjax.errors import InputError

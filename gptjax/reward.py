@@ -21,8 +21,8 @@ from gptjax import command_line, json_files, lock, paths, report, run_config
 from gptjax import config as configs
 from gptjax.data.chat import Template, chat_tokenizer
 from gptjax.data.comparisons import ComparisonBatches, ComparisonConfig, load_comparisons, validation_batches
-from gptjax.data.corpus import start_record, write_record
 from gptjax.data.demonstrations import DemonstrationConfig, load_demonstrations
+from gptjax.data.records import start_record, write_record
 from gptjax.distributed import hosts
 from gptjax.errors import InputError
 from gptjax.evals.preference import agreement, calibration, length_explains, pairs

@@ -18,7 +18,7 @@ from ml_collections import config_dict as mlc
 from gptjax import command_line, lock, paths, report, run_config
 from gptjax import config as configs
 from gptjax.data.chat import Template, chat_tokenizer
-from gptjax.data.corpus import load_text, start_record, write_record
+from gptjax.data.corpus import load_text
 from gptjax.data.demonstrations import (
     DemonstrationBatches,
     DemonstrationConfig,
@@ -26,6 +26,7 @@ from gptjax.data.demonstrations import (
     load_demonstrations,
     validation_batches,
 )
+from gptjax.data.records import start_record, write_record
 from gptjax.distributed import hosts
 from gptjax.errors import InputError
 from gptjax.generation.respond import respond

@@ -18,8 +18,8 @@ from runs import lines, one_device_environment
 
 from gptjax import command_line
 from gptjax.config import config_dict
-from gptjax.data import tokens
 from gptjax.data.corpus import pretraining_text
+from gptjax.data.prepare import prepare
 from gptjax.errors import InputError
 from gptjax.evaluate import score, source_text
 from gptjax.generation.sampling import Sampling
@@ -420,7 +420,7 @@ def test_a_tokenizer_too_large_for_its_dtype(tmp_path):
     path = tmp_path / "text.txt"
     path.write_text("abc def " * 500)
     with pytest.raises(InputError, match="70000.*uint16.*uint32"):
-        tokens.prepare(str(path), "bpe:70000", tmp_path / "shards", token_dtype="uint16")
+        prepare(str(path), "bpe:70000", tmp_path / "shards", token_dtype="uint16")
 
 
 def test_shards_that_do_not_match_their_manifest(trained, text, tmp_path):

@@ -33,8 +33,9 @@ from runs import arrays, lines, one_device_environment, without_times
 
 from gptjax import config as configs
 from gptjax import ppo as stage
-from gptjax.data.corpus import load_text, read_record, start_record, write_record
+from gptjax.data.corpus import load_text
 from gptjax.data.prompts import PromptBatches, PromptConfig, load_prompts
+from gptjax.data.records import read_record, start_record, write_record
 from gptjax.errors import InputError
 from gptjax.generation.sampling import Sampling
 from gptjax.model.spec import GPTConfig

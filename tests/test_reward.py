@@ -104,7 +104,7 @@ def test_exported_scores_are_the_normalized_ones(judge, model, tmp_path, capsys)
     settings = json.loads((tmp_path / "out/config.json").read_text())
     assert settings["architectures"] == ["GPT2ForSequenceClassification"] and len(settings["id2label"]) == 1
     assert settings["pad_token_id"] == chat.pad_id
-    with pytest.raises(InputError, match="exported as it was normalized, at step"):
+    with pytest.raises(InputError, match="normalized, and exported, at step"):
         convert.export_weights(judge, tmp_path / "other", step=1)
 
 

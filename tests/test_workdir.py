@@ -16,7 +16,7 @@ from gptjax import convert, lock, paths
 from gptjax.command_line import _PathParser, _StepParser
 from gptjax.config import build, config_dict
 from gptjax.data import sources
-from gptjax.data.corpus import pretraining_run
+from gptjax.data.records import pretraining_run
 from gptjax.errors import InputError
 from gptjax.model.spec import GPTConfig
 from gptjax.ppo import PPOConfig, ppo
