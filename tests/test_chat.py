@@ -152,5 +152,5 @@ def test_what_a_template_needs():
     with pytest.raises(InputError, match=r"no <\|system\|>, <\|user\|>, <\|assistant\|>"):
         Template(enough, "chat")
     enough._specials[PAD] = enough.eot_id
-    with pytest.raises(InputError, match="padding and end-of-text are one token, 2"):
+    with pytest.raises(InputError, match="Padding and end-of-text are the same token, 2: give"):
         Template(enough, "plain")

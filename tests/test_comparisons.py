@@ -1,4 +1,4 @@
-"""Comparisons: both forms of a row, ties, the batch of each step and hosts, and every refusal."""
+"""Comparisons: both forms of a row, ties, the batch of each step and hosts, and every error."""
 
 import numpy as np
 import pytest

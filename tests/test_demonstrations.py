@@ -1,4 +1,4 @@
-"""Demonstrations: loading, holding out, packing, the batch of each step and hosts, and every refusal."""
+"""Demonstrations: loading, holding out, packing, the batch of each step and hosts, and every error."""
 
 import dataclasses
 import gzip
@@ -210,12 +210,12 @@ def test_an_empty_prompt_is_allowed_without_a_template(tmp_path):
     "options, error",
     [
         ({"fields": {"promt": "q"}}, "unknown name 'promt': did you mean 'prompt'"),
-        ({"fields": {"prompt": 3}}, "data.fields.prompt=3 isn't the name"),
+        ({"fields": {"prompt": 3}}, "data.fields.prompt=3 is not the name of a field: give text"),
         ({"max_length": 0}, "max_length=0"),
-        ({"validation": "0"}, "validation=0 isn't a share"),
-        ({"validation": "nan"}, "validation=nan isn't a share"),
+        ({"validation": "0"}, "validation=0 is out of range: give a fraction"),
+        ({"validation": "nan"}, "validation=nan is out of range: give a fraction"),
         ({"template": "llama"}, "template='llama' is unknown"),
-        ({"loss_on": "prompt"}, "loss_on='prompt' is unknown; there are response and all"),
+        ({"loss_on": "prompt"}, "loss_on='prompt' is unknown: use 'response' or 'all'"),
     ],
 )
 def test_bad_configs(options, error):

@@ -181,7 +181,7 @@ def greedy(config, params, prompt, n_new, eot):
 )
 def test_greedy_text_is_the_same(tmp_path, norm, tied, kind, tokenizer_class):
     if kind == "gpt1":
-        pytest.importorskip("spacy", reason="GPT-1's tokenizer needs spaCy's word rules")
+        pytest.importorskip("spacy", reason="GPT-1's tokenizer needs spaCy")
     tokenizer = MAKE_TOKENIZER[kind](tmp_path)
     config = GPTConfig(tokenizer.vocab_size + 3, 2, 2, 32, 48, norm=norm, tied_head=tied)  # padded vocabulary
     params = random_params(config, seed=1)
