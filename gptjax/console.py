@@ -1,7 +1,7 @@
-"""What a run shows: text that any terminal, pipe or log file takes, and progress bars.
+"""Console output that works on any terminal, pipe or log file, and progress bars.
 
-Nothing shown may end a training run: not a letter that the terminal's encoding lacks, not a closed pipe (`| head`), a
-terminal that is gone or a log file on a full disk.
+Output must never end a training run: not a character outside the terminal's encoding, a closed pipe (`| head`), a lost
+terminal or a log file on a full disk.
 """
 
 import contextlib
@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 
 class _Lenient:
-    """A text stream whose errors are swallowed; letters that its encoding lacks are written as \\u escapes."""
+    """A text stream that ignores write errors; characters outside its encoding are written as \\u escapes."""
 
     def __init__(self, stream):
         self._stream = stream
@@ -27,31 +27,31 @@ class _Lenient:
             encoding = self._stream.encoding
             self.write(text.encode(encoding, "backslashreplace").decode(encoding))
         except (OSError, ValueError) as error:  # ValueError: closed
-            _to_nowhere(self._stream, error)
+            _redirect_to_null(self._stream, error)
         return len(text)
 
     def flush(self):
         try:
             self._stream.flush()
         except (OSError, ValueError) as error:
-            _to_nowhere(self._stream, error)
+            _redirect_to_null(self._stream, error)
 
     def __getattr__(self, name):
         return getattr(self._stream, name)
 
 
-def _to_nowhere(stream, error):
-    """A stream whose reader is gone goes to /dev/null, or Python fails at its exit over what it still holds."""
+def _redirect_to_null(stream, error):
+    """Redirects a stream without a reader to /dev/null; otherwise flushing its buffer at exit would raise."""
     if isinstance(error, BrokenPipeError) and stream in (sys.__stdout__, sys.__stderr__):
         with contextlib.suppress(OSError, ValueError):
-            nowhere = os.open(os.devnull, os.O_WRONLY)
-            os.dup2(nowhere, stream.fileno())
-            os.close(nowhere)
+            null = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(null, stream.fileno())
+            os.close(null)
 
 
 @contextlib.contextmanager
 def lenient_output():
-    """Within it, whatever becomes of stdout and stderr, print does not raise."""
+    """Context manager in which print does not raise, whatever happens to stdout and stderr."""
     out, err = sys.stdout, sys.stderr
     sys.stdout, sys.stderr = (stream and _Lenient(stream) for stream in (out, err))
     try:
@@ -64,34 +64,34 @@ def lenient_output():
 
 
 def plain_warnings():
-    """Of a command: warnings.warn shows its text, not a line of our source."""
+    """For a command: warnings.warn prints only its message, not the source line."""
     warnings.formatwarning = lambda message, *_, **__: f"warning: {message}\n"
 
 
 def escape_unprintable():
-    """Of a command: letters that the encoding of stdout lacks are printed as escapes."""
+    """For a command: characters outside the encoding of stdout and stderr are printed as escapes."""
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")
 
 
 def reader_is_gone():
-    """Of a command whose output went to `| head`: nothing more is written, at exit neither."""
+    """For a command whose output went to `| head`: writes nothing more, not even at exit."""
     for stream in (sys.stdout, sys.stderr):
         try:
             stream.flush()
         except OSError as error:
-            _to_nowhere(stream, error)
+            _redirect_to_null(stream, error)
 
 
 # --- progress ---------------------------------------------------------------------------------------------
 
 
 def progress(iterable=None, *, disable: bool = False, **options) -> tqdm:
-    """A tqdm bar on stderr. Where that is a log file and no terminal: a line at the start, every 30 s and at the end;
-    with leave=False only those between. options: tqdm's. TQDM_MININTERVAL and TQDM_DISABLE have their usual meaning."""
+    """A tqdm bar on stderr. If that is not a terminal: a line at the start, every 30 s and at the end, or with
+    leave=False only those in between. options: of tqdm. TQDM_MININTERVAL and TQDM_DISABLE have their usual meaning."""
     if disable or sys.stderr is None:
-        options["disable"] = True  # else left out: an argument would override TQDM_DISABLE
+        options["disable"] = True  # otherwise not passed: an argument would override TQDM_DISABLE
     if sys.stderr is not None and sys.stderr.isatty():
         return tqdm(iterable, **{"file": sys.stderr, "dynamic_ncols": True, **options})
     every = float(os.environ.get("TQDM_MININTERVAL", 30))
@@ -102,7 +102,7 @@ def progress(iterable=None, *, disable: bool = False, **options) -> tqdm:
 
 
 class _Lines(tqdm):
-    """A bar as lines of a log: nothing is overwritten, and nothing asks for a line sooner than `mininterval`."""
+    """A progress bar as lines of a log: nothing is overwritten, and lines are at least `mininterval` apart."""
 
     _shown = -math.inf
 

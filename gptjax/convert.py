@@ -1,12 +1,12 @@
-"""Weights in from, and out to, Hugging Face's layout (GPT-1 and GPT-2, safetensors).
+"""Imports weights from and exports them to Hugging Face's format (GPT-1 and GPT-2, safetensors).
 
     python -m gptjax.convert --from=hf --input=DIR_OR_SAFETENSORS --workdir=runs/gpt2 [--tokenizer=DIR|none]
     python -m gptjax.convert --to=hf --output=DIR --workdir=runs/x [--step=N|best]
 
-Into a workdir: sample, evaluate and every later stage open it as one of our own; train on from it with
---config.init_from. With --tokenizer=none it reads and writes no text: pre-training goes on from it with a tokenizer
-of its own (--config.data.tokenizer), the other commands say what is missing. Out of one:
-transformers.AutoModelForCausalLM and AutoTokenizer load the directory; what the format cannot keep is printed.
+Import makes a workdir that sample, evaluate and every later stage use like any other; continue training from it with
+--config.init_from. Imported with --tokenizer=none it cannot read or write text: only pre-training can start from it,
+with its own tokenizer (--config.data.tokenizer). Export makes a directory that transformers.AutoModelForCausalLM and
+AutoTokenizer load. Whatever is not preserved is printed.
 """
 
 import dataclasses
@@ -19,8 +19,10 @@ from etils import epath
 
 from gptjax import command_line, json_files, lock, paths, run_config
 from gptjax import config as configs
-from gptjax.data.corpus import DataConfig, isolates_documents
-from gptjax.data.tokenizer import Tokenizer, make_tokenizer
+from gptjax.data.bpe import make_tokenizer
+from gptjax.data.corpus import DataConfig
+from gptjax.data.records import isolates_documents
+from gptjax.data.tokenizer import Tokenizer
 from gptjax.errors import InputError
 from gptjax.interop import huggingface
 from gptjax.interop.hf_tokenizer import CHAT_TEMPLATE, read_json, read_token_ids
@@ -31,15 +33,21 @@ from gptjax.trained import Model, load_model
 from gptjax.training.checkpoint import Checkpointer
 from gptjax.training.precision import PrecisionConfig
 
-# What sampling would do by default there; here it is said on the command line.
+# Sampling defaults of generation_config.json, which are command-line flags here.
 _SAMPLING = ("do_sample", "temperature", "top_k", "top_p", "repetition_penalty", "max_new_tokens")
 
 
 def import_weights(source, workdir, tokenizer_path: str | None = None):
-    """A new workdir with the model, tokenizer and weights of a Hugging Face directory, as step 0.
+    """Makes a workdir with the model, tokenizer and weights of a Hugging Face directory, as step 0.
 
-    tokenizer_path: a directory with the tokenizer, 'none' to do without one, None = beside the weights. What of the
-    directory is not used is printed, a line each.
+    Args:
+        source: the directory, or a .safetensors file.
+        workdir: to be made; it must not hold a run.
+        tokenizer_path: directory of the tokenizer, 'none' = import none, None = next to the weights.
+    Returns:
+        The model's GPTConfig. What is not imported is printed, one line each.
+    Raises:
+        InputError: as huggingface.read; no tokenizer, or one that does not fit the model; the workdir holds a run.
     """
     workdir = paths.local(workdir)
     with lock.held(workdir):
@@ -54,8 +62,8 @@ def _import(source, workdir, tokenizer_path):
     tokenizer = None if tokenizer_path == "none" else _find_tokenizer(source, tokenizer_path)
     if tokenizer is not None and tokenizer.vocab_size > config.vocab_size:
         raise InputError(
-            f"The tokenizer has {tokenizer.vocab_size} tokens and the model {config.vocab_size}: they do not belong "
-            "together. Give the model's own with --tokenizer=DIR."
+            f"The tokenizer has {tokenizer.vocab_size} tokens and the model {config.vocab_size}, so it is not the "
+            "model's: give that with --tokenizer=DIR."
         )
     workdir.mkdir(parents=True, exist_ok=True)
     if tokenizer is not None:
@@ -74,8 +82,8 @@ def _import(source, workdir, tokenizer_path):
     }
     settings = _settings(_directory(source), "tokenizer_config.json")
     if tokenizer is not None and settings.get("chat_template") == CHAT_TEMPLATE:
-        record["template"] = "chat"  # an export of ours comes back as what it was
-    json_files.write_json(workdir / "config.json", record)  # last: a workdir with a config is a whole one
+        record["template"] = "chat"  # exported by gptjax from a model with this template
+    json_files.write_json(workdir / "config.json", record)  # last: a workdir with a config is complete
     for note in _import_notes(_directory(source), config, tokenizer, record):
         print(f"note: {note}")
     return config
@@ -91,7 +99,7 @@ def _settings(directory: Path, name: str) -> dict:
 
 
 def _find_tokenizer(source, given: str | None) -> Tokenizer:
-    """With the ids that end a text, begin one and pad, as the model's own files have them."""
+    """The tokenizer, with the end-of-text, begin-of-text and padding ids of the model's own files."""
     directory = _directory(source)
     if given:
         tokenizer = make_tokenizer(paths.expand(str(given)), list)
@@ -100,8 +108,8 @@ def _find_tokenizer(source, given: str | None) -> Tokenizer:
             tokenizer = make_tokenizer(str(directory), list)
         except InputError as error:
             raise InputError(
-                f"No tokenizer beside the weights ({error}). Give the directory of the model's own with "
-                "--tokenizer=DIR, or do without with --tokenizer=none."
+                f"There is no usable tokenizer next to the weights. {error} Give the directory of the model's "
+                "tokenizer with --tokenizer=DIR, or import none with --tokenizer=none."
             ) from error
     return tokenizer.for_model(**read_token_ids(directory))
 
@@ -109,29 +117,35 @@ def _find_tokenizer(source, given: str | None) -> Tokenizer:
 def _import_notes(directory: Path, config, tokenizer: Tokenizer | None, record: dict) -> list[str]:
     notes = []
     if tokenizer is None:
-        notes.append("without a tokenizer this workdir reads and writes no text")
+        notes.append("Without a tokenizer this workdir cannot read or write text.")
     elif tokenizer.vocab_size < config.vocab_size:
         notes.append(
-            f"the model has {config.vocab_size:,} rows and the tokenizer {tokenizer.vocab_size:,} ids: the other rows "
-            "are taken for padding and never sampled"
+            f"The model has {config.vocab_size:,} vocabulary rows and the tokenizer {tokenizer.vocab_size:,} ids: the "
+            "other rows are treated as padding and never sampled."
         )
     chat = _settings(directory, "tokenizer_config.json").get("chat_template")
     if "template" not in record and (chat or (directory / "chat_template.jinja").exists()):
         notes.append(
-            "its chat template is not used: sample continues a prompt as text, and SFT puts the template of "
-            "gptjax/data/chat.py around it"
+            "Its chat template is not used: sample continues a prompt as plain text, and SFT applies the template of "
+            "gptjax/data/chat.py."
         )
     generation = _settings(directory, "generation_config.json")
     unused = [f"{key}={generation[key]}" for key in _SAMPLING if generation.get(key) is not None]
     if unused:
-        notes.append(f"generation_config.json's {', '.join(unused)} not kept: give sample the flags of that name")
+        notes.append(f"Not imported from generation_config.json: {', '.join(unused)}. Use the flags of sample.")
     return notes
 
 
 def export_weights(workdir, output, step: int | str | None = None):
-    """A directory that transformers loads, from a workdir's newest good checkpoint, a given step or the 'best' one.
+    """Writes a directory that transformers loads, from a checkpoint of a workdir.
 
-    What the format cannot keep is printed, a line each.
+    Args:
+        output: the directory to make; it must not exist, or be empty.
+        step: None = the newest intact checkpoint, 'best' = the one with the lowest validation loss.
+    Returns:
+        The Model that was exported. What the format cannot represent is printed, one line each.
+    Raises:
+        InputError: as huggingface.write; no such checkpoint.
     """
     run = run_config.read_config(workdir)
     if run["kind"] == "scalar":
@@ -148,21 +162,21 @@ def export_weights(workdir, output, step: int | str | None = None):
 
 
 def _reward_model(workdir, step: int | None) -> tuple[Model, dict]:
-    """(trunk, head) of a reward model, normalized."""
+    """(trunk, head) of a reward model, with normalized scores."""
     mesh = make_mesh(MeshConfig(), jax.devices()[:1])
-    judge = load_reward_model(workdir, mesh=mesh)
-    if step not in (None, judge.step):
-        raise InputError(f"--step={step}: a reward model is exported as it was normalized, at step {judge.step}.")
-    trunk, head = judge.params["trunk"], jax.tree.map(np.asarray, judge.params["head"])
-    return Model(judge.config, trunk, judge.tokenizer, judge.dtype, judge.step, mesh, judge.template), head
+    scorer = load_reward_model(workdir, mesh=mesh)
+    if step not in (None, scorer.step):
+        raise InputError(f"--step={step}: a reward model is normalized, and exported, at step {scorer.step} only.")
+    trunk, head = scorer.params["trunk"], jax.tree.map(np.asarray, scorer.params["head"])
+    return Model(scorer.config, trunk, scorer.tokenizer, scorer.dtype, scorer.step, mesh, scorer.template), head
 
 
 def _generation(run: dict) -> dict:
-    """How a policy was sampled in training: what it is to be sampled like. Other models have no such setting."""
+    """generation_config.json of a policy: its sampling settings in PPO. Other models have none."""
     rollout = run.get("rollout")
     if not rollout:
         return {}
-    # top_k: transformers would take 50.
+    # top_k: the default of transformers is 50.
     return {"do_sample": True, "temperature": rollout["temperature"], "top_k": 0, "top_p": 1.0,
             "max_new_tokens": rollout["max_new_tokens"]}  # fmt: skip
 
@@ -170,33 +184,33 @@ def _generation(run: dict) -> dict:
 def _export_notes(run: dict, model: Model, isolated: bool) -> list[str]:
     notes, tokenizer = [], model.tokenizer
     if "rollout" in run:
-        notes.append("exported is the policy's moving average; its value network and PPO's state are not")
+        notes.append("The policy's moving average is exported, without the value network and PPO's state.")
     elif run["kind"] == "scalar":
         notes.append(
-            "exported is a sequence classifier of one label, whose logit is the normalized score (its bias is in the "
-            "last LayerNorm's); reward.json's accuracies are not in the format"
+            "The export is a sequence classifier with one label, whose logit is the normalized score (its bias is "
+            "folded into that of the last LayerNorm). The accuracies in reward.json are not exported."
         )
     elif "optimizer" in run:
-        notes.append("the optimizer's state is not exported: training is resumed in the workdir")
+        notes.append("The optimizer state is not exported: resume training in the workdir.")
     if tokenizer is None:
-        return [*notes, "the workdir has no tokenizer, so none is exported"]
+        return [*notes, "The workdir has no tokenizer, so none is exported."]
     if tokenizer.vocab_size < model.config.vocab_size:
         notes.append(
-            f"config.json says vocab_size {model.config.vocab_size:,} and the tokenizer has {tokenizer.vocab_size:,} "
-            "ids: there is no token for the others, which transformers may sample"
+            f"config.json has vocab_size {model.config.vocab_size:,} and the tokenizer {tokenizer.vocab_size:,} ids: "
+            "transformers may sample the others, which have no token."
         )
     if tokenizer.kind == "gpt1":
-        notes.append("transformers' OpenAIGPTTokenizer has no ftfy and no spaCy: words at punctuation may differ")
+        notes.append("transformers' OpenAIGPTTokenizer uses neither ftfy nor spaCy: words may differ at punctuation.")
     if model.template == "chat":
         notes.append(
-            "the chat template is in tokenizer_config.json; transformers turns a '<|user|>' that stands in a text into "
-            "that token, which does not happen here"
+            "The chat template is in tokenizer_config.json. Unlike gptjax, transformers encodes a '<|user|>' in a text "
+            "as the special token."
         )
     elif model.template:
-        notes.append(f"the template {model.template!r} puts nothing around a prompt: there is no chat template")
+        notes.append(f"The template {model.template!r} adds nothing to a prompt, so there is no chat template.")
     if isolated:
-        notes.append("that the model was pre-trained on documents isolated from each other (data.isolate_documents) is "
-                     "not in the format")  # fmt: skip
+        notes.append("The format does not record that the model was pre-trained on isolated documents "
+                     "(data.isolate_documents).")  # fmt: skip
     return notes
 
 
@@ -211,20 +225,20 @@ def main(_):
         print(f"{FLAGS.workdir}: {parameter_count(config):,} parameters from {FLAGS.input}")
     else:
         if not FLAGS.output:
-            raise InputError("--to=hf needs --output=DIR, a directory to be made.")
+            raise InputError("--to=hf needs --output=DIR, the directory to make.")
         model = export_weights(FLAGS.workdir, FLAGS.output, FLAGS.step)
-        beside = "" if model.tokenizer is None else ", with the tokenizer"
-        print(f"{FLAGS.output}: {parameter_count(model.config):,} parameters of step {model.step}{beside}")
+        tokenizer = "" if model.tokenizer is None else ", with the tokenizer"
+        print(f"{FLAGS.output}: {parameter_count(model.config):,} parameters of step {model.step}{tokenizer}")
 
 
 if __name__ == "__main__":
     FLAGS = flags.FLAGS
-    flags.DEFINE_enum("from", None, ["hf"], "Where the weights come from.")
-    flags.DEFINE_enum("to", None, ["hf"], "Where the weights go.")
+    flags.DEFINE_enum("from", None, ["hf"], "Format to import weights from.")
+    flags.DEFINE_enum("to", None, ["hf"], "Format to export weights to.")
     command_line.define_path("input", None, "Hugging Face directory or .safetensors file.")
     command_line.define_path("output", None, "Directory to write.")
-    command_line.define_path("workdir", None, "Our workdir: made with --from, read with --to.")
-    command_line.define_path("tokenizer", None, "Tokenizer directory, if the input has none; 'none' to do without one.")
+    command_line.define_path("workdir", None, "Workdir: made with --from, read with --to.")
+    command_line.define_path("tokenizer", None, "Tokenizer directory, if the input has none; 'none' to import none.")
     command_line.define_step()
     flags.mark_flag_as_required("workdir")
     command_line.run(main)

@@ -1,12 +1,13 @@
-"""The one exception for bad input that the user can fix.
+"""The one exception for user-correctable input errors.
 
-Every message names the cause and the fix. The command-line mains print it without a traceback and
-exit with code 2; library callers catch it as a ValueError.
+The command-line mains print its message without a traceback and exit with code 2; library callers can catch it as a
+ValueError. Messages, warnings and notes follow one form: full sentences, with a capital letter and a period and without
+contractions, that name the cause and the fix. A message may begin with the place that it is about, as `rows.jsonl:3: `
+or `--prompt='q': `; what follows is again a full sentence. A key, path or value at the beginning keeps its own case.
 """
-
 
 INTERRUPTED = 130  # exit code of a command that Ctrl-C ended: 128 + SIGINT
 
 
 class InputError(ValueError):
-    """Bad input: a config, a file, a checkpoint or a prompt that the user can change."""
+    """User-correctable input: a config, file, checkpoint or prompt that the user can change."""

@@ -18,7 +18,8 @@ from absl import flags
 from gptjax import command_line, json_files
 from gptjax.console import progress
 from gptjax.data import sources
-from gptjax.data.corpus import Part, Text, documents_within, isolates_documents, pretraining_text
+from gptjax.data.corpus import Part, Text, pretraining_text
+from gptjax.data.records import documents_within, isolates_documents
 from gptjax.data.tokens import around
 from gptjax.errors import InputError
 from gptjax.evals.lm import evaluation_sums
@@ -87,7 +88,7 @@ def _evaluate() -> dict:
 
 def source_text(source: str, tokenizer, text_field: str, isolate_documents: bool = False, *,
                 document_separator: str | None = None, split: str | None = None) -> Text:  # fmt: skip
-    """A source as a text to score. document_separator, split: corpus.documents_within."""
+    """A source as a text to score. document_separator, split: records.documents_within."""
     documents = sources.documents(source, text_field=text_field, separator=document_separator, lines=split == "lines")
     shards = TokensInMemory(documents, tokenizer)
     return Text(tokenizer, (Part("", 1.0, shards, shards),), isolate_documents, {})

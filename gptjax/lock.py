@@ -1,8 +1,8 @@
-"""One start at a time in a workdir: a second one would replace the metrics and checkpoints of the first.
+"""A lock on the workdir: a second run in it would overwrite the metrics and checkpoints of the first.
 
-The lock is the operating system's (flock) on workdir/lock, so it ends with the process that has it, however that ends;
-what is written in the file only says who it is. Of many hosts the first one has it for the job. Not locked are gs://
-workdirs and storage without flock (some NFS mounts): there it is for whoever starts the job to start it once.
+The lock is an flock of the operating system on workdir/lock, so it is released when its process ends, for whatever
+reason; the file's contents only identify the owner. In a multi-host job process 0 holds it. Workdirs on gs:// and on
+storage without flock (some NFS mounts) are not locked: there the user must make sure to start the job only once.
 """
 
 import contextlib
@@ -26,32 +26,33 @@ _NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.
 
 @contextlib.contextmanager
 def held(workdir):
-    """The workdir is this process's to write in; yields its local path. Makes it, and removes it if it is left empty.
+    """Context manager that locks the workdir for this process and yields its local path. Creates it, and removes it if
+    it is left empty.
 
-    Raises InputError if another process has it, or if it is no folder that can be written in.
+    Raises InputError if another process holds the lock, or if the workdir is not a writable folder.
     """
     workdir = paths.local(workdir)
     paths.check_workdir(workdir)
-    taken = []
+    releases = []
 
-    def take() -> str | None:
+    def acquire() -> str | None:
         try:
-            taken.append(_take(workdir))
+            releases.append(_acquire(workdir))
         except InputError as error:
             return str(error)
 
-    refused = None if paths.is_remote(workdir) else hosts.from_first(take)
-    if refused:
-        raise InputError(refused)
+    error = None if paths.is_remote(workdir) else hosts.from_first(acquire)
+    if error:
+        raise InputError(error)
     try:
         yield workdir
     finally:
-        for release in taken:
+        for release in releases:
             release()
 
 
-def _take(workdir):
-    """Locks it; returns what releases it."""
+def _acquire(workdir):
+    """Locks the workdir; returns the function that releases the lock."""
     path, new, locks = os.path.join(workdir, "lock"), not os.path.exists(workdir), True
     try:
         os.makedirs(workdir, exist_ok=True)
@@ -72,16 +73,16 @@ def _take(workdir):
             with contextlib.suppress(FileNotFoundError):
                 if os.path.samestat(os.fstat(file.fileno()), os.stat(path)):
                     break
-            file.close()  # its owner has just ended and removed it
+            file.close()  # the owner has just ended and removed the file
         if not locks:
-            print(f"note: the storage of {workdir} has no locks: make sure that nothing else is training in it")
+            print(f"note: The storage of {workdir} has no locks: make sure that no other run is using it.")
         elif os.fstat(file.fileno()).st_size:
-            print(f"note: {workdir} was in use by {_owner(file)}, which was killed: its lock is released")
+            print(f"note: {workdir} was in use by {_owner(file)}, which was killed: its lock has been released.")
         file.truncate(0)
         file.write(json.dumps({"pid": os.getpid(), "host": socket.gethostname(), "since": time.strftime("%F %T %z")}))
         file.flush()
     except OSError as error:
-        what = "is not a folder" if os.path.isfile(workdir) else f"cannot be written in ({error.strerror or error})"
+        what = "is not a folder" if os.path.isfile(workdir) else f"is not writable ({error.strerror or error})"
         raise InputError(f"{workdir} {what}: give another --workdir, or make it writable.") from error
 
     def release():
@@ -89,7 +90,7 @@ def _take(workdir):
             os.unlink(path)
         file.close()
         if new:
-            with contextlib.suppress(OSError):  # it has something in it
+            with contextlib.suppress(OSError):  # not empty
                 os.rmdir(workdir)
 
     return release

@@ -1,7 +1,7 @@
-"""Paths as people write them: `~`, names that are no paths, and what a workdir's config.json keeps of them.
+"""Paths in configs and on the command line: `~`, values that are not paths, and how config.json stores them.
 
-A config's field that holds a path is made with `field`: config.json then has it in absolute form and, in its section
-`paths`, relative to the workdir, so that it means the same from anywhere and when both folders are moved together.
+A config field that holds a path is declared with `field`. config.json then stores its absolute form and, in the section
+`paths`, its form relative to the workdir, so that it stays valid from any folder and when both folders are moved.
 """
 
 import dataclasses
@@ -18,44 +18,44 @@ _WILD = re.compile(r"[*?[]")
 
 
 def field(names: str = "", default=None):
-    """A dataclass field that holds a path. names: pattern of values that name something else ('stdlib', 'bpe:300')."""
+    """A dataclass field that holds a path. names: regex of values that are not paths ('stdlib', 'bpe:300')."""
     return dataclasses.field(default=default, metadata={"path": names})
 
 
-SOURCE = r"stdlib|hf:.*"  # what data/sources.py reads besides paths
-SHARE = rf"{SOURCE}|[-+]?[\d.]+([eE][-+]?\d+)?"  # a share of the documents or another source
+SOURCE = r"stdlib|hf:.*"  # sources of data/sources.py that are not paths
+SHARE = rf"{SOURCE}|[-+]?[\d.]+([eE][-+]?\d+)?"  # a fraction of the documents, or another source
 TOKENIZER = r"char|bpe:.*"
 
 
 def is_remote(path) -> bool:
-    """gs://bucket/... and the like."""
+    """Whether a path is a URL, such as gs://bucket/..."""
     return "://" in os.fspath(path)
 
 
 def expand(path):
-    """`~` and `~user` as the shell has them. Raises InputError where there is no such user. None stays None."""
+    """Expands `~` and `~user` like a shell; None stays None. InputError: no such user."""
     if path is None or not path.startswith("~"):
         return path
     expanded = os.path.expanduser(path)
     if expanded.startswith("~"):
         user = path.split("/")[0][1:]
-        raise InputError(f"{path}: there is no user {user!r}. Write ./{path} for a folder of that name.")
+        raise InputError(f"{path}: There is no user {user!r}. For a folder of that name write ./{path}.")
     return expanded
 
 
 def expand_flag(argument: str, name: str) -> str:
-    """A command-line argument --name=~/... with `~` expanded, any other as it is."""
+    """Expands `~` in a command-line argument --name=~/...; returns any other argument unchanged."""
     flag, equals, value = argument.partition("=")
     return flag + equals + expand(value) if flag.lstrip("-") == name else argument
 
 
 def local(path) -> epath.Path:
-    """A path to open, `~` expanded."""
+    """A path to open, with `~` expanded."""
     return epath.Path(expand(os.fspath(path)))
 
 
 def fields(cls, prefix: str = "") -> dict[str, str]:
-    """{dotted key: pattern of values that are no paths} of a dataclass and those in it."""
+    """{dotted key: regex of values that are not paths} of a dataclass and the dataclasses in it."""
     found, kinds = {}, typing.get_type_hints(cls)
     for f in dataclasses.fields(cls):
         if "path" in f.metadata:
@@ -71,32 +71,32 @@ def is_path(value, names: str) -> bool:
 
 
 def check_workdir(workdir):
-    """InputError for a workdir whose name the storage of checkpoints takes to be another's."""
+    """InputError: a workdir whose name the checkpoint storage (TensorStore) would misread."""
     text = "" if is_remote(workdir) else os.path.abspath(workdir)
     wrong = {
         "a backslash": "\\" in text, "a colon at the end": ":/" in text + "/",
         "bytes that are not UTF-8": text != text.encode(errors="replace").decode(),
     }  # fmt: skip
-    for what, there in wrong.items():
-        if there:
+    for what, found in wrong.items():
+        if found:
             raise InputError(
-                f"{ascii(text)} has {what} in the name of a folder, where checkpoints cannot be stored: rename the "
+                f"{ascii(text)} has {what} in the name of a folder, so checkpoints cannot be stored there: rename the "
                 "folder, or give another --workdir."
             )
 
 
-# --- what config.json keeps -------------------------------------------------------------------------------
+# --- paths in config.json -------------------------------------------------------------------------------
 
 
 def absolute(path: str) -> str:
-    """The path from anywhere. Of a pattern (texts/*.txt) the folder that is put before it is escaped."""
+    """The absolute path. For a glob pattern (texts/*.txt) the current folder is escaped."""
     path = expand(path)
-    here = os.getcwd()
-    return os.path.normpath(os.path.join(glob.escape(here) if _is_pattern(path) else here, path))
+    current = os.getcwd()
+    return os.path.normpath(os.path.join(glob.escape(current) if _is_pattern(path) else current, path))
 
 
 def relative(path: str, workdir) -> str | None:
-    """An absolute path as seen from the workdir; None from a remote one."""
+    """An absolute path relative to the workdir; None if the workdir is remote."""
     if is_remote(workdir):
         return None
     workdir = os.path.abspath(workdir)
@@ -104,22 +104,22 @@ def relative(path: str, workdir) -> str | None:
 
 
 def resolve(absolute_path: str, relative_path: str | None, workdir) -> str:
-    """Where a path of config.json is now: relative to the workdir if something is there, else the absolute one.
+    """The current location of a path in config.json: relative to the workdir if that exists, else the absolute path.
 
-    Relative first: where both folders were moved or copied together the copy's own is meant, whatever has come to lie
-    at the old place since. The two differ only where the workdir was moved.
+    The relative path comes first: if both folders were moved or copied together, the copy is meant, even if something
+    else now exists at the old location. The two differ only if the workdir was moved.
     """
     if relative_path is not None:
         workdir = os.path.abspath(workdir)
-        for place in (workdir, glob.escape(workdir)):
-            found = os.path.normpath(os.path.join(place, relative_path))
+        for base in (workdir, glob.escape(workdir)):
+            found = os.path.normpath(os.path.join(base, relative_path))
             if os.path.exists(found) or (_WILD.search(found) and glob.glob(found)):
                 return found
     return absolute_path
 
 
 def same(a: str, b: str) -> bool:
-    """Whether two spellings mean one place, through symbolic links too."""
+    """Whether two paths are the same location, following symbolic links."""
     return a == b or os.path.realpath(expand(a)) == os.path.realpath(expand(b))
 
 

@@ -20,7 +20,8 @@ from ml_collections import config_dict as mlc
 
 from gptjax import config as configs
 from gptjax import console, lock, report, run_config
-from gptjax.data.corpus import Text, start_record, write_record
+from gptjax.data.corpus import Text
+from gptjax.data.records import start_record, write_record
 from gptjax.distributed import hosts
 from gptjax.errors import InputError
 from gptjax.parallel.mesh import make_mesh
@@ -42,7 +43,7 @@ class Claim:
     """The workdir of a run that begins or resumes.
 
     known: whether it holds a run already. resuming: whether that run has a checkpoint to go on from.
-    record: of data.json (data/corpus.py); `begin` starts it.
+    record: of data.json (data/records.py); `begin` starts it.
     """
 
     def __init__(self, stage: str, workdir, kind: str):

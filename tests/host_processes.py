@@ -1,4 +1,4 @@
-"""Real processes on one machine, as many hosts would run them: `python -m gptjax.<stage>` with its environment."""
+"""Real processes on one machine that stand in for hosts: `python -m gptjax.<stage>` with a host's environment."""
 
 import dataclasses
 import json
@@ -29,7 +29,7 @@ def free_port() -> int:
 
 
 def hosts_config(root) -> Path:
-    """A config file for a GPT of 27k parameters on words that it writes beside it; two micro-batches a step."""
+    """A config file for a GPT of 27k parameters on words that it writes next to it; two micro-batches per step."""
     if not (root / "words.txt").exists():
         rng = random.Random(0)
         words = ["".join(rng.choice("abcdefgh") for _ in range(rng.randint(2, 6))) for _ in range(60)]
@@ -40,7 +40,7 @@ def hosts_config(root) -> Path:
     c.steps, c.batch_size, c.microbatch_size = 6, 16, 8
     c.eval.update(every=100, batches=2)
     c.checkpoint.every, c.log.tensorboard = 3, False
-    c.optimizer.learning_rate, c.schedule.kind = 3e-3, "constant"  # no step depends on how many there will be
+    c.optimizer.learning_rate, c.schedule.kind = 3e-3, "constant"  # no step depends on their number
     return config_file(root / "tiny.py", PretrainConfig, c)
 
 
@@ -61,9 +61,9 @@ class End:
 
 
 class Processes:
-    """`count` processes of a stage, each with devices of its own; as a context manager it leaves none behind.
+    """`count` processes of a stage, each with its own devices; on leaving the context all are ended.
 
-    only: the process ids that are started. each: {process id: further options}. options: --config.<key>=<value>.
+    only: the process ids to start. each: {process id: further options}. options: --config.<key>=<value>.
     """
 
     def __init__(self, stage, config, workdir, count, *, devices=None, only=None, each=None, flags=(), **options):
@@ -99,7 +99,7 @@ class Processes:
         return "\n".join(x for x in self._logs[index].read_text().split("\n") if not x.startswith("[Gloo]"))
 
     def wait_for_lines(self, count, limit=300):
-        """Until metrics.jsonl has so many lines."""
+        """Waits until metrics.jsonl has `count` lines."""
         path, end = Path(self.workdir) / "metrics.jsonl", time.monotonic() + limit
         while not (path.exists() and path.read_text().count("\n") >= count):
             dead = [i for i, p in self._processes.items() if p.poll() is not None]
@@ -110,7 +110,7 @@ class Processes:
         self._processes[index].send_signal(number)
 
     def ends(self, limit=300) -> list[End]:
-        """How each ended. AssertionError: one still runs after `limit` seconds."""
+        """Exit code and output of each. AssertionError: one still runs after `limit` seconds."""
         end = time.monotonic() + limit
         for index, process in self._processes.items():
             try:
@@ -127,8 +127,8 @@ def read_config_file(path):
 
 
 def assert_same_figures(workdir, other, relative=tolerance(2000)):
-    """Every figure of metrics.jsonl and evaluations.jsonl that is not a time. Sums over processes are taken in another
-    order than within one: not the bits, but float32's last digits."""
+    """All values of metrics.jsonl and evaluations.jsonl but times agree. Sums over processes are taken in another order
+    than within one, so not bitwise but to float32 rounding."""
     timed = ("tokens_per_second", "prompts_per_second", "mfu", "seconds", "time/")
     for name in ("metrics", "evaluations"):
         a, b = (lines(w, name) for w in (workdir, other))

@@ -3,8 +3,8 @@
 import functools
 import json
 
+from gptjax.data.bpe import character_tokenizer
 from gptjax.data.chat import Template, chat_tokenizer
-from gptjax.data.tokenizer import character_tokenizer
 
 
 @functools.cache

@@ -1,4 +1,4 @@
-"""The template: ids of prompts, responses and conversations, what is a response, and every refusal."""
+"""The template: ids of prompts, responses and conversations, the response mask, and every error."""
 
 import functools
 
@@ -6,8 +6,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from gptjax.data.bpe import character_tokenizer, train_bpe
 from gptjax.data.chat import ASSISTANT, PAD, SYSTEM, USER, Template, chat_tokenizer
-from gptjax.data.tokenizer import character_tokenizer, train_bpe
 from gptjax.errors import InputError
 
 TEXTS = st.text(st.sampled_from("ab <|user|>é\n"), min_size=1, max_size=12)
@@ -23,7 +23,7 @@ def template(kind="chat"):
 
 
 def said(*texts, system=None):
-    """Messages of user and assistant by turns."""
+    """Messages of user and assistant in turn."""
     messages = [{"role": "user" if i % 2 == 0 else "assistant", "content": t} for i, t in enumerate(texts)]
     return ([{"role": "system", "content": system}] if system else []) + messages
 
@@ -75,7 +75,7 @@ def test_a_conversation_is_its_prompt_and_its_response(texts, system):
     assert got == before + chat.response(texts[-1])
     assert len(is_response) == len(got)
     assert is_response[len(before) - 1 :] == [False] + [True] * (len(got) - len(before))
-    # A text holds no special token, so the marks are as many as the turns.
+    # A text contains no special token, so there are as many role tokens as turns.
     assert sum(i in ids(SYSTEM, USER, ASSISTANT) for i in got) == len(messages)
     assert sum(i == chat.eos_id for i in got) == len(texts) // 2
     assert chat.decode(chat.response(texts[-1])) == texts[-1]
@@ -97,22 +97,22 @@ def message(role, content):
 @pytest.mark.parametrize(
     "messages, error",
     [
-        ([], "no messages; the last turn must be the assistant's"),
-        (said("a"), "turn 1 is the user's; the last turn must be the assistant's"),
-        (said("a", "b", "c"), "turn 3 is the user's; the last"),
-        ([message("assistant", "a")], "turn 1 is the assistant's where the user's"),
-        (said("a") + said("b"), "turn 2 is the user's where the assistant's"),
-        (said("a", "b") + [message("system", "c")], "turn 3 is the system's where the user's"),
-        ([message("system", "c"), *said("a", "b", system="c")], "turn 2 is the system's"),
-        ([message("user", "a"), message("bot", "b")], "turn 2 has the unknown role 'bot'; the roles are system"),
-        ([message(["user"], "a")], r"turn 1 has the unknown role \['user'\]"),
-        ([message("user", "a"), message("assistant", 7)], r"turn 2 \(assistant\) is int, not text"),
-        ([message("user", "a"), message("assistant", "")], r"turn 2 \(assistant\) is empty"),
-        ([message("user", ""), message("assistant", "a")], r"turn 1 \(user\) is empty"),
-        ([message("user", None)], "turn 1 has no 'content'"),
-        ([{"from": "human"}], "turn 1 has no 'role'"),
-        (["a"], "turn 1 is str, not an object"),
-        ("a", "the messages are str, not a list"),
+        ([], "There are no messages, but the last turn must be the assistant's"),
+        (said("a"), "Turn 1 is the user's, but the last turn must be the assistant's: fix"),
+        (said("a", "b", "c"), "Turn 3 is the user's, but the last"),
+        ([message("assistant", "a")], "Turn 1 is the assistant's but should be the user's"),
+        (said("a") + said("b"), "Turn 2 is the user's but should be the assistant's"),
+        (said("a", "b") + [message("system", "c")], "Turn 3 is the system's but should be the user's"),
+        ([message("system", "c"), *said("a", "b", system="c")], "Turn 2 is the system's"),
+        ([message("user", "a"), message("bot", "b")], "Turn 2 has the unknown role 'bot': use one of system"),
+        ([message(["user"], "a")], r"Turn 1 has the unknown role \['user'\]"),
+        ([message("user", "a"), message("assistant", 7)], r"Turn 2 \(assistant\) is int, not text"),
+        ([message("user", "a"), message("assistant", "")], r"Turn 2 \(assistant\) is empty"),
+        ([message("user", ""), message("assistant", "a")], r"Turn 1 \(user\) is empty"),
+        ([message("user", None)], "Turn 1 has no 'content'"),
+        ([{"from": "human"}], "Turn 1 has no 'role': a turn is"),
+        (["a"], "Turn 1 is str: give an object"),
+        ("a", "The messages are str, not a list"),
     ],
 )
 def test_bad_conversations(messages, error):
@@ -122,35 +122,35 @@ def test_bad_conversations(messages, error):
 
 def test_bad_texts():
     chat, plain = template(), template("plain")
-    with pytest.raises(InputError, match="turn 2 is the assistant's; the last turn must be the user's"):
+    with pytest.raises(InputError, match="Turn 2 is the assistant's, but the last turn must be the user's"):
         chat.prompt(said("a", "b"))
-    with pytest.raises(InputError, match="the prompt is empty"):
+    with pytest.raises(InputError, match="The prompt is empty"):
         chat.prompt("")
-    with pytest.raises(InputError, match="the prompt is int, not text or a list of messages"):
+    with pytest.raises(InputError, match="The prompt is int, not text or a list of messages"):
         chat.prompt(7)
     for either in (chat, plain):
-        with pytest.raises(InputError, match="the response is empty"):
+        with pytest.raises(InputError, match="The response is empty"):
             either.response("")
-        with pytest.raises(InputError, match="the response is NoneType, not text"):
+        with pytest.raises(InputError, match="The response is NoneType, not text"):
             either.response(None)
     for refused in (lambda: plain.prompt(said("a")), lambda: plain.conversation(said("a", "b"))):
-        with pytest.raises(InputError, match="'plain' takes no messages; take the template 'chat'"):
+        with pytest.raises(InputError, match="'plain' does not accept messages: use the template 'chat'"):
             refused()
 
 
 def test_what_a_template_needs():
-    with pytest.raises(InputError, match="template 'llama' is unknown; there are 'chat' and 'plain'"):
+    with pytest.raises(InputError, match="The template 'llama' is unknown: use 'chat' or 'plain'"):
         template("llama")
     base = character_tokenizer(["ab"])
-    with pytest.raises(InputError, match=r"no <\|endoftext\|>, <\|pad\|>, <\|system\|>.*chat_tokenizer"):
+    with pytest.raises(InputError, match=r"has no <\|endoftext\|>, <\|pad\|>, <\|system\|>.*: add them with chat"):
         Template(base, "chat")
     half = base.with_specials(["<|endoftext|>"])
-    with pytest.raises(InputError, match=r"the tokenizer has no <\|pad\|>; take"):
+    with pytest.raises(InputError, match=r"The tokenizer has no <\|pad\|>, which the template 'plain' needs: add"):
         Template(half, "plain")
     enough = half.with_specials([PAD])
     assert Template(enough, "plain").response("ab") == [0, 1, 2]
     with pytest.raises(InputError, match=r"no <\|system\|>, <\|user\|>, <\|assistant\|>"):
         Template(enough, "chat")
     enough._specials[PAD] = enough.eot_id
-    with pytest.raises(InputError, match="padding and end-of-text are one token, 2"):
+    with pytest.raises(InputError, match="Padding and end-of-text are the same token, 2: give"):
         Template(enough, "plain")

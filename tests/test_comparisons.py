@@ -1,4 +1,4 @@
-"""Comparisons: both forms of a row, ties, the batch of each step and hosts, and every refusal."""
+"""Comparisons: both forms of a row, ties, the batch of each step and hosts, and every error."""
 
 import numpy as np
 import pytest
@@ -61,7 +61,7 @@ def test_a_row_of_ties_alone_is_left_out(tmp_path):
     loaded = load(write(tmp_path / "x.jsonl", [ranked("a", 1, 1, 1), ranked("b", 1, 1, 2), ranked("c", 0, 1)]))
     assert len(loaded.left_out) == 1
     assert sorted(prompts(loaded.train + loaded.validation)) == ["b", "c"]
-    with pytest.raises(InputError, match="all 1 rows were left out"):
+    with pytest.raises(InputError, match="All 1 rows of the source .* were dropped"):
         load(write(tmp_path / "y.jsonl", [ranked("a", 1, 1)]))
 
 
@@ -100,27 +100,27 @@ LONG = {"prompt": "abc", "completions": ["a", "abcdefg", "b"], "ranks": [0, 1, 2
     [
         (
             {"text": "a"},
-            "no field 'prompt'; the row has 'text': name the one that holds it with --config.data.fields.prompt",
+            "There is no field 'prompt', only 'text'. Name the one to use with --config.data.fields.prompt",
         ),
-        ({"prompt": "a"}, "no field 'completions'; the row has 'prompt'"),
-        ({"prompt": "a", "completions": ["b", "c"]}, "no field 'ranks'"),
-        ({"prompt": "a", "chosen": "b"}, "no field 'rejected'; .*fields.rejected=NAME"),
-        ({"prompt": "a", "chosen": "b", "rejected": ["c"]}, "completion 2: the response is list, not text"),
-        (ranked("a", 1), "the row has 1 completions; give 2 to 9"),
-        (ranked("a", *range(10)), "the row has 10 completions; give 2 to 9"),
-        (ranked("a", 1, 2) | {"ranks": [1]}, "the row has 1 ranks for 2 completions"),
-        (ranked("a", 1, 2) | {"ranks": 1}, "the ranks are int, not a list"),
-        (ranked("a", 1, 2) | {"completions": "bc"}, "the completions are str, not a list"),
-        (ranked("a", 1, "2"), "the rank '2' isn't a finite number"),
-        (ranked("a", 1, None), "the rank None isn't a finite number"),
-        (ranked("a", 1, True), "the rank True isn't a finite number"),
-        (ranked("a", 1, float("nan")), "the rank nan isn't a finite number"),
-        (ranked("a", 1, float("-inf")), "the rank -inf isn't a finite number"),
-        (ranked("a", 1, 10**400), "the rank 10+ isn't a finite number"),
-        (ranked("a", 1, 2) | {"completions": ["b", ""]}, "completion 2: the response is empty"),
-        (ranked("", 1, 2), "the prompt is empty"),
-        (ranked(7, 1, 2), "the prompt is int"),
-        (LONG, "the prompt has 5 tokens and the completion 2 8 with end-of-text, together more than 12; raise"),
+        ({"prompt": "a"}, "There is no field 'completions', only 'prompt'"),
+        ({"prompt": "a", "completions": ["b", "c"]}, "There is no field 'ranks'"),
+        ({"prompt": "a", "chosen": "b"}, "There is no field 'rejected', only .*fields.rejected=NAME"),
+        ({"prompt": "a", "chosen": "b", "rejected": ["c"]}, "Completion 2: The response is list, not text"),
+        (ranked("a", 1), "The row has 1 completions: give 2 to 9"),
+        (ranked("a", *range(10)), "The row has 10 completions: give 2 to 9"),
+        (ranked("a", 1, 2) | {"ranks": [1]}, "The row has 1 ranks for 2 completions: give one for each"),
+        (ranked("a", 1, 2) | {"ranks": 1}, "The ranks are int, not a list: fix"),
+        (ranked("a", 1, 2) | {"completions": "bc"}, "The completions are str, not a list"),
+        (ranked("a", 1, "2"), "The rank '2' is not a finite number"),
+        (ranked("a", 1, None), "The rank None is not a finite number"),
+        (ranked("a", 1, True), "The rank True is not a finite number"),
+        (ranked("a", 1, float("nan")), "The rank nan is not a finite number"),
+        (ranked("a", 1, float("-inf")), "The rank -inf is not a finite number"),
+        (ranked("a", 1, 10**400), "The rank 10+ is not a finite number"),
+        (ranked("a", 1, 2) | {"completions": ["b", ""]}, "Completion 2: The response is empty"),
+        (ranked("", 1, 2), "The prompt is empty"),
+        (ranked(7, 1, 2), "The prompt is int"),
+        (LONG, "The prompt has 5 tokens and the completion 2 8 with end-of-text, together more than 12. Raise"),
     ],
 )
 def test_a_bad_row_is_named(tmp_path, row, error):
@@ -134,9 +134,9 @@ def test_long_rows(tmp_path):
     assert len(load(source, drop_long=True).left_out) == 1
     assert len(load(source, length=13).left_out) == 0
     assert len(load(source, length=13, max_length=12, drop_long=True).left_out) == 1
-    with pytest.raises(InputError, match="max_length=13 is more than the 12"):
+    with pytest.raises(InputError, match="max_length=13 is more than the 12 tokens.*: lower it"):
         load(source, max_length=13)
-    with pytest.raises(InputError, match="--config.data.source=PATH"):
+    with pytest.raises(InputError, match="There is no data to read: give --config.data.source=PATH"):
         load(None)
     with pytest.raises(InputError, match="unknown name 'response'"):
         ComparisonConfig(fields={"response": "a"})
@@ -227,7 +227,9 @@ def test_validation_batches(hosts):
 
 def test_bad_batches():
     for k, length in ((3, 8), (4, 5)):
-        with pytest.raises(InputError, match=f"4 completions and up to [56] tokens doesn't fit {k} of {length}"):
+        with pytest.raises(
+            InputError, match=f"4 completions and up to [56] tokens, more than k={k} or length={length}: load"
+        ):
             validation_batches(comparisons(), 4, k, length, pad_id=PAD)
     with pytest.raises(IndexError):
         batches()[-1]

@@ -22,7 +22,7 @@ TEXT = "naïve → 雪\ud800"  # the last is half of a surrogate pair, which UTF
     ("ascii", rb"na\xefve \u2192 \u96ea\ud800"), ("latin-1", b"na\xefve \\u2192 \\u96ea\\ud800"),
     ("utf-8", "naïve → 雪".encode() + rb"\ud800"),
 ])  # fmt: skip
-def test_letters_that_the_encoding_lacks_are_escaped(monkeypatch, encoding, expected):
+def test_characters_outside_the_encoding_are_escaped(monkeypatch, encoding, expected):
     for stream in ("stdout", "stderr"):
         written = io.BytesIO()
         monkeypatch.setattr(sys, stream, io.TextIOWrapper(written, encoding=encoding, newline="\n"))
@@ -49,7 +49,7 @@ class Gone(io.StringIO):
     BrokenPipeError(errno.EPIPE, "Broken pipe"), OSError(errno.EIO, "I/O error"), OSError(errno.ENOSPC, "disk full"),
     ValueError("I/O operation on closed file"),
 ])  # fmt: skip
-def test_an_output_that_fails_does_not_raise(monkeypatch, error):
+def test_failing_output_does_not_raise(monkeypatch, error):
     monkeypatch.setattr(sys, "stdout", out := Gone(error))
     monkeypatch.setattr(sys, "stderr", err := Gone(error))
     with lenient_output():
@@ -62,7 +62,8 @@ def test_an_output_that_fails_does_not_raise(monkeypatch, error):
 STAGE = """
 import sys
 from pathlib import Path
-from gptjax.config import with_sharding_rules, run
+from gptjax.command_line import run
+from gptjax.config import with_sharding_rules
 
 @with_sharding_rules
 def stage(config, workdir):
@@ -74,18 +75,18 @@ run(lambda _: stage({}, sys.argv.pop()))
 """
 
 
-def test_a_run_whose_reader_is_gone_goes_on(tmp_path):
-    """As `python -m gptjax.pretrain ... | head -1`; at exit too Python finds nothing to complain about."""
+def test_a_run_continues_after_its_pipe_is_closed(tmp_path):
+    """As `python -m gptjax.pretrain ... | head -1`; nothing is raised at exit either."""
     command = [sys.executable, "-c", STAGE.replace("sys.argv.pop()", repr(str(tmp_path / "done")))]
     environment = one_device_environment(PYTHONIOENCODING="ascii")
     process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     assert process.stdout.readline() == b"step 0: na\\xefve\n"
     process.stdout.close()
-    said = process.stderr.read().decode()
-    assert (process.wait(timeout=60), said) == (0, "") and (tmp_path / "done").read_text() == "finished"
+    printed = process.stderr.read().decode()
+    assert (process.wait(timeout=60), printed) == (0, "") and (tmp_path / "done").read_text() == "finished"
 
 
-def test_a_command_whose_reader_is_gone_ends_quietly():
+def test_a_command_exits_quietly_after_its_pipe_is_closed():
     script = "from gptjax.command_line import run\nrun(lambda _: [print('text', i) for i in range(100_000)])"
     process = subprocess.Popen([sys.executable, "-c", script], cwd=ROOT, env=one_device_environment(),
                                stdout=subprocess.PIPE, stderr=subprocess.PIPE)  # fmt: skip
@@ -132,7 +133,7 @@ def test_a_log_file_has_a_line_at_the_start_and_the_end(log):
     assert "100/1000" in first and "1000/1000" in last and "loss 999" in last
 
 
-def test_a_log_file_has_a_line_now_and_then(log, monkeypatch):
+def test_a_log_file_has_a_line_at_intervals(log, monkeypatch):
     monkeypatch.setenv("TQDM_MININTERVAL", "0.2")
     began = time.monotonic()
     for _ in progress(range(60), desc="evaluating", leave=False):
@@ -140,7 +141,7 @@ def test_a_log_file_has_a_line_now_and_then(log, monkeypatch):
     assert 1 <= len(log.lines()) <= (time.monotonic() - began) / 0.18 + 1
 
 
-def test_a_short_bar_within_a_run_leaves_nothing_in_a_log_file(log):
+def test_a_short_inner_bar_writes_nothing_to_a_log_file(log):
     for options in ({"leave": False}, {"delay": 1}, {"disable": True}):
         for _ in progress(range(100), desc="evaluating", **options):
             pass
@@ -169,12 +170,12 @@ def test_without_stderr_nothing_is_shown(monkeypatch):
         assert sys.stderr is None
 
 
-def test_every_bar_of_the_package_is_one_of_these():
+def test_the_package_uses_no_other_progress_bars():
     own = ROOT / "gptjax" / "console.py"
     assert [p.name for p in (ROOT / "gptjax").rglob("*.py") if p != own and " tqdm(" in p.read_text()] == []
 
 
-def test_warnings_show_their_text_alone(monkeypatch):
+def test_warnings_print_only_their_message(monkeypatch):
     monkeypatch.setattr(warnings, "formatwarning", warnings.formatwarning)
     plain_warnings()
     assert warnings.formatwarning(UserWarning("few rows"), UserWarning, "gptjax/lock.py", 30) == "warning: few rows\n"

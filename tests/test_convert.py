@@ -1,4 +1,4 @@
-"""`python -m gptjax.convert`: a Hugging Face directory becomes a whole workdir, and goes out again."""
+"""`python -m gptjax.convert`: a Hugging Face directory becomes a complete workdir, and is exported again."""
 
 import dataclasses
 import json
@@ -10,8 +10,9 @@ import pytest
 from tokenizer_files import END, write_legacy
 
 from gptjax import convert, sample
+from gptjax.data.bpe import character_tokenizer, make_tokenizer, train_bpe
 from gptjax.data.chat import chat_tokenizer
-from gptjax.data.tokenizer import Tokenizer, character_tokenizer, make_tokenizer, train_bpe
+from gptjax.data.tokenizer import Tokenizer
 from gptjax.errors import InputError
 from gptjax.generation.decode import generate
 from gptjax.generation.sampling import Sampling
@@ -32,7 +33,7 @@ def tokenizer():
 
 @pytest.fixture(scope="module")
 def exported(tokenizer, tmp_path_factory):
-    """(directory in Hugging Face's layout, its config, its parameters)."""
+    """(directory in Hugging Face's format, its config, its parameters)."""
     config = GPTConfig(tokenizer.vocab_size, 2, 2, 32, 32)
     params = jax.tree.map(np.asarray, jax.jit(lambda k: gpt.init(config, k))(jax.random.key(5)))
     directory = tmp_path_factory.mktemp("hf") / "model"
@@ -40,7 +41,7 @@ def exported(tokenizer, tmp_path_factory):
     return directory, config, params
 
 
-def test_in_and_out_again_is_bitwise_and_the_workdir_is_whole(exported, tokenizer, tmp_path):
+def test_import_and_export_are_bitwise_and_the_workdir_is_complete(exported, tokenizer, tmp_path):
     directory, config, params = exported
     convert.import_weights(directory, tmp_path / "w")
     model = load_model(tmp_path / "w")
@@ -57,7 +58,7 @@ def test_in_and_out_again_is_bitwise_and_the_workdir_is_whole(exported, tokenize
     assert continue_texts(second, ["the cat"], max_new_tokens=8, sampling=Sampling(0.0), seed=0)[0] == text
 
 
-def test_folders_with_characters_of_patterns(exported, tmp_path):
+def test_folders_with_glob_characters(exported, tmp_path):
     directory, _, params = exported
     convert.import_weights(shutil.copytree(directory, tmp_path / "in[1]"), tmp_path / "[2026] a*" / "w")
     assert not (tmp_path / "[2026] a*" / "w" / "lock").exists()
@@ -71,7 +72,7 @@ def test_a_single_file_takes_a_given_tokenizer(exported, tokenizer, tmp_path):
     bare.mkdir()
     (bare / "model.safetensors").write_bytes((directory / "model.safetensors").read_bytes())
     (bare / "config.json").write_text((directory / "config.json").read_text())
-    with pytest.raises(InputError, match="--tokenizer"):
+    with pytest.raises(InputError, match="There is no usable tokenizer next to the weights.*with --tokenizer=DIR"):
         convert.import_weights(bare / "model.safetensors", tmp_path / "w")
     assert not (tmp_path / "w" / "config.json").exists()
     tokenizer.save(tmp_path / "tok")
@@ -79,13 +80,13 @@ def test_a_single_file_takes_a_given_tokenizer(exported, tokenizer, tmp_path):
     assert load_model(tmp_path / "w").step == 0
 
 
-def test_a_tokenizer_too_large_for_the_model_is_refused(exported, tmp_path):
+def test_a_tokenizer_too_large_for_the_model_is_rejected(exported, tmp_path):
     directory, *_ = exported
     other = train_bpe(["abcdefghij klmnop qrstuv wxyz " * 50 + TEXT[0]], 400)
     other.save(tmp_path / "tok")
     if other.vocab_size <= 300:
         pytest.fail("the planted tokenizer should be larger than the model's vocabulary")
-    with pytest.raises(InputError, match="do not belong together"):
+    with pytest.raises(InputError, match="The tokenizer has .* tokens and the model .*--tokenizer=DIR"):
         convert.import_weights(directory, tmp_path / "w", str(tmp_path / "tok"))
 
 
@@ -93,12 +94,12 @@ def test_a_workdir_in_use_is_not_overwritten(exported, tmp_path):
     directory, *_ = exported
     convert.import_weights(directory, tmp_path / "w")
     before = json.loads((tmp_path / "w" / "config.json").read_text())
-    with pytest.raises(InputError, match="already holds a run"):
+    with pytest.raises(InputError, match="already holds a run: give a new --workdir"):
         convert.import_weights(directory, tmp_path / "w")
     assert json.loads((tmp_path / "w" / "config.json").read_text()) == before
 
 
-# --- what the directory says of tokens, and what is not kept ----------------------------------------------
+# --- token ids in the directory, and what is not preserved ----------------------------------------------
 
 
 def edit_json(path, **changes):
@@ -106,7 +107,7 @@ def edit_json(path, **changes):
 
 
 def copied(exported, tmp_path):
-    """The exported directory again, to be changed; without our own description of the tokenizer."""
+    """A copy of the exported directory without our own metadata of the tokenizer."""
     shutil.copytree(exported[0], tmp_path / "hf")
     (tmp_path / "hf" / "tokenizer_meta.json").unlink()
     return tmp_path / "hf"
@@ -118,8 +119,8 @@ def written(model, prompt="the cat", n=12):
 
 
 @pytest.mark.parametrize("name", ["config.json", "generation_config.json"])
-def test_sampling_stops_at_the_models_own_end(exported, tmp_path, name, capsys):
-    """At an id that config.json names, or any of generation_config.json's; and both go out again."""
+def test_sampling_stops_at_the_models_own_eos(exported, tmp_path, name, capsys):
+    """At the id in config.json, or any of those in generation_config.json; both are exported again."""
     source = copied(exported, tmp_path)
     convert.import_weights(source, tmp_path / "free")
     model = load_model(tmp_path / "free")
@@ -133,7 +134,8 @@ def test_sampling_stops_at_the_models_own_end(exported, tmp_path, name, capsys):
     capsys.readouterr()
     convert.import_weights(source, tmp_path / "w")
     printed = capsys.readouterr().out
-    assert ("do_sample=True, temperature=0.7 not kept" in printed) == (name == "generation_config.json")
+    note = "Not imported from generation_config.json: do_sample=True, temperature=0.7. Use the flags of sample."
+    assert (note in printed) == (name == "generation_config.json")
     model = load_model(tmp_path / "w")
     text = continue_texts(model, ["the cat"], max_new_tokens=12, sampling=Sampling(0.0), seed=0)[0]
     assert text == model.tokenizer.decode(free[: free.index(stop)])
@@ -146,7 +148,7 @@ def test_sampling_stops_at_the_models_own_end(exported, tmp_path, name, capsys):
 
 
 def test_an_empty_prompt_begins_with_the_models_own_token(exported, tmp_path, monkeypatch):
-    """And every prompt, where the tokenizer puts that token before a text."""
+    """So does every prompt, if the tokenizer adds that token."""
     _, config, params = exported
     ids = write_legacy(tmp_path / "hf", [END, "<s>"], {"eos_token": END, "bos_token": "<s>"}, add_bos_token=True)
     tokenizer = make_tokenizer(str(tmp_path / "hf"), list)
@@ -165,20 +167,20 @@ def test_an_empty_prompt_begins_with_the_models_own_token(exported, tmp_path, mo
 
 
 def test_without_a_tokenizer(exported, tmp_path, capsys):
-    """--tokenizer=none: the weights come in and go out; text is refused with the remedy; pre-training goes on."""
+    """--tokenizer=none: import and export work, text is an error that names the fix, pre-training can start from it."""
     directory, config, params = exported
     bare = tmp_path / "bare"
     bare.mkdir()
     for name in ("model.safetensors", "config.json"):
         shutil.copy(directory / name, bare / name)
-    with pytest.raises(InputError, match="--tokenizer=DIR, or do without with --tokenizer=none"):
+    with pytest.raises(InputError, match="--tokenizer=DIR, or import none with --tokenizer=none"):
         convert.import_weights(bare, tmp_path / "w")
     convert.import_weights(bare, tmp_path / "w", "none")
-    assert "reads and writes no text" in capsys.readouterr().out
+    assert "Without a tokenizer this workdir cannot read or write text." in capsys.readouterr().out
     with pytest.raises(InputError, match="imported without a tokenizer.*--tokenizer=DIR.*gptjax.pretrain"):
         load_model(tmp_path / "w")
     convert.export_weights(tmp_path / "w", tmp_path / "out")
-    assert "no tokenizer, so none is exported" in capsys.readouterr().out
+    assert "The workdir has no tokenizer, so none is exported." in capsys.readouterr().out
     jax.tree.map(np.testing.assert_array_equal, huggingface.read(tmp_path / "out")[1], params)
     assert not (tmp_path / "out/tokenizer.json").exists()
     check_same_tokenizer(str(tmp_path / "w"), train_bpe(TEXT, 270))  # any will do
@@ -196,16 +198,16 @@ def test_padded_rows_and_a_foreign_template_are_noted(exported, tmp_path, capsys
     edit_json(tmp_path / "hf/tokenizer_config.json", chat_template="{{ messages }}")
     convert.import_weights(tmp_path / "hf", tmp_path / "w")
     printed = capsys.readouterr().out
-    assert f"note: the model has {rows} rows and the tokenizer {ids} ids" in printed
-    assert "note: its chat template is not used" in printed
+    assert f"note: The model has {rows} vocabulary rows and the tokenizer {ids} ids" in printed
+    assert "note: Its chat template is not used" in printed
     assert load_model(tmp_path / "w").template is None
     convert.export_weights(tmp_path / "w", tmp_path / "out")
-    assert f"note: config.json says vocab_size {rows} and the tokenizer has {ids}" in capsys.readouterr().out
+    assert f"note: config.json has vocab_size {rows} and the tokenizer {ids} ids" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("stage", ["sft", "ppo"])
 @pytest.mark.parametrize("template", ["chat", "plain"])
-def test_a_tuned_model_goes_out_with_its_template_and_comes_back(exported, tmp_path, capsys, stage, template):
+def test_a_fine_tuned_model_keeps_its_template(exported, tmp_path, capsys, stage, template):
     directory, config, params = exported
     convert.import_weights(directory, tmp_path / "w")
     tuned = chat_tokenizer(load_model(tmp_path / "w").tokenizer)
@@ -223,9 +225,9 @@ def test_a_tuned_model_goes_out_with_its_template_and_comes_back(exported, tmp_p
     capsys.readouterr()
     convert.export_weights(tmp_path / "w", tmp_path / "out")
     printed = capsys.readouterr().out
-    assert ("optimizer's state is not exported" in printed) == (stage == "sft")
-    assert ("value network" in printed) == ("isolated from each other" in printed) == (stage == "ppo")
-    assert ("puts nothing around a prompt" in printed) == (template == "plain")
+    assert ("The optimizer state is not exported" in printed) == (stage == "sft")
+    assert ("value network" in printed) == ("isolated documents" in printed) == (stage == "ppo")
+    assert ("adds nothing to a prompt" in printed) == (template == "plain")
     settings = json.loads((tmp_path / "out/tokenizer_config.json").read_text())
     assert ("chat_template" in settings) == (template == "chat")
     assert settings["eos_token"] == "<|endoftext|>" and settings["pad_token"] == "<|pad|>"
@@ -241,7 +243,7 @@ def test_a_tuned_model_goes_out_with_its_template_and_comes_back(exported, tmp_p
     assert back.tokenizer.fingerprint == tuned.fingerprint
 
 
-def test_prompts_that_can_not_be(exported, tmp_path, capsys):
+def test_invalid_prompts(exported, tmp_path, capsys):
     directory, config, _ = exported
     convert.import_weights(directory, tmp_path / "w")
     model = load_model(tmp_path / "w")

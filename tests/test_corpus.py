@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 from etils import epath
 
-from gptjax.data import corpus, tokens
-from gptjax.data.corpus import DataConfig, load_corpus, load_text, pretraining_text, start_record, write_record
+from gptjax.data import corpus, prepare, records
+from gptjax.data.corpus import DataConfig, load_corpus, load_text, pretraining_text
+from gptjax.data.records import start_record, write_record
 from gptjax.errors import InputError
 from gptjax.evaluate import source_text
 from gptjax.json_files import write_json
@@ -69,14 +70,14 @@ def test_a_reader_refuses_tokens_that_are_not_the_runs(source, tmp_path):
     record = json.loads((tmp_path / "run" / "data.json").read_text())
     record["text"]["parts"][""]["validation"] = "0" * 64
     write_json(tmp_path / "run" / "data.json", record)
-    with pytest.raises(InputError, match="are not those that .*run was trained on"):
+    with pytest.raises(InputError, match="are not those that .*run was trained on: restore them"):
         pretraining_text(tmp_path / "run")
 
 
 def test_a_run_of_an_earlier_version(source, tmp_path):
     """Its tokens are in the cache itself, and its checkpoint has the fingerprint; it keeps its order."""
     c, run = config(source, tmp_path), tmp_path / "run"
-    tokenizer, splits = tokens.prepare(c.source, c.tokenizer, c.cache, progress=False)
+    tokenizer, splits = prepare.prepare(c.source, c.tokenizer, c.cache, progress=False)
     tokenizer.save(run / "tokenizer")
     write_json(run / "config.json", {"stage": "pretrain", "seed": 0, "data": dataclasses.asdict(c)})
     (run / "checkpoints" / "2" / "meta").mkdir(parents=True)
@@ -87,7 +88,7 @@ def test_a_run_of_an_earlier_version(source, tmp_path):
     assert record == {"shuffle": 1}
     assert load_corpus(c, run, 0, record, True).parts[0].train.directory == splits["train"].directory
     meta.write_text(json.dumps({"data": "those of another seed"}))
-    with pytest.raises(InputError, match="are not those that .*run was trained on"):
+    with pytest.raises(InputError, match="are not those that .*run was trained on: restore them"):
         pretraining_text(run)
 
 
@@ -110,7 +111,7 @@ def test_every_part_of_a_mixture_is_validated_whatever_the_order_of_its_keys(sou
 def test_a_bad_part_is_named(source, tmp_path):
     for name in ("nowhere", "zzz"):  # the first of the parts, and the last
         c = config(source, tmp_path, mixture={name: 1.0, "zoo": 1.0})
-        with pytest.raises(InputError, match=f"^mixture source '{name}': source .* doesn't exist"):
+        with pytest.raises(InputError, match=f"^mixture source '{name}': The source .* does not exist"):
             load_corpus(c, tmp_path, 0, {}, False)
 
 
@@ -134,27 +135,29 @@ def test_isolation_follows_the_base_through_the_stages(source, tmp_path, isolate
 
 
 def test_isolation_outlives_the_folder_of_the_base(source, tmp_path, capsys):
-    """A stage after pre-training keeps it in its own data.json; without that, what is assumed is told."""
-    told_apart = {"isolate_documents": True, "document_separator": "--", "split": "lines"}
-    begin(config(source, tmp_path, **told_apart), tmp_path / "base")
+    """A stage after pre-training records it in its own data.json; otherwise it warns about what it assumes."""
+    separation = {"isolate_documents": True, "document_separator": "--", "split": "lines"}
+    begin(config(source, tmp_path, **separation), tmp_path / "base")
     for name in ("sft", "old"):
         (tmp_path / name).mkdir()
         base = str(tmp_path / "base")
         write_json(tmp_path / name / "config.json", {"stage": "sft", "init_from": base, "data": {}})
     record = start_record(tmp_path / "sft", False, tmp_path / "base")
     write_record(tmp_path / "sft", record)
-    assert corpus.isolates_documents(tmp_path / "sft") and corpus.isolates_documents(tmp_path / "old")
+    assert records.isolates_documents(tmp_path / "sft") and records.isolates_documents(tmp_path / "old")
     shutil.rmtree(tmp_path / "base")
-    assert corpus.isolates_documents(tmp_path / "sft") is True and capsys.readouterr().err == ""
+    assert records.isolates_documents(tmp_path / "sft") is True and capsys.readouterr().err == ""
     assert start_record(tmp_path / "sft", True, tmp_path / "base") == record  # resumed without its base
     assert start_record(tmp_path / "ppo", False, tmp_path / "sft")["documents"] == record["documents"]
-    assert corpus.documents_within(tmp_path / "sft") == {"document_separator": "--", "split": "lines"}
-    assert corpus.isolates_documents(tmp_path / "old") is False
-    assert "How documents were told apart in pre-training is not known" in capsys.readouterr().err
+    assert records.documents_within(tmp_path / "sft") == {"document_separator": "--", "split": "lines"}
+    assert records.isolates_documents(tmp_path / "old") is False
+    assert (
+        "How documents were separated in pre-training is unknown: the defaults are assumed." in capsys.readouterr().err
+    )
 
 
 def test_a_text_that_is_refused_is_refused_on_every_host(tmp_path, monkeypatch):
-    """PPO goes on without a text that it does not need: a first host that told the others nothing left them waiting."""
+    """PPO continues without a text that it does not need, so all hosts must raise the error of the first."""
     (tmp_path / "imported").mkdir()
     write_json(tmp_path / "imported" / "config.json", {"stage": "convert", "data": {}})
     load = lambda: load_text(None, tmp_path / "imported", tmp_path, None, "ptx.cache", 0, {}, False)
@@ -165,11 +168,11 @@ def test_a_text_that_is_refused_is_refused_on_every_host(tmp_path, monkeypatch):
         return sent[-1]
 
     monkeypatch.setattr(corpus.hosts, "from_first", on_first)
-    with pytest.raises(InputError, match="no pre-training text is known of these weights"):
+    with pytest.raises(InputError, match="The pre-training text of these weights is unknown: give a source"):
         load()
     assert len(sent) == 1
     monkeypatch.setattr(corpus.hosts, "from_first", lambda make: sent[0])
-    with pytest.raises(InputError, match="no pre-training text is known of these weights"):
+    with pytest.raises(InputError, match="The pre-training text of these weights is unknown: give a source"):
         load()
 
 
@@ -177,7 +180,7 @@ def test_a_text_that_is_refused_is_refused_on_every_host(tmp_path, monkeypatch):
 def test_documents_end_where_they_did_in_pretraining(tmp_path, how):
     (tmp_path / "x.txt").write_text("".join(f"one {i}\n##two {i}\n##\n" for i in range(10)))
     base = begin(config(tmp_path / "x.txt", tmp_path, **how), tmp_path / "base")
-    options = corpus.documents_within(tmp_path / "base")
+    options = records.documents_within(tmp_path / "base")
     assert {k: v for k, v in options.items() if v} == how
     own = sum(part.documents for part in (base.parts[0].train, base.parts[0].validation))
     shards = source_text(str(tmp_path / "x.txt"), base.tokenizer, "text", **options).parts[0].validation
@@ -189,7 +192,7 @@ def test_documents_end_where_they_did_in_pretraining(tmp_path, how):
 
 
 def test_a_remote_workdir_names_the_cache_to_give():
-    with pytest.raises(InputError, match="memory://run: give a folder on a local disk, --config.mix.cache=DIR"):
+    with pytest.raises(InputError, match="memory://run: give a local folder with --config.mix.cache=DIR"):
         corpus.shards_directory(None, "memory://run", "mix.cache")
     assert corpus.shards_directory("/tmp/x", "memory://run") == "/tmp/x"
 
@@ -213,7 +216,7 @@ def test_a_cache_for_the_text_of_pre_training(source, tmp_path):
 
 def test_bytes_are_the_texts_own_where_the_tokenizer_normalizes(source, tmp_path, monkeypatch):
     """As GPT-1's vocabulary does: over a split, exactly; a lossless tokenizer's tokens stand for the text's bytes."""
-    _, splits = tokens.prepare(str(source), "bpe:270", tmp_path / "tokens", progress=False)
+    _, splits = prepare.prepare(str(source), "bpe:270", tmp_path / "tokens", progress=False)
     shards = splits["validation"]
     assert shards.byte_ratio == 1.0
     lengths = shards._tokenizer.byte_lengths

@@ -1,4 +1,4 @@
-"""Demonstrations: loading, holding out, packing, the batch of each step and hosts, and every refusal."""
+"""Demonstrations: loading, holding out, packing, the batch of each step and hosts, and every error."""
 
 import dataclasses
 import gzip
@@ -144,27 +144,27 @@ GOOD = {"prompt": "a", "response": "b"}
     [
         (
             {"question": "a", "answer": "b"},
-            "no field 'prompt'; the row has 'question', 'answer'.*data.fields.prompt=NAME",
+            "There is no field 'prompt', only 'question', 'answer'.*data.fields.prompt=NAME",
         ),
-        ({"prompt": "a", "output": "b"}, "no field 'response'; the row has 'prompt', 'output'.*fields.response=NAME"),
-        ({"prompt": "a", "response": None}, "no field 'response'; the row has 'prompt':"),
-        ({}, "no field 'prompt'; the row has none"),
-        ({"prompt": "", "response": "b"}, "the prompt is empty"),
-        ({"prompt": "a", "response": ""}, "the response is empty"),
-        ({"prompt": 3, "response": "b"}, "the prompt is int, not text"),
-        ({"prompt": "a", "response": ["b"]}, "the response is list, not text"),
+        ({"prompt": "a", "output": "b"}, "There is no field 'response', only 'prompt', 'output'.*fields.response=NAME"),
+        ({"prompt": "a", "response": None}, "There is no field 'response', only 'prompt'. Name"),
+        ({}, "There is no field 'prompt', only empty ones. Name"),
+        ({"prompt": "", "response": "b"}, "The prompt is empty: give it some text"),
+        ({"prompt": "a", "response": ""}, "The response is empty"),
+        ({"prompt": 3, "response": "b"}, "The prompt is int, not text"),
+        ({"prompt": "a", "response": ["b"]}, "The response is list, not text"),
         (
             {"messages": [{"role": "user", "content": "a"}]},
-            "turn 1 is the user's; the last turn must be the assistant's",
+            "Turn 1 is the user's, but the last turn must be the assistant's",
         ),
-        ({"prompt": "a", "response": "Ü"}, "character 'Ü'"),
+        ({"prompt": "a", "response": "Ü"}, "The character 'Ü'"),
         (
             {"prompt": "a" * 10, "response": "b" * 12},
-            "the prompt has 12 tokens and the response 13 .*more than 24; raise",
+            "The prompt has 12 tokens and the response 13 .*more than 24. Raise",
         ),
         (
             {"messages": [{"role": "user", "content": "a" * 9}, {"role": "assistant", "content": "b" * 15}]},
-            "the prompt has 11 tokens and the turns after it 16 .*--config.data.drop_long=True",
+            "The prompt has 11 tokens and the turns after it 16 .*--config.data.drop_long=True",
         ),
     ],
 )
@@ -180,23 +180,23 @@ def test_long_rows(tmp_path):
     loaded = load(source, drop_long=True)  # <|user|> p0 <|assistant|>, 19 letters and end-of-text are 24
     assert len(loaded.left_out) == 2
     assert {p for p, _ in map(said, loaded.train + loaded.validation)} == {"p0", "p3"}
-    with pytest.raises(InputError, match="x.jsonl:1: the prompt has 4 tokens and the response 20 .*more than 23"):
+    with pytest.raises(InputError, match="x.jsonl:1: The prompt has 4 tokens and the response 20 .*more than 23"):
         load(source, max_length=23)
-    with pytest.raises(InputError, match="max_length=25 is more than the 24 tokens"):
+    with pytest.raises(InputError, match="max_length=25 is more than the 24 tokens.*: lower it"):
         load(source, max_length=25)
-    with pytest.raises(InputError, match="all 4 rows were left out"):
+    with pytest.raises(InputError, match="All 4 rows of the source .* were dropped"):
         load(source, max_length=3, drop_long=True)
-    with pytest.raises(InputError, match="x.jsonl:3: no field 'nothing'"):  # what isn't too long is never left out
+    with pytest.raises(InputError, match="x.jsonl:3: There is no field 'nothing'"):  # drop_long drops no others
         load(write(tmp_path / "x.jsonl", [{"nothing": "a", "response": "b"}] * 2 + [GOOD]), drop_long=True,
              fields={"prompt": "nothing"})  # fmt: skip
 
 
 def test_nothing_to_load(tmp_path):
-    with pytest.raises(InputError, match="--config.data.source=PATH"):
+    with pytest.raises(InputError, match="There is no data to read: give --config.data.source=PATH"):
         load(None)
-    with pytest.raises(InputError, match="holds no rows"):
+    with pytest.raises(InputError, match="contains no rows: give one"):
         load(write(tmp_path / "x.jsonl", []))
-    with pytest.raises(InputError, match="one prompt only.*--config.data.validation=PATH"):
+    with pytest.raises(InputError, match="has only one prompt.*--config.data.validation=PATH"):
         load(write(tmp_path / "x.jsonl", [GOOD, GOOD | {"response": "c"}]))
 
 
@@ -210,12 +210,12 @@ def test_an_empty_prompt_is_allowed_without_a_template(tmp_path):
     "options, error",
     [
         ({"fields": {"promt": "q"}}, "unknown name 'promt': did you mean 'prompt'"),
-        ({"fields": {"prompt": 3}}, "data.fields.prompt=3 isn't the name"),
+        ({"fields": {"prompt": 3}}, "data.fields.prompt=3 is not the name of a field: give text"),
         ({"max_length": 0}, "max_length=0"),
-        ({"validation": "0"}, "validation=0 isn't a share"),
-        ({"validation": "nan"}, "validation=nan isn't a share"),
+        ({"validation": "0"}, "validation=0 is out of range: give a fraction"),
+        ({"validation": "nan"}, "validation=nan is out of range: give a fraction"),
         ({"template": "llama"}, "template='llama' is unknown"),
-        ({"loss_on": "prompt"}, "loss_on='prompt' is unknown; there are response and all"),
+        ({"loss_on": "prompt"}, "loss_on='prompt' is unknown: use 'response' or 'all'"),
     ],
 )
 def test_bad_configs(options, error):
@@ -324,7 +324,7 @@ def test_first_fit_decreasing(sizes):
 
 def test_an_example_longer_than_a_row():
     PackedRows(examples([9]), 8, True, PAD)
-    with pytest.raises(InputError, match="an example of 10 tokens doesn't fit a row of 9"):
+    with pytest.raises(InputError, match="An example of 10 tokens does not fit into a row of 9: load"):
         PackedRows(examples([9, 10]), 8, True, PAD)
 
 
@@ -439,15 +439,15 @@ def test_steps_are_the_fewest(rows, n, fraction, epochs):
 
 
 def test_bad_batches():
-    with pytest.raises(InputError, match="a mix of 1.0 of the rows"):
+    with pytest.raises(InputError, match="A mix of 1.0 of the rows is invalid: give a fraction"):
         batches(mix=Mix(), mix_fraction=1.0)
-    with pytest.raises(InputError, match="a mix of 0.2 of the rows has no text"):
+    with pytest.raises(InputError, match="A mix of 0.2 of the rows has no text: give its source"):
         batches(mix_fraction=0.2)
     other = Mix()
     other.context_length = 9
-    with pytest.raises(InputError, match="the mix has examples of 9 tokens, the demonstrations of 24"):
+    with pytest.raises(InputError, match="The mix has examples of 9 tokens, the demonstrations of 24: make"):
         batches(mix=other, mix_fraction=0.2)
-    with pytest.raises(InputError, match="loss_on='prompt'"):
+    with pytest.raises(InputError, match="loss_on='prompt' is unknown: use 'response' or 'all'"):
         batches(loss_on="prompt")
     with pytest.raises(IndexError):
         batches()[-1]

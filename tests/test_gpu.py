@@ -201,23 +201,23 @@ def a_gpu(monkeypatch, tmp_path):
     monkeypatch.setattr(gpu_flags, "DEVICES", (tmp_path / "nvidia0",))
 
 
-def test_flags_are_set_where_there_is_a_gpu_and_said_once(a_gpu, capsys):
+def test_flags_are_set_on_a_gpu_and_reported_once(a_gpu, capsys):
     environment = {}
     gpu_flags.prepare(environment=environment)
     assert environment == {
         "XLA_FLAGS": " ".join(f"--{name}={value}" for name, value in gpu_flags.FLAGS.items()),
         "XLA_PYTHON_CLIENT_MEM_FRACTION": "0.9",
     }
-    said = capsys.readouterr().err
-    assert said.count("\n") == 1 and "latency_hiding" in said and "0.9" in said
+    printed = capsys.readouterr().err
+    assert printed.count("\n") == 1 and "latency_hiding" in printed and "0.9" in printed
     gpu_flags.prepare(environment=environment)
     assert capsys.readouterr().err == ""
 
 
-def test_what_a_user_has_set_stands(a_gpu, capsys):
+def test_flags_of_the_user_are_kept(a_gpu, capsys):
     first, second, third = gpu_flags.FLAGS
     environment = {"XLA_FLAGS": f"--{first}=false --xla_dump_to=x", "XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
-    gpu_flags.prepare(say=False, environment=environment)
+    gpu_flags.prepare(verbose=False, environment=environment)
     assert environment == {
         "XLA_FLAGS": f"--{first}=false --xla_dump_to=x --{second}=true --{third}=true",
         "XLA_PYTHON_CLIENT_PREALLOCATE": "false",
@@ -226,8 +226,8 @@ def test_what_a_user_has_set_stands(a_gpu, capsys):
 
 
 @pytest.mark.parametrize("platforms, expected", [("", True), ("cuda,cpu", True), ("gpu", True), ("cpu", False)])
-def test_another_platform_asked_for_is_no_gpu(a_gpu, platforms, expected):
-    assert gpu_flags.is_there({"JAX_PLATFORMS": platforms} if platforms else {}) == expected
+def test_other_platforms_are_not_gpus(a_gpu, platforms, expected):
+    assert gpu_flags.has_nvidia_gpu({"JAX_PLATFORMS": platforms} if platforms else {}) == expected
 
 
 def test_without_a_gpu_nothing_is_set(monkeypatch, tmp_path):
@@ -238,12 +238,12 @@ def test_without_a_gpu_nothing_is_set(monkeypatch, tmp_path):
 
 
 def test_a_main_sets_them_before_xla_reads_them_and_jaxlib_knows_each():
-    """An unknown flag would abort this process; of one device more or less the device count tells."""
+    """XLA aborts on an unknown flag; the device count shows that it read these."""
     code = (
         "import pathlib, jax, gptjax.pretrain\n"
-        "from gptjax.parallel import gpu, hosts\n"
-        "gpu.DEVICES = (pathlib.Path('/'),)\n"
-        "gpu.FLAGS = {**gpu_flags.FLAGS, 'xla_force_host_platform_device_count': '3'}\n"
+        "from gptjax.distributed import gpu_flags, hosts\n"
+        "gpu_flags.DEVICES = (pathlib.Path('/'),)\n"
+        "gpu_flags.FLAGS = {**gpu_flags.FLAGS, 'xla_force_host_platform_device_count': '3'}\n"
         "with hosts.join({}, 'x'):\n"
         "    jax.config.update('jax_platforms', 'cpu')\n"
         "    print(jax.device_count(), jax.jit(lambda: 1 + 1)())\n"
@@ -252,7 +252,7 @@ def test_a_main_sets_them_before_xla_reads_them_and_jaxlib_knows_each():
     environment = {k: v for k, v in environment.items() if v and k != "JAX_PLATFORMS"}
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.split() == ["3", "2"] and "NVIDIA GPU: XLA_FLAGS=" in done.stderr
+    assert done.stdout.split() == ["3", "2"] and "NVIDIA GPU: set XLA_FLAGS=" in done.stderr
 
 
 # --- the benchmark ---------------------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""Bytes that compiled programs send, where a closed form is known: on eight CPU devices and for eight TPU chips."""
+"""Communication of compiled programs with a known closed form: on eight CPU devices and for eight TPU chips."""
 
 import functools
 
@@ -38,7 +38,7 @@ def compiled(mesh, function, out, *, scan=()):
 
 
 RING = [(0, 1), (1, 2), (2, 3), (3, 0)]
-CASES = {  # function of a shard, its output's spec, bytes a chip sends
+CASES = {  # function of a shard, its output's spec, bytes that a chip sends
     "all-gather over b": (lambda x: lax.all_gather(x, "b", tiled=True), P("a"), 3 * BYTES),
     "all-gather over a": (lambda x: lax.all_gather(x, "a", tiled=True), P("b"), BYTES),
     "all-reduce over all": (lambda x: lax.psum(x, ("a", "b")), P(), 2 * BYTES * 7 / 8),
@@ -63,7 +63,7 @@ def test_one_collective(mesh, case):
 
 @pytest.mark.parametrize("scan", [(5,), (3, 7)])
 def test_loops_multiply(mesh, scan):
-    """A ring step in a loop, and in a loop in a loop: as often as both run."""
+    """A ring step in a loop and in nested loops: the trip counts multiply."""
     step = lambda x: lax.ppermute(jnp.sin(x), "b", RING)
     found = traffic(compiled(mesh, step, P(("a", "b")), scan=scan))
     times = functools.reduce(lambda a, b: a * b, scan)
@@ -71,8 +71,8 @@ def test_loops_multiply(mesh, scan):
     assert sum(c.times for c in found.collectives) == times and not found.endless
 
 
-def test_a_while_loop_up_to_a_limit_counts_as_the_limit(mesh):
-    """As sampling's: it may stop early, when every row has ended."""
+def test_a_bounded_while_loop_counts_as_its_bound(mesh):
+    """Like that of sampling, which may stop early, when every row has ended."""
 
     def loop(x):
         go_on = lambda carry: (carry[0] < 9) & jnp.any(carry[1] > 0)
@@ -88,15 +88,15 @@ def test_a_loop_without_a_bound_is_named(mesh):
     assert len(found.endless) == 1
 
 
-def test_the_dearer_branch_is_counted(mesh):
-    cheap, dear = lambda x: x * 2, lambda x: lax.ppermute(x, "b", RING)
-    branch = lambda x: lax.cond(x[0, 0] > 0, cheap, dear, x)
+def test_the_costlier_branch_is_counted(mesh):
+    cheap, costly = lambda x: x * 2, lambda x: lax.ppermute(x, "b", RING)
+    branch = lambda x: lax.cond(x[0, 0] > 0, cheap, costly, x)
     assert traffic(compiled(mesh, branch, P(("a", "b")))).sent() == BYTES
 
 
 def test_the_sharded_matmul_of_fsdp(mesh):
-    """Rows of x and of w cut up over all eight: w is gathered once, its gradient reduced and scattered on a TPU; the
-    CPU's partitioner all-reduces it, which sends twice as much, and slices."""
+    """Rows of x and of w sharded over all eight: w is gathered once, its gradient reduce-scattered on a TPU; the CPU's
+    partitioner all-reduces it, which sends twice as much, and slices."""
     spec = NamedSharding(mesh, P(("a", "b")))
     w = jax.ShapeDtypeStruct((1024, 1024), jnp.float32, sharding=spec)
     x = jax.ShapeDtypeStruct((512, 1024), jnp.float32, sharding=spec)
@@ -125,7 +125,7 @@ def test_array_bytes():
     assert array_bytes("(f32[2,3]{1,0:T(8,128)}, /*index=1*/bf16[4]{0}, u32[]{:S(2)})") == 24 + 8 + 4
 
 
-def test_traffic_over_slices_is_told_apart():
+def test_traffic_between_slices_is_separate():
     found = Traffic(
         (Collective("all-reduce", 4, 10.0, 3, True, "x"), Collective("all-gather", 2, 5.0, 2, False, "y")), ()
     )

@@ -1,4 +1,4 @@
-"""Many hosts: who is part of a job, the roll call, a host that is lost, each host's rows, and real processes."""
+"""Multi-host runs: finding the job, the handshake, a host that is lost, each host's rows, and real processes."""
 
 import signal
 import socket
@@ -29,12 +29,12 @@ SLURM = {
     "SLURM_JOB_ID": "77", "SLURM_STEP_NODELIST": "node[003-004]", "SLURM_NTASKS": "2", "SLURM_PROCID": "1",
     "SLURM_LOCALID": "0",
 }  # fmt: skip
-BY_HAND = {"JAX_COORDINATOR_ADDRESS": "a:1", "JAX_NUM_PROCESSES": "3", "JAX_PROCESS_ID": "2"}
+MANUAL = {"JAX_COORDINATOR_ADDRESS": "a:1", "JAX_NUM_PROCESSES": "3", "JAX_PROCESS_ID": "2"}
 
 
 @pytest.fixture
 def surroundings(monkeypatch):
-    """Sets the environment to these variables alone; nothing may be asked of the network."""
+    """Sets the environment to these variables only; the network must not be used."""
     import os
 
     for name in [name for name in os.environ if name.startswith(CLUSTER)]:
@@ -52,23 +52,23 @@ def test_nothing_set_is_one_process(surroundings):
     assert time.monotonic() - began < 150  # it did not wait the 300 s for others
 
 
-def test_a_job_by_hand(surroundings):
-    surroundings(**BY_HAND)
-    assert handshake.find_job(1) == handshake.Job("a:1", 3, 2, by_hand=True)
+def test_a_manual_job(surroundings):
+    surroundings(**MANUAL)
+    assert handshake.find_job(1) == handshake.Job("a:1", 3, 2, manual=True)
     surroundings(JAX_NUM_PROCESSES="1", JAX_PROCESS_ID="0")
     assert handshake.find_job(1) is None
 
 
-@pytest.mark.parametrize("missing", BY_HAND)
-def test_a_job_half_named(surroundings, missing):
-    surroundings(**{k: v for k, v in BY_HAND.items() if k != missing})
+@pytest.mark.parametrize("missing", MANUAL)
+def test_an_incomplete_manual_job(surroundings, missing):
+    surroundings(**{k: v for k, v in MANUAL.items() if k != missing})
     with pytest.raises(InputError, match=f"not {missing}: set all three"):
         handshake.find_job(1)
 
 
 @pytest.mark.parametrize("wrong", [{"JAX_PROCESS_ID": "3"}, {"JAX_PROCESS_ID": "x"}, {"JAX_COORDINATOR_ADDRESS": "a"}])
-def test_a_job_misnamed(surroundings, wrong):
-    surroundings(**BY_HAND | wrong)
+def test_a_malformed_manual_job(surroundings, wrong):
+    surroundings(**MANUAL | wrong)
     with pytest.raises(InputError, match="give host:port and an id"):
         handshake.find_job(1)
 
@@ -76,10 +76,10 @@ def test_a_job_misnamed(surroundings, wrong):
 def test_slurm(surroundings):
     surroundings(**SLURM)
     job = handshake.find_job(1)
-    assert (job.address.split(":")[0], job.count, job.index, job.by_hand) == ("node003", 2, 1, False)
-    assert handshake.local_devices() is None  # JAX's own: one device a task
+    assert (job.address.split(":")[0], job.count, job.index, job.manual) == ("node003", 2, 1, False)
+    assert handshake.local_devices() is None  # JAX's default: one device per task
     surroundings(SLURM_STEP_TASKS_PER_NODE="1(x2)")
-    assert handshake.local_devices() == []  # one task a node has them all
+    assert handshake.local_devices() == []  # one task per node has them all
     surroundings(SLURM_NTASKS="1", SLURM_PROCID="0")
     assert handshake.find_job(1) is None
 
@@ -96,7 +96,7 @@ def test_gke(surroundings, monkeypatch):
     assert handshake.find_job(1) is None
 
 
-def test_a_pod_alone_is_one_process(surroundings):
+def test_a_lone_pod_is_one_process(surroundings):
     surroundings(KUBERNETES_SERVICE_HOST="10.0.0.1")
     assert handshake.find_job(1) is None
 
@@ -107,11 +107,11 @@ def test_facts():
     assert len(found["the code of gptjax"]) == 12
 
 
-# --- the roll call ------------------------------------------------------------------------------------------
+# --- the handshake ------------------------------------------------------------------------------------------
 
 
 def call(present, count, limit=2.0, port=None, **changed):
-    """What each process of `present` got: its answer, or its InputError. changed: {'p1': facts}."""
+    """What each process of `present` receives: its answer or its InputError. changed: {'p1': facts}."""
     address, got = f"127.0.0.1:{port or free_port()}", {}
 
     def one(place, index):
@@ -120,11 +120,11 @@ def call(present, count, limit=2.0, port=None, **changed):
         hello = {"index": index, "count": count, "host": f"host{place}", "facts": own}
         try:
             if index:
-                line, answer = handshake.answer_roll(job, hello, limit)
+                _, answer = handshake.register(job, hello, limit)
                 got[place] = answer
             else:
-                them, names = handshake.call_roll(job, hello, limit)
-                [line.say({"names": names}) for line in them.values()]
+                connections, names = handshake.accept_processes(job, hello, limit)
+                [connection.send({"names": names}) for connection in connections.values()]
                 got[place] = names
         except InputError as error:
             got[place] = str(error)
@@ -135,41 +135,45 @@ def call(present, count, limit=2.0, port=None, **changed):
     return got
 
 
-def test_all_came():
+def test_all_processes_register():
     got = call([2, 0, 1], 3, limit=20)
     assert got[1] == {0: "host1", 1: "host2", 2: "host0"}
     assert got[0]["names"]["1"] == "host2"
 
 
-def test_who_is_missing_is_named_to_all():
+def test_missing_processes_are_named_to_all():
     began = time.monotonic()
     got = call([0, 2], 4)
     assert time.monotonic() - began < 15  # 2 s, and what a busy machine takes
     for text in got.values():
-        assert "2 of 4 processes did not come within 2 s: 1, 3." in text
-        assert "process 0 (host0), process 2 (host1)" in text
+        assert "2 of 4 processes did not connect within 2 s: 1, 3." in text and "or raise --join_limit." in text
+        assert "Present: process 0 (host0), process 2 (host1)" in text
 
 
 def test_process_0_is_missing():
-    assert "process 0 did not come within 2 s" in call([1], 2)[0]
+    text = call([1], 2)[0]
+    assert text.startswith("Process 0 did not answer within 2 s: process 1 (") and "raise --join_limit." in text
 
 
-def test_who_differs_is_named_to_all():
+def test_differing_processes_are_named_to_all():
     got = call([0, 1, 2], 3, limit=20, p1={"config.seed": "1", "jax": "9"}, p0={"config.seed": "0", "jax": "8"},
                p2={"config.seed": "0", "jax": "8", "config.more": "3"})  # fmt: skip
     for text in got.values():
-        assert "process 1 (host1) has config.seed 1, process 0 0" in text and "(host1) has jax 9, process 0 8" in text
-        assert "process 2 (host2) has config.more 3, process 0 unset" in text
+        assert "On process 1 (host1) config.seed is 1, on process 0 it is 0." in text
+        assert "On process 1 (host1) jax is 9, on process 0 it is 8." in text
+        assert "On process 2 (host2) config.more is 3, on process 0 it is unset." in text
+        assert text.startswith("The job cannot start:") and "Start the same command with the same software" in text
 
 
-def test_two_of_one_id():
+def test_two_processes_with_one_id():
     got = call([0, 1, 1], 3)
-    assert all("two processes have the id 1" in text and "come within 2 s: 2." in text for text in got.values())
+    for text in got.values():
+        assert "Two processes have the id 1, on host" in text and "connect within 2 s: 2." in text
 
 
 def test_a_taken_port():
     with socket.create_server(("", 0)) as taken:
-        assert "cannot listen" in call([0], 2, port=taken.getsockname()[1])[0]
+        assert "cannot listen on port" in call([0], 2, port=taken.getsockname()[1])[0]
 
 
 # --- a host that is lost ------------------------------------------------------------------------------------
@@ -177,15 +181,15 @@ def test_a_taken_port():
 
 @pytest.fixture
 def watched(monkeypatch):
-    """(the end of process 1's line, what process 0 and process 2 were ended with)."""
+    """(process 1's end of its connection, how process 0 and process 2 exited, the Watch of process 0)."""
     ends = {}
-    end = lambda text, code: ends.setdefault(threading.current_thread().name, (text, code))
-    monkeypatch.setattr(handshake, "end", end)
+    exit_now = lambda text, code: ends.setdefault(threading.current_thread().name, (text, code))
+    monkeypatch.setattr(handshake, "exit_now", exit_now)
     one, of_one = socket.socketpair()
     two, of_two = socket.socketpair()
     names = {0: "a", 1: "b", 2: "c"}
-    zero = handshake.Watch(0, {1: handshake.Line(of_one), 2: handshake.Line(of_two)}, names)
-    handshake.Watch(2, {0: handshake.Line(two)}, names)
+    zero = handshake.Watch(0, {1: handshake.Connection(of_one), 2: handshake.Connection(of_two)}, names)
+    handshake.Watch(2, {0: handshake.Connection(two)}, names)
     yield one, ends, zero
     one.close()
 
@@ -203,19 +207,19 @@ def test_a_death_ends_all(watched):
     one, ends, _ = watched
     one.close()
     found = ended(ends, 2)
-    assert len(found) == 2 and all(code == handshake.LOST == 75 for _, code in found)
-    assert all("error: process 1 (b) died" in text and "the same command again" in text for text, _ in found)
+    assert len(found) == 2 and all(code == handshake.HOST_LOST == 75 for _, code in found)
+    assert all("error: Lost process 1 (b)" in text and "Start the same command again" in text for text, _ in found)
 
 
-def test_an_error_ends_all_and_says_which(watched):
+def test_an_error_ends_all_and_is_named(watched):
     one, ends, _ = watched
-    handshake.Line(one).say({"stopped": "process 1 (b) stopped: no such file", "code": 2})
-    assert ended(ends, 2) == [("error: process 1 (b) stopped: no such file", 2)] * 2
+    handshake.Connection(one).send({"stopped": "Stopped by process 1 (b): No such file.", "code": 2})
+    assert ended(ends, 2) == [("error: Stopped by process 1 (b): No such file.", 2)] * 2
 
 
 def test_an_orderly_end_ends_nobody(watched):
     one, ends, zero = watched
-    handshake.Line(one).say("done")
+    handshake.Connection(one).send("done")
     zero.done()
     one.close()
     assert ended(ends, 0) == []
@@ -238,7 +242,7 @@ def test_a_stuck_process_says_where_and_ends():
 
 
 class OfHost:
-    """A sharding as one host of several sees it: its own devices only."""
+    """A sharding as one host of several sees it: only its own devices are addressable."""
 
     def __init__(self, sharding, devices):
         self.mesh, self.spec, self._sharding, self._devices = sharding.mesh, sharding.spec, sharding, devices
@@ -260,7 +264,7 @@ MESHES = {
 @pytest.mark.parametrize("order", ["as they are", "mixed"])
 @pytest.mark.parametrize("name", MESHES)
 def test_rows_follow_from_the_sharding(monkeypatch, name, order, per_host):
-    """Whatever the mesh, a host loads the rows its devices hold and each device gets its own piece."""
+    """On any mesh a host loads exactly the rows its devices hold, and each device gets its own shard."""
     devices = np.array(jax.devices())
     mesh = make_mesh(MESHES[name], list(devices if order == "as they are" else devices[[0, 5, 2, 7, 4, 1, 6, 3]]))
     sharding = batch_sharding(mesh, 1)
@@ -282,7 +286,7 @@ def test_rows_follow_from_the_sharding(monkeypatch, name, order, per_host):
     assert everyone == set(range(16))
 
 
-def test_rows_cut_up_along_time_too(monkeypatch):
+def test_rows_sharded_along_time_too(monkeypatch):
     mesh = jax.sharding.Mesh(np.array(jax.devices()).reshape(2, 4), ("data", "seq"))
     sharding = NamedSharding(mesh, PartitionSpec(None, "data", "seq"))
     full = np.arange(2 * 6 * 8).reshape(2, 6, 8)
@@ -296,7 +300,7 @@ def test_rows_cut_up_along_time_too(monkeypatch):
         np.testing.assert_array_equal(made["get"](index), full[index])
 
 
-def test_each_micro_batch_lies_over_all_hosts(monkeypatch):
+def test_each_micro_batch_is_sharded_over_all_hosts(monkeypatch):
     sharding = OfHost(batch_sharding(make_mesh(MeshConfig()), 0), set(jax.devices()[4:]))
     monkeypatch.setattr(jax, "process_count", lambda: 2)
     assert hosts.batch_rows(sharding, 8)(24).tolist() == [4, 5, 6, 7, 12, 13, 14, 15, 20, 21, 22, 23]
@@ -306,9 +310,9 @@ def test_each_micro_batch_lies_over_all_hosts(monkeypatch):
 
 
 @pytest.mark.slow
-def test_ctrl_c_on_one_host_saves_on_all_and_one_process_goes_on(tmp_path):
-    """2 processes x 2 devices, stopped by a SIGINT to the second, then 1 x 8: as an uninterrupted run of 1 x 8. What
-    hears SIGINT sends the process a SIGTERM, for which JAX has the hosts agree on a step."""
+def test_ctrl_c_on_one_host_saves_on_all_and_one_process_resumes(tmp_path):
+    """2 processes x 2 devices, stopped by a SIGINT to the second, then 1 x 8: equal to an uninterrupted run of 1 x 8.
+    The handler of SIGINT sends the process a SIGTERM, for which JAX makes the hosts agree on a step."""
     options = {"steps": 400, "checkpoint.every": 100}
     heard = signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background may ignore it
     with Processes("pretrain", hosts_config(tmp_path), tmp_path / "run", 2, devices=2, **options) as run:

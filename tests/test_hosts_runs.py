@@ -1,4 +1,4 @@
-"""Real processes, slow: killed and taken up on other process counts and meshes, hosts that differ, every stage."""
+"""Real processes, slow: killed and resumed with other process counts and meshes, hosts that differ, every stage."""
 
 import json
 import signal
@@ -18,9 +18,9 @@ pytestmark = pytest.mark.slow
 
 
 @pytest.mark.parametrize("killed", [0, 1])
-def test_killed_and_taken_up_on_other_hosts(tmp_path, killed):
-    """2 x 4, one killed: the other ends by itself and says who died. Then 1 x 8, 2 x 4 with fsdp, and 4 x 2 with a
-    tensor axis over all hosts go on; together they are one straight run of 1 x 8."""
+def test_killed_and_resumed_on_other_hosts(tmp_path, killed):
+    """2 x 4, one killed: the other exits by itself and names it. Then 1 x 8, 2 x 4 with fsdp, and 4 x 2 with a tensor
+    axis over all hosts resume; together they equal one uninterrupted run of 1 x 8."""
     config, workdir = hosts_config(tmp_path), tmp_path / "run"
     with Processes("pretrain", config, workdir, 2, steps=400) as run:
         run.wait_for_lines(7)
@@ -29,8 +29,8 @@ def test_killed_and_taken_up_on_other_hosts(tmp_path, killed):
         ends = run.ends(60)
         assert time.monotonic() - began < 30
     survivor = ends[1 - killed]
-    assert survivor.code in (75, -signal.SIGABRT), survivor.text  # JAX's own guard may be quicker where process 0 died
-    assert f"error: process {killed} (" in survivor.text and "died" in survivor.text
+    assert survivor.code in (75, -signal.SIGABRT), survivor.text  # JAX may notice first where process 0 died
+    assert f"error: Lost process {killed} (" in survivor.text
     done = Checkpointer(workdir).steps()[-1]
     assert done >= 3
     for more, count, mesh in ((2, 1, {}), (4, 2, {"mesh.data": 2, "mesh.fsdp": 4}), (6, 4, {"mesh.tensor": 4})):
@@ -51,15 +51,15 @@ def assert_same_losses(workdir, other):
         assert mine["loss"] == approx(theirs["loss"], terms=2000), mine["step"]
 
 
-def test_a_host_that_never_comes(tmp_path):
+def test_a_host_that_never_connects(tmp_path):
     began = time.monotonic()
     with Processes("pretrain", hosts_config(tmp_path), tmp_path / "w", 3, only=[0, 2], flags=["--join_limit=8"]) as run:
         ends = run.ends(60)
     assert time.monotonic() - began < 40
-    assert all(end.code == 2 and "1 of 3 processes did not come within 8 s: 1." in end.text for end in ends)
+    assert all(end.code == 2 and "1 of 3 processes did not connect within 8 s: 1." in end.text for end in ends)
     with Processes("pretrain", hosts_config(tmp_path), tmp_path / "w", 2, only=[1], flags=["--join_limit=2"]) as run:
         (end,) = run.ends(60)
-    assert end.code == 2 and "error: process 0 did not come within 2 s" in end.text
+    assert end.code == 2 and "error: Process 0 did not answer within 2 s" in end.text
     assert not (tmp_path / "w").exists()
 
 
@@ -69,10 +69,11 @@ def test_hosts_that_differ(tmp_path):
         ends = run.ends(60)
     for end in ends:
         assert end.code == 2 and "Traceback" not in end.text
-        assert "has config.seed 7, process 0 0" in end.text and "config.optimizer.learning_rate 0.5" in end.text
+        assert "config.seed is 7, on process 0 it is 0." in end.text
+        assert "config.optimizer.learning_rate is 0.5" in end.text
 
 
-def test_a_damaged_checkpoint_is_passed_over_by_all(tmp_path):
+def test_a_damaged_checkpoint_is_skipped_by_all(tmp_path):
     config, workdir = hosts_config(tmp_path), tmp_path / "run"
     with Processes("pretrain", config, workdir, 2) as run:
         assert [end.code for end in run.ends()] == [0, 0]
@@ -90,7 +91,7 @@ def test_a_damaged_checkpoint_is_passed_over_by_all(tmp_path):
 
 
 def both(stage, tmp_path, cls, config, relative=tolerance(2000), **options):
-    """The workdirs of a stage by 2 x 4 and by 1 x 8, whose figures agree."""
+    """The workdirs of a stage run as 2 x 4 and as 1 x 8, whose metrics agree."""
     config = config_file(tmp_path / f"{stage}.py", cls, config)
     for name, count in (("two", 2), ("one", 1)):
         with Processes(stage, config, tmp_path / stage / name, count, **options) as run:
@@ -108,7 +109,7 @@ def places(tmp_path):
 
 def test_sft(tmp_path, alignment, pretrained):
     config = runs.sft_config(pretrained, alignment["demonstrations"], mix__fraction=0.25, batch_size=16)
-    options = {"steps": 4, "microbatch_size": 8, "optimizer.eps": 1e-3}  # or Adam makes steps of what is but rounding
+    options = {"steps": 4, "microbatch_size": 8, "optimizer.eps": 1e-3}  # otherwise Adam turns rounding into steps
     two, one = both("sft", tmp_path, SFTConfig, config, **options)
     assert lines(two, "samples") == lines(one, "samples")
 
@@ -117,7 +118,7 @@ def test_reward(tmp_path, alignment, tuned):
     config = runs.reward_config(tuned, alignment["comparisons"])
     two, one = both("reward", tmp_path, RewardConfig, config, steps=4, microbatch_size=8)
     a, b = (json.loads((w / "reward.json").read_text()) for w in (two, one))
-    # not the bias: comparisons leave the head's own undetermined, so Adam makes steps of the rounding of its gradient
+    # not the bias: comparisons do not determine it, so Adam turns the rounding of its gradient into steps
     assert a["std_before"] == pytest.approx(b["std_before"], rel=1e-4)
     assert a["mean_after"] == approx(0, terms=2000, scale=1) == b["mean_after"]
     assert {k: a[k] for k in ("pairs", "accuracy", "demonstrations")} == {
@@ -126,7 +127,7 @@ def test_reward(tmp_path, alignment, tuned):
 
 
 def test_ppo(tmp_path, alignment, tuned, judge):
-    """Reward model and a rule that sees the whole batch, PPO-ptx, two iterations."""
+    """A reward model and a reward function of the whole batch, PPO-ptx, two iterations."""
     config = runs.ppo_config(tuned, judge, alignment["prompts"])
     options = {"reward_fn": "host_rewards:shortness", "ppo.ptx_coefficient": 1.0, "steps": 2, "seed": 1}
     two, one = both("ppo", tmp_path, PPOConfig, config, 1e-4, **options)
@@ -137,7 +138,7 @@ def test_ppo(tmp_path, alignment, tuned, judge):
 
 
 def test_ppo_on_a_reward_model_alone(tmp_path, tuned, judge):
-    """No Python between models and update; prompts of two lengths, each batch of one width on all hosts."""
+    """No Python between the models and the update; prompts of two lengths; all hosts pad a batch to the same width."""
     rows = [{"prompt": "ko mi ru te ko mi ru" if i == 5 else "ba"} for i in range(24)]
     config = runs.ppo_config(tuned, judge, runs.write(tmp_path / "prompts.jsonl", rows), eval__lm_batches=0)
     two, _ = both("ppo", tmp_path, PPOConfig, config, 1e-4, steps=3)
@@ -149,4 +150,4 @@ def test_an_error_on_one_host_ends_all(tmp_path, alignment, tuned):
     with Processes("ppo", config, tmp_path / "w", 2, reward_fn="host_rewards:no_number", steps=1) as run:
         ends = run.ends()
     assert all(end.code == 2 and "The reward function gave nan" in end.text for end in ends)
-    assert "error: process 0 (" in ends[1].text
+    assert "error: Stopped by process 0 (" in ends[1].text

@@ -1,5 +1,5 @@
-"""Tensor and context parallelism: every stage's gradient on 8 virtual devices is one device's, and what the compiled
-programs tell each other is what the theory says and no more."""
+"""Tensor and context parallelism: every stage's gradient on 8 virtual devices equals that of one device, and the
+compiled programs communicate what theory requires and no more."""
 
 import dataclasses
 import functools
@@ -21,10 +21,10 @@ from gptjax.parallel.sharding import Rules, batch_sharding, parameter_shardings,
 from gptjax.reward import reward_loss
 from gptjax.sft import sft_loss
 
-ROWS, TIME, VOCAB = 8, 16, 61  # a vocabulary that nothing divides
+ROWS, TIME, VOCAB = 8, 16, 61  # a prime vocabulary
 MODEL = GPTConfig(VOCAB, n_layer=2, n_head=4, d_model=32, context_length=TIME)
-TERMS = model_terms(MODEL, 3 * ROWS)  # comparisons have three texts a row
-# GPT-1's order, dropout and band, a head of its own.
+TERMS = model_terms(MODEL, 3 * ROWS)  # comparisons have three texts per row
+# Post-norm, dropout, a banded layer, an untied head.
 DROPPED = dataclasses.replace(MODEL, norm="post", dropout=0.2, local_window=5, tied_head=False)
 MESHES = {
     "data 2 seq 2 tensor 2": MeshConfig(data=2, seq=2, tensor=2),
@@ -111,11 +111,11 @@ def test_a_stage_on_eight_devices_is_one_device(stage, mesh):
         found, found_count, found_grads = gradient(stage, make_mesh(MESHES[mesh]))
     assert found == approx(total, terms=TERMS) and found_count == count
     largest = max(np.abs(g).max() for g in jax.tree.leaves(grads))
-    assert_close(found_grads, grads, terms=TERMS, scale=0.01 * largest)  # the keys' bias: 0 but for rounding
+    assert_close(found_grads, grads, terms=TERMS, scale=0.01 * largest)  # the keys' bias: 0 up to rounding
 
 
 def test_sampling_on_a_mesh_is_sampling_on_one_device():
-    """Prompts of a length that divides over nothing, then one token at a time; under other rules too."""
+    """Prompts whose length is not divisible, then one token at a time; under other rules too."""
     params = jax.tree.map(lambda a: 5 * a, init(MODEL, jax.random.key(0)))
     options = {"max_new_tokens": 7, "sampling": Sampling(0.8), "seed": 3}
     prompts = [[1, 2, 3], [4], [5, 6, 7, 8, 9]]
@@ -128,7 +128,7 @@ def test_sampling_on_a_mesh_is_sampling_on_one_device():
     assert texts[0] == texts[1] == texts[2] and len(set(map(tuple, texts[0]))) == 3
 
 
-# --- what is told -----------------------------------------------------------------------------------------
+# --- communication -----------------------------------------------------------------------------------------
 
 
 def collectives(text):
@@ -164,28 +164,28 @@ def program(sizes, model, backward):
 
 @pytest.mark.parametrize("backward", [False, True])
 @pytest.mark.parametrize("sizes", [{"fsdp": 2, "tensor": 4}, {"fsdp": 2, "tensor": 2, "seq": 2}], ids=str)
-def test_tensor_parallel_sub_layers_tell_each_other_one_sum(sizes, backward):
-    """Korthikanti et al. 2022: of a layer (the body of the loop) one gather and one sum a sub-layer, once forward and
-    once backward. XLA:CPU writes the reduce-scatter as all-reduce and slice."""
+def test_tensor_parallel_sub_layers_communicate_one_sum(sizes, backward):
+    """Korthikanti et al. 2022: in a layer (the body of the loop) one gather and one sum per sub-layer, once forward and
+    once backward. XLA:CPU writes a reduce-scatter as all-reduce and slice."""
     found = collectives(program(sizes, dataclasses.replace(MODEL, attention="xla"), backward))
     rows, time = ROWS // 2, TIME // sizes.get("seq", 1)
     stream = (rows, time, MODEL.d_model)
     per_layer = 4 if backward else 2
-    # One more gather is the embedding's gradient, which every device of the tensor axis looks through for its rows.
+    # One more gather is for the embedding's gradient, of which every device of the tensor axis takes its rows.
     assert found.count(("all-gather", stream)) == per_layer + backward
     assert found.count(("all-reduce", stream)) == per_layer
     assert found.count(("reduce-scatter", (rows, time // sizes["tensor"], MODEL.d_model))) == 1  # the embedding
     keys = {(rows, TIME, 1, MODEL.d_model // sizes["tensor"])} if "seq" in sizes else set()
-    for operation, shape in found:  # no activations else, but for context's keys and values: not the MLP's, no logits
+    for operation, shape in found:  # no other activations but context parallelism's K/V: no MLP features, no logits
         assert operation != "all-to-all", shape
         if operation == "all-gather" and shape[:1] == (rows,):
             assert shape == stream or shape in keys, shape
 
 
 @pytest.mark.parametrize("remat, times", [("none", 2), ("full", 3)])
-def test_parameters_are_gathered_a_layer_at_a_time(remat, times):
-    """FSDP: forward and backward, and where the backward pass works the layer out again, once more for that; never the
-    whole stack of layers, and no activation."""
+def test_parameters_are_gathered_layer_by_layer(remat, times):
+    """FSDP: in forward and backward, and once more where the backward pass recomputes the layer; never the whole stack
+    of layers, and no activation."""
     model = dataclasses.replace(MODEL, n_layer=4, attention="xla", remat=remat)
     found = [shape for operation, shape in collectives(program({"fsdp": 8}, model, True)) if operation == "all-gather"]
     d = MODEL.d_model

@@ -1,4 +1,4 @@
-"""Pipelined = unpipelined: the schedule, the routes of layers and rows, losses and gradients, what is communicated."""
+"""Pipelined = unpipelined: the schedule, the routes of layers and rows, losses and gradients, communication."""
 
 import dataclasses
 import functools
@@ -51,31 +51,31 @@ PLANS = [Plan(2, 2), Plan(4, 4), Plan(4, 16), Plan(3, 6, 2), Plan(4, 8, 3), Plan
 @pytest.mark.parametrize("plan", PLANS, ids=str)
 def test_the_schedule(plan):
     """Every micro-batch passes every group of layers once, in order, one tick after the group before."""
-    S, M, V = plan.stages, plan.microbatches, plan.rounds
+    S, M, V = plan.stages, plan.microbatches, plan.virtual_stages
     when = {}
     for tick in range(plan.ticks):
         for stage in range(S):
-            round_, micro, begun = work(tick, stage, plan)
+            virtual, micro, begun = work(tick, stage, plan)
             if 0 <= begun < M * V:
-                when[micro, round_ * S + stage] = tick  # group of layers: round by round, in each stage by stage
+                when[micro, virtual * S + stage] = tick
     assert when.keys() == {(m, g) for m in range(M) for g in range(S * V)}
     assert all(when[m, g] == when[m, g - 1] + 1 for m, g in when if g)
     assert max(when.values()) == plan.ticks - 1
-    assert plan.bubble == pytest.approx(1 - len(when) / (S * plan.ticks))  # what the stages idle
+    assert plan.bubble == pytest.approx(1 - len(when) / (S * plan.ticks))  # the idle fraction
 
 
-def test_the_bubble_as_the_papers_have_it():
+def test_the_bubble_of_the_papers():
     assert Plan(4, 16).bubble == pytest.approx(3 / 19)  # GPipe: (K - 1) / (M + K - 1)
     for v in (1, 2, 4):  # Narayanan et al. 2021 §2.2: over ideal time, (p - 1) / (m v)
         bubble = Plan(8, 32, v).bubble
         assert bubble / (1 - bubble) == pytest.approx(7 / (32 * v))
-    assert str(Plan(4, 16, 2)) == "4 stages, 16 micro-batches, 2 rounds, bubble 8.6%"
+    assert str(Plan(4, 16, 2)) == "4 stages, 16 micro-batches, 2 virtual stages, bubble 8.6%"
 
 
 @pytest.mark.parametrize(
     "sizes, rows, change, microbatches",
     [
-        (dict(stage=4), 64, {}, 16),  # 4 a stage
+        (dict(stage=4), 64, {}, 16),  # 4 per stage
         (dict(stage=4), 64, dict(pipeline_microbatches=64), 64),
         (dict(stage=4), 24, {}, 12),
         (dict(stage=4, fsdp=2), 24, {}, 12),
@@ -93,20 +93,20 @@ def test_how_many_micro_batches(sizes, rows, change, microbatches):
     "sizes, rows, change, says",
     [
         (dict(stage=3), 12, {}, "n_layer=8 is not divisible by mesh.stage=3:"),
-        (dict(stage=4), 16, dict(pipeline_virtual_stages=3), "n_layer=8 is not divisible by mesh.stage=4 x .*rounds=3"),
-        (dict(stage=4), 16, dict(pipeline_microbatches=3), "pipeline_microbatches=3 is fewer than mesh.stage=4"),
-        (dict(stage=2, seq=2), 8, dict(n_layer=6, local_window=5), "an even number of layers on each stage .* not 3"),
+        (dict(stage=4), 16, dict(pipeline_virtual_stages=3), "n_layer=8 .* mesh.stage=4 x .*virtual_stages=3:"),
+        (dict(stage=4), 16, dict(pipeline_microbatches=3), "microbatches=3 is fewer than mesh.stage=4,.*at least 4"),
+        (dict(stage=2, seq=2), 8, dict(n_layer=6, local_window=5), "even number of layers per .*stage, not 3: change"),
         (dict(stage=4), 2, {}, "2 rows .* use a multiple of 4 rows"),
-        (dict(stage=2, data=2), 6, {}, "6 rows .* mesh.fsdp = 2: use a multiple of 4 rows"),
+        (dict(stage=2, data=2), 6, {}, "6 rows .* mesh.fsdp = 2 devices: use a multiple of 4 rows"),
     ],
 )
-def test_what_can_not_be_pipelined(sizes, rows, change, says):
+def test_what_cannot_be_pipelined(sizes, rows, change, says):
     sizes = MeshConfig(**{"data": 1} | sizes).sizes(int(np.prod(list(sizes.values()))))
     with pytest.raises(InputError, match=says):
         make_plan(dataclasses.replace(MODEL, **change), sizes, rows)
 
 
-def test_a_run_says_what_its_pipeline_is():
+def test_a_run_reports_its_pipeline():
     sizes = MeshConfig(data=1, stage=4).sizes(4)
     assert pipeline.describe(MODEL, sizes, 16) == ", pipeline of 4 stages, 16 micro-batches, bubble 15.8%"
     assert pipeline.describe(MODEL, MeshConfig(data=1).sizes(1), 16) == ""
@@ -116,11 +116,11 @@ def test_a_run_says_what_its_pipeline_is():
 
 
 @pytest.mark.parametrize(
-    "stages, rounds, ways", [(2, 1, 1), (2, 2, 4), (2, 3, 2), (4, 1, 2), (4, 2, 1), (4, 3, 1), (8, 2, 1)]
+    "stages, virtual, fsdp", [(2, 1, 1), (2, 2, 4), (2, 3, 2), (4, 1, 2), (4, 2, 1), (4, 3, 1), (8, 2, 1)]
 )
-def test_every_row_passes_every_layer_in_order(stages, rounds, ways):
-    n = stages * rounds * 2
-    config = dataclasses.replace(MODEL, n_layer=n, pipeline_virtual_stages=rounds)
+def test_every_row_passes_every_layer_in_order(stages, virtual, fsdp):
+    n = stages * virtual * 2
+    config = dataclasses.replace(MODEL, n_layer=n, pipeline_virtual_stages=virtual)
     rng = np.random.default_rng(0)
     scale, x = rng.integers(-2, 3, (n,)).astype(float), rng.integers(-4, 5, (32, 3, 2)).astype(float)
     scale[scale == 0], ids = 1, np.arange(32)
@@ -131,7 +131,7 @@ def test_every_row_passes_every_layer_in_order(stages, rounds, ways):
     expected = x
     for i in range(n):
         expected = layer({"scale": scale[i]}, expected, {"layer": i}, {"id": ids})
-    with jax.set_mesh(mesh_of(stage=stages, fsdp=ways)):
+    with jax.set_mesh(mesh_of(stage=stages, fsdp=fsdp)):
         run = jax.jit(lambda p, x, ids: pipeline.run(layer, p, x, {"layer": jnp.arange(n)}, {"id": ids}, config))
         found = run({"scale": scale}, x, ids)
     np.testing.assert_array_equal(found, expected)
@@ -170,7 +170,7 @@ def loss_and_gradients(model, mesh):
 
 
 def same(found, expected):
-    """The gradient of the keys' bias is 0 but for rounding."""
+    """Equal losses and gradients; that of the keys' bias is 0 up to rounding."""
     (loss, grads), (expected_loss, expected_grads) = found, expected
     assert_close(loss, expected_loss, terms=TERMS)
     largest = max(np.abs(g).max() for g in jax.tree.leaves(expected_grads))
@@ -198,7 +198,7 @@ def test_pipelined_is_unpipelined(name):
     "change",
     [
         slow(dict(local_window=5)),
-        dict(local_window=5, n_layer=6),  # 3 layers a stage: a stage begins with a banded layer
+        dict(local_window=5, n_layer=6),  # 3 layers per stage: one begins with a banded layer
         dict(norm="post", tied_head=False, dropout=0.2),
         slow(dict(dropout=0.2, dropout_sites="residual", remat="full")),
         slow(dict(remat="dots", unroll=2)),
@@ -208,7 +208,7 @@ def test_pipelined_is_unpipelined(name):
     ],
     ids=str,
 )
-def test_of_every_kind_of_model(change):
+def test_every_kind_of_model(change):
     model = dataclasses.replace(MODEL, **change)
     same(loss_and_gradients(model, mesh_of(stage=2, fsdp=2, tensor=2)), loss_and_gradients(model, ALONE))
 
@@ -278,7 +278,7 @@ def test_text_is_generated_on_a_mesh_with_stages():
     assert run(mesh_of(stage=4, data=2)) == run(ALONE)
 
 
-# --- what is communicated, and what is kept ---------------------------------------------------------------
+# --- communication, and what is saved ---------------------------------------------------------------
 
 
 def collectives(text, kind):
@@ -292,7 +292,7 @@ def collectives(text, kind):
 
 
 def groups_of(line):
-    """Groups of devices of a collective, in any of the three ways HLO writes them."""
+    """Groups of devices of a collective, in any of HLO's three notations."""
     numbers = lambda text: [int(n) for n in text.split(",")]
     if written := re.search(r"(?:replica_groups|source_target_pairs)=\{((?:\{[\d,]+\},?)+)\}", line):
         return [numbers(group) for group in re.findall(r"\{([\d,]+)\}", written[1])]
@@ -324,23 +324,23 @@ def stage_of(mesh):
 
 
 @pytest.mark.parametrize("name", ["stage 4 fsdp 2", "stage 2 tensor 4", "stage 2 fsdp 2 tensor 2"])
-def test_stages_hand_on_and_gather_nothing(name):
+def test_stages_pass_activations_on_and_gather_nothing(name):
     mesh = mesh_of(**MESHES[name])
     text, stage = compiled(MODEL, mesh)[0].as_text(), stage_of(mesh)
     crosses = lambda groups: any(len({stage[d] for d in group}) > 1 for group in groups)
     S = mesh.shape["stage"]
-    handed = [pairs for _, pairs in collectives(text, "collective-permute") if crosses(pairs)]
-    assert len(handed) == 6  # on, towards stage 0, towards the last: forward and backward
-    for pairs in handed:
+    passed = [pairs for _, pairs in collectives(text, "collective-permute") if crosses(pairs)]
+    assert len(passed) == 6  # to the next stage, inputs, outputs; forward and backward
+    for pairs in passed:
         assert {(stage[b] - stage[a]) % S for a, b in pairs} in ({1}, {S - 1})
     for kind in ("all-gather", "all-to-all", "reduce-scatter"):
         assert not [size for size, groups in collectives(text, kind) if crosses(groups)], kind
-    # What is summed over stages is what they all have: the embedding's gradient and smaller things, no layers'.
+    # Sums over stages are of replicated parameters, the embedding's gradient at most, and never of a layer's.
     sums = [size for size, groups in collectives(text, "all-reduce") if crosses(groups)]
     assert sums and max(sums) <= MODEL.vocab_size * MODEL.d_model
 
 
-def test_rounds_deal_the_layers_out_and_gather_nothing():
+def test_layers_are_interleaved_without_gathers():
     mesh = mesh_of(stage=4)
     text = compiled(dataclasses.replace(MODEL, pipeline_virtual_stages=2), mesh)[0].as_text()
     assert not list(collectives(text, "all-gather")) + list(collectives(text, "all-to-all"))
@@ -353,13 +353,13 @@ def temporaries(**change):
     return compiled(wide, mesh_of(stage=2))[0].memory_analysis().temp_size_in_bytes
 
 
-@pytest.mark.parametrize("rounds", [1, slow(2)])
-def test_what_is_kept_for_the_backward_pass(rounds):
-    """Not the weights of each tick; with remat 'full' one array a tick."""
+@pytest.mark.parametrize("virtual", [1, slow(2)])
+def test_what_is_saved_for_the_backward_pass(virtual):
+    """Not the weights of each tick; with remat 'full' one array per tick."""
     whole = 12 * 256 * 256 * 8 // 2 * 4  # bytes of a stage's layers
-    kept = {remat: temporaries(remat=remat, pipeline_virtual_stages=rounds) for remat in ("none", "dots", "full")}
+    kept = {remat: temporaries(remat=remat, pipeline_virtual_stages=virtual) for remat in ("none", "dots", "full")}
     assert kept["full"] < kept["dots"] < kept["none"]
-    assert kept["none"] < Plan(2, 16, rounds).ticks // 2 * whole, (kept, whole)  # above it if weights were kept
+    assert kept["none"] < Plan(2, 16, virtual).ticks // 2 * whole, (kept, whole)  # more if weights were saved
 
 
 def test_gpt3_13b_divides():

@@ -33,8 +33,9 @@ from runs import arrays, lines, one_device_environment, without_times
 
 from gptjax import config as configs
 from gptjax import ppo as stage
-from gptjax.data.corpus import load_text, read_record, start_record, write_record
+from gptjax.data.corpus import load_text
 from gptjax.data.prompts import PromptBatches, PromptConfig, load_prompts
+from gptjax.data.records import read_record, start_record, write_record
 from gptjax.errors import InputError
 from gptjax.generation.sampling import Sampling
 from gptjax.model.spec import GPTConfig
@@ -729,7 +730,7 @@ def test_a_reward_model_of_a_shorter_context(config, tmp_path, monkeypatch, shar
     refused(c(data__max_length=17), tmp_path / "run", "more than the shortest context, 24")
     rows = [GOOD, {"prompt": "ba ko " * 8}]
     source = str(write(tmp_path / "rows.jsonl", rows))
-    refused(c(data__source=source), tmp_path / "run", "rows.jsonl:2: the prompt has 19 tokens, more than 16")
+    refused(c(data__source=source), tmp_path / "run", "rows.jsonl:2: The prompt has 19 tokens, more than the 16")
 
 
 def test_a_batch_that_does_not_divide_over_the_mesh(config, tmp_path, monkeypatch):
@@ -845,7 +846,7 @@ def test_text_of_its_own_is_gone_on_with_as_it_was(tmp_path, tuned):
     shutil.rmtree(tmp_path / "cache" / read_record(tmp_path / "a")["text"]["parts"][""]["directory"])
     with pytest.raises(InputError, match="are not those that .*a was trained on"):
         read("a", True)  # what is made anew is another text now
-    with pytest.raises(InputError, match="memory map and can't be in memory://run.*--config.ptx.cache=DIR"):
+    with pytest.raises(InputError, match="memory-mapped and cannot be in memory://run.*--config.ptx.cache=DIR"):
         load_text(str(tmp_path / "more.txt"), tuned, "memory://run", None, "ptx.cache", 0, {}, False)
 
 
@@ -929,7 +930,7 @@ def test_best_of_n_and_a_reward_model_it_does_not_fit(choose, alignment, tmp_pat
     with pytest.raises(InputError, match="--max_new_tokens=24 leaves no room .* the reward model's context of 24"):
         choose(alignment["prompts"], max_new_tokens=24)
     source = write(tmp_path / "rows.jsonl", [{"prompt": "ba ko " * 8}])
-    with pytest.raises(InputError, match="the prompt has 19 tokens, more than 16"):
+    with pytest.raises(InputError, match="The prompt has 19 tokens, more than the 16"):
         choose(source)
     other = lambda *a, **k: dataclasses.replace(load_reward_model(*a, **k), template="plain")
     monkeypatch.setattr(reward_model, "load_reward_model", other)

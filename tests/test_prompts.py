@@ -1,4 +1,4 @@
-"""Prompts: loading, left padding, the endless stream, and every refusal."""
+"""Prompts: loading, left padding, the endless stream, and every error."""
 
 import numpy as np
 import pytest
@@ -30,14 +30,14 @@ def test_loading(tmp_path):
 @pytest.mark.parametrize(
     "row, kind, error",
     [
-        ({"text": "a"}, "chat", "no field 'prompt'; the row has 'text': .*--config.data.fields.prompt=NAME"),
-        ({"prompt": ""}, "chat", "the prompt is empty"),
-        ({"prompt": ""}, "plain", "the prompt is empty"),
-        ({"prompt": 7}, "chat", "the prompt is int, not text"),
-        ({"prompt": [{"role": "user", "content": "a"}]}, "plain", "template 'plain' takes no messages"),
-        ({"prompt": [{"role": "bot", "content": "a"}]}, "chat", "turn 1 has the unknown role 'bot'"),
-        ({"prompt": "a" * 9}, "chat", "the prompt has 11 tokens, more than 10: .*drop_long=True"),
-        ({"prompt": "a" * 11}, "plain", "the prompt has 11 tokens, more than 10"),
+        ({"text": "a"}, "chat", "There is no field 'prompt', only 'text'. .*--config.data.fields.prompt=NAME"),
+        ({"prompt": ""}, "chat", "The prompt is empty"),
+        ({"prompt": ""}, "plain", "The prompt is empty"),
+        ({"prompt": 7}, "chat", "The prompt is int, not text"),
+        ({"prompt": [{"role": "user", "content": "a"}]}, "plain", "The template 'plain' does not accept messages"),
+        ({"prompt": [{"role": "bot", "content": "a"}]}, "chat", "Turn 1 has the unknown role 'bot'"),
+        ({"prompt": "a" * 9}, "chat", "The prompt has 11 tokens, more than the 10 of .*drop_long=True"),
+        ({"prompt": "a" * 11}, "plain", "The prompt has 11 tokens, more than the 10 of the context less the response"),
     ],
 )
 def test_a_bad_row_is_named(tmp_path, row, kind, error):
@@ -51,9 +51,9 @@ def test_long_prompts(tmp_path):
     loaded = load(source, drop_long=True)
     assert loaded.texts == ["a" * 8, "a"] and len(loaded.left_out) == 1
     assert load(source, drop_long=True, max_length=3).texts == ["a"]
-    with pytest.raises(InputError, match="max_length=11 is more than the 10"):
+    with pytest.raises(InputError, match="max_length=11 is more than the 10 tokens.*: lower it"):
         load(source, max_length=11)
-    with pytest.raises(InputError, match="--config.data.source=PATH"):
+    with pytest.raises(InputError, match="There is no data to read: give --config.data.source=PATH"):
         load(None)
     with pytest.raises(InputError, match="unknown name 'messages': there are prompt"):
         PromptConfig(fields={"messages": "m"})
@@ -92,7 +92,7 @@ def test_the_stream(prompts):
 
 
 def test_prompts_that_do_not_fit(prompts):
-    with pytest.raises(InputError, match="a prompt of 10 tokens doesn't fit 9"):
+    with pytest.raises(InputError, match="A prompt of 10 tokens does not fit into 9: load"):
         PromptBatches(prompts, 2, (4, 9), 0, PAD)
 
 
@@ -138,5 +138,5 @@ def test_a_batch_is_as_wide_as_its_longest_prompt_needs():
 
 
 def test_no_width_at_all():
-    with pytest.raises(InputError, match="data.buckets=0: batches are padded to at least 1 width"):
+    with pytest.raises(InputError, match="data.buckets=0: batches need at least 1 padded width"):
         PromptConfig(buckets=0)

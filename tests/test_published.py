@@ -6,11 +6,11 @@ import pytest
 from rows_files import write
 
 from gptjax.data import published
+from gptjax.data.bpe import character_tokenizer
 from gptjax.data.chat import Template, chat_tokenizer
 from gptjax.data.comparisons import ComparisonConfig, load_comparisons
 from gptjax.data.demonstrations import DemonstrationConfig, load_demonstrations
 from gptjax.data.prompts import PromptConfig, load_prompts
-from gptjax.data.tokenizer import character_tokenizer
 from gptjax.errors import InputError
 
 LONG = 200
@@ -102,34 +102,40 @@ TEXTS = {"chosen": "a b", "rejected": "a c"}
 @pytest.mark.parametrize(
     "row, options, error",
     [
-        (TEXTS, {}, "no field 'prompt', and chosen and rejected are not whole conversations.*fields.prompt=NAME"),
-        (TEXTS, {"kind": "plain"}, "no field 'prompt', and chosen and rejected"),
-        ({"chosen": [assistant("a")], "rejected": [assistant("b")]}, {}, "no field 'prompt', and chosen"),
+        (TEXTS, {}, "There is no field 'prompt', and .* are not conversations.*fields.prompt=NAME"),
+        (TEXTS, {"kind": "plain"}, "There is no field 'prompt', and the fields chosen and rejected"),
+        ({"chosen": [assistant("a")], "rejected": [assistant("b")]}, {}, "There is no field 'prompt', and the"),
         ({"chosen": hh("hi", "a", "x", "b"), "rejected": hh("hi", "c", "x", "d")}, {}, "differ from turn 2 on"),
         (
             {"chosen": hh("hi", "a", "x", "b"), "rejected": hh("hi", "c", "x", "d")},
             {"kind": "plain"},
-            "differ before their last",
+            "differ before their last .*: they need the same prompt",
         ),
         ({"chosen": hh("hi", "a", "x", "b"), "rejected": hh("hi", "c")}, {}, "differ from turn 2 on"),
         ({"chosen": hh("hi", "a"), "rejected": hh("ho", "a")}, {}, "differ from turn 1 on"),
-        ({"chosen": [user("a"), user("b")], "rejected": [user("a"), assistant("b")]}, {}, "the user's"),
+        (
+            {"chosen": [user("a"), user("b")], "rejected": [user("a"), assistant("b")]},
+            {},
+            "but the turns are of user: remove",
+        ),
         (
             {"prompt": [user("x")], "chosen": [user("a"), assistant("b")], "rejected": [user("a"), assistant("c")]},
             {},
-            "begin with turns other than the prompt's",
+            "begin with other turns than the prompt's: remove",
         ),
-        ({"chosen": hh("hi", "a"), "rejected": hh("hi", "")}, {}, "completion 2: the response is empty"),
+        ({"chosen": hh("hi", "a"), "rejected": hh("hi", "")}, {}, "Completion 2: The response is empty"),
     ],
 )
-def test_comparisons_that_hold_no_prompt_are_refused(tmp_path, row, options, error):
+def test_comparisons_without_a_prompt_are_rejected(tmp_path, row, options, error):
     with pytest.raises(InputError, match=error):
         compared(tmp_path / "x.jsonl", [{"prompt": "a", "chosen": "b", "rejected": "c"}, row], **options)
 
 
-def test_one_field_for_two_names_is_refused():
-    """fields.prompt=chosen trained on transcripts after themselves."""
-    with pytest.raises(InputError, match="fields.prompt and data.fields.chosen are both 'chosen'.* needs no field"):
+def test_one_field_for_two_names_is_rejected():
+    """fields.prompt=chosen would train on transcripts that follow themselves."""
+    with pytest.raises(
+        InputError, match="fields.prompt and data.fields.chosen are both 'chosen'.*give another .* needs no field"
+    ):
         ComparisonConfig(fields={"prompt": "chosen"})
     with pytest.raises(InputError, match="fields.prompt and data.fields.response are both 'text'"):
         DemonstrationConfig(fields={"prompt": "text", "response": "text"})

@@ -107,7 +107,7 @@ def test_exported_scores_are_the_normalized_ones(judge, model, tmp_path, capsys)
     settings = json.loads((tmp_path / "out/config.json").read_text())
     assert settings["architectures"] == ["GPT2ForSequenceClassification"] and len(settings["id2label"]) == 1
     assert settings["pad_token_id"] == chat.pad_id
-    with pytest.raises(InputError, match="exported as it was normalized, at step"):
+    with pytest.raises(InputError, match="normalized, and exported, at step"):
         convert.export_weights(judge, tmp_path / "other", step=1)
 
 
@@ -343,7 +343,7 @@ def test_counts_say_what_they_count(tuned, tmp_path, capsys):
     )  # fmt: skip
     reward(c, str(tmp_path / "run"))
     out = capsys.readouterr().out
-    assert "11 comparisons of up to 3 completions, 19 pairs, left out: 1 with nothing but ties, 1 bad" in out
+    assert "11 comparisons of up to 3 completions, 19 pairs, dropped: 1 all ties, 1 bad" in out
     assert "warning: in 3 of the 19 pairs the better and the worse completion are the same text" in out
     dropped = lines(tmp_path / "run", "dropped_rows")
     assert [row["row"].rpartition("/")[2] for row in dropped] == ["rows.jsonl:12", "rows.jsonl:13"]
@@ -405,10 +405,10 @@ def test_a_trunk_without_demonstrations(pretrained, alignment, tmp_path, capsys)
 ROW = {"prompt": "ba", "completions": ["ko", "mi"], "ranks": [0, 1]}
 BAD = {
     "no field": ({"prompt": "ba", "completions": ["ko", "mi"]}, {}, "rows.jsonl:4.*no field 'ranks'"),
-    "one completion": (ROW | {"completions": ["ko"], "ranks": [0]}, {}, "rows.jsonl:4.*1 completions; give 2 to 9"),
+    "one completion": (ROW | {"completions": ["ko"], "ranks": [0]}, {}, "rows.jsonl:4.*1 completions: give 2 to 9"),
     "ranks": (ROW | {"ranks": [0, 1, 2]}, {}, "rows.jsonl:4.*3 ranks for 2 completions"),
-    "not a number": (ROW | {"ranks": [0, "good"]}, {}, "rows.jsonl:4.*'good' isn't a finite number"),
-    "empty": (ROW | {"completions": ["ko", ""]}, {}, "rows.jsonl:4.*completion 2.*is empty"),
+    "not a number": (ROW | {"ranks": [0, "good"]}, {}, "rows.jsonl:4.*'good' is not a finite number"),
+    "empty": (ROW | {"completions": ["ko", ""]}, {}, "rows.jsonl:4.*Completion 2.*is empty"),
     "too long": (ROW | {"completions": ["ko", "ba " * 60]}, {}, "rows.jsonl:4.*more than 48"),
     "no length": (ROW, {"steps": None}, "--config.epochs=1"),
     "no model": (ROW, {"init_from": None}, "--config.init_from"),

@@ -1,4 +1,4 @@
-"""Sharded = unsharded on 8 virtual devices, state that is really cut up, and meshes that do not fit."""
+"""Sharded = unsharded on 8 virtual devices, state that is really sharded, and meshes that do not fit."""
 
 import dataclasses
 
@@ -32,7 +32,7 @@ from gptjax.training.precision import PrecisionConfig
 from gptjax.training.state import init_state, state_shardings
 from gptjax.training.step import jit_train_step, train_step
 
-# A vocabulary that nothing divides, as GPT-2's; a dense layer and a banded one.
+# A prime vocabulary, as hard to divide as GPT-2's; a dense layer and a banded one.
 MODEL = GPTConfig(61, n_layer=2, n_head=4, d_model=32, context_length=16, local_window=5)
 F32 = PrecisionConfig()
 # Adam divides each entry of the gradient by its own size: with a smaller eps, rounding, relative to the largest entry,
@@ -50,7 +50,7 @@ MESHES = {
 }
 
 
-# Other rules: parameters over a second axis, a residual stream or heads that tensor does not cut up, gains that are.
+# Other rules: parameters sharded over a second axis, residual stream or heads not over tensor, norms sharded.
 WIDE = MeshConfig(
     data=1, fsdp=2, seq=2, tensor=2, rules=Rules(embed="fsdp,seq", residual="seq", norm="fsdp", position="tensor")
 )
@@ -63,7 +63,7 @@ def train(config, devices, optimizer=OPTIMIZER):
 
 
 def _train(config, devices, optimizer):
-    """(state at birth, compiled text, final state, metrics) of 3 steps of 2 micro-batches on a mesh."""
+    """(initial state, compiled text, final state, metrics) of 3 steps of 2 micro-batches on a mesh."""
     mesh = make_mesh(config, devices)
     model = dataclasses.replace(MODEL, attention="xla")
     tx = make_optimizer(optimizer)
@@ -76,12 +76,12 @@ def _train(config, devices, optimizer):
         "segment_ids": np.sort(rng.integers(0, 3, (STEPS, 2, 8, 16), np.int32)),
     }
     with jax.set_mesh(mesh):
-        born = init_state(model, tx, F32, shardings, 0)
+        initial = init_state(model, tx, F32, shardings, 0)
         batch = jax.tree.map(lambda a: global_array(a, batch_sharding(mesh, 2)), batch)
-        compiled = jit_train_step(step, shardings).lower(born, batch, np.full(STEPS, 1e-2, np.float32)).compile()
-        birth = jax.device_get(born)
-        state, metrics = compiled(born, batch, np.full(STEPS, 1e-2, np.float32))
-    return birth, compiled.as_text(), state, jax.device_get(metrics)
+        compiled = jit_train_step(step, shardings).lower(initial, batch, np.full(STEPS, 1e-2, np.float32)).compile()
+        initial_state = jax.device_get(initial)
+        state, metrics = compiled(initial, batch, np.full(STEPS, 1e-2, np.float32))
+    return initial_state, compiled.as_text(), state, jax.device_get(metrics)
 
 
 @pytest.fixture(scope="module")
@@ -108,12 +108,12 @@ def test_sharded_is_unsharded(alone, spread):
     assert min(np.abs(v).max() for k, v in leaves(moved(state)).items() if "kernel" in k or "wte" in k) > 1e-3
 
 
-def test_born_sharded_is_born_whole(alone, spread):
-    """Bitwise: the same seed is the same model on any mesh."""
+def test_sharded_initialization_is_unsharded_initialization(alone, spread):
+    """Bitwise: the same seed gives the same model on any mesh."""
     jax.tree.map(np.testing.assert_array_equal, alone[0], spread[1])
 
 
-def test_parameters_and_moments_are_really_cut_up(spread):
+def test_parameters_and_moments_are_really_sharded(spread):
     name, _, _, state, _ = spread
     mesh = make_mesh(MESHES[name])
     f, t = mesh.shape["fsdp"], mesh.shape["tensor"]
@@ -138,7 +138,7 @@ def test_parameters_and_moments_are_really_cut_up(spread):
             assert len(found[path].addressable_shards) == 8
     on_one = sum(leaf.addressable_shards[0].data.nbytes for leaf in leaves(state).values())
     whole = sum(leaf.nbytes for leaf in leaves(state).values())
-    # gains and biases are on every device, the embeddings on every one of the tensor axis
+    # norms and biases are replicated, embeddings replicated over the tensor axis
     tables = sum(3 * state.params[name].nbytes for name in ("wte", "wpe"))
     assert on_one < (whole - tables) * (1 / (f * t) + 0.06) + tables / f
 
@@ -171,11 +171,11 @@ RULED = {
 
 
 @pytest.mark.parametrize("name", RULED)
-def test_other_rules_are_another_layout_of_the_same_run(alone, name):
+def test_other_rules_only_change_the_layout(alone, name):
     config, shapes = RULED[name]
     ruled = train(config, jax.devices())
     test_sharded_is_unsharded(alone, (name, *ruled))
-    test_born_sharded_is_born_whole(alone, (name, *ruled))
+    test_sharded_initialization_is_unsharded_initialization(alone, (name, *ruled))
     adam = ruled[2].opt_state[0]
     for tree in (ruled[2].params, adam.mu, adam.nu):
         found = leaves(tree)
@@ -184,7 +184,7 @@ def test_other_rules_are_another_layout_of_the_same_run(alone, name):
 
 
 def test_one_jitted_function_under_two_rules():
-    """Activations lie by the rules in force, also where the function was compiled under others before."""
+    """Activations follow the active rules, even if the function was compiled under others before."""
     mesh = make_mesh(MeshConfig(data=1, fsdp=2, tensor=2, seq=2))
     function = jax.jit(lambda x: constrain(x + 1, "batch", "time", "mlp"))
     with jax.set_mesh(mesh):
@@ -211,28 +211,28 @@ def test_the_rules_reach_all_of_ppos_models():
 @pytest.mark.parametrize(
     "rules, says",
     [
-        ({"mlp": "tensr"}, "mesh.rules.mlp='tensr': there is no mesh axis 'tensr'; there are data, fsdp"),
+        ({"mlp": "tensr"}, "mesh.rules.mlp='tensr': there is no mesh axis 'tensr'. Use some of data, .*or 'none'"),
         ({"embed": "fsdp seq"}, "there is no mesh axis 'fsdp seq'"),
-        ({"embed": None}, "mesh.rules.embed=None: write mesh axes"),
-        ({"embed": "fsdp,tensor"}, r"tensor twice on attn/c_attn/kernel \[.*embed=fsdp,tensor and heads=tensor"),
-        ({"mlp": "seq"}, "seq twice on the MLP's features .*time=seq and mlp=seq"),
-        ({"vocab": "tensor,tensor"}, r"tensor twice on wte \[vocab, embed\]: vocab=tensor,tensor\."),
-        ({"residual": "seq,fsdp"}, "fsdp twice on the residual stream"),
+        ({"embed": None}, "mesh.rules.embed=None: give mesh axes, as 'fsdp'"),
+        ({"embed": "fsdp,tensor"}, r"c_attn/kernel \[.*twice over tensor: embed=fsdp,tensor and heads=tensor. Use"),
+        ({"mlp": "seq"}, "the MLP's features .*twice over seq: time=seq and mlp=seq"),
+        ({"vocab": "tensor,tensor"}, r"wte \[vocab, embed\] twice over tensor: vocab=tensor,tensor\. Use"),
+        ({"residual": "seq,fsdp"}, "the residual stream .*twice over fsdp"),
         ({"batch": "data"}, "mesh.rules.batch must stay 'data,fsdp,stage': hosts load"),
         ({"time": "none"}, "mesh.rules.time must stay 'seq': attention gathers"),
         ({"features": "tensor"}, "mesh.rules.features must stay 'none': a matmul's inputs"),
-        ({"layers": "none"}, "mesh.rules.layers must stay 'stage': the pipeline's stages"),
+        ({"layers": "none"}, "mesh.rules.layers must stay 'stage': the pipeline splits"),
     ],
 )  # fmt: skip
-def test_rules_that_can_not_be(rules, says):
+def test_invalid_rules(rules, says):
     with pytest.raises(InputError, match=says):
         Rules(**rules)
 
 
 def test_rules_that_do_not_go_with_a_mesh():
-    with pytest.raises(InputError, match="mesh.rules.embed has data in it, and mesh.dcn_data=2"):
+    with pytest.raises(InputError, match="mesh.rules.embed uses the axis data, but with mesh.dcn_data=2 .*use fsdp"):
         MeshConfig(data=4, dcn_data=2, rules=Rules(embed="fsdp,data"))
-    refused = pytest.raises(InputError, match="wte has an axis of 61, which mesh.tensor = 2")
+    refused = pytest.raises(InputError, match="wte has an axis of 61, which is not divisible by mesh.tensor = 2")
     with use_rules(Rules(vocab="tensor")), refused:
         parameter_shardings(gpt.abstract_params(MODEL), make_mesh(MeshConfig(tensor=2)))
 
@@ -240,7 +240,7 @@ def test_rules_that_do_not_go_with_a_mesh():
 # --- meshes -----------------------------------------------------------------------------------------------
 
 
-def test_minus_one_takes_the_rest():
+def test_minus_one_is_all_other_devices():
     assert dict(make_mesh(MeshConfig()).shape) == {"data": 8, "fsdp": 1, "tensor": 1, "stage": 1, "seq": 1}
     shape = make_mesh(MeshConfig(data=2, fsdp=-1, tensor=2)).shape
     assert shape["fsdp"] == 2 and batch_shards(shape) == 4
@@ -251,7 +251,7 @@ def test_minus_one_takes_the_rest():
     [
         ({"data": 3}, "data=3 needs 3 devices and there are 8"),
         ({"data": 2, "fsdp": 2}, "data=2 x fsdp=2 needs 4 devices and there are 8"),
-        ({"data": -1, "tensor": 3}, "8 devices are not a multiple.*3"),
+        ({"data": -1, "tensor": 3}, "8 devices are not a multiple of 3, the product"),
     ],
 )
 def test_a_mesh_that_does_not_multiply_out(sizes, says):
@@ -262,18 +262,18 @@ def test_a_mesh_that_does_not_multiply_out(sizes, says):
 @pytest.mark.parametrize(
     "sizes, says",
     [
-        ({"data": 0}, "positive"),
+        ({"data": 0}, "Mesh sizes must be positive"),
         ({"data": -1, "fsdp": -1}, "-1 on at most one"),
         ({"fsdp": -2}, "positive"),
     ],
 )
-def test_sizes_that_can_not_be(sizes, says):
+def test_invalid_sizes(sizes, says):
     with pytest.raises(InputError, match=says):
         MeshConfig(**sizes)
 
 
-def test_slices_lie_along_data(monkeypatch):
-    """Two slices of eight v5e chips, as libtpu describes them: between them there is only the data axis."""
+def test_slices_are_along_data(monkeypatch):
+    """Two slices of eight v5e chips, as libtpu describes them: only the data axis crosses them."""
     pytest.importorskip("libtpu", reason="needs libtpu: pip install 'jax[tpu]'")
     from jax.experimental import topologies
 
@@ -284,16 +284,16 @@ def test_slices_lie_along_data(monkeypatch):
     assert slices.shape == (4, 4, 1, 1, 1)
     assert [set(row.flat) for row in slices] == [{0}, {0}, {1}, {1}]
     for wrong in (MeshConfig(data=4, fsdp=4), MeshConfig(data=4, fsdp=4, dcn_data=4)):
-        with pytest.raises(InputError, match="these devices are of 2 slices: set it to 2"):
+        with pytest.raises(InputError, match="the devices belong to 2 slices: set it to 2"):
             make_mesh(wrong, devices)
     with pytest.raises(InputError, match="mesh.data=1 is not a multiple of mesh.dcn_data=2"):
         make_mesh(MeshConfig(data=1, fsdp=16, dcn_data=2), devices)
 
 
 def test_slices_where_there_are_none():
-    with pytest.raises(InputError, match="mesh.dcn_data=2, but these devices are of 1 slice: set it to 1"):
+    with pytest.raises(InputError, match="mesh.dcn_data=2, but the devices belong to 1 slice: set it to 1"):
         make_mesh(MeshConfig(data=2, fsdp=4, dcn_data=2))
-    with pytest.raises(InputError, match="dcn_data is the number of slices"):
+    with pytest.raises(InputError, match="mesh.dcn_data=0: it is the number of slices, at least 1"):
         MeshConfig(dcn_data=0)
 
 
@@ -338,8 +338,8 @@ def test_every_logical_axis_of_the_model_has_a_rule_and_every_rule_a_use():
 @pytest.mark.parametrize(
     "model, mesh, says",
     [
-        (dict(d_model=36), MeshConfig(data=1, fsdp=8), "axis of 36, which mesh.fsdp = 8"),
-        (dict(d_model=12, n_head=2), MeshConfig(data=1, tensor=8), "c_attn/.*axis of 12, which mesh.tensor = 8"),
+        (dict(d_model=36), MeshConfig(data=1, fsdp=8), "axis of 36, which is not divisible by mesh.fsdp = 8"),
+        (dict(d_model=12, n_head=2), MeshConfig(data=1, tensor=8), "c_attn/.* 12, .* not divisible by mesh.tensor = 8"),
     ],
 )
 def test_an_indivisible_dimension_names_the_parameter(model, mesh, says):
@@ -357,7 +357,7 @@ def test_a_parameter_without_names():
 
 @pytest.mark.slow
 def test_unrolled_layers_that_are_recomputed_compile_on_a_cpu():
-    """Two layers an iteration, in a loop over micro-batches: XLA:CPU made a call with arguments missing of it."""
+    """Two layers per iteration in a loop over micro-batches: XLA:CPU once dropped arguments of a call in it."""
     mesh = make_mesh(MeshConfig(data=1, fsdp=8))
     model = GPTConfig(64, n_layer=4, n_head=2, d_model=32, context_length=16, unroll=2, remat="full", attention="cpu")
     tx, precision = make_optimizer(OptimizerConfig()), PrecisionConfig()

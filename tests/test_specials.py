@@ -1,4 +1,4 @@
-"""Special and added tokens of published tokenizers: which files name them, what text becomes, what is kept.
+"""Special and added tokens of published tokenizers: the files that name them, encoding, saving.
 
 That transformers gives the same ids is shown in tests/peers/test_huggingface.py.
 """
@@ -11,9 +11,10 @@ import pytest
 import tokenizers
 from tokenizer_files import END, ROLES, write_legacy
 
+from gptjax.data.bpe import load_gpt1, make_tokenizer, train_bpe
 from gptjax.data.chat import ASSISTANT, PAD, USER, Template, chat_tokenizer
-from gptjax.data.specials import Specials
-from gptjax.data.tokenizer import END_OF_TEXT, Tokenizer, load_gpt1, make_tokenizer, train_bpe
+from gptjax.data.specials import END_OF_TEXT, Specials
+from gptjax.data.tokenizer import Tokenizer
 from gptjax.errors import InputError
 
 
@@ -45,7 +46,7 @@ def test_roles_come_from_the_files_and_added_tokens_are_found_in_text(tmp_path):
 
 
 @pytest.mark.parametrize("decoder", [False, True])
-def test_which_file_has_the_last_word(tmp_path, decoder):
+def test_precedence_of_the_files(tmp_path, decoder):
     """As in transformers: special_tokens_map.json, unless tokenizer_config.json has added_tokens_decoder."""
     ids = write_legacy(tmp_path, [END, "<e>"], ROLES | {"pad_token": END})
     config = {"eos_token": {"content": "<e>"}}
@@ -75,9 +76,9 @@ def test_the_end_of_a_tokenizer_json_is_named_beside_it(tmp_path, name):
     assert [i for i in tokenizer.encode(f"[N]{END_OF_TEXT}<e>") if i >= end] == [end + 2]
 
 
-def test_what_is_named_without_an_id_is_left_out(tmp_path):
+def test_tokens_without_an_id_are_ignored(tmp_path):
     write_legacy(tmp_path, [END], ROLES)
-    with pytest.warns(UserWarning, match="'<pad>' but gives it no id"):
+    with pytest.warns(UserWarning, match="'<pad>' without an id: it is ignored"):
         tokenizer = load(tmp_path)
     assert tokenizer.pad_id is None and tokenizer.specials.pad is None
 
@@ -85,16 +86,16 @@ def test_what_is_named_without_an_id_is_left_out(tmp_path):
 def test_bad_files(tmp_path):
     ids = write_legacy(tmp_path, [END], ROLES | {"pad_token": END})
     (tmp_path / "added_tokens.json").write_text(json.dumps({END: ids[END] + 5}))
-    with pytest.raises(InputError, match=rf"added token '</s>' has the id {ids[END] + 5}, but"):
+    with pytest.raises(InputError, match=rf"The added token '</s>' has the id {ids[END] + 5}, but .* Save"):
         load(tmp_path)
     (tmp_path / "added_tokens.json").write_text("[1]")
-    with pytest.raises(InputError, match="added_tokens.json is not one JSON object"):
+    with pytest.raises(InputError, match="added_tokens.json is not a JSON object: download"):
         load(tmp_path)
     (tmp_path / "added_tokens.json").write_text("{")
-    with pytest.raises(InputError, match="added_tokens.json is not JSON"):
+    with pytest.raises(InputError, match="added_tokens.json is not JSON .*: download"):
         load(tmp_path)
     (tmp_path / "added_tokens.json").write_text(json.dumps({END: "one"}))
-    with pytest.raises(InputError, match="added tokens in .* cannot be read"):
+    with pytest.raises(InputError, match="The added tokens in .* cannot be read .*: download"):
         load(tmp_path)
 
 
@@ -203,7 +204,7 @@ def test_gpt1_keeps_its_added_tokens_whole(tmp_path):
     assert (tokenizer.kind, tokenizer.eot_id, tokenizer.unk_id) == ("gpt1", 9, 0)
     assert tokenizer.encode("The [NAME] a[NAME]b") == [3, 8, 1, 8, 2]
     assert 9 not in tokenizer.encode("a <e>")
-    with pytest.raises(InputError, match="lone surrogate"):
+    with pytest.raises(InputError, match="lone surrogate .*: remove it"):
         load_gpt1(tmp_path).encode("a\udcff")
 
 

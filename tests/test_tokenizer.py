@@ -1,4 +1,4 @@
-"""Tokenizers: golden ids of GPT-1 and GPT-2, exact round trips, saving, and every refusal."""
+"""Tokenizers: golden ids of GPT-1 and GPT-2, exact round trips, saving and loading, every error."""
 
 import functools
 import json
@@ -12,16 +12,10 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from tokenizers import decoders, models, pre_tokenizers
 
-from gptjax.data import tokenizer as tok
+from gptjax.data import bpe as bpe_module
+from gptjax.data.bpe import character_tokenizer, load_gpt1, load_gpt2, make_tokenizer, train_bpe
 from gptjax.data.gpt1_words import _spacy_english, gpt1_words
-from gptjax.data.tokenizer import (
-    Tokenizer,
-    character_tokenizer,
-    load_gpt1,
-    load_gpt2,
-    make_tokenizer,
-    train_bpe,
-)
+from gptjax.data.tokenizer import Tokenizer, split_text
 from gptjax.errors import InputError
 
 VOCABULARIES = Path(__file__).parents[2] / "shared" / "data" / "tokenizers"
@@ -125,7 +119,7 @@ def test_gpt1_words():
 def test_gpt1_without_spacy(monkeypatch):
     _spacy_english.cache_clear()
     monkeypatch.setitem(sys.modules, "spacy", None)
-    with pytest.raises(InputError, match="pip install spacy"):
+    with pytest.raises(InputError, match="needs spaCy: run `pip install spacy`"):
         gpt1_words("text")
 
 
@@ -164,23 +158,23 @@ def test_bpe_layout_and_determinism(bpe):
 @example("a \n b", 1)
 @example("a\n\nb\n\n  c", 1)
 @example("a  \nb's  's", 2)
-def test_cutting_a_text_does_not_change_its_ids(text, length):
+def test_splitting_a_text_does_not_change_its_ids(text, length):
     bpe = small_bpe()
-    pieces = list(tok._pieces(text, length))
+    pieces = list(split_text(text, length))
     assert "".join(pieces) == text
     whole = bpe._engine.encode(text, add_special_tokens=False).ids
     assert [i for piece in pieces for i in bpe._engine.encode(piece).ids] == whole
 
 
-def test_long_text_is_cut(bpe):
+def test_long_text_is_split(bpe):
     text = TEXT * 200
     assert max(map(len, bpe.pieces(text))) < 2 * 65536
     assert bpe.encode(text) == bpe._engine.encode(text).ids
     assert bpe.encode_batch([text, "", "a"]) == [bpe.encode(text), [], bpe.encode("a")]
 
 
-def test_small_text_gives_a_smaller_vocabulary_and_says_so():
-    with pytest.warns(UserWarning, match="too small for 5000 tokens"):
+def test_small_text_gives_a_smaller_vocabulary_with_a_warning():
+    with pytest.warns(UserWarning, match="The text is too small for 5000 tokens: the vocabulary has only"):
         small = train_bpe(["hello hello"], 5000)
     assert 257 < small.vocab_size < 300
     assert small.eot_id == small.vocab_size - 1
@@ -188,7 +182,7 @@ def test_small_text_gives_a_smaller_vocabulary_and_says_so():
 
 @pytest.mark.parametrize("size", [0, 256])
 def test_bpe_needs_257(size):
-    with pytest.raises(InputError, match="at least bpe:257"):
+    with pytest.raises(InputError, match="has no room for 256 bytes.*: use at least bpe:257"):
         make_tokenizer(f"bpe:{size}", lambda: [TEXT])
 
 
@@ -203,12 +197,12 @@ def test_characters():
 
 @pytest.mark.parametrize("character, name", [("z", "U\\+007A"), ("日", "U\\+65E5"), ("🙃", "U\\+1F643")])
 def test_unknown_character(character, name):
-    with pytest.raises(InputError, match=f"'{character}'.*{name}"):
+    with pytest.raises(InputError, match=f"The character '{character}'.*{name}.*: remove it, or use a bpe"):
         character_tokenizer(["hé🙂"]).encode(f"hh{character}")
 
 
 def test_no_characters():
-    with pytest.raises(InputError, match="no text"):
+    with pytest.raises(InputError, match="has no text to collect characters from: give a source"):
         character_tokenizer([])
 
 
@@ -244,36 +238,36 @@ def test_gpt2_layouts(bpe, names, tmp_path):
     (tmp_path / names[1]).write_text(merges, encoding="utf-8")
     assert make_tokenizer(str(tmp_path), no_texts).fingerprint == bpe.fingerprint
     (tmp_path / names[1]).write_text(merges + "one two three\n", encoding="utf-8")
-    with pytest.raises(InputError, match="one two three.*isn't a pair"):
+    with pytest.raises(InputError, match="one two three' is not a pair of tokens: download"):
         load_gpt2(tmp_path)
     (tmp_path / names[1]).write_text(merges + "notthere neither\n", encoding="utf-8")
-    with pytest.raises(InputError, match="don't fit each other"):
+    with pytest.raises(InputError, match="do not match .*: download both again"):
         load_gpt2(tmp_path)
     (tmp_path / names[1]).unlink()
-    with pytest.raises(InputError, match=f"no {names[1]}"):
+    with pytest.raises(InputError, match=f"but no {names[1]}: add it"):
         load_gpt2(tmp_path)
     (tmp_path / names[0]).write_text("{")
-    with pytest.raises(InputError, match=f"no {names[1]}|damaged"):
+    with pytest.raises(InputError, match=f"no {names[1]}|damaged .*: download"):
         load_gpt2(tmp_path)
 
 
 def test_load_refuses_missing_and_damaged(bpe, tmp_path):
-    with pytest.raises(InputError, match="no tokenizer.json"):
+    with pytest.raises(InputError, match="has no tokenizer.json: give the directory"):
         Tokenizer.load(tmp_path)
     bpe.save(tmp_path)
     path = tmp_path / "tokenizer.json"
     whole = path.read_text()
     path.write_text(whole[: len(whole) // 2])
-    with pytest.raises(InputError, match="damaged"):
+    with pytest.raises(InputError, match="damaged or not .*: save it again"):
         Tokenizer.load(tmp_path)
     spec = json.loads(whole)
     spec["model"]["vocab"]["X"] = spec["model"]["vocab"].pop("!")
     path.write_text(json.dumps(spec))
-    with pytest.raises(InputError, match="fingerprints"):
+    with pytest.raises(InputError, match="fingerprints differ.: save the tokenizer again"):
         Tokenizer.load(tmp_path)
     path.write_text(whole)
     (tmp_path / "tokenizer_meta.json").write_text("{}")
-    with pytest.raises(InputError, match="tokenizer_meta.json is damaged"):
+    with pytest.raises(InputError, match="tokenizer_meta.json is damaged .*: remove it"):
         Tokenizer.load(tmp_path)
 
 
@@ -281,36 +275,36 @@ def test_load_refuses_what_is_not_byte_level(tmp_path):
     engine = tokenizers.Tokenizer(models.WordLevel({"a": 0}, unk_token="a"))
     engine.decoder = decoders.WordPiece()
     engine.save(str(tmp_path / "tokenizer.json"))
-    with pytest.raises(InputError, match="not a byte-level BPE"):
+    with pytest.raises(InputError, match="is not a byte-level BPE.* Use 'bpe:SIZE'"):
         Tokenizer.load(tmp_path)
 
 
 @pytest.mark.parametrize("spec", ["gpt2", "bpe", "bpe:", "bpe:8k", "bpe:-5", "", "/nowhere/at/all"])
 def test_unknown_spec_names_the_forms(spec):
-    with pytest.raises(InputError, match="bpe:SIZE.*'char'.*encoder.json \\+ vocab.bpe"):
+    with pytest.raises(InputError, match="Use 'bpe:SIZE.*'char'.*encoder.json \\+ vocab.bpe"):
         make_tokenizer(spec, no_texts)
 
 
 def test_directory_without_a_tokenizer(tmp_path):
-    with pytest.raises(InputError, match="no tokenizer files"):
+    with pytest.raises(InputError, match="contains no tokenizer files. Use 'bpe:SIZE'"):
         make_tokenizer(str(tmp_path), no_texts)
 
 
 def test_bad_ids_and_bad_text(bpe):
     for tokenizer in (bpe, character_tokenizer(["ab"])):
         for ids in ([tokenizer.vocab_size], [-1]):
-            with pytest.raises(InputError, match="outside the tokenizer's vocabulary"):
+            with pytest.raises(InputError, match="outside the tokenizer's vocabulary of .*: use the tokenizer"):
                 tokenizer.decode(ids)
-    with pytest.raises(InputError, match="surrogate.*character 2"):
+    with pytest.raises(InputError, match="lone surrogate.*character 2, .*: remove it"):
         bpe.encode("ab\ud800")
 
 
 SPECIALS = ["<|endoftext|>", "<|pad|>", "<|user|>"]
-SPOKEN = "ab <|user|> ba<|pad|><|endoftext|>"  # what a person may write
+SPOKEN = "ab <|user|> ba<|pad|><|endoftext|>"  # what a user may write
 
 
 def tiny_gpt1(directory):
-    """Each printable character by itself, in a word or ending one, in GPT-1's layout."""
+    """A GPT-1 vocabulary of the printable characters, inside a word and at its end."""
     pytest.importorskip("spacy", reason="GPT-1's words need spaCy")
     characters = [chr(c) for c in range(33, 127)]
     tokens = ["<unk>", *characters, *(c + "</w>" for c in characters)]
@@ -363,29 +357,29 @@ def test_special_tokens_are_added_in_their_order(bpe):
 def test_an_ordinary_token_is_no_special(bpe):
     assert bpe.special_id("a") is None
     for name in ("a", ""):
-        with pytest.raises(InputError, match="can't be a special token"):
+        with pytest.raises(InputError, match="cannot be a special token, .*: choose another name"):
             bpe.with_specials([name])
 
 
-def test_special_tokens_want_a_vocabulary_without_gaps(bpe, tmp_path):
+def test_special_tokens_need_a_vocabulary_without_gaps(bpe, tmp_path):
     model = json.loads(bpe._engine.to_str())["model"]
     (tmp_path / "encoder.json").write_text(json.dumps(model["vocab"] | {"e": 400}))
     (tmp_path / "vocab.bpe").write_text("\n".join(f"{a} {b}" for a, b in model["merges"]), encoding="utf-8")
-    with pytest.raises(InputError, match="some ids under 401 have no token"):
+    with pytest.raises(InputError, match="some ids below 401 have no token: use a tokenizer without gaps"):
         load_gpt2(tmp_path).with_specials(["<|pad|>"])
 
 
-def test_unknown_character_beside_specials():
+def test_unknown_character_with_specials():
     characters = character_tokenizer(["ab"]).with_specials(["<|pad|>"])
-    with pytest.raises(InputError, match="'<'.*isn't in the tokenizer's 2 characters"):
+    with pytest.raises(InputError, match="'<'.*is not one of the tokenizer's 2 characters"):
         characters.encode("a<|pad|>")
 
 
 @pytest.mark.parametrize("run", ["x" * 5000, "日本語" * 2000, " " * 5000, "\n" * 5000, "7" * 5000, "=" * 5000])
-def test_long_runs_are_cut_for_training_alone(run, monkeypatch):
-    """The library's training is quadratic in the longest word; its encoding isn't."""
-    given, pieces = [], tok._training_pieces
-    monkeypatch.setattr(tok, "_training_pieces", lambda *a: (given.append(p) or p for p in pieces(*a)))
+def test_long_runs_are_split_for_training_only(run, monkeypatch):
+    """The library's training is quadratic in the longest word; its encoding is not."""
+    given, pieces = [], bpe_module._training_pieces
+    monkeypatch.setattr(bpe_module, "_training_pieces", lambda *a: (given.append(p) or p for p in pieces(*a)))
     text = f"Some words, then {run} and some more.\n"
     with pytest.warns(UserWarning, match="1 runs of more than 400"):
         made = train_bpe([TEXT, text], 300)
@@ -397,21 +391,21 @@ def test_long_runs_are_cut_for_training_alone(run, monkeypatch):
     assert made.encode(text) == made._engine.encode(text, add_special_tokens=False).ids
 
 
-def test_ordinary_text_is_trained_on_as_it_is():
+def test_ordinary_text_is_not_split_for_training():
     long_lines = TEXT.replace("\n", "") + "a1" * 3000  # long runs without blanks, of short words
-    assert list(tok._training_pieces([TEXT, long_lines], [0])) == [TEXT, long_lines]
+    assert list(bpe_module._training_pieces([TEXT, long_lines], [0])) == [TEXT, long_lines]
 
 
-def test_what_stands_between_documents(bpe, tmp_path):
+def test_document_separator(bpe, tmp_path):
     assert bpe.separator_ids == [bpe.eot_id]
     characters = character_tokenizer(["ab\n"])
     assert characters.decode(characters.separator_ids) == "\n\n"
     assert characters.with_specials(["<|endoftext|>"]).separator_ids == [3]
-    with pytest.raises(InputError, match="neither end-of-text nor a line break.*bpe tokenizer"):
+    with pytest.raises(InputError, match="neither end-of-text nor a line break.*: use a bpe tokenizer"):
         character_tokenizer(["ab"]).separator_ids  # noqa: B018
 
 
-def test_what_stands_between_documents_of_gpt1(tmp_path):
+def test_document_separator_of_gpt1(tmp_path):
     pytest.importorskip("spacy", reason="GPT-1's words need spaCy")
     tokens = ["<unk>", "a", "a</w>", "\n</w>"]
     (tmp_path / "encoder_bpe_40000.json").write_text(json.dumps({t: i for i, t in enumerate(tokens)}))

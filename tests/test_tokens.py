@@ -1,4 +1,4 @@
-"""Token shards: contents and counts, the split, reuse, atomic replacement, and every refusal."""
+"""Token shards: contents and counts, the split, reuse, atomic replacement, and every error."""
 
 import errno
 import json
@@ -13,10 +13,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from gptjax.data import prepare as prepare_module
 from gptjax.data import sources, tokens
+from gptjax.data.bpe import character_tokenizer
 from gptjax.data.lm import Windows, warn_if_few
-from gptjax.data.tokenizer import character_tokenizer
-from gptjax.data.tokens import TokenShards, open_shards, prepare
+from gptjax.data.prepare import prepare
+from gptjax.data.tokens import TokenShards, open_shards
 from gptjax.errors import InputError
 
 SHAKESPEARE = Path(__file__).parents[2] / "shared" / "data" / "lm" / "tinyshakespeare" / "input.txt"
@@ -141,7 +143,7 @@ def test_reading_over_shards(folder, tmp_path, shard_tokens, monkeypatch):
 
 
 def test_long_documents_stream(folder, tmp_path, monkeypatch):
-    monkeypatch.setattr(tokens, "_BATCH", 1000)
+    monkeypatch.setattr(prepare_module, "_BATCH", 1000)
     text = "a line of text\n" * 20_000
     (folder / "long.txt").write_text(text)
     tokenizer, splits = make(folder, tmp_path / "tokens")
@@ -172,8 +174,8 @@ def test_unchanged_is_reused_without_reading_the_source(folder, tmp_path, monkey
     ],
     ids=str,
 )
-def test_another_request_has_a_folder_of_its_own(folder, tmp_path, options):
-    """A run that has the first one's tokens open, by lazy memory maps, goes on reading those."""
+def test_another_request_has_its_own_folder(folder, tmp_path, options):
+    """A run that has memory-mapped the first tokens keeps reading those."""
     _, running = make(folder, tmp_path / "tokens", shard_tokens=100, by_content=True)
     before, expected = state(tmp_path / "tokens"), TokenShards.read(running["train"], np.array([0]), 10)
     _, other = make(folder, tmp_path / "tokens", **{"shard_tokens": 100, "by_content": True, **options})
@@ -182,19 +184,19 @@ def test_another_request_has_a_folder_of_its_own(folder, tmp_path, options):
     now = state(running["train"].directory)
     assert now == {name: before[name] for name in now}
     np.testing.assert_array_equal(everything(running["train"])[:10], expected[0])
-    with pytest.raises(InputError, match="holds tokens of another request"):
+    with pytest.raises(InputError, match="contains tokens that differ in .*: give another directory"):
         make(folder, running["train"].directory, **{"shard_tokens": 100, **options})
     assert state(running["train"].directory) == now
 
 
-def test_changed_source_is_made_anew(folder, tmp_path):
+def test_changed_source_is_prepared_again(folder, tmp_path):
     make(folder, tmp_path / "tokens", by_content=True)
     (folder / "00.txt").write_text("something new")
     tokenizer, splits = make(folder, tmp_path / "tokens", by_content=True)
     assert "something new" in texts(tokenizer, splits["train"]) + texts(tokenizer, splits["validation"])
 
 
-def test_changed_validation_source_is_made_anew(folder, tmp_path):
+def test_changed_validation_source_is_prepared_again(folder, tmp_path):
     held_out = tmp_path / "held_out.txt"
     for text in ("first text", "quite another"):
         held_out.write_text(text)
@@ -220,11 +222,11 @@ def test_deterministic(folder, tmp_path):
 
 
 def test_token_dtype(folder, tmp_path):
-    assert tokens._token_dtype(None, 65536) == np.uint16 == tokens._token_dtype("uint16", 65536)
-    assert tokens._token_dtype(None, 65537) == np.uint32
-    with pytest.raises(InputError, match="70000 doesn't fit token dtype uint16"):
+    assert prepare_module._token_dtype(None, 65536) == np.uint16 == prepare_module._token_dtype("uint16", 65536)
+    assert prepare_module._token_dtype(None, 65537) == np.uint32
+    with pytest.raises(InputError, match="70000 does not fit into token dtype uint16: use uint32"):
         make(folder, tmp_path / "tokens", "bpe:70000", token_dtype="uint16")
-    with pytest.raises(InputError, match="'int8'"):
+    with pytest.raises(InputError, match="The token dtype 'int8' is unknown: use 'uint16'"):
         make(folder, tmp_path / "tokens", token_dtype="int8")
     _, splits = make(folder, tmp_path / "tokens", token_dtype="uint32")
     assert splits["train"].dtype == np.uint32
@@ -233,27 +235,27 @@ def test_token_dtype(folder, tmp_path):
 
 @pytest.mark.parametrize("validation", [0, 1, -0.5, 2.0])
 def test_bad_fraction(folder, tmp_path, validation):
-    with pytest.raises(InputError, match="between 0 and 1"):
+    with pytest.raises(InputError, match="is not between 0 and 1: change it"):
         make(folder, tmp_path / "tokens", validation=validation)
 
 
 def test_other_bad_input(folder, tmp_path):
-    with pytest.raises(InputError, match="local directory"):
+    with pytest.raises(InputError, match="must be a local directory"):
         make(folder, "gs://bucket/tokens")
-    with pytest.raises(InputError, match="positive"):
+    with pytest.raises(InputError, match="A shard of 0 tokens is not possible: give a positive number"):
         make(folder, tmp_path / "tokens", shard_tokens=0)
     (tmp_path / "c.txt").write_text("x")
-    with pytest.raises(InputError, match="1 characters, too few"):
+    with pytest.raises(InputError, match="1 characters, too few to hold out .*: give more text"):
         make(tmp_path / "c.txt", tmp_path / "tokens", "char")
-    with pytest.raises(InputError, match="name a directory"):
+    with pytest.raises(InputError, match="has no manifest.json: give a directory of token shards"):
         open_shards(tmp_path / "nowhere")
     assert not (tmp_path / "tokens").exists()
 
 
-def test_a_directory_of_something_else_is_left_alone(folder, tmp_path):
+def test_a_directory_with_other_files_is_not_touched(folder, tmp_path):
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.tex").write_text("years of work")
-    with pytest.raises(InputError, match="holds something else"):
+    with pytest.raises(InputError, match="contains other files than token shards: give another"):
         make(folder, tmp_path / "mine")
     assert (tmp_path / "mine" / "thesis.tex").read_text() == "years of work"
     (tmp_path / "empty").mkdir()
@@ -270,7 +272,7 @@ def test_flipped_bit_is_found(folder, tmp_path):
         lambda: open_shards(tmp_path / "tokens"),
         lambda: make(folder, tmp_path / "tokens", shard_tokens=100),
     ):
-        with pytest.raises(InputError, match="train-00001.bin doesn't match.*delete .*tokens to"):
+        with pytest.raises(InputError, match="train-00001.bin does not have its manifest's hash: delete .*tokens, and"):
             attempt()
     data[5] ^= 1
     path.write_bytes(data)
@@ -286,18 +288,18 @@ def test_shortened_missing_or_mixed_up_files(folder, tmp_path):
     with pytest.raises(InputError, match=f"has {len(data) - 2} bytes, not the {len(data)}"):
         open_shards(tmp_path / "tokens")
     shard.unlink()
-    with pytest.raises(InputError, match="validation-00000.bin is missing"):
+    with pytest.raises(InputError, match="validation-00000.bin is missing: delete"):
         open_shards(tmp_path / "tokens")
     shard.write_bytes(data)
     for name in ("tokenizer.json", "tokenizer_meta.json"):
         (tmp_path / "other" / "tokenizer" / name).replace(tmp_path / "tokens" / "tokenizer" / name)
-    with pytest.raises(InputError, match="isn't the one its tokens were made with"):
+    with pytest.raises(InputError, match="is not that of its tokens: delete"):
         open_shards(tmp_path / "tokens")
     manifest = tmp_path / "tokens" / "manifest.json"
     whole = manifest.read_text()
     for text in (whole[:100], whole.replace('"vocab_size": 300', '"vocab_size": 301'), "[]", "{}"):
         manifest.write_text(text)
-        with pytest.raises(InputError, match="manifest.json is damaged"):
+        with pytest.raises(InputError, match="manifest.json is damaged .*: delete"):
             make(folder, tmp_path / "tokens")
 
 
@@ -327,8 +329,8 @@ def test_failure_half_way_leaves_the_old_one(folder, tmp_path, monkeypatch):
         raise OSError(errno.ENOSPC, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr(tokens._Writer, "write", full)
-        with pytest.raises(InputError, match="disk is full"):
+        patch.setattr(prepare_module._Writer, "write", full)
+        with pytest.raises(InputError, match="The disk is full .*: free some space"):
             make(folder, tmp_path / "tokens", by_content=True)
     assert state(splits["train"].directory) == before
     assert [p for p in (tmp_path / "tokens").iterdir() if p.is_dir()] == [splits["train"].directory]
@@ -336,9 +338,9 @@ def test_failure_half_way_leaves_the_old_one(folder, tmp_path, monkeypatch):
 
 KILLED = """
 import os, signal, sys
-from gptjax.data import tokens
+from gptjax.data import prepare
 writes = 0
-original = tokens._Writer.write
+original = prepare._Writer.write
 def write(self, ids):
     global writes
     original(self, ids)
@@ -346,12 +348,12 @@ def write(self, ids):
     if writes == 30:
         self._stream.flush()
         os.kill(os.getpid(), signal.SIGKILL)
-tokens._Writer.write = write
-tokens.prepare(sys.argv[1], "bpe:300", sys.argv[2], progress=False)
+prepare._Writer.write = write
+prepare.prepare(sys.argv[1], "bpe:300", sys.argv[2], progress=False)
 """
 
 
-def test_killed_half_way_is_not_taken_for_whole(folder, tmp_path):
+def test_killed_half_way_is_not_used(folder, tmp_path):
     command = [sys.executable, "-c", KILLED, str(folder), str(tmp_path / "tokens")]
     assert subprocess.run(command, cwd=ROOT, check=False).returncode == -signal.SIGKILL
     assert not (tmp_path / "tokens").exists()
@@ -363,18 +365,18 @@ def test_killed_half_way_is_not_taken_for_whole(folder, tmp_path):
 
 SLOW = """
 import sys, time
-from gptjax.data import tokens
-original = tokens._write
+from gptjax.data import prepare
+original = prepare._write
 def write(*args):
     print("writing", flush=True)
     time.sleep(1)
     original(*args)
-tokens._write = write
-tokens.prepare(sys.argv[1], "bpe:300", sys.argv[2], progress=False)
+prepare._write = write
+prepare.prepare(sys.argv[1], "bpe:300", sys.argv[2], progress=False)
 """
 
 
-@pytest.mark.skipif(tokens.fcntl is None, reason="no file locks on this system")
+@pytest.mark.skipif(prepare_module.fcntl is None, reason="no file locks on this system")
 def test_two_processes_make_it_once(folder, tmp_path):
     command = [sys.executable, "-c", SLOW, str(folder), str(tmp_path / "tokens")]
     started = [subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True) for _ in range(2)]
@@ -383,7 +385,7 @@ def test_two_processes_make_it_once(folder, tmp_path):
     assert sorted(written) == ["", "writing\n"]
 
 
-def test_manifest_says_what_it_was_made_from(folder, tmp_path):
+def test_manifest_names_its_source(folder, tmp_path):
     make(folder, tmp_path / "tokens", seed=3)
     manifest = json.loads((tmp_path / "tokens" / "manifest.json").read_text())
     assert manifest["source"] == str(folder) and manifest["tokenizer"] == "bpe:300"
@@ -400,11 +402,11 @@ def test_progress_goes_to_stderr(folder, tmp_path, capsys):
     assert capsys.readouterr().out == ""
 
 
-# --- what stands between documents ------------------------------------------------------------------------
+# --- document separators ------------------------------------------------------------------------
 
 
 def test_documents_without_end_of_text_are_separated(folder, tmp_path):
-    """By a blank line, between two documents only: a text of one document is its characters alone."""
+    """By a blank line, and only between documents: a single document has none."""
     tokenizer, splits = make(folder, tmp_path / "tokens", "char")
     parts = [tokenizer.decode(everything(shards)).split("\n\n\n") for shards in splits.values()]  # each ends with one
     texts = sorted(part.rstrip("\n") + "\n" for part in parts[0] + parts[1])
@@ -432,11 +434,11 @@ def test_characters_without_a_line_break_get_one_to_separate_documents(tmp_path)
 # --- which text is held out -------------------------------------------------------------------------------
 
 
-def test_a_single_document_is_split_by_position_and_says_so(tmp_path, capsys):
+def test_a_single_document_is_split_by_position_with_a_message(tmp_path, capsys):
     (tmp_path / "x.txt").write_text("".join(f"name {i}\n" for i in range(50)))
     make(tmp_path / "x.txt", tmp_path / "a", "char")
     (line,) = capsys.readouterr().out.splitlines()
-    assert "one document, so its last 0.1 of the characters are held out (data.split=lines" in line
+    assert "is a single document, so the last 0.1 of its characters are held out. (data.split=lines" in line
     make(tmp_path / "x.txt", tmp_path / "b", "char", split="position")
     assert capsys.readouterr().out == ""
     for name in ("train-00000.bin", "validation-00000.bin"):
@@ -463,28 +465,28 @@ def test_split_of_several_documents_by_position(folder, tmp_path):
     assert splits["train"].documents + splits["validation"].documents == 41  # one of them in both
 
 
-def test_documents_that_a_written_separator_ends(tmp_path):
+def test_document_separator_in_the_text(tmp_path):
     (tmp_path / "x.txt").write_text("<|endoftext|>\n".join(f"story {i}\n" for i in range(30)))
     tokenizer, splits = make(tmp_path / "x.txt", tmp_path / "a", document_separator="<|endoftext|>")
     parts = [texts(tokenizer, shards) for shards in splits.values()]
     assert sorted(parts[0] + parts[1]) == sorted(f"story {i}" for i in range(30))
-    with pytest.warns(UserWarning, match="written 29 times"):
+    with pytest.warns(UserWarning, match="contains .* 29 times"):
         tokenizer, splits = make(tmp_path / "x.txt", tmp_path / "b")
     assert tokenizer.eot_id not in everything(splits["train"])[:-1]  # what is written in text never becomes the token
 
 
-def test_split_that_cannot_be(folder, tmp_path):
+def test_invalid_split(folder, tmp_path):
     (tmp_path / "x.txt").write_text("one line")
     for split in ("documents", "lines"):
-        with pytest.raises(InputError, match=f"one of the {split} that data.split names"):
+        with pytest.raises(InputError, match=f"has only one of the {split} that .*: use data.split=position"):
             make(tmp_path / "x.txt", tmp_path / "a", "char", split=split)
-    with pytest.raises(InputError, match="data.split='rows' is none of documents, lines, position"):
+    with pytest.raises(InputError, match="data.split='rows' is unknown: use one of documents, lines, position"):
         make(folder, tmp_path / "a", split="rows")
-    with pytest.raises(InputError, match="data.split=position holds out a share"):
+    with pytest.raises(InputError, match="data.split=position holds out a fraction.*: set only one"):
         make(folder, tmp_path / "a", split="position", validation=str(tmp_path / "x.txt"))
 
 
-def test_tokens_made_before_there_was_a_choice_still_answer(folder, tmp_path):
+def test_tokens_of_earlier_versions_still_match(folder, tmp_path):
     make(folder, tmp_path / "tokens")
     request = json.loads((tmp_path / "tokens" / "manifest.json").read_text())["request"]
     assert set(request) == {
@@ -499,14 +501,14 @@ def test_tokens_made_before_there_was_a_choice_still_answer(folder, tmp_path):
 def test_too_short_a_split_is_named(folder, tmp_path):
     _, splits = make(folder, tmp_path / "tokens")
     for name, shards in splits.items():
-        with pytest.raises(InputError, match=f"the {name} split of {folder} has {len(shards)} tokens, fewer than one"):
+        with pytest.raises(InputError, match=f"The {name} split of {folder} has {len(shards)} tokens, fewer than one"):
             Windows(shards, 5000, seed=0)
 
 
 def test_few_held_out_examples_are_a_warning(folder, tmp_path):
     _, splits = make(folder, tmp_path / "tokens")
     most = (len(splits["validation"]) - 1) // 20  # with which there are 20 examples
-    with pytest.warns(UserWarning, match=f"the validation split of {folder} has .* of {most + 1} tokens, fewer"):
+    with pytest.warns(UserWarning, match=f"The validation split of {folder} has only .* of {most + 1} tokens, fewer"):
         warn_if_few(splits["validation"], most + 1)
     with warnings.catch_warnings():
         warnings.simplefilter("error")

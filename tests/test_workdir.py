@@ -16,7 +16,7 @@ from gptjax import convert, lock, paths
 from gptjax.command_line import _PathParser, _StepParser
 from gptjax.config import build, config_dict
 from gptjax.data import sources
-from gptjax.data.corpus import pretraining_run
+from gptjax.data.records import pretraining_run
 from gptjax.errors import InputError
 from gptjax.model.spec import GPTConfig
 from gptjax.ppo import PPOConfig, ppo
@@ -154,7 +154,7 @@ def test_the_home_directory_in_flags_and_arguments(tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
     assert _PathParser().parse("~/r") == str(tmp_path / "r")
     assert paths.expand_flag("--config=~/c.py:124m", "config") == f"--config={tmp_path}/c.py:124m"
-    with pytest.raises(InputError, match="there is no user 'nobody-here'.*./~nobody-here/r"):
+    with pytest.raises(InputError, match="There is no user 'nobody-here'.*write ./~nobody-here/r"):
         paths.local("~nobody-here/r")
     claim("~/r", init_from="~/pre")
     assert read_config("~/r")["init_from"] == str(tmp_path / "pre") and (tmp_path / "r" / "config.json").exists()
@@ -286,13 +286,13 @@ def test_storage_without_locks_is_said(tmp_path, monkeypatch, capsys):
 
     monkeypatch.setattr(lock.fcntl, "flock", flock)
     with lock.held(tmp_path):
-        assert "has no locks" in capsys.readouterr().out
+        assert "has no locks: make sure that no other run" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("where", ["file", "file/below", "/proc/nowhere/run", "/proc/1"])
 def test_places_that_can_be_no_workdir(tmp_path, where):
     (tmp_path / "file").touch()
-    with pytest.raises(InputError, match="is not a folder|cannot be written in") as caught:
+    with pytest.raises(InputError, match="is not a folder|is not writable") as caught:
         pretrain({}, str(tmp_path / where))
     assert "\n" not in str(caught.value) and "--workdir" in str(caught.value)
 
@@ -302,7 +302,7 @@ def test_a_workdir_on_a_read_only_disk(tmp_path, monkeypatch):
         raise OSError(30, "Read-only file system")
 
     monkeypatch.setattr(lock, "open", read_only, raising=False)
-    with pytest.raises(InputError, match="cannot be written in .Read-only file system.: give another --workdir"):
+    with pytest.raises(InputError, match="is not writable .Read-only file system.: give another --workdir"):
         sft({}, str(tmp_path))
 
 

@@ -2,7 +2,8 @@
 
 import json
 
-from gptjax.data.tokenizer import END_OF_TEXT, train_bpe
+from gptjax.data.bpe import train_bpe
+from gptjax.data.specials import END_OF_TEXT
 
 TEXT = ["the cat sat on the mat, and the cat ran. hello world\n"] * 3
 END = "</s>"

@@ -16,7 +16,8 @@ from pathlib import Path
 import numpy as np
 
 from experiments.benchmarks._peer import quartiles
-from gptjax.data import lm, tokens
+from gptjax.data import lm
+from gptjax.data.prepare import prepare
 
 
 def text(path, characters):
@@ -35,7 +36,7 @@ def main():
     with tempfile.TemporaryDirectory() as folder:
         source = Path(folder) / "text.txt"
         text(source, 12_000_000)
-        tokenizer, shards = tokens.prepare(str(source), "bpe:2048", Path(folder) / "data", progress=False)
+        tokenizer, shards = prepare(str(source), "bpe:2048", Path(folder) / "data", progress=False)
         train = shards["train"]
         flat = np.memmap(next(iter(sorted((Path(folder) / "data").glob("train-*.bin")))), np.uint16, "r")
         results = {}

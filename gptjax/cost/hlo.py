@@ -1,16 +1,16 @@
-"""What a compiled program sends between chips, read from its HLO text: every collective, times the loops around it.
+"""Communication of a compiled program, parsed from its HLO text: every collective, multiplied by its loops' lengths.
 
-`cost_analysis` counts a loop's body once, so the text is read instead. Bytes are what each chip sends under the
-ring algorithms, with N chips in a group and a per-chip operand of b bytes (Thakur et al. 2005; Chan et al. 2007):
+The text is parsed because `cost_analysis` counts a loop's body once. Bytes are what each chip sends under the ring
+algorithms, with N chips in a group and a per-chip operand of b bytes (Thakur et al. 2005; Chan et al. 2007):
 
     all-gather          b (N - 1)          the operand is one shard
-    reduce-scatter      b (N - 1) / N      the operand is the whole array
+    reduce-scatter      b (N - 1) / N      the operand is the full array
     all-reduce          2 b (N - 1) / N    a reduce-scatter and an all-gather
     all-to-all          b (N - 1) / N
     collective-permute  b
 
-TPU's compiler writes a reduce-scatter as a fusion named all-reduce-scatter, which holds an all-reduce and a slice, and
-a collective between slices as a send to the host, which says of what kind it is (the runtime does the rest).
+The TPU compiler writes a reduce-scatter as a fusion named all-reduce-scatter, which contains an all-reduce and a slice,
+and a collective between slices as a send to the host whose attributes name its kind (the runtime does the rest).
 """
 
 import dataclasses
@@ -27,8 +27,8 @@ KINDS = ("all-gather", "reduce-scatter", "all-reduce", "all-to-all", "collective
 
 @dataclasses.dataclass(frozen=True)
 class Collective:
-    """One collective of the text. sent: bytes that a chip sends each time; times: how often it runs; crosses:
-    whether it goes to other slices, over the data-center network; source: the op's JAX name."""
+    """One collective op. group: chips that take part; sent: bytes that a chip sends per execution; times: number of
+    executions; crosses: whether it crosses slices, over the data-center network; source: the op's JAX name."""
 
     kind: str
     group: int
@@ -39,21 +39,23 @@ class Collective:
 
     @property
     def total(self) -> float:
+        """Bytes that a chip sends in all executions."""
         return self.sent * self.times
 
 
 @dataclasses.dataclass(frozen=True)
 class Traffic:
-    """All collectives of a program. endless: loops with collectives whose length is not in the text (counted once)."""
+    """All collectives of a program. endless: loops with collectives whose trip count is unknown (counted once)."""
 
     collectives: tuple[Collective, ...]
     endless: tuple[str, ...]
 
     def sent(self, crosses: bool | None = None) -> int:
+        """Bytes that a chip sends; with `crosses` only those between slices (True) or within one (False)."""
         return round(sum(c.total for c in self.collectives if crosses is None or c.crosses == crosses))
 
     def by_kind(self) -> dict[str, dict]:
-        """{kind: {'ops', 'executions', 'bytes'}}, what a chip sends, largest first."""
+        """{kind: {'ops', 'executions', 'bytes'}}, the bytes being what a chip sends; largest first."""
         result = {}
         for c in self.collectives:
             entry = result.setdefault(c.kind, {"ops": 0, "executions": 0, "bytes": 0})
@@ -69,7 +71,7 @@ class _Op:
     type: str
     opcode: str
     operands: tuple[str, ...]
-    rest: str  # attributes; for constants and parameters, what the brackets hold too
+    rest: str  # attributes; for constants and parameters also what is in the parentheses
     root: bool
 
 
@@ -79,11 +81,11 @@ _CALLED = re.compile(r"(?:calls|to_apply)=%?([\w.\-]+)")
 
 
 def traffic(text: str, num_slices: int = 1) -> Traffic:
-    """The collectives that one run of the program executes.
+    """The collectives that one execution of a program runs.
 
     Args:
-        text: `compiled.as_text()`, of any backend.
-        num_slices: how many slices take part in what goes between slices.
+        text: `compiled.as_text()` of any backend.
+        num_slices: number of slices that take part in collectives between slices.
     """
     program = _Program(text)
     found, endless = program.walk(program.entry, num_slices)
@@ -91,7 +93,7 @@ def traffic(text: str, num_slices: int = 1) -> Traffic:
 
 
 def array_bytes(type_text: str) -> float:
-    """Bytes of all arrays of an HLO type, without padding."""
+    """Bytes of all arrays in an HLO type, without padding."""
     return sum(
         BYTES.get(dtype, 0) * math.prod(int(d) for d in dims.split(",") if d)
         for dtype, dims in re.findall(r"\b([a-z]\w*)\[([\d,]*)\]", type_text)
@@ -135,13 +137,13 @@ class _Program:
                 inner = self.walk(body, num_slices, times * (1 if trips is None else trips))
                 if trips is None and inner[0]:
                     endless.append(body)
-            elif op.opcode == "conditional":  # one branch runs: the dearest is assumed
+            elif op.opcode == "conditional":  # only one branch runs: assume the one that sends most
                 branches = re.search(r"branch_computations=\{([^}]*)\}", op.rest)
                 names = re.findall(r"%?([\w.\-]+)", branches[1]) if branches else _branches(op.rest)
                 inner = max((self.walk(n, num_slices, times) for n in names), key=lambda w: sum(c.total for c in w[0]))
             elif op.opcode in ("fusion", "call", "async-start") and (called := _CALLED.search(op.rest)):
-                # A gather that the TPU compiler overlaps with computation stands whole in each piece of it: it is
-                # counted where it starts.
+                # A gather that the TPU compiler overlaps with compute appears in full in each of its pieces: count it
+                # where it starts.
                 if op.name.startswith("async-collective-done") or called[1].startswith("async_collective_fusion"):
                     continue
                 inner = self.walk(called[1], num_slices, times)
@@ -151,12 +153,12 @@ class _Program:
             endless += inner[1]
         return found, endless
 
-    # --- the length of a loop ---
+    # --- trip counts ---
 
     def trip_count(self, op: _Op, ops) -> int | None:
-        """How often a while loop runs: as annotated, or from its counter's start, step and bound; None = unknown.
+        """Trip count of a while loop: as annotated, or from its counter's start, step and bound; None = unknown.
 
-        Where a loop may end earlier (a second condition), its upper bound.
+        An upper bound if a second condition may end the loop earlier.
         """
         if known := re.search(r'known_trip_count"?:\{"?n"?:"?(\d+)', op.rest):
             return int(known[1])
@@ -180,7 +182,7 @@ class _Program:
         return None
 
     def _comparisons(self, condition):
-        """(counter, bound, direction) of each compare that the condition needs to be true, fusions looked through."""
+        """(counter, bound, direction) of each compare that must hold for the loop to continue, also inside fusions."""
         root = next(o for o in condition.values() if o.root)
         waiting = [(root, condition, lambda name: self._leaf(name, condition))]
         while waiting:
@@ -209,7 +211,7 @@ class _Program:
         return self._leaf(name, ops).get("value")
 
     def _step(self, body, index) -> int | None:
-        """What is added to element `index` of the loop's tuple each time."""
+        """The constant that each iteration adds to element `index` of the loop's tuple; None = not a constant."""
         root = next(o for o in body.values() if o.root)
         if root.opcode != "tuple":
             return None
@@ -236,7 +238,7 @@ def _collective(op, kind, size, group, times, crosses) -> Collective:
 
 
 def _through(program, call, inner, outer):
-    """Leaves of a called computation, its parameters replaced by what the caller passes."""
+    """Function to the leaves of a called computation, with the caller's operands for its parameters."""
 
     def leaf(name):
         found = program._leaf(name, inner)
@@ -255,7 +257,7 @@ def _branches(rest) -> list[str]:
 
 
 def _groups(rest: str) -> list[list[int]]:
-    """Partitions that take part together, in any of HLO's notations; of a permutation its (source, target) pairs."""
+    """Groups of partitions of a collective, in any of HLO's notations; of a permute its (source, target) pairs."""
     if pairs := re.search(r"source_target_pairs=\{(.*?)\}\}", rest):
         return [[int(a), int(b)] for a, b in re.findall(r"\{(\d+),(\d+)", pairs[1] + "}")]
     if iota := re.search(r"replica_groups=\[(\d+),(\d+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", rest):

@@ -1,12 +1,13 @@
-"""How long a step must take at least, and what bounds it: compute, HBM, the links between chips, or the network.
+"""Roofline model: a lower bound on the time of a step, and whether compute, HBM, ICI or DCN bounds it.
 
-    compute  FLOPs / peak        the model's and those that remat computes again
-    hbm      bytes / bandwidth   what no order of the operations avoids, from `train_bytes`
-    ici      bytes / bandwidth   what the compiled program's collectives send (cost/hlo.py), all links busy
-    dcn      bytes / bandwidth   those that cross slices
+    compute  FLOPs / peak        of the model, and those that remat repeats
+    hbm      bytes / bandwidth   of unavoidable traffic (`train_bytes`)
+    ici      bytes / bandwidth   sent by the compiled program's collectives (cost/hlo.py), all links in use
+    dcn      bytes / bandwidth   sent between slices
 
-If all overlap perfectly the step takes the longest of them; if nothing does, their sum. A real step lies above the
-first and, as kernels are never at their peak, usually near the second or above it. Latency is not counted.
+If all overlap perfectly, the step takes the longest of the four; if nothing overlaps, their sum. A real step takes
+longer than the former and, since kernels never reach their peak, usually about as long as the latter or longer. Latency
+is not modeled.
 """
 
 import dataclasses
@@ -18,9 +19,9 @@ from gptjax.model.spec import GPTConfig, non_embedding_count
 
 @dataclasses.dataclass(frozen=True)
 class Work:
-    """What one device does in one run of a program. model_flops: attention as the causal mask leaves it;
-    palm_flops: as PaLM and metrics.jsonl's mfu count it; flops: model_flops and what is computed again; 0 = no such.
-    bubble: the share of the time that a pipeline's stages wait."""
+    """What one device does in one execution of a program. model_flops: with causal attention counted as half;
+    palm_flops: counted as in PaLM and metrics.jsonl's mfu; flops: model_flops plus recomputation; 0 = not applicable.
+    bubble: fraction of the time that the stages of a pipeline are idle."""
 
     model_flops: float
     palm_flops: float
@@ -30,7 +31,14 @@ class Work:
 
 
 def bounds(work: Work, ici_bytes: float, dcn_bytes: float, chip: Chip) -> dict:
-    """Seconds of each, the binding one, and the MFU that is left if all else is perfect."""
+    """Lower bounds of a step.
+
+    Args:
+        ici_bytes, dcn_bytes: sent by one device, within a slice and between slices.
+    Returns:
+        'seconds' {'compute', 'hbm', 'ici', 'dcn': None if the bandwidth is unknown}, 'binding': the largest of them,
+        'step_seconds' with and without overlap, upper bounds of MFU, and arithmetic intensities in FLOPs per byte.
+    """
     seconds = {
         "compute": work.flops / chip.peak / (1 - work.bubble),
         "hbm": work.hbm_bytes / chip.hbm_bandwidth,
@@ -56,8 +64,8 @@ def bounds(work: Work, ici_bytes: float, dcn_bytes: float, chip: Chip) -> dict:
 
 
 def recomputed_flops_per_token(c: GPTConfig) -> float:
-    """Forward FLOPs that the backward pass repeats: under 'dots' attention; under 'full' also a layer's matmuls but the
-    last one, whose output no gradient needs."""
+    """Forward FLOPs per token that the backward pass repeats: with remat 'dots' attention; with 'full' also a layer's
+    matmuls except the last one, whose output no gradient needs."""
     if c.remat == "none":
         return 0.0
     attention = (flops_per_token(c).causal - 6 * (12 * c.n_layer * c.d_model**2 + c.vocab_size * c.d_model)) / 3
@@ -66,10 +74,13 @@ def recomputed_flops_per_token(c: GPTConfig) -> float:
 
 def train_work(c: GPTConfig, *, tokens: int, devices: int, micro_batches: int, ways: int, state_bytes: int,
                parameter_bytes: int, kept_bytes: float, bubble: float = 0.0) -> Work:  # fmt: skip
-    """One training step of `tokens` tokens over all devices.
+    """Work of one device in a training step of `tokens` tokens over all devices.
 
-    ways: over how many devices a matrix stays cut up while it is multiplied (tensor x stage). state_bytes,
-    parameter_bytes: of one device, float32. kept_bytes: what one device keeps of a micro-batch's forward pass.
+    Args:
+        ways: number of shards of a matrix during its multiplication (tensor x stage).
+        state_bytes, parameter_bytes: float32, of one device.
+        kept_bytes: activations that one device saves in a micro-batch's forward pass.
+        bubble: of the pipeline (parallel/pipeline.py).
     """
     f, share = flops_per_token(c), tokens / devices
     return Work(
@@ -82,12 +93,12 @@ def train_work(c: GPTConfig, *, tokens: int, devices: int, micro_batches: int, w
 
 
 def train_bytes(c, micro_batches, ways, state_bytes, parameter_bytes, kept_bytes) -> float:
-    """HBM bytes that a training step cannot avoid on one device:
+    """Unavoidable HBM traffic of a training step on one device, in bytes, with M micro-batches and N parameters:
 
     2 state                                  parameters and moments, read and written
-    + 2 M gradients                          the float32 sum over M micro-batches, read and written; M = 1: once each
-    + M passes (2 N / ways)                  16-bit matrices: forward, gradient of the input, and again under 'full'
-    + 2 M kept                               what the forward pass keeps, written and read
+    + 2 M gradients                          the float32 sum over micro-batches, read and written for each
+    + M passes (2 N / ways)                  16-bit matrices: forward, input gradient, and recomputation with 'full'
+    + 2 M kept                               saved activations, written and read
     """
     passes = 3 if c.remat == "full" else 2
     matrices = 2 * (non_embedding_count(c) + c.vocab_size * c.d_model) / ways

@@ -1,10 +1,10 @@
-"""TPU slices by name, without a TPU: chip facts, slice shapes, and the devices that the TPU compiler compiles for.
+"""TPU topologies by name, without a TPU: chip specifications, slice shapes, and devices for ahead-of-time compilation.
 
     topology = parse("v5p-1024")          # or "v5p:8x8x8": 512 chips
     mesh = topology_mesh(config.mesh, topology)
 
-Figures are those of Google Cloud's pages on each TPU (cloud.google.com/tpu/docs/v4, v5e, v5p, v6e, tpu7x; v4's links
-from Jouppi et al. 2023); HBM is what the compiler lets a program use, as its own out-of-memory message counts it.
+Figures are from Google Cloud's page on each TPU (cloud.google.com/tpu/docs/v4, v5e, v5p, v6e, tpu7x; v4's links from
+Jouppi et al. 2023). HBM is what the compiler lets a program use, as stated in its out-of-memory message.
 """
 
 import dataclasses
@@ -28,10 +28,10 @@ _3D = (
 
 @dataclasses.dataclass(frozen=True)
 class Chip:
-    """One JAX device. kind: its jax.Device.device_kind, whose peak and bandwidth model/flops.py knows. hbm: bytes a
-    program may use; ici over all its links one way, and dcn, its share of its host's: bytes/s, None = not published.
-    per_chip: JAX devices of a chip. cores: what the number in a Cloud name counts of each chip. options: what libtpu
-    has to be told besides."""
+    """One JAX device of a TPU generation. kind: its jax.Device.device_kind, whose peak and bandwidth hardware.py knows.
+    hbm: bytes that a program may use. ici: bytes/s over all its links, one way. dcn: bytes/s, its share of the host's;
+    None = not published. shapes: of the slices. per_chip: JAX devices per chip. cores: per chip, as counted by the
+    number in a Cloud name. options: extra options for libtpu."""
 
     kind: str
     hbm: int
@@ -59,7 +59,7 @@ CHIPS = {
     "v5e": Chip("TPU v5 lite", int(15.75 * _GIB), 200e9, 25e9 / 8, _2D),
     "v5p": Chip("TPU v5", int(95.74 * _GIB), 600e9, 50e9 / 8, _3D, cores=2),
     "v6e": Chip("TPU v6 lite", int(31.25 * _GIB), 400e9, 100e9 / 8, _2D),
-    # a device is half a chip: 600 GB/s and 100 Gb/s a chip
+    # a device is half a chip, which has 600 GB/s and 100 Gb/s
     "tpu7x": Chip("TPU7x", int(94.75 * _GIB), 300e9, 50e9 / 8, _3D, per_chip=2, cores=2),
 }  # fmt: skip
 _CLOUD = {"v5litepod": "v5e", "v5lite": "v5e", "v5e": "v5e", "v6e": "v6e", "v4": "v4", "v5p": "v5p", "tpu7x": "tpu7x"}
@@ -67,7 +67,7 @@ _CLOUD = {"v5litepod": "v5e", "v5lite": "v5e", "v5e": "v5e", "v6e": "v6e", "v4":
 
 @dataclasses.dataclass(frozen=True)
 class Topology:
-    """num_slices slices of one shape, joined by the data-center network."""
+    """num_slices slices of one shape, connected by the data-center network."""
 
     generation: str
     shape: tuple[int, ...]
@@ -93,16 +93,16 @@ class Topology:
 def parse(name: str, num_slices: int = 1) -> Topology:
     """A Topology from libtpu's name (v5e:4x4) or Cloud's (v5litepod-16, v5p-1024, whose number counts cores).
 
-    InputError: an unknown generation or a shape that no slice has; it lists what there is.
+    InputError: an unknown generation or slice shape; the message lists the known ones.
     """
     if num_slices < 1:
-        raise InputError("num_slices is at least 1.")
+        raise InputError(f"num_slices={num_slices}: it must be at least 1.")
     generation, separator, rest = re.match(r"([a-z0-9]*)([:-]?)(.*)", name.strip().lower()).groups()
     generation = _CLOUD.get(generation)
     chip = CHIPS.get(generation)
     if chip and separator == ":" and re.fullmatch(r"\d+(x\d+)*", rest):
         shape = tuple(map(int, rest.split("x")))
-        # slices of whole cubes of 4 x 4 x 4 come in more shapes than are listed
+        # slices made of 4 x 4 x 4 cubes come in more shapes than are listed
         cubes = len(shape) == 3 == len(chip.shapes[0]) and all(s and s % 4 == 0 for s in shape)
         if shape in chip.shapes or (cubes and math.prod(shape) <= math.prod(chip.shapes[-1])):
             return Topology(generation, shape, num_slices)
@@ -113,17 +113,20 @@ def parse(name: str, num_slices: int = 1) -> Topology:
     known = "; ".join(
         f"{g}:{' '.join('x'.join(map(str, s)) for s in c.shapes)}" for g, c in CHIPS.items() if not chip or c is chip
     )
-    raise InputError(f"Unknown topology {name!r}. Known are {known}, and Cloud's names, as v5p-1024 or v5litepod-16.")
+    raise InputError(f"Unknown topology {name!r}: use one of {known}, or a Cloud name such as v5p-1024.")
 
 
 def slices(generation: str) -> list[Topology]:
-    """The slices of a generation, smallest first."""
+    """All listed slices of a generation, smallest first."""
     return [Topology(generation, shape) for shape in CHIPS[generation].shapes]
 
 
 def devices(topology: Topology):
-    """Devices of a slice as the TPU compiler describes them; nothing can be run on them. InputError without libtpu."""
-    # Compiling holds no TPU, so several processes may; and there is no metadata server to ask.
+    """Devices of a topology as the TPU compiler describes them, for compilation only.
+
+    InputError: libtpu is not installed, or does not know the topology.
+    """
+    # Compilation does not hold a TPU, so several processes may load libtpu; there is no metadata server to query.
     os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
     os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
     from jax.experimental import topologies
@@ -138,12 +141,14 @@ def devices(topology: Topology):
         return topologies.get_topology_desc(platform="tpu", topology_name=name, **options).devices
     except (RuntimeError, ImportError, NotImplementedError) as error:
         if "not installed" not in str(error) and "libtpu" not in str(error):
-            raise InputError(f"The TPU compiler does not know {topology}: {error}") from error
+            raise InputError(
+                f"The TPU compiler does not support {topology} ({error}): use another topology, or update libtpu."
+            ) from error
         raise InputError(
-            'Compiling for a TPU needs its compiler, libtpu: pip install "jax[tpu]". No TPU is needed.'
+            'Compiling for a TPU needs its compiler, libtpu, but no TPU: run `pip install "jax[tpu]"`.'
         ) from error
 
 
 def topology_mesh(config: MeshConfig, topology: Topology) -> Mesh:
-    """The mesh of a config over the slices of a topology, whose number is its dcn_data."""
+    """The mesh of a config on a topology, with dcn_data = number of slices. InputError: as make_mesh and devices."""
     return make_mesh(dataclasses.replace(config, dcn_data=topology.num_slices), devices(topology))

@@ -1,4 +1,4 @@
-"""Comparisons for the reward model: a prompt and K completions in an order of preference, with ties.
+"""Comparisons for the reward model: a prompt and K completions ranked by preference, ties allowed.
 
 The batch of step t is a pure function of (seed, t), as in data/lm.py.
 """
@@ -35,7 +35,7 @@ from gptjax.parallel.sharding import batch_sharding
 from gptjax.ranges import Count
 
 _FIELDS = ("prompt", "completions", "ranks", "chosen", "rejected")
-MOST = 9  # completions of a prompt, as in InstructGPT §3.5
+MOST = 9  # completions per prompt, as in InstructGPT §3.5
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,8 +67,8 @@ More = Callable[[np.ndarray], dict[str, np.ndarray]]
 
 
 class Comparison(NamedTuple):
-    """prompt: its ids; completions: ids of each, with end-of-text; ranks: of each, lower is better, equal ties;
-    characters: of each completion's text."""
+    """prompt: its ids; completions: ids of each, with end-of-text; ranks: of each, lower is better, equal is a tie;
+    characters: length of each completion's text."""
 
     prompt: list[int]
     completions: list[list[int]]
@@ -76,15 +76,15 @@ class Comparison(NamedTuple):
     characters: tuple[int, ...] = ()
 
     def pairs(self) -> tuple[int, int]:
-        """(pairs of a better and a worse completion, those of them whose two texts are the same)."""
+        """(number of pairs with different ranks, how many of them have identical texts)."""
         both = itertools.combinations(zip(self.completions, self.ranks, strict=True), 2)
         ranked = [(a, b) for (a, i), (b, j) in both if i != j]
         return len(ranked), sum(a == b for a, b in ranked)
 
 
 class Comparisons(NamedTuple):
-    """train, validation; k: most completions of a prompt in either; left_out: the other rows; fingerprint: of the
-    training ids and ranks."""
+    """train, validation: the splits; k: maximum number of completions of a prompt in them; left_out: the dropped rows;
+    fingerprint: of the training ids and ranks."""
 
     train: list[Comparison]
     validation: list[Comparison]
@@ -100,27 +100,28 @@ class Comparisons(NamedTuple):
 
 
 def load_comparisons(c: ComparisonConfig, template: Template, length: int, seed: int) -> Comparisons:
-    """Every row of the source as tokens. length: the model's context, the most tokens of prompt and completion.
+    """Reads and tokenizes the comparisons of c.source.
 
-    InputError: with the rows, a missing field, no text, not 2 to 9 completions, ranks that aren't a finite
-    number for each, or more than max_length tokens.
+    length: the model's context, the maximum number of tokens of a prompt and a completion.
+    InputError, naming the rows: a missing field, no text, not 2 to 9 completions, not a finite rank for each, or more
+    than max_length tokens.
     """
     most = limit(c.max_length, length)
 
     def make(record: Record) -> tuple[str, Comparison]:
-        said, texts, ranks = _ranked(record, template.kind)
-        prompt, completions = template.prompt(said), []
+        messages, texts, ranks = _ranked(record, template.kind)
+        prompt, completions = template.prompt(messages), []
         for number, text in enumerate(texts, 1):
             try:
                 completions.append(template.response(text))
             except InputError as error:
-                raise InputError(f"completion {number}: {error}") from None
+                raise InputError(f"Completion {number}: {error}") from None
         longest = max(range(len(completions)), key=lambda i: len(completions[i]))
         check_length(len(prompt), len(completions[longest]), most, f"completion {longest + 1}")
         if len(set(ranks)) == 1:
-            raise AllTied("all ranks are equal, so no completion is better than another")
-        given = record["prompt"] if "prompt" in record else said
-        key = prompt_text(given if isinstance(given, str) else said)
+            raise AllTied("All ranks are equal, so no completion is preferred: rank them, or remove the row.")
+        given = record["prompt"] if "prompt" in record else messages
+        key = prompt_text(given if isinstance(given, str) else messages)
         return key, Comparison(prompt, completions, ranks, tuple(map(len, texts)))
 
     train, validation, left_out = load_split(c, make, seed)
@@ -142,18 +143,17 @@ def padded_length(comparisons: Comparisons, limit: int, shards: int) -> tuple[in
 
 
 class ComparisonBatches:
-    """One host's part of the batch of each step, by random access: batches[step] is a dict.
+    """This host's rows of the batch of any step: batches[step] is a dict of
 
     tokens: int32 [rows, k, length], prompt and completion, right-padded with pad_id
-    lengths: int32 [rows, k], the tokens before the padding, 1 where there is no completion
+    lengths: int32 [rows, k], number of tokens before the padding, 1 where there is no completion
     ranks: float32 [rows, k], lower is better
     valid: float32 [rows, k], 1 where there is a completion
     weights: float32 [rows], 1
 
-    The comparisons come in a new order each epoch. rows: comparisons of a step, over all hosts; here: rows of a
-    batch → those of them to give, by default all. shuffle: version of lm.shuffled. more: numbers of comparisons [rows],
-    -1 for padding → further arrays [rows, ...]. InputError: a comparison that
-    doesn't fit k or length.
+    The comparisons are reshuffled each epoch. rows: comparisons per step, over all hosts; here: number of rows → those
+    that this host holds, by default all. shuffle: version of lm.shuffled. more: numbers of comparisons [rows], -1 for
+    padding → further arrays [rows, ...]. InputError: a comparison that does not fit k or length.
     """
 
     def __init__(
@@ -175,7 +175,7 @@ class ComparisonBatches:
         self._here = here(rows)
 
     def __len__(self) -> int:
-        return sys.maxsize  # endless; lm.iterate wants a number
+        return sys.maxsize  # endless, but Grain needs a length
 
     def __getitem__(self, step: int) -> dict[str, np.ndarray]:
         if step < 0:
@@ -184,7 +184,7 @@ class ComparisonBatches:
         return self._padded.arrays(lm.shuffled(place, self._count, self._seed, self._shuffle))
 
     def steps(self, epochs: float) -> int:
-        """The fewest steps in which the comparisons are used `epochs` times; at least 1."""
+        """Number of steps after which every comparison has been used `epochs` times; at least 1."""
         return max(1, math.ceil(epochs * self._count / self._rows))
 
 
@@ -212,8 +212,8 @@ def validation_batches(
     here: Callable[[int], np.ndarray] = np.arange,
     more: More | None = None,
 ) -> InOrder:
-    """The comparisons in their order, as ComparisonBatches gives them; the last batch is padded with rows of
-    weight 0 without a completion. InputError: as there.
+    """Batches of the comparisons in order, with the arrays of ComparisonBatches. The last batch is padded with rows of
+    weight 0 without completions. InputError: as ComparisonBatches.
     """
     padded = _Padded(comparisons, k, length, pad_id, more)
     return InOrder(len(comparisons), rows, here(rows), padded.arrays)
@@ -226,12 +226,12 @@ class _Padded:
             tokens = len(e.prompt) + max(map(len, e.completions))
             if len(e.completions) > k or tokens > length:
                 raise InputError(
-                    f"a comparison of {len(e.completions)} completions and up to {tokens} tokens doesn't fit "
-                    f"{k} of {length}; load the comparisons with that length, and take their k"
+                    f"A comparison has {len(e.completions)} completions and up to {tokens} tokens, more than k={k} or "
+                    f"length={length}: load the comparisons with that length, and use their k."
                 )
 
     def arrays(self, index: np.ndarray) -> dict[str, np.ndarray]:
-        """The comparisons of index, int64 [n], as in ComparisonBatches; -1 is a row of padding."""
+        """The arrays of ComparisonBatches for the comparisons of index, int64 [n]; -1 is padding."""
         k, length = self._shape
         batch = {
             "tokens": np.full((len(index), k, length), self._pad_id, np.int32),
@@ -254,7 +254,7 @@ class _Padded:
 
 
 def _ranked(record: Record, kind: str) -> tuple[Any, list[Any], list[float]]:
-    """(prompt, completions, ranks) of a row of either form; that they are text is yet to be seen."""
+    """(prompt, completions, ranks) of a row of either form; not yet checked to be text."""
     if "completions" not in record and "chosen" in record:
         given = record["prompt"] if "prompt" in record else None
         prompt, *texts = published.preference(given, record["chosen"], record["rejected"], kind)
@@ -263,13 +263,13 @@ def _ranked(record: Record, kind: str) -> tuple[Any, list[Any], list[float]]:
     texts, ranks = record["completions"], record["ranks"]
     for name, value in (("completions", texts), ("ranks", ranks)):
         if not isinstance(value, list):
-            raise InputError(f"the {name} are {type(value).__name__}, not a list; fix the row")
+            raise InputError(f"The {name} are {type(value).__name__}, not a list: fix the row.")
     if not 2 <= len(texts) <= MOST:
-        raise InputError(f"the row has {len(texts)} completions; give 2 to {MOST}")
+        raise InputError(f"The row has {len(texts)} completions: give 2 to {MOST}.")
     if len(ranks) != len(texts):
-        raise InputError(f"the row has {len(ranks)} ranks for {len(texts)} completions; give one for each")
+        raise InputError(f"The row has {len(ranks)} ranks for {len(texts)} completions: give one for each.")
     for rank in ranks:
-        # A bool is an int to Python; the bound is float32's, and not true of NaN either.
+        # bool is a subclass of int. The bound keeps ranks within float32, and is false for NaN.
         if isinstance(rank, bool) or not isinstance(rank, int | float) or not abs(rank) < 2.0**127:
-            raise InputError(f"the rank {rank!r} isn't a finite number; give each completion one, lower is better")
+            raise InputError(f"The rank {rank!r} is not a finite number: give each completion one, lower is better.")
     return prompt, [published.response(text) for text in texts], [float(np.float32(rank)) for rank in ranks]

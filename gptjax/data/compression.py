@@ -1,6 +1,6 @@
 """Compressed files, recognized by their first bytes: gzip, bzip2, xz, zstd, lz4, and zip archives.
 
-Concatenated streams (as pigz, pbzip2, pzstd and `cat a.gz b.gz` write them) are read to their end.
+Concatenated streams (from pigz, pbzip2, pzstd or `cat a.gz b.gz`) are read to the end.
 """
 
 from __future__ import annotations
@@ -22,9 +22,8 @@ _DAMAGE = (OSError, EOFError, zlib.error, lzma.LZMAError, zipfile.BadZipFile, No
 
 
 class Part(NamedTuple):
-    """A file's content, or one member of a zip archive. name: without the suffix that says how it is compressed,
-    to tell its format; label: its name with the archive's before it, for documents; path: for messages; size: bytes
-    on disk."""
+    """The content of a file, or of a member of a zip archive. name: without the compression suffix, to determine the
+    format; label: its name, prefixed by that of the archive, for documents; path: for messages; size: bytes on disk."""
 
     name: str
     label: str
@@ -34,27 +33,27 @@ class Part(NamedTuple):
 
 
 def parts(stream: BinaryIO, label: str, path: str, size: int) -> Iterator[Part]:
-    """The content of an open file, decompressed: one part, or each member of a zip archive in the order of names.
+    """The decompressed content of an open file: one part, or the members of a zip archive sorted by name.
 
-    InputError: damaged, truncated, encrypted, or not compressed though its name says so.
+    InputError: damaged, truncated, encrypted, or not compressed although its name has such a suffix.
     """
     kind = _kind(stream.read(16))
     stream.seek(0)
-    name, said = _split_suffix(label)
-    if kind == "zip" and said != "zip":
-        kind = None  # .docx, .jar, .npz: a document of its own kind, not an archive of text
-    if kind is None and said is not None:
-        raise InputError(f"{path} isn't a {said} file, whatever its name says; get it again, or rename it")
+    name, expected = _split_suffix(label)
+    if kind == "zip" and expected != "zip":
+        kind = None  # .docx, .jar, .npz: other formats inside a zip container
+    if kind is None and expected is not None:
+        raise InputError(f"{path} is not a {expected} file, unlike its name: download it again, or rename it.")
     if kind == "zip":
         yield from _members(stream, label, path)
         return
     if kind is not None:
         stream = io.BufferedReader(_Decompressed(stream, kind, path), _BUFFER)
-    yield Part(name if said else label, label, path, size, stream)
+    yield Part(name if expected else label, label, path, size, stream)
 
 
 def uncompressed_name(name: str) -> str:
-    """The name without a suffix that says how the file is compressed."""
+    """The name without its compression suffix."""
     return _split_suffix(name)[0]
 
 
@@ -64,16 +63,16 @@ def _split_suffix(name: str) -> tuple[str, str | None]:
 
 
 def _kind(head: bytes) -> str | None:
-    """How a file that begins with these bytes is compressed, None where it isn't."""
+    """Compression of a file that begins with these bytes; None = not compressed."""
     if head.startswith(b"\x1f\x8b"):
         return "gzip"
-    if head.startswith(b"BZh") and head[4:10] in (b"1AY&SY", b"\x17rE8P\x90"):  # a block, or the end of an empty file
+    if head.startswith(b"BZh") and head[4:10] in (b"1AY&SY", b"\x17rE8P\x90"):  # a block, or the end of an empty stream
         return "bzip2"
     if head.startswith(b"\xfd7zXZ\0"):
         return "xz"
     if head.startswith(b"\x04\x22\x4d\x18"):
         return "lz4"
-    # pzstd begins with a skippable frame.
+    # pzstd writes a skippable frame first.
     if head.startswith(b"\x28\xb5\x2f\xfd") or (head[1:4] == b"\x2a\x4d\x18" and head[0] & 0xF0 == 0x50):
         return "zstd"
     return "zip" if head.startswith((b"PK\x03\x04", b"PK\x05\x06")) else None
@@ -83,20 +82,20 @@ def _members(stream: BinaryIO, label: str, path: str) -> Iterator[Part]:
     try:
         archive = zipfile.ZipFile(stream)
     except zipfile.BadZipFile as error:
-        raise InputError(f"{path} is a damaged zip file ({error}); get it again") from None
+        raise InputError(f"{path} is a damaged zip file ({error}): download it again.") from None
     for member in sorted(archive.infolist(), key=lambda m: m.filename):
         folders = member.filename.split("/")
         if member.is_dir() or folders[0] == "__MACOSX" or any(f.startswith(".") for f in folders):
             continue
         where = f"{path}/{member.filename}"
         if member.flag_bits & 1:
-            raise InputError(f"{where} is encrypted; unpack {path} with its password")
+            raise InputError(f"{where} is encrypted: extract {path} with its password.")
         checked = io.BufferedReader(_Decompressed(archive.open(member), "zip", path), _BUFFER)
         yield from parts(checked, f"{label}/{member.filename}", where, member.compress_size)
 
 
 class _Decompressed(io.RawIOBase):
-    """Decompressed bytes; damage and truncation are InputErrors wherever they are met."""
+    """Stream of decompressed bytes that raises InputError for damaged and truncated data."""
 
     def __init__(self, stream: BinaryIO, kind: str, path: str):
         self._kind, self._path = kind, path
@@ -118,14 +117,14 @@ class _Decompressed(io.RawIOBase):
         try:
             data = self._stream.read(len(buffer))
         except _DAMAGE as error:
-            if getattr(error, "errno", None) is not None:  # of the disk
+            if getattr(error, "errno", None) is not None:  # a disk error
                 raise
             if "too much memory" in str(error):
                 raise InputError(
-                    f"{self._path} was compressed with a window that is too long to read here; decompress it with "
-                    "`zstd -d --long=31`"
+                    f"{self._path} was compressed with a window that is too large for this reader: decompress it with "
+                    "`zstd -d --long=31`."
                 ) from None
-            raise InputError(f"{self._path} is a damaged {self._kind} file ({error}); get it again") from None
+            raise InputError(f"{self._path} is a damaged {self._kind} file ({error}): download it again.") from None
         buffer[: len(data)] = data
         return len(data)
 

@@ -1,16 +1,9 @@
-"""From a data config to a tokenizer, training examples and validation tokens: one source or a mixture.
+"""From a data config to a tokenizer, training examples and validation tokens, for one source or a mixture.
 
-A run writes down in its workdir's data.json which tokens it reads (a folder of the cache and their fingerprints), and
-every reader after it checks that it has those:
-
-    {"shuffle": 2, "text": {"tokenizer": sha256, "isolate_documents": false,
-                            "parts": {"books1": {"directory": "0f5c…", "train": sha256, "validation": sha256}}}}
-
-"shuffle" is the version of lm.shuffled. Stages after pre-training also have "documents", how their base was pre-trained
-(pretraining_documents). A source that is no mixture has one part, "". Runs of earlier versions have no data.json: their
-tokens are in the cache itself, and their checkpoints have the fingerprint.
+The tokens of a run are recorded in its data.json (records.py) and verified when they are opened again.
 """
 
+import contextlib
 import dataclasses
 import functools
 import itertools
@@ -20,15 +13,14 @@ from collections.abc import Callable, Mapping
 
 from gptjax import paths
 from gptjax.config import build
-from gptjax.data import lm, sources, tokens
+from gptjax.data import lm, prepare, sources, tokens
 from gptjax.data.lm import Mixture, Windows
+from gptjax.data.records import pretraining_documents, pretraining_run, read_record
 from gptjax.data.splits import HOW
 from gptjax.data.tokenizer import Tokenizer
 from gptjax.distributed import hosts
 from gptjax.errors import InputError
-from gptjax.json_files import write_json
 from gptjax.objectives.lm import bits_per_byte
-from gptjax.run_config import read_config
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,17 +53,17 @@ class DataConfig:
 
     def __post_init__(self):
         if self.split not in (None, *HOW):
-            raise InputError(f"data.split={self.split!r} is none of {', '.join(HOW)}")
+            raise InputError(f"data.split={self.split!r} is unknown: use one of {', '.join(HOW)}.")
         if self.document_separator == "":
-            raise InputError("data.document_separator is empty; give the text that stands between documents")
+            raise InputError("data.document_separator is empty: give the text that separates documents.")
         if self.mixture and (min(self.mixture.values()) < 0 or sum(self.mixture.values()) <= 0):
-            raise InputError("data.mixture: weights are >= 0 and not all 0.")
+            raise InputError("data.mixture has a negative weight, or only zeros: give weights >= 0 that are not all 0.")
 
 
 @dataclasses.dataclass(frozen=True)
 class Part:
-    """One source of a text: its name in the mixture ('' where there is one source), its share of the text (they sum
-    to 1), and its tokens."""
+    """One source of a text. name: in the mixture, '' if there is only one source; weight: its share of the mixture
+    (they sum to 1); train, validation: its tokens."""
 
     name: str
     weight: float
@@ -81,7 +73,7 @@ class Part:
 
 @dataclasses.dataclass(frozen=True)
 class Text:
-    """record: its entry in data.json. isolate_documents: how the run, or the base of a later stage, was trained."""
+    """The text of a run. record: its entry in data.json. isolate_documents: as in the pre-training of the weights."""
 
     tokenizer: Tokenizer
     parts: tuple[Part, ...]
@@ -90,26 +82,28 @@ class Text:
 
     @property
     def fingerprint(self) -> str:
-        """Of the training tokens, as the checkpoints of pre-training have it."""
+        """Of the training tokens, as stored in checkpoints of pre-training."""
         return "+".join(part.train.fingerprint for part in self.parts)
 
     @property
     def train_tokens(self) -> int:
+        """Number of training tokens of all parts."""
         return sum(len(part.train) for part in self.parts)
 
     @property
     def eot_id(self) -> int | None:
-        """End-of-text where documents are isolated, else None."""
+        """Id of end-of-text if documents are isolated, else None."""
         return self.tokenizer.eot_id if self.isolate_documents else None
 
     @property
     def byte_lengths(self):
-        """[vocab_size]: bytes of the text for each token, on average over the training tokens' normalization."""
+        """[vocab_size]: bytes of text per token; for a tokenizer that normalizes, on average over the training text."""
         if self.tokenizer.lossless:
             return self.tokenizer.byte_lengths
         return self.tokenizer.byte_lengths * sum(part.weight * part.train.byte_ratio for part in self.parts)
 
     def examples(self, context_length: int, seed: int, shuffle: int) -> Windows | Mixture:
+        """The training examples. shuffle: version of lm.shuffled. InputError: as Windows and Mixture."""
         windows = []
         for i, part in enumerate(self.parts):
             with _naming(part.name):
@@ -119,8 +113,9 @@ class Text:
     def validation_batches(
         self, context_length: int, rows: int, most: int | None = None, *, documents: Callable | None = None, **options
     ) -> dict[str, lm.LmBatches]:
-        """{name of a part: lm.validation_batches}. most: batches of each part. documents: validation tokens of a part
-        -> where its documents lie (lm.Scored), None = joined. options: of lm.validation_batches."""
+        """{name of a part: lm.validation_batches}. most: maximum number of batches of each part. documents: function
+        from the validation tokens of a part to its document boundaries (lm.Scored), None = one text. options: of
+        lm.validation_batches."""
         batches = {}
         for part in self.parts:
             with _naming(part.name):
@@ -132,8 +127,8 @@ class Text:
         return batches
 
     def figures(self, sums: Mapping[str, tuple[float, float, dict]]) -> dict:
-        """{'loss' in nats per token, 'bits_per_byte', 'tokens'} from loop.evaluation_sums of each part. Of a mixture
-        the means under its weights, and 'loss/<name>' of each part."""
+        """{'loss' in nats per token, 'bits_per_byte', 'tokens'} from the evaluation sums of each part. For a mixture
+        they are means weighted by its weights, with 'loss/<name>' of each part."""
         losses = {part.name: sums[part.name][0] / sums[part.name][1] for part in self.parts}
         loss = sum(part.weight * losses[part.name] for part in self.parts)
         bytes_per_token = sum(
@@ -149,55 +144,23 @@ class Text:
         }
 
 
-# --- data.json ----------------------------------------------------------------------------------------------
-
-
-def read_record(workdir) -> dict:
-    """A workdir's data.json; {} where there is none. InputError: damaged."""
-    path = paths.local(workdir) / "data.json"
-    try:
-        return json.loads(path.read_text()) if path.exists() else {}
-    except json.JSONDecodeError as error:
-        raise InputError(f"{path} is damaged ({error}): restore it or start a new workdir.") from error
-
-
-def start_record(workdir, known: bool, base=None) -> dict:
-    """What data.json of a run has, the same on every host: as it is where the run is resumed (known), else its
-    beginning. base: the workdir that a stage after pre-training starts from."""
-    if not known:
-        return {"shuffle": lm.SHUFFLE} | ({"documents": pretraining_documents(base)} if base else {})
-    return {"shuffle": 1, **hosts.from_first(lambda: read_record(workdir))}
-
-
-def write_record(workdir, record: dict, text: Text | None = None):
-    """Writes data.json of a new run, before config.json makes the workdir that run's."""
-
-    def write():
-        paths.local(workdir).mkdir(parents=True, exist_ok=True)
-        write_json(paths.local(workdir) / "data.json", record | ({"text": text.record} if text else {}))
-
-    hosts.only_first(write)
-
-
 # --- opening and preparing ------------------------------------------------------------------------------------
 
 
 def shards_directory(cache: str | None, workdir, flag: str = "data.cache") -> str:
-    """Where the tokens of a run are. InputError: a workdir that is not on a local disk, and no cache."""
+    """The folder for the tokens of a run. flag: the key of `cache`. InputError: a remote workdir, and no cache."""
     if cache is None and "://" in str(workdir):
         raise InputError(
-            f"Token shards are read by memory map and can't be in {workdir}: give a folder on a local disk, "
-            f"--config.{flag}=DIR."
+            f"Token shards are memory-mapped and cannot be in {workdir}: give a local folder with --config.{flag}=DIR."
         )
     return cache or os.path.join(workdir, "data")
 
 
 def load_corpus(c: DataConfig, workdir, seed: int, record: dict, known: bool) -> Text:
-    """The text of pre-training: tokenizes, or reuses the shards when nothing changed. Raises InputError for anything
-    amiss.
+    """The text of pre-training: tokenizes it, or opens the shards if nothing has changed.
 
-    record: start_record. known: the run has begun, and goes on with the tokens it began with whatever became of the
-    source.
+    record: from start_record. known: the run is resumed, and uses the tokens it started with even if the source has
+    changed. InputError: no source, or as `prepare` and `open_shards`.
     """
     if c.source is None:
         raise InputError("No text to train on: give --config.data.source=PATH (or 'stdlib').")
@@ -209,9 +172,9 @@ def load_corpus(c: DataConfig, workdir, seed: int, record: dict, known: bool) ->
 
 
 def _first_then_others(load: Callable, recorded: dict | None) -> Text:
-    """load(recorded) on the first host, then on the others load(its record): where storage is shared they find what it
-    made; where it isn't, each makes its own. InputError on every host where one of them has it: PPO goes on without a
-    text that it does not need."""
+    """load(recorded) on process 0, then load(its record) on the others: on shared storage they find what it made,
+    otherwise each makes its own. If one host raises InputError, all do, because PPO continues without a text that it
+    does not need."""
     made = problem = None
 
     def attempt(recorded):
@@ -229,14 +192,15 @@ def _first_then_others(load: Callable, recorded: dict | None) -> Text:
     if made is None:
         attempt(record)
     if not hosts.all_true(problem is None):
-        raise problem or InputError("another host can't read the text")
+        raise problem or InputError("Another host cannot read the text: look at its log.")
     return made
 
 
 def _load(c: DataConfig, cache, seed: int, isolate: bool, recorded: dict | None, *, earlier=False, owner=None) -> Text:
-    """Opens the tokens that `recorded` names, prepares those that are not there, and checks what it has.
+    """Opens the tokens that `recorded` names, prepares missing ones, and verifies that they match the record.
 
-    earlier: without a record, take what a run of an earlier version put into the cache itself. owner: of the record.
+    earlier: without a record, use the tokens that a run of an earlier version put into the cache itself. owner: workdir
+    of the record, None = do not verify.
     """
     weights = {name: c.mixture[name] for name in sorted(c.mixture) if c.mixture[name] > 0} or {"": 1.0}
     tokenizer_of_all = functools.cache(lambda: _tokenizer_of(c, weights, cache))
@@ -247,20 +211,20 @@ def _load(c: DataConfig, cache, seed: int, isolate: bool, recorded: dict | None,
             directory = os.path.join(cache, recorded["parts"][name]["directory"])
         else:
             directory = os.path.join(cache, name) if earlier else None
-        there = directory and os.path.exists(os.path.join(os.path.expanduser(directory), "manifest.json"))
-        spec = None if there else tokenizer_of_all()
+        exists = directory and os.path.exists(os.path.join(os.path.expanduser(directory), "manifest.json"))
+        spec = None if exists else tokenizer_of_all()
         with _naming(name):
-            if there:
+            if exists:
                 opened, splits = tokens.open_shards(directory)
             else:
-                opened, splits = tokens.prepare(
+                opened, splits = prepare.prepare(
                     path, spec, cache, validation=_fraction(c.validation), text_field=c.text_field, seed=seed,
                     split=c.split, document_separator=c.document_separator, by_content=True,
                 )  # fmt: skip
         if tokenizer and opened.fingerprint != tokenizer.fingerprint:
             raise InputError(
-                f"The parts of the mixture in {cache} have different tokenizers, for another run has replaced some of "
-                "them: name another --config.data.cache."
+                f"The parts of the mixture in {cache} have different tokenizers, because another run has replaced some "
+                "of them: give another --config.data.cache."
             )
         tokenizer = opened
         parts.append(Part(name, weight / sum(weights.values()), splits["train"], splits["validation"]))
@@ -277,19 +241,19 @@ def _load(c: DataConfig, cache, seed: int, isolate: bool, recorded: dict | None,
 
 def _changed(cache, owner) -> str:
     return (
-        f"The tokens in {cache} are not those that {owner} was trained on: put them back, or start anew in another "
+        f"The tokens in {cache} are not those that {owner} was trained on: restore them, or start in another "
         "--workdir."
     )
 
 
 def _content(record: dict) -> tuple:
-    """What of a text's record tells whether two are the same tokens."""
+    """The entries of a text's record that identify its tokens."""
     parts = {name: (part["train"], part["validation"]) for name, part in record["parts"].items()}
     return record["tokenizer"], parts
 
 
 def _tokenizer_of(c: DataConfig, names, cache) -> str:
-    """The tokenizer for `tokens.prepare`: of a mixture one for all parts, trained on them together or given."""
+    """The tokenizer for `prepare`; for a mixture the one that all parts share, given or trained on them together."""
     if list(names) == [""]:
         return c.tokenizer
 
@@ -305,96 +269,33 @@ def _tokenizer_of(c: DataConfig, names, cache) -> str:
             return sources.fingerprint(os.path.join(c.source, name))
 
     if c.tokenizer == "char":
-        texts, read = read, lambda: itertools.chain(["\n"], texts())  # stands between two documents
+        texts, read = read, lambda: itertools.chain(["\n"], texts())  # the document separator
     made = c.tokenizer == "char" or c.tokenizer.startswith("bpe:")
     about = {"sources": [stamp(name) for name in names], "text_field": c.text_field} if made else {}
     about |= {"document_separator": c.document_separator} if made and c.document_separator else {}
-    return tokens.shared_tokenizer(c.tokenizer, read, about, cache)
+    return prepare.shared_tokenizer(c.tokenizer, read, about, cache)
 
 
-class _naming:
-    """InputErrors within begin with the part of a mixture they are about."""
-
-    def __init__(self, name: str):
-        self._name = name
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, kind, error, _):
-        if self._name and isinstance(error, InputError):
-            raise InputError(f"mixture source {self._name!r}: {error}") from error
+@contextlib.contextmanager
+def _naming(name: str):
+    """Puts the name of a part of a mixture ('' = none) before InputErrors."""
+    try:
+        yield
+    except InputError as error:
+        if not name:
+            raise
+        raise InputError(f"mixture source {name!r}: {error}") from error
 
 
-# --- the pre-training text of a run, for the stages after it ------------------------------------------------
-
-
-def pretraining_run(workdir) -> tuple[str, dict]:
-    """(workdir, config.json) of the pre-training that a run's weights began with, following init_from.
-
-    Raises InputError where the chain ends without one (imported weights have no text here).
-    """
-    seen = []
-    while workdir and str(workdir) not in seen:
-        seen.append(str(workdir))
-        run = read_config(workdir)
-        if _is_of_text(run) and run["data"].get("source"):
-            return str(workdir), run
-        workdir = run.get("init_from") or run.get("policy")
-    raise InputError(f"{' <- '.join(seen)}: no pre-training text is known of these weights; name a source of text")
-
-
-def _is_of_text(run: dict) -> bool:
-    """Whether the data of a run (its config.json) are a DataConfig's: plain text, as in pre-training."""
-    return "tokenizer" in (run.get("data") or {})
-
-
-def pretraining_documents(workdir) -> dict:
-    """Where documents ended in the pre-training of a run's weights, as DataConfig has it: {'isolate_documents',
-    'document_separator', 'split'}, split only where it makes each line a document.
-
-    By the config of the pre-training, or data.json of a stage after it: the base's folder may be gone. Imported weights
-    have the defaults; so has, with a warning, what can't be known."""
-    data, seen = {}, set()
-    while workdir and str(workdir) not in seen:
-        seen.add(str(workdir))
-        try:
-            run, record = read_config(workdir), read_record(workdir)
-        except InputError as error:
-            _warn_once(f"{error} How documents were told apart in pre-training is not known: taken as by default.")
-            break
-        if _is_of_text(run):
-            data = run["data"]
-            break
-        if "documents" in record:
-            data = record["documents"]
-            break
-        workdir = run.get("init_from") or run.get("policy")
-    return {
-        "isolate_documents": bool(data.get("isolate_documents")),
-        "document_separator": data.get("document_separator"),
-        "split": "lines" if data.get("split") == "lines" else None,
-    }
-
-
-_warn_once = functools.cache(hosts.warn)
-
-
-def isolates_documents(workdir) -> bool:
-    """Whether the weights of a run were pre-trained with attention that stays within a document."""
-    return pretraining_documents(workdir)["isolate_documents"]
-
-
-def documents_within(workdir) -> dict:
-    """Where documents ended inside a text in the pre-training of a run's weights: {'document_separator', 'split'}."""
-    return {k: v for k, v in pretraining_documents(workdir).items() if k != "isolate_documents"}
+# --- the pre-training text, for later stages ------------------------------------------------
 
 
 def pretraining_text(workdir, cache: str | None = None, flag: str = "data.cache") -> Text:
-    """The text of the pre-training a run began with: the tokens that run recorded, made again where its cache is gone.
+    """The pre-training text of a run's weights: the tokens recorded by that pre-training, prepared again if its cache
+    is gone.
 
-    cache: a local folder to take and make them in, None = where the pre-training has them; flag: its key.
-    InputError: no such run, tokens that are not to be had any more, or others than it was trained on.
+    cache: a local folder for them, None = that of the pre-training; flag: its key.
+    InputError: no such run, or tokens that are missing or differ from those it was trained on.
     """
     directory, run = pretraining_run(workdir)
     c = build(DataConfig, run["data"], "data")
@@ -402,7 +303,9 @@ def pretraining_text(workdir, cache: str | None = None, flag: str = "data.cache"
     try:
         text = _load(c, cache, run.get("seed", 0), c.isolate_documents, recorded, earlier=not recorded, owner=directory)
     except OSError as error:
-        raise InputError(f"the tokens that {directory} was trained on can't be read ({error})") from error
+        raise InputError(
+            f"The tokens that {directory} was trained on cannot be read ({error}): check its source and cache."
+        ) from error
     tokenizer = Tokenizer.load(paths.local(directory) / "tokenizer")
     trained_on = None if recorded else _checkpoint_data(directory)
     if text.tokenizer.fingerprint != tokenizer.fingerprint or trained_on not in (None, text.fingerprint):
@@ -411,7 +314,7 @@ def pretraining_text(workdir, cache: str | None = None, flag: str = "data.cache"
 
 
 def _checkpoint_data(workdir) -> str | None:
-    """The fingerprint of the tokens in the newest checkpoint; None where there is no checkpoint."""
+    """The fingerprint of the tokens in the newest checkpoint; None if there is no checkpoint."""
     directory = paths.local(workdir) / "checkpoints"
     steps = {int(p.name): p for p in directory.iterdir() if p.name.isdecimal()} if directory.is_dir() else {}
     for step in sorted(steps, reverse=True):
@@ -423,12 +326,15 @@ def _checkpoint_data(workdir) -> str | None:
 
 def load_text(source: str | None, init_from, workdir, cache: str | None, flag: str, seed: int, record: dict,
               known: bool) -> Text:  # fmt: skip
-    """Pre-training text as a later stage reads it.
+    """Pre-training text for a later stage.
 
-    source: None = the text the run `init_from` was pre-trained on; else any source, tokenized into `cache` (None =
-    `data` in the workdir; `flag` is its key) with the tokenizer saved in the workdir. Either way documents end where
-    they did in that pre-training (documents_within), and are isolated if it isolated them. record, known: as
-    load_corpus has them; what was recorded is checked.
+    Args:
+        source: None = the text that `init_from` was pre-trained on; else any source, tokenized with the tokenizer saved
+            in the workdir. Either way documents are separated, and isolated, as in that pre-training.
+        cache: folder for the tokens of a source; None = `data` in the workdir. flag: its key.
+        record, known: as in load_corpus; recorded tokens are verified.
+    Raises:
+        InputError: as pretraining_text and load_corpus; tokens that differ from the recorded ones.
     """
     if source is None:
         load = lambda _: pretraining_text(init_from, cache, flag)
@@ -442,7 +348,7 @@ def load_text(source: str | None, init_from, workdir, cache: str | None, flag: s
     if source is None and "text" in record and _content(text.record) != _content(record["text"]):
         raise InputError(_changed(pretraining_run(init_from)[0], workdir))
     if known and "text" not in record and text.isolate_documents:
-        hosts.say("documents of the pre-training text are isolated from here on, as they were in pre-training")
+        hosts.say("note: From here on documents of the pre-training text are isolated, as they were in pre-training.")
     return text
 
 

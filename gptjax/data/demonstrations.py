@@ -1,6 +1,6 @@
-"""Demonstrations for supervised fine-tuning: read, held out, packed into rows, and drawn by step.
+"""Demonstrations for supervised fine-tuning: reading, the validation split, packing into rows, batches by step.
 
-The batch of step t is a pure function of (seed, t), as in data/lm.py; with a mix, a share of its rows are
+The batch of step t is a pure function of (seed, t), as in data/lm.py. With a mix, a fraction of its rows are
 pre-training examples.
 """
 
@@ -66,12 +66,13 @@ class DemonstrationConfig:
     def __post_init__(self):
         check_config(self, _FIELDS)
         if self.template not in KINDS:
-            raise InputError(f"data.template={self.template!r} is unknown; there are {' and '.join(KINDS)}")
+            raise InputError(f"data.template={self.template!r} is unknown: use {' or '.join(map(repr, KINDS))}.")
         _check_loss_on(self.loss_on)
 
 
 class Demonstration(NamedTuple):
-    """ids: int32 [n]; response: bool [n], the tokens to learn; prompt: tokens before the first of them."""
+    """ids: int32 [n]; response: bool [n], the tokens of responses; prompt: number of tokens before the first of
+    them."""
 
     ids: np.ndarray
     response: np.ndarray
@@ -79,8 +80,9 @@ class Demonstration(NamedTuple):
 
 
 class Demonstrations(NamedTuple):
-    """train, validation; left_out: the other rows; fingerprint: of the training ids and masks; byte_ratio: bytes of
-    the responses' text for each that their tokens stand for, 1 but for a tokenizer that normalizes, as GPT-1's."""
+    """train, validation: the splits; left_out: the dropped rows; fingerprint: of the training ids and masks;
+    byte_ratio: bytes of the responses' text per byte that their tokens stand for, 1 unless the tokenizer normalizes
+    (GPT-1)."""
 
     train: list[Demonstration]
     validation: list[Demonstration]
@@ -92,10 +94,10 @@ class Demonstrations(NamedTuple):
 def load_demonstrations(
     c: DemonstrationConfig, template: Template, length: int, seed: int, flags: str | None = FLAGS
 ) -> Demonstrations:
-    """Every row of the source as tokens. length: the model's context, the most tokens of an example; flags: see
-    rows.load.
+    """Reads and tokenizes the demonstrations of c.source.
 
-    InputError: with the rows, a missing field, no text, or more than max_length tokens.
+    length: the model's context, the maximum number of tokens of an example; flags: see rows.load.
+    InputError, naming the rows: a missing field, no text, or more than max_length tokens.
     """
     most = limit(c.max_length, length)
     text_bytes = token_bytes = 0
@@ -103,22 +105,22 @@ def load_demonstrations(
     def make(record: Record) -> tuple[str, Demonstration]:
         nonlocal text_bytes, token_bytes
         answer = "response" if "response" in record or "completion" not in record else "completion"
-        talk = "messages" if "messages" in record or "conversations" not in record else "conversations"
-        if talk in record and not ("prompt" in record and answer in record):
-            said, rest = published.messages(record[talk]), "turns after it"
-            ids, response = template.conversation(said)
-            answers = [turn["content"] for turn in said if turn["role"] == "assistant"]
+        turns = "messages" if "messages" in record or "conversations" not in record else "conversations"
+        if turns in record and not ("prompt" in record and answer in record):
+            text, rest = published.messages(record[turns]), "turns after it"
+            ids, response = template.conversation(text)
+            answers = [turn["content"] for turn in text if turn["role"] == "assistant"]
         else:
-            said, rest = published.prompt(record["prompt"], template.kind), "response"
+            text, rest = published.prompt(record["prompt"], template.kind), "response"
             answers = [published.response(record[answer])]
-            before, after = template.prompt(said), template.response(answers[0])
+            before, after = template.prompt(text), template.response(answers[0])
             ids, response = before + after, [False] * len(before) + [True] * len(after)
         prompt = response.index(True)
         check_length(prompt, len(ids) - prompt, most, rest)
         example = Demonstration(np.array(ids, np.int32), np.array(response), prompt)
-        text_bytes += sum(len(text.encode()) + 1 for text in answers)  # end-of-text counts as one
+        text_bytes += sum(len(answer.encode()) + 1 for answer in answers)  # end-of-text counts as one byte
         token_bytes += int(template.byte_lengths[example.ids[example.response]].sum())
-        return prompt_text(said), example
+        return prompt_text(text), example
 
     train, validation, left_out = load_split(c, make, seed, flags)
     content = (array for example in train for array in (example.ids, example.response))
@@ -127,10 +129,9 @@ def load_demonstrations(
 
 
 class PackedRows:
-    """Examples laid into rows of length + 1 tokens; len() is the number of rows.
+    """Examples packed into rows of length + 1 tokens; len() is the number of rows.
 
-    packing: each example goes into the first row with room, the longest first; else one example a row.
-    InputError: an example longer than length + 1.
+    packing: first-fit decreasing; else one example per row. InputError: an example longer than length + 1.
     """
 
     def __init__(self, examples: Sequence[Demonstration], length: int, packing: bool, pad_id: int):
@@ -139,7 +140,8 @@ class PackedRows:
         longest = max(sizes, default=0)
         if longest > length + 1:
             raise InputError(
-                f"an example of {longest} tokens doesn't fit a row of {length + 1}; load with a max_length of {length}"
+                f"An example of {longest} tokens does not fit into a row of {length + 1}: load the examples with "
+                f"max_length={length}."
             )
         self._rows = _first_fit(sizes, length + 1) if packing else [[i] for i in range(len(sizes))]
 
@@ -150,8 +152,8 @@ class PackedRows:
         """The rows of index, int64 [n]; -1 is a row of padding.
 
         tokens: int32 [n, length + 1]; inputs are [:, :-1], targets [:, 1:]
-        response, real: float32 [n, length], 1 where the target is of a response, or of any example; never
-            where the input is of another example than the target
+        response, real: float32 [n, length], 1 where the target belongs to a response, or to any example, and the input
+            to the same example
         segment_ids: int32 [n, length], of the inputs, from 1 in each row, 0 for padding
         positions: int32 [n, length], from 0 in each example
         """
@@ -164,7 +166,7 @@ class PackedRows:
             for segment, i in enumerate(self._rows[number] if number >= 0 else (), 1):
                 example = self._examples[i]
                 here = np.s_[row, start : start + len(example.ids)]
-                targets = np.s_[row, start + 1 : start + len(example.ids)]  # nothing in it foretells its first token
+                targets = np.s_[row, start + 1 : start + len(example.ids)]  # all but the first
                 tokens[here], segment_ids[here], positions[here] = example.ids, segment, np.arange(len(example.ids))
                 response[targets], real[targets] = example.response[1:], 1
                 start += len(example.ids)
@@ -178,18 +180,19 @@ class PackedRows:
 
 
 class DemonstrationBatches:
-    """One host's part of the batch of each step, by random access: batches[step] is a dict.
+    """This host's rows of the batch of any step: batches[step] is a dict of
 
     tokens, segment_ids, positions: of PackedRows.arrays
-    weights: float32 [rows, length], the targets to learn, by loss_on
-    lm_weights: float32 of that shape, 1 for every real target
+    weights: float32 [rows, length], 1 for the targets in the loss, by loss_on
+    lm_weights: float32 [rows, length], 1 for every real target
     target_bytes: int32 [rows], UTF-8 bytes of each row's targets of weight 1
 
-    The packed rows come in a new order each epoch. mix: examples of which each step has its share, after
-    its demonstrations, ⌊tRf⌋ in the first t steps of R rows; they count everywhere. rows: of a step, over
-    all hosts; here: rows of a batch → those of them to give, by default all. mix_eot_id: end-of-text, after
-    which a mixed row's next document is isolated, as the base was trained; None = it is not. shuffle: version of
-    lm.shuffled. InputError: a mix of another context, a share of it outside [0, 1).
+    The packed rows are reshuffled each epoch. mix: pre-training examples that follow the demonstrations of each step,
+    ⌊tRf⌋ in the first t steps of R rows, with f = mix_fraction; all their tokens have weight 1. mix_eot_id:
+    end-of-text, after which the next document of a mixed row is isolated, as in pre-training; None = documents are not
+    isolated.
+    rows: per step, over all hosts; here: number of rows → those that this host holds, by default all. shuffle: version
+    of lm.shuffled. InputError: a mix with another context length, a fraction outside [0, 1).
     """
 
     def __init__(
@@ -207,13 +210,13 @@ class DemonstrationBatches:
         here: Callable[[int], np.ndarray] = np.arange,
     ):
         if not 0 <= mix_fraction < 1:
-            raise InputError(f"a mix of {mix_fraction} of the rows can't be; give a share from 0 to under 1")
+            raise InputError(f"A mix of {mix_fraction} of the rows is invalid: give a fraction in [0, 1).")
         if mix_fraction and mix is None:
-            raise InputError(f"a mix of {mix_fraction} of the rows has no text to come from; name its source")
+            raise InputError(f"A mix of {mix_fraction} of the rows has no text: give its source.")
         if mix is not None and mix.context_length != packed.length:
             raise InputError(
-                f"the mix has examples of {mix.context_length} tokens, the demonstrations of {packed.length}; make "
-                "them equal"
+                f"The mix has examples of {mix.context_length} tokens, the demonstrations of {packed.length}: make "
+                "them equal."
             )
         _check_loss_on(loss_on)
         self._packed, self._rows, self._seed = packed, rows, seed
@@ -223,7 +226,7 @@ class DemonstrationBatches:
         self._here = here(rows)
 
     def __len__(self) -> int:
-        return sys.maxsize  # endless; lm.iterate wants a number
+        return sys.maxsize  # endless, but Grain needs a length
 
     def __getitem__(self, step: int) -> dict[str, Any]:
         if step < 0:
@@ -235,26 +238,26 @@ class DemonstrationBatches:
         if own < self._rows:
             mixed = self._mixed_arrays(self._mixed(step) + row[row >= own] - own)
             batch = {name: np.concatenate([batch[name], mixed[name]]) for name in batch}
-        return _weighed(batch, self._loss_on, self._byte_lengths)
+        return _with_weights(batch, self._loss_on, self._byte_lengths)
 
     def steps(self, epochs: float) -> int:
-        """The fewest steps in which the packed rows are used `epochs` times; at least 1."""
+        """Number of steps after which every packed row has been used `epochs` times; at least 1."""
         wanted = epochs * len(self._packed)
-        step = max(1, int((wanted - 1) / (self._rows * (1 - self._mix_fraction))) - 1)  # never too many
+        step = max(1, int((wanted - 1) / (self._rows * (1 - self._mix_fraction))) - 1)  # a lower bound
         while self._first(step) < wanted:
             step += 1
         return step
 
     def _mixed(self, step: int) -> int:
-        """Rows of the mix in the steps before this one."""
+        """Number of rows of the mix before this step."""
         return math.floor(step * self._rows * self._mix_fraction)
 
     def _first(self, step: int) -> int:
-        """Rows of demonstrations in the steps before this one."""
+        """Number of rows of demonstrations before this step."""
         return step * self._rows - self._mixed(step)
 
     def _mixed_arrays(self, index: np.ndarray) -> dict[str, np.ndarray]:
-        """Rows of the mix as PackedRows.arrays gives its own: each one example, all of it to be learned."""
+        """Rows of the mix with the arrays of PackedRows; all targets of each are in the loss."""
         shape = (len(index), self._packed.length)
         tokens = np.asarray(self._mix.read(index), np.int32)
         segment_ids = np.ones(shape, np.int32)
@@ -278,19 +281,18 @@ def validation_batches(
     loss_on: str,
     here: Callable[[int], np.ndarray] = np.arange,
 ) -> InOrder:
-    """The packed rows in their order, as DemonstrationBatches gives them; the last batch is padded with rows
-    of weight 0.
-    """
+    """Batches of the packed rows in order, with the arrays of DemonstrationBatches. The last batch is padded with rows
+    of weight 0."""
     _check_loss_on(loss_on)
     return InOrder(
         len(packed),
         rows,
         here(rows),
-        lambda index: _weighed(packed.arrays(index), loss_on, byte_lengths),
+        lambda index: _with_weights(packed.arrays(index), loss_on, byte_lengths),
     )
 
 
-def _weighed(arrays: dict[str, np.ndarray], loss_on: str, byte_lengths: np.ndarray) -> dict[str, Any]:
+def _with_weights(arrays: dict[str, np.ndarray], loss_on: str, byte_lengths: np.ndarray) -> dict[str, Any]:
     weights = arrays["response" if loss_on == "response" else "real"]
     return {
         "tokens": arrays["tokens"],
@@ -304,13 +306,14 @@ def _weighed(arrays: dict[str, np.ndarray], loss_on: str, byte_lengths: np.ndarr
 
 def _check_loss_on(loss_on: str) -> None:
     if loss_on not in _LOSS_ON:
-        raise InputError(f"data.loss_on={loss_on!r} is unknown; there are {' and '.join(_LOSS_ON)}")
+        raise InputError(f"data.loss_on={loss_on!r} is unknown: use {' or '.join(map(repr, _LOSS_ON))}.")
 
 
 def _first_fit(sizes: Sequence[int], room: int) -> list[list[int]]:
-    """First-fit decreasing (Johnson 1973): the numbers of the sizes in each row, none of them over `room`.
+    """First-fit decreasing bin packing (Johnson 1973): the indices of the sizes in each row, whose sum is at most
+    `room`.
 
-    A tree of the most room under each node finds the first row in log time.
+    A segment tree of the maximum free room finds the first fitting row in logarithmic time.
     """
     leaves = 1 << max(len(sizes) - 1, 0).bit_length()
     most = [room] * (2 * leaves)

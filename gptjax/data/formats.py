@@ -1,4 +1,4 @@
-"""What one file holds, by its name: text, JSON lines, a JSON list, Parquet, ArrayRecord."""
+"""Reading one file according to its name: text, JSON lines, a JSON list, Parquet, ArrayRecord."""
 
 from __future__ import annotations
 
@@ -14,33 +14,33 @@ from gptjax.data.values import Unreadable, parse_json, python_values
 from gptjax.errors import InputError
 
 _JSON_LINES = (".jsonl", ".ndjson")
-_JSON = (".json",)  # a list, or a row a line: .json.gz as C4 names them
+_JSON = (".json",)  # a list, or one row per line, as in C4's .json.gz
 _PARQUET = (".parquet",)
 _ARRAY_RECORD = (".arrayrecord", ".array_record")
-_SNIFFED = 8192  # bytes in which a NUL marks a file as binary, as git does
+_SNIFFED = 8192  # bytes that are searched for a NUL, which marks a binary file, as in git
 _RECORDS = 256  # ArrayRecord records read at a time
 _UTF16 = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
 
 
 class Document(NamedTuple):
-    """name: path relative to the source's root, and `:line` or `:row` (from 1) for rows; text: its text."""
+    """name: path relative to the source's root, with `:line` or `:row` (from 1) for rows; text: its text."""
 
     name: str
     text: str
 
 
 class File(NamedTuple):
-    """A file that fsspec opens; name: path relative to the source's root."""
+    """A file in an fsspec file system; name: path relative to the source's root."""
 
     fs: Any  # fsspec.AbstractFileSystem
     path: str
     name: str
     size: int
-    stamp: str  # modification time or etag, whatever the file system keeps
+    stamp: str  # modification time or ETag, depending on the file system
 
 
 class NotText(Exception):
-    """A file that was read as text has a byte at `offset` that cannot be text; reason: why."""
+    """A file that was read as text is not text, because of the byte at `offset`; reason: the rest of that sentence."""
 
     def __init__(self, offset: int, reason: str):
         super().__init__(offset, reason)
@@ -48,14 +48,14 @@ class NotText(Exception):
 
 
 class NotRows(Exception):
-    """A file holds no rows. reason: a sentence's end; data: what was read of it, to its end; value: its JSON value."""
+    """A file contains no rows. reason: the predicate of a sentence; data: its contents; value: its JSON value."""
 
     def __init__(self, reason: str, data: bytes = b"", value: Any = None):
         super().__init__(reason)
         self.data, self.value = data, value
 
 
-Skip = Callable[[str, int], None]  # is told the name of a file that can't be read, and its bytes on disk
+Skip = Callable[[str, int], None]  # called with the name of a file that is skipped, and its bytes on disk
 
 
 def read_documents(
@@ -66,10 +66,10 @@ def read_documents(
     skip: Skip | None = None,
     as_text: Callable[[str], None] | None = None,
 ) -> Iterator[Document]:
-    """The documents of a file. text_field: holds a row's text. lines: each line of a text file is a document.
+    """The documents of a file. text_field: of a row's text. lines: each line of a text file is a document.
 
-    skip: called for a file or member of a zip archive that isn't text; None: an InputError. as_text: called with the
-    name of a .json file that holds no rows, whose JSON is then the text; None: an InputError.
+    skip: called for a file, or a member of a zip archive, that is not text; None: raise InputError. as_text: called
+    with the name of a .json file without rows, whose JSON then becomes the text; None: raise InputError.
     """
     name = uncompressed_name(file.name).lower()
     if name.endswith(_PARQUET):
@@ -84,21 +84,21 @@ def read_documents(
                 except NotText as error:
                     if skip is None:
                         raise InputError(
-                            f"{part.path} is not text: byte offset {error.offset} {error.reason}; convert it to "
-                            "UTF-8, or name a text, JSON, Parquet or ArrayRecord file"
+                            f"{part.path} is not text, because the byte at offset {error.offset} {error.reason}: "
+                            "convert it to UTF-8, or give a text, JSON, Parquet or ArrayRecord file."
                         ) from None
                     skip(part.label, part.size)
 
 
 def may_hold_rows(name: str) -> bool:
-    """Whether a file of that name may hold rows."""
+    """Whether a file of that name may contain rows."""
     return uncompressed_name(name).lower().endswith((*_JSON_LINES, *_JSON, *_PARQUET)) or name.lower().endswith(".zip")
 
 
 def read_rows(file: File, skip: Skip | None = None) -> Iterator[tuple[str, Any]]:
-    """(where, row) of each row of a file; an InputError in the place of a row that isn't JSON.
+    """(where, row) of each row of a file; the row is an InputError if it is not JSON.
 
-    skip: called for a JSON file, or a member of a zip archive, that holds no rows; None: an InputError.
+    skip: called for a JSON file, or a member of a zip archive, without rows; None: raise InputError.
     """
     if uncompressed_name(file.name).lower().endswith(_PARQUET):
         yield from ((where, row) for _, where, row in _parquet_rows(file))
@@ -109,7 +109,7 @@ def read_rows(file: File, skip: Skip | None = None) -> Iterator[tuple[str, Any]]
                 yield from ((where, row) for _, where, row in _json_rows(part))
             except NotRows as error:
                 if skip is None:
-                    raise InputError(f"{part.path} {error}") from None
+                    raise InputError(f"{part.path} {error}. Give a file with rows.") from None
                 skip(part.label, part.size)
 
 
@@ -128,12 +128,14 @@ def _part_documents(
                 yield Document(f"{part.label}:{number}", text)
             return
         except NotRows as error:
-            if isinstance(error.value, dict) and text_field in error.value:  # a document a file
+            if isinstance(error.value, dict) and text_field in error.value:  # one document per file
                 yield Document(part.label, text_of(error.value, text_field, part.path))
                 return
             if as_text is None:
-                raise InputError(f"{part.path} {error}; to train on the JSON itself, name the file .txt") from None
-            text = _decode(error.data)  # as other files of a folder of code
+                raise InputError(
+                    f"{part.path} {error}. To train on the JSON itself, rename the file to .txt."
+                ) from None
+            text = _decode(error.data)  # like the other files in a folder of code
             as_text(part.label)
     else:
         text = _text(part.stream)
@@ -146,7 +148,7 @@ def _part_documents(
 
 
 def split_document(document: Document, separator: str) -> Iterator[Document]:
-    """The parts of a document between separators, without the line breaks around them; empty parts are left out."""
+    """The parts of a document between separators, without the line breaks around them; empty parts are dropped."""
     if separator not in document.text:
         yield document
         return
@@ -167,8 +169,8 @@ def _split(text: str, separator: str) -> Iterator[str]:
 def _text(stream: BinaryIO) -> str:
     head = stream.read(_SNIFFED)
     if head.startswith(_UTF16):
-        raise NotText(0, "begins UTF-16, by its byte order mark")
-    if b"\0" in head:  # before a large binary file is read to its end
+        raise NotText(0, "begins a UTF-16 byte order mark")
+    if b"\0" in head:  # without reading a large binary file to the end
         raise NotText(head.index(b"\0"), "is a NUL")
     return _decode(head + stream.read())
 
@@ -178,25 +180,26 @@ def _decode(data: bytes) -> str:
     if nul >= 0:
         raise NotText(nul, "is a NUL")
     try:
-        return data.decode().removeprefix("\ufeff")  # else no translation: the text is what the file holds
+        return data.decode().removeprefix("\ufeff")  # otherwise the text is exactly the file's contents
     except UnicodeDecodeError as error:
-        raise NotText(error.start, f"isn't UTF-8 ({error.reason})") from None
+        raise NotText(error.start, f"is not UTF-8 ({error.reason})") from None
 
 
 # --- JSON -------------------------------------------------------------------------------------------------
 
 
 def _json_rows(part: Part) -> Iterator[tuple[int, str, Any]]:
-    """(number, where, row) of JSON lines or, in a .json file, of a list; an InputError for a line that isn't JSON.
+    """(number, where, row) of JSON lines or, in a .json file, of a list; the row is an InputError if a line is not
+    JSON.
 
-    NotRows: a file of another kind, a .json file with neither.
+    NotRows: a file of another format, or a .json file with neither.
     """
     name, stream = part.name.lower(), part.stream
     if not name.endswith((*_JSON_LINES, *_JSON)):
-        raise NotRows("holds no rows that can be read: rows come from .jsonl, .ndjson, .json or .parquet")
+        raise NotRows("contains no readable rows: rows come from .jsonl, .ndjson, .json or .parquet files")
     first, number = stream.readline(), 1
     if first.startswith(_UTF16):
-        raise InputError(f"{part.path} is UTF-16, by its byte order mark; convert it to UTF-8")
+        raise InputError(f"{part.path} has a UTF-16 byte order mark: convert it to UTF-8.")
     first = first.removeprefix(codecs.BOM_UTF8)
     while first and not first.strip():
         first, number = stream.readline(), number + 1
@@ -206,25 +209,25 @@ def _json_rows(part: Part) -> Iterator[tuple[int, str, Any]]:
         if value is not None:
             yield from ((row, f"{part.path}: row {row}", item) for row, item in enumerate(value, 1))
             return
-    for number, line in enumerate(lines, number):  # noqa: B020 (it goes on from the first line's)
+    for number, line in enumerate(lines, number):  # noqa: B020 (continues from the number of the first line)
         if line.strip():
             where = f"{part.path}:{number}"
             try:
                 row = parse_json(line)
-            except ValueError as error:  # also bytes that aren't UTF-8
-                row = InputError(f"the line isn't JSON that can be read ({error}); fix or remove it")
+            except ValueError as error:  # also for bytes that are not UTF-8
+                row = InputError(f"The line is not readable JSON ({error}): fix or remove it.")
             yield number, where, row
 
 
 def _one_value(first: bytes, stream: BinaryIO) -> tuple[list | None, Iterator[bytes]]:
-    """(the list that a .json file holds, nothing), or (None, all its lines) where each is a row.
+    """(the list in a .json file, no lines), or (None, all its lines) if each line is a row.
 
-    first: its first line with something in it; stream: at the line after that. NotRows: neither.
+    first: the first line that is not blank; stream: positioned after it. NotRows: neither.
     """
     try:
         value = parse_json(first)
     except ValueError:
-        value = None  # over several lines, or no JSON at all
+        value = None  # several lines, or not JSON
     if isinstance(value, dict):
         skipped = []
         while (line := stream.readline()) and not line.strip():
@@ -237,37 +240,41 @@ def _one_value(first: bytes, stream: BinaryIO) -> tuple[list | None, Iterator[by
         try:
             value = parse_json(data)
         except ValueError as error:
-            raise NotRows(f"isn't JSON that can be read ({error})", data) from None
+            raise NotRows(f"is not readable JSON ({error})", data) from None
     if isinstance(value, list) and (not value or isinstance(value[0], dict | str)):
         return value, iter(())
-    reason = f"holds one JSON {type(value).__name__}, not a list of objects or an object a line"
+    reason = f"contains a single JSON {type(value).__name__}, not a list of objects or one object per line"
     lists = [k for k, v in value.items() if isinstance(v, list) and v] if isinstance(value, dict) else []
     if lists:
-        reason += f" (its field {lists[0]!r} holds a list: write that into a file of its own)"
+        reason += f" (its field {lists[0]!r} is a list: write that to a separate file)"
     raise NotRows(reason, data, value)
 
 
 def text_of(row: Any, text_field: str, where: str) -> str:
-    """The text in a field of a row. InputError, which says where: no such field, or no text in it."""
+    """The text in a field of a row. InputError, with the place: no such field, or it is not text."""
     if isinstance(row, InputError):
         raise InputError(f"{where}: {row}")
     if not isinstance(row, dict):
-        raise InputError(f"{where}: the row is a JSON {type(row).__name__}, not an object with a field {text_field!r}")
+        raise InputError(
+            f"{where}: The row is a JSON {type(row).__name__}: give an object with a field {text_field!r}."
+        )
     if text_field not in row:
         raise InputError(
-            f"{where}: no field {text_field!r}; the row has {', '.join(map(repr, row)) or 'none'}: "
-            "name one of them as the text field"
+            f"{where}: There is no field {text_field!r}, only {', '.join(map(repr, row)) or 'an empty object'}. "
+            "Name one of them as the text field."
         )
     text = row[text_field]
     if isinstance(text, Unreadable):
-        raise InputError(f"{where}: field {text_field!r} {text.reason}; fix or remove the row")
+        raise InputError(f"{where}: The field {text_field!r} {text.reason}: fix or remove the row.")
     if not isinstance(text, str):
         kind = type(text).__name__
-        raise InputError(f"{where}: field {text_field!r} is {kind}, not text; fix or remove the row")
+        raise InputError(f"{where}: The field {text_field!r} is {kind}, not text: fix or remove the row.")
     try:
         text.encode()
     except UnicodeEncodeError:
-        raise InputError(f"{where}: field {text_field!r} has half a surrogate pair; fix or remove the row") from None
+        raise InputError(
+            f"{where}: The field {text_field!r} has a lone surrogate: fix or remove the row."
+        ) from None
     return text
 
 
@@ -280,7 +287,7 @@ def _parquet(file: File, text_field: str) -> Iterator[Document]:
 
 
 def _parquet_rows(file: File, column: str | None = None) -> Iterator[tuple[int, str, dict]]:
-    """Rows with one column, or with all; a value that has no Python form is an Unreadable."""
+    """Rows with one column, or with all; a value that Python cannot represent is an Unreadable."""
     import pyarrow
     import pyarrow.parquet
 
@@ -290,8 +297,8 @@ def _parquet_rows(file: File, column: str | None = None) -> Iterator[tuple[int, 
             names = table.schema_arrow.names
             if column is not None and column not in names:
                 raise InputError(
-                    f"{file.path}: no column {column!r}; the file has "
-                    f"{', '.join(map(repr, names))}: name one of them as the text field"
+                    f"{file.path}: There is no column {column!r}, only {', '.join(map(repr, names))}. Name one of them "
+                    "as the text field."
                 )
             number = 0
             for batch in table.iter_batches(batch_size=1024, columns=None if column is None else [column]):
@@ -300,17 +307,17 @@ def _parquet_rows(file: File, column: str | None = None) -> Iterator[tuple[int, 
                     number += 1
                     yield number, f"{file.path}: row {number}", dict(zip(batch.schema.names, row, strict=True))
         except (pyarrow.ArrowException, OSError) as error:
-            if getattr(error, "errno", None) is not None:  # of the disk
+            if getattr(error, "errno", None) is not None:  # a disk error
                 raise
-            raise InputError(f"{file.path} isn't a whole Parquet file ({error}); get it again") from None
+            raise InputError(f"{file.path} is not a complete Parquet file ({error}): download it again.") from None
 
 
 def _array_record(file: File, text_field: str) -> Iterator[Document]:
-    """Records of UTF-8 text, or of JSON objects with the field: the first record says which."""
+    """Records of UTF-8 text, or of JSON objects with the field; the first record decides which."""
     try:
         from array_record.python.array_record_module import ArrayRecordReader
     except ImportError:
-        raise InputError(f"{file.path} needs a reader; run `pip install array-record`") from None
+        raise InputError(f"{file.path} needs a package to read it: run `pip install array-record`.") from None
     with tempfile.TemporaryDirectory() as temporary:
         path = file.path
         if "file" not in file.fs.protocol:  # the reader opens local files only
@@ -331,14 +338,14 @@ def _array_record(file: File, text_field: str) -> Iterator[Document]:
         except (RuntimeError, ValueError) as error:
             if isinstance(error, InputError):
                 raise
-            raise InputError(f"{file.path} is not a whole ArrayRecord file ({error}); get it again") from None
+            raise InputError(f"{file.path} is not a complete ArrayRecord file ({error}): download it again.") from None
 
 
 def _record(record: bytes, where: str) -> tuple[str, dict | None]:
     try:
         text = record.decode()
     except UnicodeDecodeError as error:
-        raise InputError(f"{where} isn't UTF-8 at byte offset {error.start}; write it as text") from None
+        raise InputError(f"{where}: The record is not UTF-8 at byte offset {error.start}: write it as text.") from None
     try:
         row = parse_json(text) if text.startswith("{") else None
     except ValueError:

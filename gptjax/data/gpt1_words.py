@@ -1,4 +1,4 @@
-"""GPT-1's words: what its vocabulary was made from and is applied to.
+"""GPT-1's text normalization and word splitting, which precede its BPE.
 
 Source: openai/finetune-transformer-lm text_utils.py.
 """
@@ -11,7 +11,7 @@ from gptjax.errors import InputError
 
 
 def gpt1_words(text: str) -> list[str]:
-    """GPT-1's text preparation: ftfy, punctuation spaced out, spaCy's English word rules, lower case."""
+    """The words of a text: ftfy, spaces around punctuation, spaCy's English rules, lower case. InputError: no spaCy."""
     import ftfy
 
     text = ftfy.fix_text(text)
@@ -26,9 +26,9 @@ def gpt1_words(text: str) -> list[str]:
 
 @functools.cache
 def _spacy_english() -> Any:
-    """spaCy's English rule tokenizer; it needs no model download."""
+    """spaCy's rule-based English tokenizer, which needs no model download."""
     try:
         import spacy
     except ImportError:
-        raise InputError("GPT-1's tokenizer needs spaCy's word rules; run `pip install spacy`") from None
+        raise InputError("GPT-1's tokenizer needs spaCy: run `pip install spacy`.") from None
     return spacy.blank("en").tokenizer

@@ -1,4 +1,4 @@
-"""Local folders with symbolic links in them: followed, without loops and without reading a file twice."""
+"""Symbolic links in local folders are followed, without loops and without reading a file twice."""
 
 from __future__ import annotations
 
@@ -10,23 +10,23 @@ from fsspec.implementations.local import LocalFileSystem
 
 
 class FollowingLinks(LocalFileSystem):
-    """Local files, where find() and glob() take a link for what it points to: fsspec's own leave links out."""
+    """Local file system whose find() and glob() follow symbolic links, which fsspec's own ignore."""
 
     def find(self, path, maxdepth=None, withdirs=False, detail=False, **kwargs):
-        """As fsspec's, with the types 'broken' (a link to nothing) and 'loop' (to a folder above, not followed), and
-        in each info whether a link led there ('linked') and the file's 'identity', whatever its name."""
+        """Like fsspec's, with two more types, 'broken' (a link without a target) and 'loop' (a link to a folder above,
+        which is not followed), and two more fields: 'linked' (reached through a link) and 'identity' of the file."""
         path = self._strip_protocol(path)
         out: dict[str, dict] = {}
         if os.path.isdir(path):
             if withdirs:
-                out[path] = self._described(path, os.stat(path), "directory", False)
+                out[path] = self._info(path, os.stat(path), "directory", False)
             above, parent = set(), os.path.realpath(path)
             while parent != (parent := os.path.dirname(parent)):
                 with suppress(OSError):
                     above.add(_identity(os.stat(parent)))
             self._walk(path, maxdepth, withdirs, False, above, out)
         elif os.path.isfile(path):
-            out[path] = self._described(path, os.stat(path), "file", False)
+            out[path] = self._info(path, os.stat(path), "file", False)
         return dict(sorted(out.items())) if detail else sorted(out)
 
     def _walk(self, folder, depth, withdirs, linked, above, out):
@@ -40,18 +40,18 @@ class FollowingLinks(LocalFileSystem):
                 except OSError:
                     if entry.is_symlink():
                         out[path] = {"name": path, "size": 0, "type": "broken"}
-                    continue  # else removed meanwhile
+                    continue  # otherwise it has just been removed
                 if not entry.is_dir():
-                    out[path] = self._described(path, stat, "file" if entry.is_file() else "other", link)
+                    out[path] = self._info(path, stat, "file" if entry.is_file() else "other", link)
                 elif _identity(stat) in above:
                     out[path] = {"name": path, "size": 0, "type": "loop"}
                 else:
                     if withdirs:
-                        out[path] = self._described(path, stat, "directory", link)
+                        out[path] = self._info(path, stat, "directory", link)
                     if depth is None or depth > 1:
                         self._walk(path, depth and depth - 1, withdirs, link, above, out)
 
-    def _described(self, path, stat, kind, linked):
+    def _info(self, path, stat, kind, linked):
         return {
             "name": path, "size": stat.st_size, "type": kind, "mtime": stat.st_mtime, "linked": linked,
             "identity": _identity(stat),
@@ -63,10 +63,10 @@ def _identity(stat: os.stat_result) -> tuple[int, int]:
 
 
 def once(paths: list[str], found: dict[str, dict]) -> tuple[list[str], list[str]]:
-    """(paths without those that only show a file again through a link, those).
+    """(paths without second names of a file through links, those second names).
 
-    Else a document could be trained on and held out at once. Of several names, one with a suffix stays (the Hub's cache
-    keeps data in blobs/ under hashes and links to it under names), and the file's own rather than a link's.
+    Otherwise a document could be in both splits. Of several names of a file one with a suffix is kept (the cache of the
+    Hugging Face Hub stores blobs under hashes and links to them by name), preferably the file's own.
     """
     names: dict[Any, list[str]] = {}
     for path in paths:

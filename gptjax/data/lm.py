@@ -1,7 +1,7 @@
 """Batches for language modeling: the batch of step t is a pure function of (seed, t).
 
-Which tokens make example i is arithmetic, so any step can be asked for first, in any process; Grain only
-reads ahead. Sampling is without replacement within an epoch (GPT-3 §2.2).
+The tokens of example i follow from arithmetic, so any process can start at any step; Grain only prefetches. Sampling is
+without replacement within an epoch (GPT-3 §2.2).
 """
 
 from __future__ import annotations
@@ -19,17 +19,17 @@ import numpy as np
 from gptjax.data.tokens import TokenShards
 from gptjax.errors import InputError
 
-_SLOTS = 10_000  # of a mixture's block: weights are exact to 1/10,000 in every block
+_SLOTS = 10_000  # examples in a block of a mixture: weights are exact to 1/10,000 in every block
 _ROUNDS = 6
-FEW = 20  # validation examples under which a warning is due
-_PHASE, _ORDER, _BLOCK = range(3)  # what a key is for
+FEW = 20  # fewer validation examples than this cause a warning
+_PHASE, _ORDER, _BLOCK = range(3)  # purposes of random keys
 _U64 = np.uint64
-_DRAWN = 4096  # up to so many items an epoch's order is drawn as a whole
-SHUFFLE = 2  # version of `shuffled`; a run keeps the one it began with (corpus.py's data.json)
+_DRAWN = 4096  # up to this length the order of an epoch is a sampled permutation
+SHUFFLE = 2  # version of `shuffled`; a run keeps the one it started with (data.json, data/records.py)
 
 
 class Examples(Protocol):
-    """Example i, for any i ≥ 0: context_length + 1 tokens."""
+    """Random access to example i, for any i ≥ 0: context_length + 1 tokens."""
 
     context_length: int
 
@@ -38,25 +38,25 @@ class Examples(Protocol):
 
 
 def _mix(x: np.ndarray) -> np.ndarray:
-    """splitmix64's finalizer (Steele, Lea, Flood 2014): uint64 to well-mixed uint64."""
+    """The finalizer of splitmix64 (Steele, Lea, Flood 2014), a hash from uint64 to uint64."""
     x = (x ^ (x >> _U64(30))) * _U64(0xBF58476D1CE4E5B9)
     x = (x ^ (x >> _U64(27))) * _U64(0x94D049BB133111EB)
     return x ^ (x >> _U64(31))
 
 
 def _key(seed: int, purpose: int, number: np.ndarray | int) -> np.ndarray:
-    """uint64 keys for the number-th epoch or block, of number's shape (at least 1-D)."""
+    """uint64 keys of epochs or blocks `number`, of its shape (at least 1-D)."""
     key = _mix(np.array([seed % 2**64], _U64) + _U64(0x9E3779B97F4A7C15))
     key = _mix(key + _U64(purpose + 1))
     return _mix(key + np.atleast_1d(np.asarray(number)).astype(_U64) * _U64(0x9E3779B97F4A7C15))
 
 
 def permute(index: np.ndarray, length: int, key: int | np.ndarray) -> np.ndarray:
-    """Keyed bijection on range(length), of each index by itself: int64 of index's shape.
+    """Keyed pseudorandom permutation of range(length), elementwise: int64 of index's shape.
 
-    A Feistel network on pairs (left, right) with about √length values each, walked until it lands in
-    the range again (Black and Rogaway 2002, "Ciphers with Arbitrary Finite Domains"). key: an int, or
-    uint64 of index's shape. ValueError: an index outside the range.
+    A Feistel network on pairs (left, right) of about √length values each, with cycle walking (Black and Rogaway 2002,
+    "Ciphers with Arbitrary Finite Domains"). key: an int, or uint64 of index's shape. ValueError: an index out of
+    range.
     """
     index = np.asarray(index, np.int64)
     if index.size and (index.min() < 0 or index.max() >= length):
@@ -80,16 +80,16 @@ def permute(index: np.ndarray, length: int, key: int | np.ndarray) -> np.ndarray
 
 @functools.lru_cache(maxsize=256)
 def _drawn(length: int, key: int) -> np.ndarray:
-    """int64 [length]: a permutation, all of them as likely but for ties: splitmix64's stream from `key`, sorted."""
+    """int64 [length]: a uniform permutation (up to ties), the argsort of splitmix64's stream from `key`."""
     stream = _mix(_U64(key) + np.arange(1, length + 1, dtype=_U64) * _U64(0x9E3779B97F4A7C15))
     return np.argsort(stream, kind="stable")
 
 
 def shuffled(index: np.ndarray, length: int, seed: int, version: int = SHUFFLE) -> np.ndarray:
-    """int64 of index's shape: what an endless stream over range(length) has at each place, int64 ≥ 0.
+    """The elements at positions index (int64 ≥ 0) of an endless stream over range(length): int64 of index's shape.
 
-    Place i is in epoch i // length; each epoch has an order of its own. version: of the shuffle; 1 permutes short
-    ranges, too, by `permute`, whose orders of a few items are not all as likely.
+    Position i belongs to epoch i // length; each epoch has its own order. version: 1 uses `permute` for short ranges
+    too, where it is not uniform over all orders.
     """
     epoch, number = np.divmod(np.asarray(index, np.int64), length)
     if version == 1 or length > _DRAWN:
@@ -101,16 +101,16 @@ def shuffled(index: np.ndarray, length: int, seed: int, version: int = SHUFFLE) 
 
 
 class Windows:
-    """Windows of context_length + 1 tokens from one split, in a new order and at new cuts each epoch.
+    """Windows of context_length + 1 tokens from one split, with a new order and a new offset each epoch.
 
-    len() is the number of windows in an epoch; neighbors share one token, the target of one and the
+    len() is the number of windows in an epoch. Adjacent windows share one token, the last target of one and the first
     input of the next. shuffle: version of `shuffled`. InputError: a split shorter than context_length + 1.
     """
 
     def __init__(self, shards: TokenShards, context_length: int, seed: int, shuffle: int = SHUFFLE):
         self.context_length, self._shards, self._seed, self._shuffle = context_length, shards, seed, shuffle
         _check_length(shards, context_length)
-        # As many as fit wherever the first one starts; at least one, with less room to start in.
+        # As many as fit for every offset; at least one, with fewer possible offsets.
         self._windows = max(1, len(shards) // context_length - 1)
         self._phases = min(context_length, len(shards) - self._windows * context_length)
 
@@ -118,7 +118,7 @@ class Windows:
         return self._windows
 
     def starts(self, index: np.ndarray) -> np.ndarray:
-        """int64 [n]: the first token of each example of index, int64 [n]."""
+        """int64 [n]: position of the first token of each example of index, int64 [n]."""
         index = np.asarray(index, np.int64)
         position = shuffled(index, self._windows, self._seed, self._shuffle)
         phase = (_key(self._seed, _PHASE, index // self._windows) % _U64(self._phases)).astype(np.int64)
@@ -130,21 +130,21 @@ class Windows:
 
 
 class Mixture:
-    """Examples drawn from several Windows by weight (GPT-3 Table 2.2; weights are normalized).
+    """Examples from several Windows in proportion to weights (GPT-3 Table 2.2), which are normalized.
 
-    Every block of 10,000 examples has each source's exact share, largest remainders first, in an order
-    of its own; each source's examples are used in order, over as many epochs as its share asks for.
-    InputError: no sources, weights that aren't positive or round to no example in 10,000, unequal contexts.
+    Every block of 10,000 examples has the exact share of each source (rounded by the largest-remainder method) in its
+    own random order. The examples of each source are used in their order, for as many epochs as its share needs.
+    InputError: no sources, weights that are not positive or below 1 in 10,000, unequal context lengths.
     """
 
     def __init__(self, sources: Sequence[Windows], weights: Sequence[float], seed: int):
         if not sources or len(sources) != len(weights):
-            raise InputError(f"a mixture of {len(sources)} sources has {len(weights)} weights; give one for each")
+            raise InputError(f"A mixture of {len(sources)} sources has {len(weights)} weights: give one for each.")
         if len({s.context_length for s in sources}) > 1:
-            raise InputError("the sources of a mixture have different context lengths; make them equal")
+            raise InputError("The sources of a mixture have different context lengths: make them equal.")
         for weight in weights:
             if not (weight > 0 and math.isfinite(weight)):
-                raise InputError(f"mixture weight {weight} isn't positive; leave that source out")
+                raise InputError(f"The mixture weight {weight} is not positive: remove that source.")
         share = np.array(weights, np.float64) / math.fsum(weights) * _SLOTS
         self._counts = np.floor(share).astype(np.int64)
         largest = np.argsort(self._counts - share, kind="stable")[: _SLOTS - self._counts.sum()]
@@ -152,14 +152,14 @@ class Mixture:
         if not self._counts.all():
             weight = weights[int(self._counts.argmin())]
             raise InputError(
-                f"mixture weight {weight} is under one example in {_SLOTS}; raise it or leave that source out"
+                f"The mixture weight {weight} is less than one example in {_SLOTS}: raise it, or remove that source."
             )
         self.context_length = sources[0].context_length
         self._sources, self._seed = list(sources), seed
         self._block = functools.lru_cache(maxsize=8)(self._make_block)
 
     def _make_block(self, block: int) -> tuple[np.ndarray, np.ndarray]:
-        """Of each slot of a block: its source, and how many earlier slots of the block have that source."""
+        """(source of each slot of a block, number of earlier slots with the same source), int64 [_SLOTS] each."""
         slots = permute(np.arange(_SLOTS), _SLOTS, _key(self._seed, _BLOCK, block))
         source = np.repeat(np.arange(len(self._sources)), self._counts)[slots]
         rank = np.empty(_SLOTS, np.int64)
@@ -187,10 +187,10 @@ class Mixture:
 
 
 def with_segments(tokens: np.ndarray, eot_id: int) -> tuple[np.ndarray, np.ndarray]:
-    """(segment_ids, positions), int32 of the shape of the input tokens [batch, time].
+    """(segment_ids, positions), int32 with the shape of the input tokens, [batch, time].
 
-    Segments count from 1; one begins at each end-of-text, which closed the former document as a target
-    and opens the next as an input. Positions restart at 0 in each segment.
+    Segment ids count from 1. A segment starts at each end-of-text, which as a target ended the previous document and as
+    an input starts the next one. Positions restart at 0 in each segment.
     """
     first = tokens == eot_id
     first[:, 0] = True
@@ -200,19 +200,23 @@ def with_segments(tokens: np.ndarray, eot_id: int) -> tuple[np.ndarray, np.ndarr
 
 
 class LmBatches:
-    """One host's part of the batch of each step, by random access: batches[step] is a dict.
+    """This host's rows of the batch of any step: batches[step] is a dict of
 
     tokens: int32 [rows, context_length + 1]; inputs are [:, :-1], targets [:, 1:]
-    weights: float32 [rows, context_length], 1 for targets of real rows (`weigh` may leave some out), 0 for padding
-    sequences: int, real rows of all hosts
+    weights: float32 [rows, context_length], 1 for targets of real rows (`weigh` may set others to 0), 0 for padding
+    sequences: int, number of real rows over all hosts
     target_bytes: int32 [rows], UTF-8 bytes of each row's targets of weight 1
     segment_ids, positions: int32 [rows, context_length], with isolate_documents only
 
-    schedule: step → (number of its first example, number of sequences), over all hosts.
-    rows: step → rows of the padded batch; None for no padding. here: rows of a batch → those of them to give,
-    ascending (distributed/hosts.py); by default all. byte_lengths: of each token, [vocab_size] (of Tokenizer).
-    weigh: numbers of examples [n] → weights [n, context_length]; None = 1.
-    InputError: isolate_documents without an end-of-text.
+    Args:
+        schedule: step → (number of its first example, number of sequences), over all hosts.
+        rows: step → rows of the padded batch; None = no padding.
+        byte_lengths: of each token, [vocab_size] (of Tokenizer).
+        here: number of rows → those that this host holds, ascending (distributed/hosts.py); by default all.
+        weigh: example numbers [n] → weights [n, context_length]; None = 1.
+        steps: len().
+    Raises:
+        InputError: isolate_documents without an end-of-text token.
     """
 
     def __init__(
@@ -230,8 +234,8 @@ class LmBatches:
     ):
         if isolate_documents and eot_id is None:
             raise InputError(
-                "documents can't be isolated: the tokenizer has no end-of-text; use a bpe tokenizer, or "
-                "let attention cross documents"
+                "Documents cannot be isolated because the tokenizer has no end-of-text: use a bpe tokenizer, or set "
+                "data.isolate_documents=False."
             )
         self._examples, self._schedule, self._rows, self._steps = examples, schedule, rows, steps
         self._byte_lengths, self._eot_id, self._isolate, self._here = byte_lengths, eot_id, isolate_documents, here
@@ -246,9 +250,9 @@ class LmBatches:
         first, sequences = self._schedule(step)
         rows = self._rows(step) if self._rows else sequences
         if rows < sequences:
-            raise ValueError(f"step {step}: {sequences} sequences don't fit {rows} rows")
+            raise ValueError(f"step {step}: {sequences} sequences do not fit into {rows} rows")
         row = self._here(rows)
-        real = int(np.searchsorted(row, sequences))  # the rows after them are padding
+        real = int(np.searchsorted(row, sequences))  # the rest is padding
         context = self._examples.context_length
         tokens = np.zeros((len(row), context + 1), np.int32)
         weights = np.zeros((len(row), context), np.float32)
@@ -265,9 +269,9 @@ class LmBatches:
 def iterate(
     batches: LmBatches, start_step: int, stop_step: int, *, threads: int = 1, buffer: int = 8
 ) -> Iterator[tuple[int, dict[str, Any]]]:
-    """(step, batch) for start_step ≤ step < stop_step, in order, read ahead by Grain.
+    """(step, batch) for start_step ≤ step < stop_step, in order, prefetched by Grain.
 
-    threads: more than 2 slow it down on small batches. buffer: batches held ahead.
+    threads: more than 2 are slower for small batches. buffer: number of prefetched batches.
     """
     dataset = grain.MapDataset.source(batches)[start_step:stop_step]
     options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=max(buffer, threads))
@@ -279,23 +283,27 @@ def iterate(
 
 
 class Scored:
-    """Windows in which each token of a split is a target of weight 1 just once; len() of them.
+    """Sliding windows in which each token of a split is a target of weight 1 exactly once; len() is their number.
 
-    Window k of a document has its targets from k·stride on, up to context_length of them: all of the first window
-    count, of the others the last `stride`, which have the tokens before them as context (as in transformers' guide to
-    perplexity). The first token is predicted from end-of-text, as by lm-evaluation-harness; where the tokenizer has
-    none, nothing comes before it and it can't be scored.
+    Window k of a document has up to context_length targets from token k·stride on. In the first window all count, in
+    the others only the last `stride`, with the tokens before them as context (as in transformers' perplexity guide).
+    The first token of a document is predicted from end-of-text, as in lm-evaluation-harness; if the tokenizer has none,
+    that token is not scored.
 
-    most: at most so many windows, spread evenly (the first alone would be whatever documents come first).
-    documents: int64 [n, 2], first and last + 1 token of each text scored by itself; None = the split as one text.
-    InputError: nothing to score, a stride outside 1 .. context_length.
+    Args:
+        stride: None = context_length.
+        most: maximum number of windows, spread evenly over the split; None = all.
+        documents: int64 [n, 2], first and last + 1 token of each text to score separately; None = the split as one
+        text.
+    Raises:
+        InputError: nothing to score, or a stride outside 1 .. context_length.
     """
 
     def __init__(self, shards: TokenShards, context_length: int, *, stride: int | None = None, most: int | None = None,
                  documents: np.ndarray | None = None):  # fmt: skip
         stride = stride or context_length
         if not 1 <= stride <= context_length:
-            raise InputError(f"a stride of {stride} is not in 1 .. {context_length}, the context")
+            raise InputError(f"The stride {stride} is out of range: give one from 1 to the context, {context_length}.")
         self.context_length, self._shards, self._stride = context_length, shards, stride
         spans = np.array([[0, len(shards)]]) if documents is None else np.asarray(documents, np.int64).reshape(-1, 2)
         given = shards.eot_id is not None
@@ -308,15 +316,15 @@ class Scored:
         self._used = self._windows if most is None else min(most, self._windows)
         if not self._windows:
             raise InputError(
-                f"there is nothing to score in a split of {len(shards)} tokens (the first one is not scored where the "
-                "tokenizer has no end-of-text); give more text"
+                f"A split of {len(shards)} tokens has nothing to score (the first token is not scored if the tokenizer "
+                "has no end-of-text): give more text."
             )
 
     def __len__(self) -> int:
         return self._used
 
     def _places(self, index: np.ndarray) -> tuple[np.ndarray, ...]:
-        """Of each window, int64 [n]: its number in its document, its first target, the end of its document."""
+        """(number in its document, first target, end of its document) of each window, int64 [n] each."""
         window = np.asarray(index, np.int64) * self._windows // self._used
         document = np.searchsorted(self._before, window, side="right") - 1
         number = window - self._before[document]
@@ -338,7 +346,7 @@ class Scored:
         return out
 
     def weights(self, index: np.ndarray) -> np.ndarray:
-        """float32 [n, context_length]: 1 where a target counts."""
+        """float32 [n, context_length] for index int64 [n]: 1 where a target counts, else 0."""
         number, first, ends = self._places(index)
         place = np.arange(self.context_length)
         new = (number[:, None] == 0) | (place >= self.context_length - self._stride)
@@ -357,11 +365,10 @@ def validation_batches(
     stride: int | None = None,
     documents: np.ndarray | None = None,
 ) -> LmBatches:
-    """The same batches each time: windows of a split in which each token is a target once (Scored).
+    """Fixed batches of the windows of a split in which each token is a target once (Scored).
 
-    Every batch has batch_size rows; the last is padded with rows of weight 0. max_batches None: the whole split; else
-    that many batches of windows spread evenly over it. stride, documents: of Scored. InputError: as Scored and
-    LmBatches.
+    Every batch has batch_size rows; the last is padded with rows of weight 0. max_batches: that many batches of windows
+    spread evenly over the split; None = all of it. stride, documents: of Scored. InputError: as Scored and LmBatches.
     """
     most = None if max_batches is None else max_batches * batch_size
     windows = Scored(shards, context_length, stride=stride, most=most, documents=documents)
@@ -381,17 +388,17 @@ def validation_batches(
 def _check_length(shards: TokenShards, context_length: int) -> None:
     if len(shards) < context_length + 1:
         raise InputError(
-            f"{getattr(shards, 'name', 'the text')} has {len(shards)} tokens, fewer than one context of "
-            f"{context_length} and its last target; give more text or a shorter context_length"
+            f"{getattr(shards, 'name', 'The text')} has {len(shards)} tokens, fewer than one context of "
+            f"{context_length} and its last target: give more text or a shorter context_length."
         )
 
 
 def warn_if_few(shards: TokenShards, context_length: int) -> None:
-    """Warns where a validation split has fewer than 20 windows of a context."""
+    """Warns if a validation split has fewer than 20 windows of the context length."""
     windows = (len(shards) - 1) // context_length
     if 0 < windows < FEW:
         warnings.warn(
-            f"{shards.name} has {windows} examples of {context_length} tokens, fewer than {FEW}, so its loss is "
-            "noisy; hold out more with data.validation, or give more text",
+            f"{shards.name} has only {windows} examples of {context_length} tokens, fewer than {FEW}, so its loss is "
+            "noisy: hold out more with data.validation, or give more text.",
             stacklevel=3,
         )

@@ -1,4 +1,4 @@
-"""Prompts for reinforcement learning: read, and drawn by their place in an endless stream."""
+"""Prompts for reinforcement learning: reading, and batches by position in an endless shuffled stream."""
 
 from __future__ import annotations
 
@@ -42,11 +42,11 @@ class PromptConfig:
     def __post_init__(self):
         check_config(self, _FIELDS)
         if self.buckets < 1:
-            raise InputError(f"data.buckets={self.buckets}: batches are padded to at least 1 width.")
+            raise InputError(f"data.buckets={self.buckets}: batches need at least 1 padded width.")
 
 
 class Prompts(NamedTuple):
-    """ids of each prompt; texts: its own text, of messages the last turn's; left_out: the other rows;
+    """ids: of each prompt; texts: of each prompt, for messages that of the last turn; left_out: the dropped rows;
     fingerprint: of the ids."""
 
     ids: list[list[int]]
@@ -56,25 +56,25 @@ class Prompts(NamedTuple):
 
 
 def load_prompts(c: PromptConfig, template: Template, length: int, flags: str = FLAGS) -> Prompts:
-    """Every row of the source as tokens. length: the model's context less the response, the most of a prompt; flags:
-    see rows.load.
+    """Reads and tokenizes the prompts of c.source.
 
-    InputError: with the rows, no such field, no text, or more than max_length tokens.
+    length: the model's context less the response, the maximum number of tokens of a prompt; flags: see rows.load.
+    InputError, naming the rows: a missing field, no text, or more than max_length tokens.
     """
     most = limit(c.max_length, length)
 
     def make(record: Record) -> tuple[list[int], str]:
-        said = published.prompt(record["prompt"], template.kind, answered=True)
-        ids = template.prompt(said)
+        prompt = published.prompt(record["prompt"], template.kind, answered=True)
+        ids = template.prompt(prompt)
         if not ids:
-            raise InputError("the prompt is empty; give it some text or leave it out")
+            raise InputError("The prompt is empty: give it some text, or remove it.")
         if len(ids) > most:
             raise TooLong(
-                f"the prompt has {len(ids)} tokens, more than {most}: "
-                f"{'max_length' if c.max_length else 'the context less the response'}; shorten it, or leave such rows "
-                f"out with {FLAGS}drop_long=True"
+                f"The prompt has {len(ids)} tokens, more than the {most} of "
+                f"{'max_length' if c.max_length else 'the context less the response'}: shorten it, or drop such rows "
+                f"with {FLAGS}drop_long=True."
             )
-        return ids, said if isinstance(said, str) else said[-1]["content"]
+        return ids, prompt if isinstance(prompt, str) else prompt[-1]["content"]
 
     made, left_out = load(c.source, c, make, flags)
     ids, texts = map(list, zip(*made, strict=True))
@@ -82,10 +82,10 @@ def load_prompts(c: PromptConfig, template: Template, length: int, flags: str = 
 
 
 def bucket_widths(longest: int, buckets: int, length: int) -> tuple[int, ...]:
-    """The widths batches are padded to, ascending: at most `buckets` equal steps of whole eights, the last one for the
-    longest prompt. length: no width is more.
+    """The widths that batches are padded to, ascending: at most `buckets` equal steps, multiples of 8, the last of
+    which fits the longest prompt. length: upper limit of the widths.
 
-    Equal steps, not powers of two: the longest of many prompts drawn lies mostly in the upper half.
+    Equal steps rather than powers of two, because the longest prompt of a large batch is mostly in the upper half.
     """
     widest = min(length, _eights(longest))
     step = _eights(-(-widest // buckets))
@@ -93,6 +93,7 @@ def bucket_widths(longest: int, buckets: int, length: int) -> tuple[int, ...]:
 
 
 def longest_of(prompts: Prompts) -> int:
+    """Number of tokens of the longest prompt; 0 if there are none."""
     return max(map(len, prompts.ids), default=0)
 
 
@@ -101,8 +102,9 @@ def _eights(n: int) -> int:
 
 
 class PromptBatches:
-    """Batches of an endless stream of the prompts, in a new order each epoch; all is arithmetic on (seed, place), the
-    width of a batch too: the first of `widths` (ascending) that its longest prompt fits. shuffle: version of
+    """Batches of an endless stream of the prompts, reshuffled each epoch. A batch is a pure function of (seed,
+    position),
+    and so is its width: the smallest of `widths` (ascending) that fits its longest prompt. shuffle: version of
     lm.shuffled.
 
     InputError: no prompts, or one longer than the last of `widths`.
@@ -114,7 +116,7 @@ class PromptBatches:
         longest = longest_of(prompts)
         if not 0 < longest <= widths[-1]:
             raise InputError(
-                f"a prompt of {longest} tokens doesn't fit {widths[-1]}; load the prompts with that length"
+                f"A prompt of {longest} tokens does not fit into {widths[-1]}: load the prompts with that length."
             )
         self._ids, self._batch, self._widths, self._seed, self._pad_id = prompts.ids, batch, widths, seed, pad_id
         self._shuffle = shuffle
@@ -124,10 +126,10 @@ class PromptBatches:
         return self._widths[-1]
 
     def at(self, position: int) -> dict[str, np.ndarray]:
-        """The prompts at places position to position + batch - 1.
+        """The prompts at positions position to position + batch - 1 of the stream.
 
-        tokens: int32 [batch, width], left-padded with pad_id; lengths: int32 [batch], without padding;
-        index: int64 [batch], which prompts they are.
+        tokens: int32 [batch, width], left-padded with pad_id; lengths: int32 [batch], without padding; index: int64
+        [batch], the numbers of the prompts.
         """
         index = lm.shuffled(position + np.arange(self._batch), len(self._ids), self._seed, self._shuffle)
         chosen = [self._ids[i] for i in index]

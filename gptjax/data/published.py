@@ -1,7 +1,7 @@
-"""Rows in the forms they are published in, as what data/chat.py reads: messages, or a prompt and responses.
+"""Published dataset formats, converted to what data/chat.py reads: messages, or a prompt and responses.
 
-Known are TRL's conversational and implicit-prompt forms, transcripts as of Anthropic's HH (Bai et al. 2022), one text
-of "\\n\\nHuman:" and "\\n\\nAssistant:" turns, and ShareGPT's turns of "from" and "value".
+Supported are TRL's conversational and implicit-prompt formats; transcripts like those of Anthropic's HH (Bai et al.
+2022), one text with "\\n\\nHuman:" and "\\n\\nAssistant:" turns; and ShareGPT's turns with "from" and "value".
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ _ANSWER = "\n\nAssistant:"
 
 
 def messages(value: Any) -> Any:
-    """Messages {"role", "content"} of a list of turns or of a transcript; anything else as it is."""
+    """Messages {"role", "content"} of a list of turns or a transcript; anything else unchanged."""
     if _is_transcript(value):
         marks = list(_TURN.finditer(value))
         ends = [mark.start() for mark in marks[1:]] + [len(value)]
@@ -29,9 +29,9 @@ def messages(value: Any) -> Any:
 
 
 def prompt(value: Any, kind: str, *, answered: bool = False) -> Any:
-    """A prompt as Template.prompt of that kind takes it. A transcript becomes messages, in 'plain' it stays text.
+    """A prompt for Template.prompt of that kind. A transcript becomes messages, or stays text for 'plain'.
 
-    answered: an assistant's turn at the end is left out; without it, only one that is empty (a transcript's
+    answered: remove an assistant turn at the end; otherwise only an empty one is removed (a transcript's
     "\\n\\nAssistant:" with nothing after it).
     """
     if _is_transcript(value) and kind == "plain":
@@ -44,30 +44,33 @@ def prompt(value: Any, kind: str, *, answered: bool = False) -> Any:
 
 
 def response(value: Any) -> Any:
-    """The text of a response that is one assistant message in a list; anything else as it is."""
+    """The text of a response that is a list of one assistant message; anything else unchanged. InputError: other
+    turns."""
     if not isinstance(value, list) or not value or not all(isinstance(turn, dict) for turn in value):
         return value
     turns = messages(value)
     roles = [turn["role"] for turn in turns]
     if roles != ["assistant"]:
         raise InputError(
-            f"a response is one turn of the assistant, and these turns are the {', '.join(map(str, roles))}'s; "
-            "leave out the prompt's turns, or all that follow the response"
+            f"A response must be one turn of the assistant, but the turns are of {', '.join(map(str, roles))}: remove "
+            "the prompt's turns, or those after the response."
         )
     return turns[0]["content"]
 
 
 def preference(given: Any, chosen: Any, rejected: Any, kind: str) -> tuple[Any, Any, Any]:
-    """(prompt, chosen response, rejected response). given: the row's own prompt, None where it has none.
+    """(prompt, chosen response, rejected response). given: the row's own prompt, None if it has none.
 
-    Where chosen and rejected are whole conversations, message lists or transcripts, what they share is the prompt
-    (TRL's implicit prompt), whether or not the row names one too. InputError: they part before their last turn, or
+    If chosen and rejected are conversations (message lists or transcripts), the turns that they share are the prompt
+    (TRL's implicit prompt), whether or not the row also has one. InputError: they differ before their last turn, or
     there is no prompt.
     """
     if kind == "plain" and _is_transcript(chosen) and _is_transcript(rejected):
         (shared, better), (other, worse) = _split(chosen), _split(rejected)
         if shared != other:
-            raise InputError("chosen and rejected differ before their last '\\n\\nAssistant:'; they need one prompt")
+            raise InputError(
+                "The fields chosen and rejected differ before their last '\\n\\nAssistant:': they need the same prompt."
+            )
         return shared, better, worse
     conversations = messages(chosen), messages(rejected)
     if all(isinstance(c, list) and c and all(isinstance(turn, dict) for turn in c) for c in conversations):
@@ -75,30 +78,33 @@ def preference(given: Any, chosen: Any, rejected: Any, kind: str) -> tuple[Any, 
         rest = [c[len(shared) :] for c in conversations]
         if [len(r) for r in rest] != [1, 1]:
             raise InputError(
-                f"chosen and rejected differ from turn {len(shared) + 1} on, before their last one; they need the same "
-                "turns but for the assistant's last"
+                f"The fields chosen and rejected differ from turn {len(shared) + 1} on: only their last turn, the "
+                "assistant's, may differ."
             )
         if shared and isinstance(given, list | tuple) and prompt(given, kind) != shared:
-            raise InputError("chosen and rejected begin with turns other than the prompt's; leave out one of them")
+            raise InputError(
+                "The fields chosen and rejected begin with other turns than the prompt's: remove the prompt, or those "
+                "turns."
+            )
         if shared or given is not None:
             return shared or prompt(given, kind), response(rest[0]), response(rest[1])
     elif given is not None:
         return prompt(given, kind), response(chosen), response(rejected)
     raise InputError(
-        "no field 'prompt', and chosen and rejected are not whole conversations that begin with it (message lists, or "
-        "transcripts of '\\n\\nHuman:' and '\\n\\nAssistant:' turns); name the field that holds the prompt with "
-        "--config.data.fields.prompt=NAME"
+        "There is no field 'prompt', and the fields chosen and rejected are not conversations that begin with it "
+        "(message lists, or transcripts of '\\n\\nHuman:' and '\\n\\nAssistant:' turns). Name the field of the prompt "
+        "with --config.data.fields.prompt=NAME."
     )
 
 
 def _shared(a: list, b: list) -> list:
-    """The turns that both begin with."""
+    """The common prefix of two lists of turns."""
     count = next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
     return a[:count]
 
 
 def _message(turn: Any) -> Any:
-    """{"role", "content"} of a turn in ShareGPT's names or these, without whatever else it holds."""
+    """{"role", "content"} of a turn with these or ShareGPT's keys; other keys are removed."""
     if not isinstance(turn, dict):
         return turn
     if "role" not in turn and "from" in turn:
@@ -112,6 +118,6 @@ def _is_transcript(value: Any) -> bool:
 
 
 def _split(transcript: str) -> tuple[str, str]:
-    """(up to the last '\\n\\nAssistant:', what follows it)."""
+    """(the text up to and with the last '\\n\\nAssistant:', the text after it)."""
     end = transcript.rindex(_ANSWER) + len(_ANSWER)
     return transcript[:end], transcript[end:]

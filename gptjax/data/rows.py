@@ -1,5 +1,5 @@
-"""What the loaders of demonstrations, comparisons and prompts share: rows under our names, their length, which are left
-out, the prompts that are held out, and validation's batches.
+"""Shared by the loaders of demonstrations, comparisons and prompts: field names, length checks, dropped rows, the
+train/validation split by prompt, and validation batches.
 """
 
 from __future__ import annotations
@@ -20,24 +20,24 @@ from gptjax.data.values import Unreadable
 from gptjax.errors import InputError
 
 BAD_ROWS = ("stop", "drop")
-FLAGS = "--config.data."  # what the flags that rows' errors name begin with
-_MOST_ERRORS = 10  # bad rows named in one error
+FLAGS = "--config.data."  # prefix of the flags that error messages name
+_MAX_ERRORS = 10  # bad rows reported in one error
 
 
 class TooLong(InputError):
-    """A row with more tokens than fit."""
+    """A row with too many tokens."""
 
 
 class AllTied(InputError):
-    """A comparison that prefers no completion to another."""
+    """A comparison whose completions all have the same rank."""
 
 
 class Record:
-    """One row under our names. Null counts as absent.
+    """A row, accessed by our field names. Null counts as absent.
 
-    fields: our name → the row's name. If the row has no field of that very name, dots reach into objects and lists
-    (`instances.0.output`), and several names with commas between them are joined by an empty line, but for those
-    that are empty (`instruction,input`). flags: see load.
+    fields: our name → the row's name. Unless the row has a field of exactly that name, dots reach into objects and
+    lists (`instances.0.output`), and names separated by commas (`instruction,input`) are joined by blank lines, without
+    the empty ones. flags: see load.
     """
 
     def __init__(self, value: Mapping, fields: Mapping[str, str], flags: str | None = FLAGS):
@@ -47,16 +47,16 @@ class Record:
         return self._found(name) is not None
 
     def __getitem__(self, name: str) -> Any:
-        """InputError: the row has no such field, or one of several isn't text."""
+        """Value of a field. InputError: the row does not have it, or one of several joined fields is not text."""
         found = self._found(name)
         if found is None:
-            there = ", ".join(repr(field) for field in self._value if self._value[field] is not None)
-            fix = f"name the one that holds it with {FLAGS}fields.{name}=NAME (NAME,NAME joins two)"
+            present = ", ".join(repr(field) for field in self._value if self._value[field] is not None)
+            fix = f"Name the one to use with {FLAGS}fields.{name}=NAME (NAME,NAME joins two)."
             if self._flags is None:
-                fix = f"rename the one that holds it to {name!r}"
-            raise InputError(f"no field {self._field(name)!r}; the row has {there or 'none'}: {fix}")
+                fix = f"Rename the one to use to {name!r}."
+            raise InputError(f"There is no field {self._field(name)!r}, only {present or 'empty ones'}. {fix}")
         if isinstance(found, Unreadable):
-            raise InputError(f"field {self._field(name)!r} {found.reason}; fix or remove the row")
+            raise InputError(f"The field {self._field(name)!r} {found.reason}: fix or remove the row.")
         return found
 
     def _field(self, name: str) -> str:
@@ -72,17 +72,20 @@ class Record:
             return None
         for part, text in parts:
             if text is not None and not isinstance(text, str):
-                raise InputError(f"field {part!r} is {type(text).__name__}, not text; only texts can be joined")
+                raise InputError(
+                    f"The field {part!r} is {type(text).__name__}, but only texts can be joined: fix the row, or name "
+                    "other fields."
+                )
         return "\n\n".join(text for _, text in parts if text)
 
 
 def _reach(value: Any, path: str) -> Any:
-    """What lies at a path of names and list places with dots between them, None if nothing: a name may hold dots."""
+    """The value at a path of names and list indices joined by dots; None if there is none. A name may contain dots."""
     if isinstance(value, list):
-        place, _, rest = path.partition(".")
-        if not place.isdecimal() or int(place) >= len(value):
+        index, _, rest = path.partition(".")
+        if not index.isdecimal() or int(index) >= len(value):
             return None
-        return _reach(value[int(place)], rest) if rest else value[int(place)]
+        return _reach(value[int(index)], rest) if rest else value[int(index)]
     if not isinstance(value, Mapping):
         return None
     if path in value:
@@ -94,10 +97,10 @@ def _reach(value: Any, path: str) -> Any:
 
 
 class LeftOut:
-    """The rows of a source that aren't used, and why. str() counts them: '3 too long, 2 with nothing but ties'."""
+    """The rows of a source that were dropped, and why. str() counts them: '3 too long, 2 all ties'."""
 
     def __init__(self, rows: Iterable[tuple[str, str, str]] = ()):
-        self._rows = list(rows)  # (where, why, the error)
+        self._rows = list(rows)  # (where, why, reason)
 
     def __len__(self) -> int:
         return len(self._rows)
@@ -109,20 +112,21 @@ class LeftOut:
         return ", ".join(f"{count:,} {why}" for why, count in Counter(why for _, why, _ in self._rows).items())
 
     def add(self, where: str, error: InputError, reason: str) -> None:
-        kinds = {TooLong: "too long", AllTied: "with nothing but ties"}
+        """Adds the row at `where`, dropped because of `error`. reason: its message, as it is shown."""
+        kinds = {TooLong: "too long", AllTied: "all ties"}
         self._rows.append((where, kinds.get(type(error), "bad"), reason))
 
     def first(self) -> str:
-        """The first row of each kind."""
+        """The first dropped row of each kind, as sentences."""
         kinds = {why: f"{where}: {reason}" for where, why, reason in reversed(self._rows)}
-        return "; ".join(kinds.values())
+        return " ".join(kinds.values())
 
     def describe(self) -> str:
-        """', left out: 3 too long (dropped_rows.jsonl)', for a line that says what a run reads."""
-        return f", left out: {self} (dropped_rows.jsonl)" if self._rows else ""
+        """', dropped: 3 too long (dropped_rows.jsonl)', a clause for the message about a run's data; '' if none was."""
+        return f", dropped: {self} (dropped_rows.jsonl)" if self._rows else ""
 
     def write(self, workdir) -> None:
-        """dropped_rows.jsonl: a line {'row', 'why', 'reason'} for each, in place of one that was there."""
+        """Writes dropped_rows.jsonl, a line {'row', 'why', 'reason'} for each row; replaces or removes an old one."""
         path = epath.Path(workdir) / "dropped_rows.jsonl"
         if self._rows:
             lines = (json.dumps(dict(zip(("row", "why", "reason"), row, strict=True))) for row in self._rows)
@@ -132,108 +136,120 @@ class LeftOut:
 
 
 def check_config(c: Any, names: Sequence[str]) -> None:
-    """InputError: `fields` for a name that isn't one of ours, or of one field for two of ours, a max_length under 1, a
-    share outside (0, 1), another bad_rows."""
+    """Checks what the three data configs share. names: our field names.
+
+    InputError: `fields` for an unknown name, or one field for two names; max_length below 1; a validation fraction
+    outside (0, 1); an unknown bad_rows.
+    """
     for name, field in c.fields.items():
         if name not in names:
             raise InputError(f"data.fields has the unknown name {name!r}{nearest(name, names)}")
         if not isinstance(field, str):
-            raise InputError(f"data.fields.{name}={field!r} isn't the name of a field; give text")
+            raise InputError(f"data.fields.{name}={field!r} is not the name of a field: give text.")
     by_field: dict[str, str] = {}
     for name in names:
         field = c.fields.get(name, name)
         if field in by_field:
-            implicit = "; a prompt that chosen and rejected begin with needs no field" if "chosen" in names else ""
+            implicit = " The prompt needs no field if chosen and rejected begin with it." if "chosen" in names else ""
             raise InputError(
-                f"data.fields.{by_field[field]} and data.fields.{name} are both {field!r}: one text would be taken for "
-                f"both; give another name{implicit}"
+                f"data.fields.{by_field[field]} and data.fields.{name} are both {field!r}, so one text would be used "
+                f"for both: give another name for one of them.{implicit}"
             )
         by_field[field] = name
     if c.bad_rows not in BAD_ROWS:
-        raise InputError(f"data.bad_rows={c.bad_rows!r} is unknown; there are {' and '.join(BAD_ROWS)}")
+        raise InputError(f"data.bad_rows={c.bad_rows!r} is unknown: use {' or '.join(map(repr, BAD_ROWS))}.")
     if c.max_length is not None and c.max_length < 1:
-        raise InputError(f"data.max_length={c.max_length} leaves room for nothing; give at least 1")
-    share = _share(getattr(c, "validation", "0.5"))
-    if share is not None and not 0 < share < 1:
-        raise InputError(f"data.validation={c.validation} isn't a share between 0 and 1, nor the name of a source")
+        raise InputError(f"data.max_length={c.max_length} leaves no room for tokens: give at least 1.")
+    fraction = _fraction(getattr(c, "validation", "0.5"))
+    if fraction is not None and not 0 < fraction < 1:
+        raise InputError(
+            f"data.validation={c.validation} is out of range: give a fraction between 0 and 1, or another source."
+        )
 
 
 def limit(max_length: int | None, length: int) -> int:
-    """Tokens a row may have: max_length, or all of `length`. InputError: max_length is more than that."""
+    """The maximum number of tokens of a row: max_length, or `length` if it is None. InputError: max_length > length."""
     if max_length is not None and max_length > length:
         raise InputError(
-            f"data.max_length={max_length} is more than the {length} tokens the model has room for; lower it or "
-            "leave it unset"
+            f"data.max_length={max_length} is more than the {length} tokens that fit into the model's context: lower "
+            "it, or leave it unset."
         )
     return length if max_length is None else max_length
 
 
 def check_length(prompt: int, response: int, most: int, what: str) -> None:
-    """TooLong: prompt and response (with end-of-text), in tokens, don't fit into `most`."""
+    """TooLong: prompt and response (with end-of-text) together have more than `most` tokens. what: the response."""
     if prompt + response > most:
         raise TooLong(
-            f"the prompt has {prompt} tokens and the {what} {response} with end-of-text, together more than "
-            f"{most}; raise max_length (up to the model's context), shorten the row, or leave such rows out with "
-            f"{FLAGS}drop_long=True"
+            f"The prompt has {prompt} tokens and the {what} {response} with end-of-text, together more than {most}. "
+            f"Raise max_length (up to the model's context), shorten the row, or drop such rows with "
+            f"{FLAGS}drop_long=True."
         )
 
 
 def load(
     source: str | None, c: Any, make: Callable[[Record], Any], flags: str | None = FLAGS
 ) -> tuple[list, LeftOut]:
-    """(what `make` made of each row, the rows left out).
+    """Reads a source and applies `make` to each row.
 
-    Left out are comparisons with nothing but ties, rows that are too long where c.drop_long, and whatever else is
-    wrong with a row where c.bad_rows is 'drop'. flags: how the flags that errors name begin, None = there are none.
-
-    InputError: no source, no row left, or the first ten rows that are wrong, each with its place and its error.
+    Args:
+        c: the config: its fields, drop_long and bad_rows.
+        flags: prefix of the flags that errors name; None = there are no flags.
+    Returns:
+        (make(row) of each row, the dropped rows). Dropped are comparisons whose ranks are all equal, rows that are too
+        long if c.drop_long, and rows with any other error if c.bad_rows is 'drop'.
+    Raises:
+        InputError: no source, no row left, or bad rows: the first ten, each with its place and error.
     """
     if source is None:
-        raise InputError(f"there is no data to read; give {FLAGS}source=PATH")
+        raise InputError(f"There is no data to read: give {FLAGS}source=PATH.")
     made, left_out, wrong = [], LeftOut(), []
 
-    def refuse(where: str, error: InputError) -> None:
+    def reject(where: str, error: InputError) -> None:
         reason = str(error) if flags is None else str(error).replace(FLAGS, flags)
         dropped = c.drop_long if isinstance(error, TooLong) else isinstance(error, AllTied) or c.bad_rows == "drop"
         if dropped:
             left_out.add(where, error, reason)
         else:
             wrong.append((where, error, reason))
-            if len(wrong) == _MOST_ERRORS:
+            if len(wrong) == _MAX_ERRORS:
                 raise InputError(_message(wrong, made, flags)) from None
 
-    for row in sources.rows(source, refuse):
+    for row in sources.rows(source, reject):
         try:
             made.append(make(Record(row.value, c.fields, flags)))
         except InputError as error:
-            refuse(row.where, error)
+            reject(row.where, error)
     if wrong:
         raise InputError(_message(wrong, made, flags))
     if not made:
-        raise InputError(f"source {source!r}: all {len(left_out)} rows were left out: {left_out}; {left_out.first()}")
+        raise InputError(
+            f"All {len(left_out)} rows of the source {source!r} were dropped ({left_out}). {left_out.first()}"
+        )
     if len(left_out) > len(made):
         warnings.warn(
-            f"source {source!r}: more rows are left out ({left_out}) than used ({len(made):,}); {left_out.first()}",
+            f"More rows of the source {source!r} are dropped ({left_out}) than used ({len(made):,}). "
+            f"{left_out.first()}",
             stacklevel=2,
         )
     return made, left_out
 
 
 def _message(wrong: list[tuple[str, InputError, str]], good: list, flags: str | None) -> str:
-    """One message for all the bad rows: places that share a reason are named together. good: the rows that are not."""
+    """One message for all bad rows; rows with the same reason are listed together. good: the rows without an error."""
     places: dict[str, list[str]] = {}
     for where, _, reason in wrong:
         places.setdefault(reason, []).append(where)
-    lines = [f"{_together(where)}: {reason}" for reason, where in places.items()]
+    lines = [f"{_joined(where)}: {reason}" for reason, where in places.items()]
     can_drop = good and flags is not None and not all(isinstance(error, TooLong) for _, error, _ in wrong)
-    dropped = f" (or leave such rows out with {flags}bad_rows=drop)" if can_drop else ""
+    fix = f"Or drop such rows with {flags}bad_rows=drop." if can_drop else ""
     if len(wrong) == 1:
-        return lines[0] + dropped
-    count = f"the first {len(wrong)} bad rows" if len(wrong) == _MOST_ERRORS else f"{len(wrong)} bad rows"
-    return f"{count}{dropped}:\n  " + "\n  ".join(lines)
+        return f"{lines[0]} {fix}".rstrip()
+    count = f"The first {len(wrong)} bad rows" if len(wrong) == _MAX_ERRORS else f"There are {len(wrong)} bad rows"
+    return "\n  ".join([f"{count}:", *lines]) + (f"\n{fix}" if fix else "")
 
 
-def _together(places: list[str]) -> str:
+def _joined(places: list[str]) -> str:
     """'x.jsonl:3, 5, y.jsonl:1' of 'x.jsonl:3', 'x.jsonl:5', 'y.jsonl:1'."""
     listed, last = [], None
     for place in places:
@@ -246,17 +262,17 @@ def _together(places: list[str]) -> str:
 def load_split(
     c: Any, make: Callable[[Record], tuple[str, Any]], seed: int, flags: str | None = FLAGS
 ) -> tuple[list, list, LeftOut]:
-    """(train, validation, rows left out) of c.source. make: record → (its prompt's text, example).
+    """(training examples, validation examples, dropped rows) of c.source. make: record → (text of its prompt, example).
 
-    Which prompts are held out depends on seed and their text alone, as far as each side gets one; rows of
-    one prompt stay together. Fewer than lm.FEW held out are a warning. InputError: as `load`, or one prompt alone to
-    share out.
+    Which prompts are held out depends only on the seed and their text, except that each split gets at least one; rows
+    with the same prompt stay together. Warns if fewer than lm.FEW rows are held out.
+    InputError: as `load`, or a source with a single prompt.
     """
     train, held_out, left_out = _load_split(c, make, seed, flags)
     if len(held_out) < lm.FEW:
         warnings.warn(
-            f"{len(held_out)} of the {len(train) + len(held_out)} rows of {c.source!r} are held out, fewer than "
-            f"{lm.FEW}, so what is measured on them is noisy; hold out more with {FLAGS}validation",
+            f"Only {len(held_out)} of the {len(train) + len(held_out)} rows of {c.source!r} are held out, fewer than "
+            f"{lm.FEW}, so validation metrics are noisy: hold out more with {FLAGS}validation.",
             stacklevel=2,
         )
     return train, held_out, left_out
@@ -264,24 +280,24 @@ def load_split(
 
 def _load_split(c, make, seed, flags):
     made, left_out = load(c.source, c, make, flags)
-    share = _share(c.validation)
-    if share is None:
+    fraction = _fraction(c.validation)
+    if fraction is None:
         held_out, more = load(c.validation, c, make, flags)
         return [e for _, e in made], [e for _, e in held_out], left_out + more
     draws = {prompt: _draw(seed, prompt) for prompt, _ in made}
     if len(draws) < 2:
         raise InputError(
-            f"source {c.source!r} has one prompt only, so none can be held out; name another source with "
-            f"{FLAGS}validation=PATH"
+            f"The source {c.source!r} has only one prompt, so none can be held out: give another source with "
+            f"{FLAGS}validation=PATH."
         )
-    # Else the prompt with the lowest draw is held out, or the one with the highest kept.
-    bound = min(max(int(share * 2**64), min(draws.values()) + 1), max(draws.values()))
+    # At least the prompt with the lowest draw is held out, and the one with the highest is not.
+    bound = min(max(int(fraction * 2**64), min(draws.values()) + 1), max(draws.values()))
     train = [e for prompt, e in made if draws[prompt] >= bound]
     return train, [e for prompt, e in made if draws[prompt] < bound], left_out
 
 
 def prompt_text(prompt: str | Sequence[dict]) -> str:
-    """What a prompt is told apart by: its text, or the text of the turns before the first answer."""
+    """The text that identifies a prompt: its own, or that of the turns before the first answer."""
     if isinstance(prompt, str):
         return prompt
     roles = [message["role"] for message in prompt]
@@ -290,7 +306,7 @@ def prompt_text(prompt: str | Sequence[dict]) -> str:
 
 
 def fingerprint(arrays: Iterable[np.ndarray]) -> str:
-    """sha256 (hex) of arrays, their shapes and their order."""
+    """SHA-256 (hex) of arrays: contents, dtypes, shapes and order."""
     digest = hashlib.sha256()
     for array in arrays:
         digest.update(f"{array.dtype.str}{array.shape}".encode())
@@ -299,10 +315,10 @@ def fingerprint(arrays: Iterable[np.ndarray]) -> str:
 
 
 class InOrder:
-    """Batches of `count` examples in their order, len() of them, by random access; for validation.
+    """Batches of `count` examples in order, with random access, for validation; len() is their number.
 
-    here: the rows of a batch to give. read: int64 [n] of example numbers, -1 for a row of padding in the last batch →
-    dict of arrays.
+    rows: of a batch, over all hosts; here: those that this host holds. read: example numbers int64 [n], -1 for the
+    padding of the last batch → dict of arrays.
     """
 
     def __init__(self, count: int, rows: int, here: np.ndarray, read: Callable[[np.ndarray], dict]):
@@ -318,8 +334,8 @@ class InOrder:
         return self._read(np.where(index < self._count, index, -1))
 
 
-def _share(validation: str) -> float | None:
-    """The share held out, None where another source is named."""
+def _fraction(validation: str) -> float | None:
+    """The fraction held out; None if `validation` names another source."""
     try:
         return float(validation)
     except ValueError:
@@ -327,6 +343,6 @@ def _share(validation: str) -> float | None:
 
 
 def _draw(seed: int, prompt: str) -> int:
-    """A number in [0, 2⁶⁴) that depends on nothing but seed and prompt."""
+    """A number in [0, 2⁶⁴) that depends only on seed and prompt."""
     digest = hashlib.sha256(f"{seed}:{prompt}".encode("utf-8", "surrogatepass")).digest()
     return int.from_bytes(digest[:8], "big")

@@ -1,7 +1,7 @@
-"""Where text comes from: files, directories, globs, rows of tables, the standard library, the Hub.
+"""Sources of text and rows: files, directories, glob patterns, the Python standard library, the Hugging Face Hub.
 
-A source is one string. Paths go through fsspec, so `gs://bucket/folder` works where its driver (gcsfs)
-is installed. Documents come in a fixed order, one in memory at a time.
+A source is a string. Paths are opened with fsspec, so `gs://bucket/folder` works if its driver (gcsfs) is installed.
+Documents are read in a fixed order, one in memory at a time.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from fsspec.implementations.local import LocalFileSystem
 
 from gptjax.data.formats import Document, File, may_hold_rows, read_documents, read_rows, split_document, text_of
 from gptjax.data.links import FollowingLinks, once
-from gptjax.data.tokenizer import END_OF_TEXT
+from gptjax.data.specials import END_OF_TEXT
 from gptjax.errors import InputError
 
 _STDLIB_SUFFIXES = (".py", ".txt", ".rst")
@@ -31,7 +31,7 @@ _STDLIB_SKIPPED = "test tests idle_test site-packages dist-packages lib-dynload 
 
 
 class Row(NamedTuple):
-    """where: 'path:line' or 'path: row N', from 1, for messages; value: its fields or columns."""
+    """where: 'path:line' or 'path: row N' (from 1), for messages; value: its fields or columns."""
 
     where: str
     value: dict
@@ -40,53 +40,56 @@ class Row(NamedTuple):
 def documents(
     source: str, *, text_field: str = "text", separator: str | None = None, lines: bool = False
 ) -> Iterator[Document]:
-    """Documents of a source, in sorted order of files; documents without any text are left out.
+    """Documents of a source, with files sorted by name; empty documents are dropped.
 
-    source: 'stdlib' (the Python standard library's code and documentation), a text file, a directory, a glob
-    pattern, .jsonl, .json (a list of objects or texts, or an object a line), .parquet, .arrayrecord, or
-    hf:NAME[:CONFIG][:SPLIT]. Text and JSON may be compressed (.gz, .bz2, .xz, .zst, .lz4, .zip).
-    text_field: the field, column or feature that holds the text of a row. separator: text that ends a document inside
-    a text, such as '<|endoftext|>'. lines: each line of a text file is a document, without its line break.
-
-    InputError: missing, empty, damaged, not text, a row that isn't JSON or lacks the field; the message names the
-    file and line. In a directory, files that aren't text are skipped with one warning that names them; where they
-    are most of its files or bytes, that is an InputError too.
+    Args:
+        source: 'stdlib' (the Python standard library's code and documentation), a text file, a directory, a glob
+            pattern, .jsonl, .json (a list of objects or texts, or one object per line), .parquet, .arrayrecord, or
+            hf:NAME[:CONFIG][:SPLIT]. Text and JSON may be compressed (.gz, .bz2, .xz, .zst, .lz4, .zip).
+        text_field: the field, column or feature with the text of a row.
+        separator: text that ends a document inside a text, such as '<|endoftext|>'.
+        lines: each line of a text file is a document, without its line break.
+    Raises:
+        InputError: missing, empty, damaged, not text, a row that is not JSON or lacks the field; the message names the
+        file and line. In a directory, files that are not text are skipped with one warning that names them, but it is
+        an error if they are most of its files or bytes.
     """
     if separator == "":
-        raise InputError("the document separator is empty; give the text that stands between documents")
+        raise InputError("The document separator is empty: give the text that separates documents.")
     read = (
         _hub_documents(source, text_field) if source.startswith("hf:") else _file_documents(source, text_field, lines)
     )
-    found, written, holders = False, 0, 0
+    found, occurrences, containing = False, 0, 0
     for whole in read:
         for document in [whole] if separator is None else split_document(whole, separator):
             if document.text:
                 found = True
-                times = document.text.count(END_OF_TEXT)
-                written, holders = written + times, holders + bool(times)
+                count = document.text.count(END_OF_TEXT)
+                occurrences, containing = occurrences + count, containing + bool(count)
                 yield document
     if not found:
-        raise InputError(f"source {source!r} is empty: it holds no text; name one that has some")
-    if written:
+        raise InputError(f"The source {source!r} contains no text: give one that does.")
+    if occurrences:
         warnings.warn(
-            f"source {source!r}: {END_OF_TEXT} is written {written} times in {holders} documents. It is ordinary text "
-            "there and separates nothing; to pre-train with a document ending at each, give "
-            f"--config.data.document_separator='{END_OF_TEXT}'",
-            stacklevel=1,  # of this place: said once, however often and from wherever the source is read
+            f"The source {source!r} contains {END_OF_TEXT} {occurrences} times in {containing} documents. It is "
+            "treated as ordinary text and does not separate documents. To end a document at each one in pre-training, "
+            f"give --config.data.document_separator='{END_OF_TEXT}'.",
+            stacklevel=1,  # this line: the warning is shown once, however often the source is read
         )
 
 
 def rows(source: str, on_bad: Callable[[str, InputError], None] | None = None) -> Iterator[Row]:
-    """Rows of a source with all their fields, in sorted order of files.
+    """Rows of a source with all their fields, with files sorted by name.
 
-    source: .jsonl or .ndjson, a .json file that holds a list of objects or an object a line (all of them also
-    compressed: .gz, .bz2, .xz, .zst, .lz4, .zip), .parquet, a directory or glob pattern of those, or
-    hf:NAME[:CONFIG][:SPLIT]. A value that has no Python form (formats.Unreadable) is an error only where it is used.
-    on_bad: gets the place and the error of a line that isn't JSON or a row that isn't an object, and reading goes on;
-    None: they are raised.
-
-    InputError: missing, empty, damaged, a row that isn't an object, a file of another kind. In a directory, files of
-    other kinds are skipped with one warning that names them, but not where they are most of its bytes.
+    Args:
+        source: .jsonl or .ndjson, a .json file with a list of objects or one object per line (all also compressed: .gz,
+            .bz2, .xz, .zst, .lz4, .zip), .parquet, a directory or glob pattern of those, or hf:NAME[:CONFIG][:SPLIT].
+            A value that Python cannot represent (values.Unreadable) is an error only if it is used.
+        on_bad: called with the place and error of a line that is not JSON or a row that is not an object, and reading
+            continues; None: raise the error.
+    Raises:
+        InputError: missing, empty, damaged, a row that is not an object, a file of another format. In a directory,
+        files of other formats are skipped with one warning that names them, unless they are most of its bytes.
     """
     found = False
     for where, value in (_hub_rows if source.startswith("hf:") else _file_rows)(source):
@@ -96,19 +99,19 @@ def rows(source: str, on_bad: Callable[[str, InputError], None] | None = None) -
             continue
         error = value
         if not isinstance(error, InputError):
-            error = InputError(f"the row is a JSON {type(value).__name__}, not an object; fix or remove it")
+            error = InputError(f"The row is a JSON {type(value).__name__}, not an object: fix or remove it.")
         if on_bad is None:
             raise InputError(f"{where}: {error}")
         on_bad(where, error)
     if not found:
-        raise InputError(f"source {source!r} is empty: it holds no rows; name one that has some")
+        raise InputError(f"The source {source!r} contains no rows: give one that does.")
 
 
 def fingerprint(source: str) -> str:
-    """sha256 (hex) of the source's file names, sizes and times: cheap, reads no content.
+    """SHA-256 (hex) of the names, sizes and modification times of a source's files, whose contents are not read.
 
-    For 'stdlib', the Python version and sizes, so that a reinstall of the same Python is the same source;
-    for hf:, the name alone. InputError: missing source.
+    For 'stdlib' of the Python version and the sizes, so that it survives a reinstallation; for hf: of the name only.
+    InputError: missing source.
     """
     if source.startswith("hf:"):
         content: list = [source]
@@ -127,76 +130,76 @@ def _file_documents(source: str, text_field: str, lines: bool) -> Iterator[Docum
         with _readable(file):
             skip, as_text = (skipped.add, skipped.as_text.append) if found.in_directory else (None, None)
             yield from read_documents(file, text_field, lines=lines, skip=skip, as_text=as_text)
-    if source != "stdlib":  # whose few files in other encodings are part of it
-        skipped.report("that can't be read as UTF-8 text", count_files=True)
+    if source != "stdlib":  # a few of its files have other encodings
+        skipped.report("that are not UTF-8 text", count_files=True)
 
 
 def _file_rows(source: str) -> Iterator[tuple[str, Any]]:
-    """(where, row), not yet known to be an object."""
+    """(where, row), not yet checked to be an object."""
     found = _found(source)
     skipped = _Skipped(source, found)
     other = [file for file in found.files if not may_hold_rows(file.name)]
     if other and (not found.in_directory or len(other) == len(found.files)):
         raise InputError(
-            f"{other[0].path} holds no rows that can be read: rows come from .jsonl, .ndjson, .json, .parquet or "
-            "hf:NAME; convert it to one of them"
+            f"{other[0].path} contains no readable rows: convert it to .jsonl, .ndjson, .json or .parquet, or give "
+            "hf:NAME."
         )
     for file in other:
         skipped.add(file.name, file.size)
-    skipped.stop_if_most("that hold no rows", count_files=False)
+    skipped.check("without rows", count_files=False)
     for file in found.files:
         if may_hold_rows(file.name):
             with _readable(file):
                 yield from read_rows(file, skipped.add if found.in_directory else None)
-    skipped.report("that hold no rows", count_files=False)
+    skipped.report("without rows", count_files=False)
 
 
 class _Skipped:
-    """The files of a directory that were skipped: counted, named in one warning, refused where they are most of it."""
+    """The files of a directory that were skipped: one warning names them, or an error if they are most of it."""
 
     def __init__(self, source: str, found: Found):
         self._source, self._found = source, found
         self._names, self._bytes = [], 0
-        self.as_text: list[str] = []  # .json files that hold no rows
+        self.as_text: list[str] = []  # .json files without rows
 
     def add(self, name: str, size: int) -> None:
         self._names.append(name)
         self._bytes += size
 
-    def stop_if_most(self, kind: str, count_files: bool) -> None:
-        """InputError: most of the directory's bytes were skipped or, with count_files, most of its files (rows often
-        have a README and a license beside them)."""
+    def check(self, kind: str, count_files: bool) -> None:
+        """InputError: most of the directory's bytes were skipped or, with count_files, most of its files (not counted
+        for rows, which often come with a README and a license)."""
         total = sum(file.size for file in self._found.files)
         names = [*self._found.broken, *self._names]
         files = len(self._found.files) + len(self._found.broken)
         if self._bytes * 2 > total or (count_files and len(names) * 2 > files):
             pattern = os.path.join(self._source, "*.txt" if count_files else "*.jsonl")
             raise InputError(
-                f"most of source {self._source!r} would be skipped: {len(names)} of {files} files "
-                f"({self._bytes:,} of {total:,} bytes) {kind}: {_named(names)}. Convert them, or name the files to "
-                f"read with a pattern such as {pattern}"
+                f"Most of the source {self._source!r} would be skipped, {len(names)} of {files} files "
+                f"({self._bytes:,} of {total:,} bytes) {kind}: {_listed_names(names)}. Convert them, or select the "
+                f"files to read with a pattern such as {pattern}."
             )
 
     def report(self, kind: str, count_files: bool) -> None:
-        self.stop_if_most(kind, count_files)
-        broken = self._found.broken
-        said = []
+        self.check(kind, count_files)
+        found, notes = self._found, []
         if self._names:
-            said.append(f"skipped {len(self._names)} files {kind}: {_named(self._names)}")
-        if broken:
-            said.append(f"skipped {len(broken)} links to files that aren't there: {_named(broken)}")
-        if self._found.loops:
-            said.append(f"didn't follow {len(self._found.loops)} links to a folder above: {_named(self._found.loops)}")
-        if self._found.repeated:
-            count = len(self._found.repeated)
-            said.append(f"read once {count} files that links show again: {_named(self._found.repeated)}")
+            notes.append(f"Skipped {len(self._names)} files {kind}: {_listed_names(self._names)}.")
+        if found.broken:
+            notes.append(f"Skipped {len(found.broken)} links to missing files: {_listed_names(found.broken)}.")
+        if found.loops:
+            notes.append(f"Did not follow {len(found.loops)} links to a folder above: {_listed_names(found.loops)}.")
+        if found.repeated:
+            names = _listed_names(found.repeated)
+            notes.append(f"Read only once {len(found.repeated)} files with further names through links: {names}.")
         if self.as_text:
-            said.append(f"read as text {len(self.as_text)} .json files that hold no rows: {_named(self.as_text)}")
-        if said:
-            warnings.warn(f"source {self._source!r}: {'; '.join(said)}", stacklevel=1)
+            names = _listed_names(self.as_text)
+            notes.append(f"Read {len(self.as_text)} .json files without rows as text: {names}.")
+        if notes:
+            warnings.warn(f"source {self._source!r}: {' '.join(notes)}", stacklevel=1)
 
 
-def _named(names: list[str]) -> str:
+def _listed_names(names: list[str]) -> str:
     return ", ".join(map(repr, names[:10])) + (f" and {len(names) - 10} more" if len(names) > 10 else "")
 
 
@@ -205,12 +208,12 @@ def _readable(file: File) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise InputError(f"can't read {file.path} ({error}); check its permissions and disk") from None
+        raise InputError(f"{file.path} cannot be read ({error}): check its permissions and disk.") from None
 
 
 class Found(NamedTuple):
-    """The files of a source, by name. in_directory: files that can't be read may be skipped; broken: links to nothing;
-    loops: links to a folder above them; repeated: files that a link shows under a second name, read once."""
+    """The files of a source, sorted by name. in_directory: unreadable files may be skipped; broken: links without a
+    target; loops: links to a folder above; repeated: second names of files through links, which are read only once."""
 
     files: list[File]
     in_directory: bool
@@ -223,20 +226,22 @@ def _found(source: str) -> Found:
     if source == "stdlib":
         return Found(_stdlib_files(), True)
     if not source:
-        raise InputError("the source is an empty string; name a file, a directory or 'stdlib'")
+        raise InputError("The source is an empty string: give a file, a directory or 'stdlib'.")
     try:
         fs, path = fsspec.core.url_to_fs(source)
     except (ImportError, ValueError) as error:
         raise InputError(
-            f"source {source!r} can't be opened: {error}; install its driver (gs:// needs `pip install "
-            "gcsfs`) or name a local path"
+            f"The source {source!r} cannot be opened ({error}): install its driver (`pip install gcsfs` for gs://), or "
+            "give a local path."
         ) from None
     if isinstance(fs, LocalFileSystem):
         fs = FollowingLinks()
     try:
         return _listed(source, fs, path)
-    except PermissionError as error:  # a folder in it, whose files would be missing
-        raise InputError(f"can't list {error.filename} of source {source!r} ({error}); check its permissions") from None
+    except PermissionError as error:  # otherwise the files of that folder would be missing
+        raise InputError(
+            f"{error.filename} in the source {source!r} cannot be listed ({error}): check its permissions."
+        ) from None
 
 
 def _listed(source: str, fs: Any, path: str) -> Found:
@@ -249,19 +254,21 @@ def _listed(source: str, fs: Any, path: str) -> Found:
         found = _sorted(fs, root, fs.glob(path, detail=True), in_directory=False)
         if found.broken:
             raise InputError(
-                f"source {source!r}: {len(found.broken)} links point to files that aren't there: "
-                f"{_named(found.broken)}; remove them or put the files back"
+                f"The source {source!r} has {len(found.broken)} links to missing files, {_listed_names(found.broken)}: "
+                "remove them, or restore the files."
             )
         if found.files:
             return found
-        raise InputError(f"no file matches the source {source!r}; check the pattern")
+        raise InputError(f"No file matches the source {source!r}: check the pattern.")
     if os.path.islink(path) and isinstance(fs, FollowingLinks):
-        raise InputError(f"source {source!r} is a link to {os.readlink(path)}, which isn't there; put it back")
-    raise InputError(f"source {source!r} doesn't exist; {_nearest(fs, path)}")
+        raise InputError(
+            f"The source {source!r} is a link to {os.readlink(path)}, which does not exist: restore it."
+        )
+    raise InputError(f"The source {source!r} does not exist: {_nearest(fs, path)}")
 
 
 def _sorted(fs: Any, root: str, found: dict[str, dict], in_directory: bool) -> Found:
-    """What fs found under root, by name; in a directory without what is hidden."""
+    """The files found under root, sorted by name; in a directory without hidden ones."""
     name = lambda path: path[len(root) :].lstrip("/") if path.startswith(root) else path
     if in_directory:
         found = {p: i for p, i in found.items() if not any(part.startswith(".") for part in name(p).split("/"))}
@@ -292,7 +299,7 @@ def _stdlib_files() -> list[File]:
 
 
 def _nearest(fs: Any, path: str) -> str:
-    """Names the entry most like the missing one, in the nearest folder that exists."""
+    """A clause that names the entry most similar to the missing one in the nearest existing folder."""
     parent, name = os.path.split(path.rstrip("/"))
     while parent and parent != os.path.dirname(parent) and not fs.isdir(parent):
         parent, name = os.path.split(parent)
@@ -303,7 +310,7 @@ def _nearest(fs: Any, path: str) -> str:
     close = difflib.get_close_matches(name, names, n=1, cutoff=0.3)
     if close:
         return f"did you mean {os.path.join(parent, close[0])}?"
-    return f"there is nothing like {name!r} in {parent or '/'}; check the path"
+    return f"there is nothing like {name!r} in {parent or '/'}, so check the path."
 
 
 def _hub_documents(source: str, text_field: str) -> Iterator[Document]:
@@ -312,14 +319,14 @@ def _hub_documents(source: str, text_field: str) -> Iterator[Document]:
 
 
 def _hub_rows(source: str) -> Iterator[tuple[str, Any]]:
-    """Rows of hf:NAME[:CONFIG][:SPLIT], streamed; the split is 'train' unless named."""
+    """Streamed rows of hf:NAME[:CONFIG][:SPLIT]; the split is 'train' by default."""
     name, config, split, *rest = [*source.split(":")[1:], "", ""]
     if not name or any(rest):
-        raise InputError(f"source {source!r} is not of the form hf:NAME[:CONFIG][:SPLIT]")
+        raise InputError(f"The source {source!r} is malformed: write hf:NAME[:CONFIG][:SPLIT].")
     try:
         import datasets
     except ImportError:
-        raise InputError(f"source {source!r} needs a package; run `pip install datasets`") from None
+        raise InputError(f"The source {source!r} needs a package: run `pip install datasets`.") from None
     try:
         stream = iter(datasets.load_dataset(name, config or None, split=split or "train", streaming=True))
         for number in itertools.count(1):
@@ -327,9 +334,9 @@ def _hub_rows(source: str) -> Iterator[tuple[str, Any]]:
             if row is None:
                 return
             yield f"{source}: row {number}", row
-    except Exception as error:  # of many kinds: no such dataset, config or split, no network, no permission
+    except Exception as error:  # many types: no such dataset, config or split, no network, no permission
         reason = next(iter(str(error).strip().splitlines()), "")
         raise InputError(
-            f"source {source!r} can't be read from the Hugging Face Hub ({type(error).__name__}: {reason}); check its "
-            "name, config and split, the network, and for a gated dataset `hf auth login`"
+            f"The source {source!r} cannot be read from the Hugging Face Hub ({type(error).__name__}: {reason}): check "
+            "its name, config and split, the network and, for a gated dataset, `hf auth login`."
         ) from None

@@ -1,7 +1,7 @@
-"""Special and added tokens: their roles, and what the files of a published tokenizer say of them.
+"""Special and added tokens: their roles, and how the files of a published tokenizer define them.
 
-transformers keeps them in tokenizer.json, tokenizer_config.json, special_tokens_map.json and added_tokens.json; which
-of them has the last word is as in its `PreTrainedTokenizerBase._from_pretrained` (5.x).
+transformers stores them in tokenizer.json, tokenizer_config.json, special_tokens_map.json and added_tokens.json; their
+precedence is that of `PreTrainedTokenizerBase._from_pretrained` (5.x).
 """
 
 import dataclasses
@@ -23,12 +23,13 @@ _FLAGS = {"single_word": False, "lstrip": False, "rstrip": False}
 
 @dataclasses.dataclass(frozen=True)
 class Specials:
-    """eos, bos, pad, unk: the token of each role; None = not named, for eos `<|endoftext|>` where there is one.
+    """eos, bos, pad, unk: the token of each role; None = not named (for eos that means `<|endoftext|>` if it exists).
 
-    in_text: special tokens that are found in text, as transformers does. Those with a role above and the chat
-    template's are not among them: no text becomes one of these.
-    stop_ids: more ids that end a sampled text, from a model's generation_config.json.
-    adds_bos: a text that is to be continued begins with bos.
+    in_text: special tokens that are recognized in text, as in transformers. The tokens of the roles above and of the
+    chat
+    template are not among them: text is never encoded to those.
+    stop_ids: further ids that end a sampled text, from a model's generation_config.json.
+    adds_bos: a prompt begins with bos.
     """
 
     eos: str | None = None
@@ -40,41 +41,45 @@ class Specials:
     adds_bos: bool = False
 
     def to_json(self) -> dict:
-        """What is not the default, for tokenizer_meta.json."""
+        """The values that differ from the defaults, for tokenizer_meta.json."""
         return {k: v for k, v in dataclasses.asdict(self).items() if v not in (None, (), False)}
 
     @classmethod
     def from_json(cls, value: dict) -> "Specials":
-        """Raises TypeError for an unknown key."""
+        """The inverse of to_json. TypeError: an unknown key."""
         return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in value.items()})
 
 
 def complete(spec: dict, directory: epath.Path) -> tuple[dict, Specials]:
-    """A tokenizer's JSON with the added tokens that the files beside it name, and the roles they give.
+    """(tokenizer.json completed with the added tokens that the other files of the directory name, their roles).
 
-    spec: as tokenizers.Tokenizer.to_str() has it. A named token without an id is left out with a warning: a model has
-    no row for it. InputError: a file that is damaged.
+    spec: as from tokenizers.Tokenizer.to_str(). A named token without an id is ignored with a warning, since the model
+    has no row for it. InputError: a damaged file.
     """
     settings, own = _read(directory / "tokenizer_config.json"), _by_content(spec["added_tokens"])
     try:
         if "added_tokens_decoder" in settings:
             later = [{"id": int(i), **token} for i, token in settings["added_tokens_decoder"].items()]
             added = own | {token["content"]: _added(**token) for token in later}
-        else:  # as transformers before 4.34 wrote them
+        else:  # written by transformers before 4.34
             settings = settings | _read(directory / "special_tokens_map.json")
             ids = _read(directory / "added_tokens.json")
             added = {content: _added(content, int(i)) for content, i in ids.items()} | own
         roles = {role: _content(settings.get(f"{role}_token")) for role in _ROLES}
         extra = [_content(token) for key in _EXTRA for token in _listed(settings.get(key))]
     except (TypeError, ValueError, AttributeError, KeyError) as error:
-        raise InputError(f"the added tokens in {directory} cannot be read ({error}): get its files again") from None
+        raise InputError(
+            f"The added tokens in {directory} cannot be read ({error}): download its files again."
+        ) from None
     for content in [content for content in [*roles.values(), *extra] if content]:
         if content not in added and content in spec["model"]["vocab"]:
             added[content] = _added(content, spec["model"]["vocab"][content])
         if content in added:
             added[content] = {**added[content], "special": True}
-        elif content != END_OF_TEXT:  # the default of GPT-2's class, often written where it is not used
-            warnings.warn(f"{directory} names the special token {content!r} but gives it no id: left out", stacklevel=2)
+        elif content != END_OF_TEXT:  # the default of GPT-2's class, often written without being used
+            warnings.warn(
+                f"{directory} names the special token {content!r} without an id: it is ignored.", stacklevel=2
+            )
     for content in _NEVER_IN_TEXT & set(added):
         added[content] = {**added[content], "special": True}
     roles = {role: content if content in added else None for role, content in roles.items()}
@@ -88,7 +93,7 @@ def complete(spec: dict, directory: epath.Path) -> tuple[dict, Specials]:
 
 
 def named_eos(directory: epath.Path) -> str | None:
-    """The end-of-sequence token that the files beside a vocabulary name."""
+    """The end-of-sequence token that the files of a directory name; None if they name none."""
     settings = _read(directory / "tokenizer_config.json")
     if "added_tokens_decoder" not in settings:
         settings = settings | _read(directory / "special_tokens_map.json")
@@ -115,7 +120,7 @@ def _added(content: str, id: int, special: bool = False, normalized: bool | None
 
 
 def _content(token: Any) -> str | None:
-    """Of a token as text or as an object."""
+    """The text of a token, which is a string or an object."""
     return token["content"] if isinstance(token, dict) else token
 
 
@@ -124,13 +129,13 @@ def _listed(tokens: Any) -> list:
 
 
 def _read(path: epath.Path) -> dict:
-    """One JSON object, {} where there is no file."""
+    """The JSON object in a file; {} if there is no file."""
     if not path.exists():
         return {}
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise InputError(f"{path} is not JSON ({error}): get the file again") from None
+        raise InputError(f"{path} is not JSON ({error}): download the file again.") from None
     if not isinstance(value, dict):
-        raise InputError(f"{path} is not one JSON object: get the file again")
+        raise InputError(f"{path} is not a JSON object: download the file again.")
     return value

@@ -1,4 +1,4 @@
-"""Which text is held out: the documents of a source, dealt out to a train and a validation split."""
+"""The train and validation split of the documents of a source."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ HOW = ("documents", "lines", "position")
 
 
 def held_out(source: str, validation: float, *, text_field: str = "text", seed: int = 0) -> set[str]:
-    """The names of the documents that `tokens.prepare` puts into the validation split, of a source that has several."""
+    """Names of the documents that `prepare` puts into the validation split of a source with several documents."""
     read = functools.partial(sources.documents, source, text_field=text_field)
     limit, _ = _limit(read, validation, seed)
     return {d.name for d in read() if _draw(seed, d.name) < limit}
@@ -29,20 +29,23 @@ def splitter(
     split: str | None = None,
     separator: str | None = None,
 ) -> Callable[[], Iterator[tuple[str, str]]]:
-    """A function that reads the source anew and yields (split, text) of each document.
+    """A function that reads the source from the start and yields (split, text) of each document.
 
-    split: how a share is held out. 'documents': by a hash of seed and name; 'lines': the same, where each line of a
-    text file is a document; 'position': the last share of the source's characters, in its order; None: documents
-    where there are several, else position, and says so. separator: as `sources.documents`.
-    InputError: one document where several are needed, too little text, a split that isn't one of these.
+    validation: fraction that is held out, or another source. split: how a fraction is held out. 'documents': by a hash
+    of seed and name; 'lines': the same, with each line of a text file as a document; 'position': the last fraction of
+    the source's characters, in order; None: documents if there are several, else position, with a message.
+    separator: as `sources.documents`.
+    InputError: a single document where several are needed, too little text, an unknown split.
     """
     if split not in (None, *HOW):
-        raise InputError(f"data.split={split!r} is none of {', '.join(HOW)}")
+        raise InputError(f"data.split={split!r} is unknown: use one of {', '.join(HOW)}.")
     options = {"text_field": text_field, "separator": separator, "lines": split == "lines"}
     read = functools.partial(sources.documents, source, **options)
     if isinstance(validation, str):
         if split == "position":
-            raise InputError("data.split=position holds out a share, but data.validation names a source; give one")
+            raise InputError(
+                "data.split=position holds out a fraction, but data.validation names another source: set only one."
+            )
 
         def two_sources() -> Iterator[tuple[str, str]]:
             yield from (("train", d.text) for d in read())
@@ -54,13 +57,13 @@ def splitter(
     limit, count = (0, 1) if split == "position" else _limit(read, validation, seed)
     if count == 1 and split in ("documents", "lines"):
         raise InputError(
-            f"source {source!r} has one of the {split} that data.split names, so none can be held out; give "
-            "data.split=position, or another source as data.validation"
+            f"The source {source!r} has only one of the {split} that data.split names, so none can be held out: use "
+            "data.split=position, or give another source as data.validation."
         )
     if count == 1 and split is None:
         print(
-            f"source {source}: one document, so its last {validation:.3g} of the characters are held out "
-            "(data.split=lines makes each line a document, data.document_separator splits it at a text)"
+            f"The source {source} is a single document, so the last {validation:.3g} of its characters are held out. "
+            "(data.split=lines makes each line a document, data.document_separator splits it at a text.)"
         )
 
     def by_document() -> Iterator[tuple[str, str]]:
@@ -71,7 +74,8 @@ def splitter(
         end = int(total * (1 - validation))
         if not 0 < end < total:
             raise InputError(
-                f"source {source!r} has {total} characters, too few to hold out {validation} of them; give more text"
+                f"The source {source!r} has {total} characters, too few to hold out {validation} of them: give more "
+                "text."
             )
         for document in read():
             if end > 0:
@@ -84,18 +88,18 @@ def splitter(
 
 
 def _limit(read: Callable[[], Iterator[sources.Document]], validation: float, seed: int) -> tuple[int, int]:
-    """Documents that draw less are held out; and 1 if there is just one document, else more."""
+    """(limit of the draws of held-out documents, 1 if there is just one document, else more)."""
     limit, least, most, count = int(validation * 2**64), 2**64, -1, 0
     for document in read():
         count += 1
         draw = _draw(seed, document.name)
         least, most = min(least, draw), max(most, draw)
-        if least < limit <= most:  # both sides have a document: the rest needn't be read for this
+        if least < limit <= most:  # both splits have a document: no need to read on
             break
-    # Else the document with the lowest draw is held out, or the one with the highest kept.
+    # At least the document with the lowest draw is held out, and the one with the highest is not.
     return min(max(limit, least + 1), most), count
 
 
 def _draw(seed: int, name: str) -> int:
-    """A number in [0, 2⁶⁴) that depends on nothing but seed and name."""
+    """A number in [0, 2⁶⁴) that depends only on seed and name."""
     return int.from_bytes(hashlib.sha256(f"{seed}:{name}".encode()).digest()[:8], "big")

@@ -1,4 +1,4 @@
-"""Values of JSON and Arrow as Python's, and what stands for one that Python has no form of."""
+"""JSON and Arrow values as Python values, with a placeholder for those that Python cannot represent."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ from typing import Any
 
 
 class Unreadable:
-    """A value that has no Python form, in the place of it: an error only where the value is needed.
+    """Placeholder of a value that Python cannot represent: an error only if the value is used.
 
-    reason: a sentence's end, as "isn't UTF-8 (invalid start byte at byte offset 3)".
+    reason: the predicate of a sentence, as "is not UTF-8 (invalid start byte at byte offset 3)".
     """
 
     def __init__(self, reason: str):
@@ -21,22 +21,22 @@ class Unreadable:
 
 
 def parse_json(text: str | bytes) -> Any:
-    """json.loads; an integer of more digits than Python converts is an Unreadable.
+    """json.loads, but an integer with more digits than Python converts becomes an Unreadable.
 
-    ValueError: no JSON, not UTF-8, or nested deeper than Python's parser goes.
+    ValueError: not JSON, not UTF-8, or nested too deep for Python's parser.
     """
     try:
         return json.loads(text)
     except (json.JSONDecodeError, UnicodeDecodeError):
         raise
     except RecursionError:
-        raise ValueError("lists or objects nested too deep") from None
-    except ValueError:  # of int(), which takes no more than sys.get_int_max_str_digits() digits
+        raise ValueError("lists or objects are nested too deep") from None
+    except ValueError:  # from int(), which is limited to sys.get_int_max_str_digits() digits
         pass
     try:
         return json.loads(text, parse_int=_integer)
     except RecursionError:
-        raise ValueError("lists or objects nested too deep") from None
+        raise ValueError("lists or objects are nested too deep") from None
 
 
 def _integer(digits: str) -> Any:
@@ -47,20 +47,20 @@ def _integer(digits: str) -> Any:
 
 
 def python_values(array: Any) -> list:
-    """A pyarrow array's to_pylist(), with an Unreadable for each value, however deep, that has no Python form:
-    nanoseconds, dates out of range, unknown time zones, strings that aren't UTF-8."""
+    """to_pylist() of a pyarrow array, with an Unreadable for each value, at any depth, that Python cannot represent:
+    nanoseconds, dates out of range, unknown time zones, strings that are not UTF-8."""
     import pyarrow.types as kinds
 
     try:
         return array.to_pylist()
-    except Exception:  # whatever a type raises: each value by itself
+    except Exception:  # any error of any type: convert each value separately
         pass
     kind = array.type
     if kinds.is_struct(kind):
         names = [field.name for field in kind]
         fields = [python_values(array.field(i)) for i in range(len(names))]
         rows = [dict(zip(names, row, strict=True)) for row in zip(*fields, strict=True)]
-        return [row if here else None for row, here in zip(rows, array.is_valid().to_pylist(), strict=True)]
+        return [row if valid else None for row, valid in zip(rows, array.is_valid().to_pylist(), strict=True)]
     if kinds.is_list(kind) or kinds.is_large_list(kind) or kinds.is_fixed_size_list(kind):
         items = iter(python_values(array.flatten()))
         lengths = array.value_lengths().to_pylist()
@@ -72,6 +72,6 @@ def _python_value(scalar: Any) -> Any:
     try:
         return scalar.as_py()
     except UnicodeDecodeError as error:
-        return Unreadable(f"isn't UTF-8 ({error.reason} at byte offset {error.start})")
+        return Unreadable(f"is not UTF-8 ({error.reason} at byte offset {error.start})")
     except Exception as error:
         return Unreadable(f"is a {scalar.type} that Python has no value for ({str(error).partition('. ')[0]})")

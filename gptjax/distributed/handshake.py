@@ -1,8 +1,8 @@
-"""The roll call of a run on many hosts, before JAX joins them, and word of those that are lost (hosts.py uses it).
+"""The handshake of a run on many hosts, before JAX initializes, and the detection of hosts that are lost later.
 
-Process 0 hears every other one on a TCP connection at the address that the cluster names, and keeps it open. JAX's own
-coordination aborts all processes, naming none, where one does not come, and knows of a dead one after 100 s; it stays
-as the second guard, for a machine that vanishes without closing its connections.
+Process 0 accepts a TCP connection from every other process at the coordinator's address and keeps it open. JAX's own
+coordination service aborts all processes without naming the one that is missing, and notices a dead one only after
+100 s. It stays as a second guard, for a machine that vanishes without closing its connections. Used by hosts.py.
 """
 
 import contextlib
@@ -18,11 +18,11 @@ import time
 from importlib import metadata
 from pathlib import Path
 
-from jax._src import clusters  # no public name: JAX's detection of the job a process is part of
+from jax._src import clusters  # no public name: JAX's detection of the job that a process is part of
 
 from gptjax.errors import InputError
 
-LOST = 75  # exit code where another host ended the run (EX_TEMPFAIL): start the same command again
+HOST_LOST = 75  # exit code where another host ended the run (EX_TEMPFAIL): start the same command again
 
 
 # --- which job this process is part of ----------------------------------------------------------------------
@@ -30,19 +30,24 @@ LOST = 75  # exit code where another host ended the run (EX_TEMPFAIL): start the
 
 @dataclasses.dataclass(frozen=True)
 class Job:
-    """address: host:port of process 0. by_hand: named by JAX_COORDINATOR_ADDRESS, not found by JAX's detection."""
+    """address: host:port of process 0. manual: given by JAX_COORDINATOR_ADDRESS, not detected by JAX."""
 
     address: str
     count: int
     index: int
-    by_hand: bool = False
+    manual: bool = False
 
 
-def find_job(limit: int) -> Job | None:
-    """The job of several processes this one belongs to, or None: nothing is asked of the network to find that out.
+def find_job(timeout: int) -> Job | None:
+    """The multi-process job that this process belongs to, or None. Deciding that there is none needs no network.
 
-    By hand: JAX_COORDINATOR_ADDRESS=host:port, JAX_NUM_PROCESSES and JAX_PROCESS_ID. Else what JAX detects: Cloud TPU
-    VMs, GKE, SLURM steps, Open MPI, indexed Kubernetes jobs.
+    Set by hand: JAX_COORDINATOR_ADDRESS=host:port, JAX_NUM_PROCESSES and JAX_PROCESS_ID. Otherwise what JAX detects:
+    Cloud TPU VMs, GKE, SLURM steps, Open MPI, indexed Kubernetes jobs.
+
+    Args:
+        timeout: seconds that JAX may take to find the coordinator.
+    Raises:
+        InputError: the three variables are incomplete or malformed.
     """
     names = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
     given = {name: os.environ[name] for name in names if name in os.environ}
@@ -53,10 +58,10 @@ def find_job(limit: int) -> Job | None:
         port = address.rpartition(":")[2]
         if not (count.isdecimal() and index.isdecimal() and int(index) < int(count) and port.isdecimal()):
             raise InputError(
-                f"JAX_COORDINATOR_ADDRESS={address}, JAX_NUM_PROCESSES={count}, JAX_PROCESS_ID={index}: give host:port "
-                "and an id from 0 to the number less 1."
+                f"JAX_COORDINATOR_ADDRESS={address}, JAX_NUM_PROCESSES={count}, JAX_PROCESS_ID={index} do not describe "
+                "a process: give host:port and an id from 0 to the number of processes less 1."
             )
-        return Job(address, int(count), int(index), by_hand=True) if int(count) > 1 else None
+        return Job(address, int(count), int(index), manual=True) if int(count) > 1 else None
     for cluster in clusters.ClusterEnv._cluster_types:
         lone_pod = cluster.__name__ == "K8sCluster" and "JOB_COMPLETION_INDEX" not in os.environ
         if cluster.opt_in_only_method or lone_pod or not cluster.is_env_present():
@@ -64,19 +69,19 @@ def find_job(limit: int) -> Job | None:
         if (count := cluster.get_process_count()) == 1:
             return None
         port = os.environ.get("JAX_COORDINATOR_PORT")
-        return Job(cluster.get_coordinator_address(limit, port), count, cluster.get_process_id())
+        return Job(cluster.get_coordinator_address(timeout, port), count, cluster.get_process_id())
     return None
 
 
 def local_devices() -> list[int] | None:
-    """What jax.distributed.initialize is to see: [] = all. Under SLURM it would take one device a task, also where a
-    node has one task for all of its devices."""
+    """local_device_ids for jax.distributed.initialize: [] = all, None = JAX's default. Under SLURM that is one device
+    per task, even where a node runs a single task for all of its devices."""
     tasks = os.environ.get("SLURM_STEP_TASKS_PER_NODE", os.environ.get("SLURM_NTASKS_PER_NODE", ""))
     return [] if tasks.split("(")[0] == "1" else None
 
 
 def facts(config: dict, workdir) -> dict[str, str]:
-    """What must be the same on every host, by name: the config, key by key, and the software."""
+    """What must be equal on every host, by name: the config, key by key, the workdir and the software versions."""
 
     def flat(value, name):
         if isinstance(value, dict):
@@ -95,22 +100,24 @@ def facts(config: dict, workdir) -> dict[str, str]:
             "the code of gptjax": code.hexdigest()[:12]}  # fmt: skip
 
 
-# --- the roll call ------------------------------------------------------------------------------------------
+# --- the handshake ------------------------------------------------------------------------------------------
 
 
-class Line:
-    """A connection that carries one JSON value per line. hear() waits, and is None where the other end is gone."""
+class Connection:
+    """A TCP connection that carries one JSON value per line."""
 
     def __init__(self, connection: socket.socket):
         connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
         self._connection, self._reader = connection, connection.makefile("r")
 
-    def say(self, value):
-        with contextlib.suppress(OSError):  # who is gone is noticed by who hears
+    def send(self, value):
+        """Sends a value; does nothing where the peer is gone, which recv reports."""
+        with contextlib.suppress(OSError):
             self._connection.sendall((json.dumps(value) + "\n").encode())
 
-    def hear(self, limit: float | None = None):
-        self._connection.settimeout(limit)
+    def recv(self, timeout: float | None = None):
+        """Blocks for the next value; None where the peer is gone or `timeout` seconds have passed."""
+        self._connection.settimeout(timeout)
         try:
             line = self._reader.readline()
             return json.loads(line) if line.endswith("\n") else None
@@ -121,133 +128,165 @@ class Line:
         return self._connection.fileno()
 
 
-def named(index: int, host: str) -> str:
+def process_name(index: int, host: str) -> str:
+    """How messages name a process: its id and host."""
     return f"process {index} ({host})"
 
 
 def _differences(index: int, hello: dict, first: dict) -> list[str]:
     mine, theirs = hello["facts"], first["facts"]
     return [
-        f"{named(index, hello['host'])} has {key} {mine.get(key, 'unset')}, process 0 {theirs.get(key, 'unset')}"
+        f"On {process_name(index, hello['host'])} {key} is {mine.get(key, 'unset')}, "
+        f"on process 0 it is {theirs.get(key, 'unset')}."
         for key in sorted(mine.keys() | theirs.keys())
         if mine.get(key) != theirs.get(key)
     ]
 
 
-def call_roll(job: Job, hello: dict, limit: float) -> tuple[dict[int, Line], dict[int, str]]:
-    """Process 0: waits until every process has reported, and answers all of them.
+def accept_processes(job: Job, hello: dict, timeout: float) -> tuple[dict[int, Connection], dict[int, str]]:
+    """Process 0's side: waits until every process has registered, then checks that they match.
 
+    Args:
+        hello: {'index', 'count', 'host', 'facts'} of this process.
+        timeout: seconds to wait for all of them.
     Returns:
-        (the line to each other process, the host name of each process). Raises InputError, after having told those
-        who came, naming the processes that did not within `limit` seconds, and what differs from process 0's.
+        (connection to each other process, host name of every process), both by process id.
+    Raises:
+        InputError: processes are missing, have the same id or differ from process 0. Every process that registered
+            gets the same message.
     """
-    port, deadline = int(job.address.rpartition(":")[2]), time.monotonic() + limit
+    port, deadline = int(job.address.rpartition(":")[2]), time.monotonic() + timeout
     both = socket.has_dualstack_ipv6()
-    hellos, lines, came_too, wrong = {0: hello}, {}, [], []
+    hellos, connections, duplicates, problems = {0: hello}, {}, [], []
     try:
         server = socket.create_server(
             ("", port), family=socket.AF_INET6 if both else socket.AF_INET, dualstack_ipv6=both, backlog=job.count
         )
     except OSError as error:
-        raise InputError(f"process 0 cannot listen on port {port} ({error}): name another on every host.") from error
+        raise InputError(f"Process 0 cannot listen on port {port} ({error}): give every host another one.") from error
     with server:
         while len(hellos) < job.count and (left := deadline - time.monotonic()) > 0:
             server.settimeout(left)
             try:
-                line = Line(server.accept()[0])
+                connection = Connection(server.accept()[0])
             except TimeoutError:
                 break
-            came = line.hear(limit=5)
-            if not (isinstance(came, dict) and came.get("count") == job.count and 0 <= came["index"] < job.count):
-                line.say({"stop": f"process 0 expects {job.count} processes and ids below that; this one says {came}."})
-            elif came["index"] in hellos:
-                came_too.append(line)
-                there = hellos[came["index"]]["host"]
-                wrong.append(f"two processes have the id {came['index']}: one on {there}, one on {came['host']}")
+            got = connection.recv(timeout=5)
+            if not (isinstance(got, dict) and got.get("count") == job.count and 0 <= got["index"] < job.count):
+                connection.send({
+                    "stop": f"Process 0 expects {job.count} processes with ids from 0 to {job.count - 1}, and received "
+                            f"{got}: start the same job on every host."
+                })  # fmt: skip
+            elif got["index"] in hellos:
+                duplicates.append(connection)
+                other = hellos[got["index"]]["host"]
+                problems.append(
+                    f"Two processes have the id {got['index']}, on {other} and on {got['host']}: give each its own."
+                )
             else:
-                hellos[came["index"]], lines[came["index"]] = came, line
+                hellos[got["index"]], connections[got["index"]] = got, connection
     if missing := sorted(set(range(job.count)) - hellos.keys()):
         shown = ", ".join(map(str, missing[:20])) + (" and others" if len(missing) > 20 else "")
-        there = ", ".join(named(i, h["host"]) for i, h in sorted(hellos.items())[:20])
-        wrong.append(
-            f"{len(missing)} of {job.count} processes did not come within {limit:.0f} s: {shown}. Present: {there}. "
-            "Look at the logs of those missing, or raise --join_limit"
+        present = ", ".join(process_name(i, h["host"]) for i, h in sorted(hellos.items())[:20])
+        problems.append(
+            f"{len(missing)} of {job.count} processes did not connect within {timeout:.0f} s: {shown}. "
+            f"Present: {present}. Look at the logs of the missing ones, or raise --join_limit."
         )
-    for index in sorted(hellos.keys() - {0}):
-        wrong += _differences(index, hellos[index], hello)[:5]
-    if wrong:
-        text = "; ".join(wrong) + "." if len(wrong) == 1 else "the hosts do not fit together:\n  " + "\n  ".join(wrong)
-        for line in (*lines.values(), *came_too):
-            line.say({"stop": text})
+    differences = [d for i in sorted(hellos.keys() - {0}) for d in _differences(i, hellos[i], hello)[:5]]
+    if differences:
+        problems += [*differences, "Start the same command with the same software on every host."]
+    if problems:
+        text = problems[0] if len(problems) == 1 else "\n  ".join(["The job cannot start:", *problems])
+        for connection in (*connections.values(), *duplicates):
+            connection.send({"stop": text})
         raise InputError(text)
-    return lines, {i: h["host"] for i, h in hellos.items()}
+    return connections, {i: h["host"] for i, h in hellos.items()}
 
 
-def answer_roll(job: Job, hello: dict, limit: float) -> tuple[Line, dict]:
-    """The others: reports to process 0 and waits for its answer. Raises InputError where it refuses or never comes."""
+def register(job: Job, hello: dict, timeout: float) -> tuple[Connection, dict]:
+    """The side of every other process: sends its `hello` to process 0 and waits for the answer.
+
+    Returns:
+        (connection to process 0, its answer).
+    Raises:
+        InputError: process 0 does not answer within `timeout` seconds, ends, or refuses this process.
+    """
     host, _, port = job.address.rpartition(":")
-    deadline = time.monotonic() + limit
+    deadline = time.monotonic() + timeout
     while True:
         try:
-            line = Line(socket.create_connection((host.strip("[]"), int(port)), timeout=5))
+            connection = Connection(socket.create_connection((host.strip("[]"), int(port)), timeout=5))
             break
         except OSError as error:
             if time.monotonic() > deadline:
+                me = process_name(job.index, socket.gethostname())
                 raise InputError(
-                    f"process 0 did not come within {limit:.0f} s: {named(job.index, socket.gethostname())} found "
-                    f"nobody at {job.address} ({error}). Look at its log, or raise --join_limit."
+                    f"Process 0 did not answer within {timeout:.0f} s: {me} cannot connect to {job.address} ({error}). "
+                    "Look at the log of process 0, or raise --join_limit."
                 ) from error
             time.sleep(0.2)
-    line.say(hello)
-    answer = line.hear(limit + 10)  # process 0 may have begun to wait later
+    connection.send(hello)
+    answer = connection.recv(timeout + 10)  # process 0 may have started to wait later
     if answer is None:
-        raise InputError(f"process 0 at {job.address} went away before all processes had come: look at its log.")
+        raise InputError(
+            f"Process 0 at {job.address} ended before all processes had registered: look at its log for the cause."
+        )
     if "stop" in answer:
         raise InputError(answer["stop"])
-    return line, answer
+    return connection, answer
 
 
-# --- together until the end ---------------------------------------------------------------------------------
+# --- failure detection --------------------------------------------------------------------------------------
 
 
 class Watch:
-    """Hears of hosts that stop; ends this process where one did. On process 0 `lines` go to all others, else to it."""
+    """Ends this process when another one fails, and tells the others when this one does.
 
-    def __init__(self, index: int, lines: dict[int, Line], names: dict[int, str]):
-        self._index, self._lines, self._names, self._over = index, lines, names, threading.Event()
-        threading.Thread(target=self._hear, daemon=True).start()
+    connections: on process 0 one to every other process, elsewhere the one to process 0; names: host of each process.
+    """
 
-    def _hear(self):
-        waiting = selectors.DefaultSelector()
-        for index, line in self._lines.items():
-            waiting.register(line, selectors.EVENT_READ, index)
-        while waiting.get_map():
-            for key, _ in waiting.select():
-                said = key.fileobj.hear()
-                waiting.unregister(key.fileobj)  # whatever it was: it says no more
-                if said == "done" or self._over.is_set():
+    def __init__(self, index: int, connections: dict[int, Connection], names: dict[int, str]):
+        self._index, self._connections, self._names = index, connections, names
+        self._finished = threading.Event()
+        threading.Thread(target=self._listen, daemon=True).start()
+
+    def _listen(self):
+        selector = selectors.DefaultSelector()
+        for index, connection in self._connections.items():
+            selector.register(connection, selectors.EVENT_READ, index)
+        while selector.get_map():
+            for key, _ in selector.select():
+                message = key.fileobj.recv()
+                selector.unregister(key.fileobj)  # the first message is the last one
+                if message == "done" or self._finished.is_set():
                     continue
-                if not said:
-                    gone = f"{named(key.data, self._names[key.data])} died: killed, out of memory, or its machine lost."
-                    said = {"stopped": f"{gone} Start the same command again on all hosts: it goes on from the last "
-                                       "checkpoint.", "code": LOST}  # fmt: skip
-                self._tell(said)
-                end(f"error: {said['stopped']}", said["code"])
+                if not message:
+                    dead = process_name(key.data, self._names[key.data])
+                    message = {
+                        "stopped": f"Lost {dead}: it was killed, ran out of memory, or its machine is gone. Start the "
+                                   "same command again on all hosts: it resumes from the last checkpoint.",
+                        "code": HOST_LOST,
+                    }  # fmt: skip
+                self._broadcast(message)
+                exit_now(f"error: {message['stopped']}", message["code"])
 
-    def _tell(self, what):
-        self._over.set()
-        for line in self._lines.values():
-            line.say(what)
+    def _broadcast(self, message):
+        self._finished.set()
+        for connection in self._connections.values():
+            connection.send(message)
 
     def done(self):
-        self._tell("done")
+        """Reports an orderly end."""
+        self._broadcast("done")
 
-    def stopped(self, text: str, code: int):
-        self._tell({"stopped": f"{named(self._index, socket.gethostname())} stopped: {text}", "code": code})
+    def stopped(self, reason: str, code: int):
+        """Reports that this process stops with an error; the others exit with `code`."""
+        name = process_name(self._index, socket.gethostname())
+        self._broadcast({"stopped": f"Stopped by {name}: {reason}", "code": code})
 
 
-def end(text: str, code: int):
-    """At once: an orderly exit would wait for processes that no longer answer."""
+def exit_now(text: str, code: int):
+    """Exits without cleaning up, which would wait for processes that no longer answer."""
     sys.stdout.flush()
     os.write(2, f"{text}\n".encode())
     os._exit(code)

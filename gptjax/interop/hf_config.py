@@ -1,4 +1,4 @@
-"""config.json of a Hugging Face GPT-2 or OpenAI-GPT: to and from our GPTConfig, other architectures refused."""
+"""config.json of Hugging Face's GPT-2 and OpenAI-GPT to and from GPTConfig. Other architectures are rejected."""
 
 import re
 import warnings
@@ -16,53 +16,54 @@ HEAD, SCORE = "lm_head.weight", "score.weight"
 _LAYER = re.compile(r"h\.(\d+)\.")
 _OTHER_POSITIONS = ("rotary", "rotary_dim", "rotary_pct", "rope_theta", "rope_scaling", "rope_parameters", "alibi")
 _ALIASES = {"n_embd": "hidden_size", "n_positions": "max_position_embeddings", "n_layer": "num_hidden_layers",
-            "n_head": "num_attention_heads"}  # the names transformers has for these in every model  # fmt: skip
-_TANH_GELU = ("gelu_new", "gelu_pytorch_tanh", "gelu_fast")  # three ways to write one function
+            "n_head": "num_attention_heads"}  # transformers' aliases, common to all models  # fmt: skip
+_TANH_GELU = ("gelu_new", "gelu_pytorch_tanh", "gelu_fast")  # three names of one function
 
 
 def embedding_names(norm: str) -> tuple[str, str]:
-    """Token and position embedding of a layout ('pre' or 'post'), without prefix."""
+    """Names of the token and position embedding of a layout ('pre': GPT-2, 'post': OpenAI-GPT), without prefix."""
     names = {"pre": ("wte", "wpe"), "post": ("tokens_embed", "positions_embed")}[norm]
     return tuple(f"{name}.weight" for name in names)
 
 
 def model_config(settings, tensors, where) -> GPTConfig:
-    """The configuration that config.json gives, completed from the tensors' shapes.
+    """The GPTConfig of a checkpoint: from config.json, completed by the tensors' shapes.
 
     Args:
-        settings: what config.json holds, or None where there is none.
-        tensors: by name without prefix, each with its shape and load().
+        settings: the contents of config.json, or None if there is none.
+        tensors: {name without prefix: object with `shape` and load()}.
         where: the checkpoint, for messages.
     Raises:
-        InputError: an architecture that this model does not compute, or sizes that neither of them tells.
+        InputError: an architecture that this model does not implement, or sizes that cannot be determined.
     """
     norm = _norm(settings, tensors, where)
     settings = settings or {}
     sizes = _sizes(settings, tensors, norm)
     if unknown := [key for key, value in sizes.items() if value is None]:
         raise InputError(
-            f"{where}: the tensors do not tell {', '.join(unknown)}. Put the model's config.json beside them."
+            f"{where}: {', '.join(unknown)} cannot be determined from the tensors. Put the model's config.json next to "
+            "them."
         )
     _refuse_other_architectures(settings, norm, sizes["n_embd"], where)
-    usual = 0.1 if settings else 0.0  # transformers' own, where config.json leaves it out
-    rates = {key: settings.get(key, usual) for key in ("resid_pdrop", "embd_pdrop", "attn_pdrop")}
+    default = 0.1 if settings else 0.0  # transformers' default, where config.json does not set it
+    rates = {key: settings.get(key, default) for key in ("resid_pdrop", "embd_pdrop", "attn_pdrop")}
     if len(set(rates.values())) > 1:
-        warnings.warn(f"{where} has dropout {rates}; resid_pdrop becomes model.dropout", stacklevel=3)
+        warnings.warn(f"{where} has dropout {rates}: model.dropout is set to resid_pdrop.", stacklevel=3)
     try:
         return GPTConfig(
             sizes["vocab_size"], sizes["n_layer"], sizes["n_head"], sizes["n_embd"], sizes["n_positions"],
             norm=norm, tied_head=_tied(settings, tensors, norm), dropout=rates["resid_pdrop"],
         )  # fmt: skip
     except (InputError, TypeError) as error:
-        raise InputError(f"{where}: config.json has a value that cannot be: {error}") from None
+        raise InputError(f"{where}: config.json has an invalid value: {error}") from None
 
 
 def _norm(settings, tensors, where):
     if settings and "model_type" in settings:
         if settings["model_type"] not in MODEL_TYPES:
             raise InputError(
-                f"{where}: config.json has model_type={settings['model_type']!r}; this model computes "
-                f"{' and '.join(MODEL_TYPES)} only."
+                f"{where}: config.json has model_type={settings['model_type']!r}, but only "
+                f"{' and '.join(MODEL_TYPES)} are supported: use a checkpoint of one of these."
             )
         return MODEL_TYPES[settings["model_type"]]
     for norm in MODEL_TYPES.values():
@@ -70,8 +71,8 @@ def _norm(settings, tensors, where):
             return norm
     first = ", ".join(sorted(tensors)[:3]) or "no tensor"
     raise InputError(
-        f"{where} holds {first} ..., but neither wte.weight (GPT-2) nor tokens_embed.weight (OpenAI-GPT): "
-        "give a checkpoint of one of these."
+        f"{where} contains {first} ..., but neither wte.weight (GPT-2) nor tokens_embed.weight (OpenAI-GPT): "
+        "use a checkpoint of one of these."
     )
 
 
@@ -81,7 +82,7 @@ def _sizes(settings, tensors, norm) -> dict[str, int | None]:
         "vocab_size": wte[0] if len(wte) == 2 else None,
         "n_embd": wte[1] if len(wte) == 2 else None,
         "n_positions": wpe[0] if len(wpe) == 2 else None,
-        # Counted, not the highest: a stray h.99 is then one extra layer, not 90 missing ones.
+        # The number of distinct layers, not the highest: a stray h.99 is one extra layer, not 90 missing ones.
         "n_layer": len({match[1] for name in tensors if (match := _LAYER.match(name))}) or None,
     }
     sizes = {key: settings.get(key, settings.get(_ALIASES.get(key), value)) for key, value in shapes.items()}
@@ -93,7 +94,7 @@ def _sizes(settings, tensors, norm) -> dict[str, int | None]:
 
 
 def _refuse_other_architectures(settings, norm, width, where):
-    known = {"layer_norm_epsilon": (LAYER_NORM_EPS,), "quantization_config": (None,)}  # first: if left out
+    known = {"layer_norm_epsilon": (LAYER_NORM_EPS,), "quantization_config": (None,)}
     if norm == "pre":
         known |= {
             "activation_function": _TANH_GELU,
@@ -101,25 +102,25 @@ def _refuse_other_architectures(settings, norm, width, where):
             "scale_attn_weights": (True,),
             "scale_attn_by_inverse_layer_idx": (False,),
             "add_cross_attention": (False,),
-            # reorder_and_upcast_attn is the same function; our scores are float32 either way.
+            # reorder_and_upcast_attn computes the same function; our attention scores are always float32.
         }
     else:
-        known |= {"afn": ("gelu", "gelu_new")}  # 'gelu' means the tanh form there
+        known |= {"afn": ("gelu", "gelu_new")}  # there 'gelu' means the tanh approximation
     faults = [
-        f"{key}={settings[key]!r} (known: {' or '.join(map(repr, values))})"
+        f"{key}={settings[key]!r} (supported: {' or '.join(map(repr, values))})"
         for key, values in known.items()
         if key in settings and settings[key] not in values
     ]
     faults += [f"{key}={settings[key]!r}" for key in _OTHER_POSITIONS if settings.get(key) not in (None, False)]
     if settings.get("position_embedding_type", "absolute") != "absolute":
-        faults.append(f"position_embedding_type={settings['position_embedding_type']!r} (known: 'absolute')")
+        faults.append(f"position_embedding_type={settings['position_embedding_type']!r} (supported: 'absolute')")
     if settings.get("pruned_heads"):
         faults.append(f"pruned_heads={settings['pruned_heads']!r}")
     if settings.get("auto_map"):
-        faults.append("auto_map, which means code of its own")
+        faults.append("auto_map, which loads custom code")
     if faults:
         raise InputError(
-            f"{where}: config.json describes a model that this one does not compute: {'; '.join(faults)}. "
+            f"{where}: config.json describes an unsupported architecture: {'; '.join(faults)}. "
             "Use a checkpoint without these."
         )
 
@@ -134,9 +135,9 @@ def _tied(settings, tensors, norm):
 
 
 def settings_of(c: GPTConfig, token_ids: dict, scorer: bool = False) -> dict:
-    """config.json, with every key that transformers would otherwise fill with GPT-2's own value.
+    """The contents of config.json, with every key that transformers would otherwise fill with GPT-2's default.
 
-    token_ids: bos_token_id, eos_token_id and perhaps pad_token_id. scorer: a reward model's, with one label.
+    token_ids: bos_token_id, eos_token_id and optionally pad_token_id. scorer: for a reward model, which has one label.
     """
     labels = {"num_labels": 1, "id2label": {"0": "score"}, "label2id": {"score": 0}, "problem_type": "regression"}
     model_type = next(name for name, norm in MODEL_TYPES.items() if norm == c.norm)

@@ -1,11 +1,11 @@
-"""Weights from and to Hugging Face directories: the GPT-2 and OpenAI-GPT layouts, in safetensors.
+"""Import and export of weights in Hugging Face's GPT-2 and OpenAI-GPT layouts (safetensors).
 
     config, params = read("path/to/gpt2")                 a directory, or one .safetensors file
     write("path/to/export", config, params, tokenizer)    loads with transformers' Auto classes
 
-Arrays are numpy and torch is not needed. Both layouts keep weights [in, out] (transformers' Conv1D), as we
-do: a tensor differs from ours only in how q, k and v are laid side by side and in that ours are stacked over
-layers. Sources: transformers' modeling_gpt2.py and modeling_openai.py.
+Arrays are numpy; torch is not needed. Like gptjax, both layouts store weights as [in, out] (transformers' Conv1D). They
+differ in that q, k and v are concatenated and that our tensors are stacked over layers. Sources: transformers'
+modeling_gpt2.py and modeling_openai.py.
 """
 
 import contextlib
@@ -27,22 +27,22 @@ from gptjax.interop.hf_config import ARCHITECTURES, HEAD, SCORE, embedding_names
 from gptjax.interop.hf_tokenizer import dump, read_json, token_ids, write_tokenizer
 from gptjax.model.spec import GPTConfig
 
-_PREFIX = "transformer."  # of every tensor but the head; files of the bare model leave it out
-_BUFFERS = re.compile(r"h\.\d+\.attn\.(bias|masked_bias)|position_ids")  # masks and a range, not weights
+_PREFIX = "transformer."  # of every tensor but the head; absent from files of the bare model
+_BUFFERS = re.compile(r"h\.\d+\.attn\.(bias|masked_bias)|position_ids")  # causal masks and position ids, not weights
 _FLOATS = ("F64", "F32", "F16", "BF16")
 
 
 class Row(NamedTuple):
-    """One line of the table: a parameter of ours, and its tensor there."""
+    """A parameter of gptjax and the corresponding Hugging Face tensor."""
 
-    ours: str  # path in our tree; those under blocks/ are stacked [layer, ...]
-    theirs: str  # name without prefix; {} is the layer
-    shape: tuple[int, ...]  # of one tensor there
-    shape_here: tuple[int, ...]  # of one layer here: the same numbers in the same order
+    ours: str  # path in the parameter tree; those under blocks/ are stacked [layer, ...]
+    theirs: str  # Hugging Face name without prefix; {} is the layer
+    shape: tuple[int, ...]  # of the Hugging Face tensor
+    shape_here: tuple[int, ...]  # of one layer of ours: a reshape of the former
 
 
 def table(config: GPTConfig) -> list[Row]:
-    """Every parameter of a model: our path, its Hugging Face name, and the shapes on both sides."""
+    """The Row of every parameter of a model."""
     V, T, D, F = config.vocab_size, config.context_length, config.d_model, config.d_ff
     wte, wpe = embedding_names(config.norm)
 
@@ -72,11 +72,11 @@ def table(config: GPTConfig) -> list[Row]:
     return rows
 
 
-# --- In ---------------------------------------------------------------------------------------------------
+# --- import ---------------------------------------------------------------------------------------------------
 
 
 class _Tensor(NamedTuple):
-    """A tensor in an open file: nothing but the header is read until `load`."""
+    """A tensor in an open file, read by `load`."""
 
     file: Any
     name: str
@@ -88,19 +88,18 @@ class _Tensor(NamedTuple):
 
 
 def read(source: str | os.PathLike) -> tuple[GPTConfig, dict]:
-    """A GPT-2 or OpenAI-GPT checkpoint as our configuration and parameters.
+    """Reads a GPT-2 or OpenAI-GPT checkpoint.
 
     Args:
-        source: a directory with model.safetensors (or its shards and their index), or a .safetensors file.
-            config.json is taken from beside it; without one the sizes come from the tensors' shapes, and
-            heads are 64 wide, as in every published GPT-1 and GPT-2.
+        source: a directory with model.safetensors (or shards and their index), or a .safetensors file, with config.json
+            in the same directory. Without config.json the sizes come from the tensors' shapes, with d_head 64 as in
+            every published GPT-1 and GPT-2.
     Returns:
-        (config, params): params as gptjax.model.gpt.init lays them out, numpy float32; float16 and bfloat16
-        tensors are widened. The head is tied unless config.json unties it or the file has another one.
+        (config, params): params with the tree of gptjax.model.gpt.init, in numpy float32 (float16 and bfloat16 are
+        converted). The head is tied unless config.json unties it or the file has a different one.
     Raises:
-        InputError: a file that is missing or damaged; an architecture that this model does not compute (the
-        key of config.json is named); tensors that are missing, extra or mis-shaped (all in one message), or that
-        hold NaN or infinite values.
+        InputError: a missing or damaged file; an unsupported architecture (the message names the key of config.json);
+        missing, extra or mis-shaped tensors (all in one message); NaN or infinite values.
     """
     files, settings, where = _locate(_local(source))
     with contextlib.ExitStack() as stack:
@@ -119,26 +118,26 @@ def read(source: str | os.PathLike) -> tuple[GPTConfig, dict]:
         ]
         if faults:
             raise InputError(
-                f"{where} does not hold the {config.n_layer}-layer {ARCHITECTURES[config.norm]} that its "
-                "config.json or its tensors' shapes describe:"
+                f"{where} is not the {config.n_layer}-layer {ARCHITECTURES[config.norm]} that its config.json or its "
+                "tensors' shapes describe:"
                 + "".join(f"\n  {fault}" for fault in faults)
                 + "\nUse a config.json and safetensors that were saved together, without extra heads."
             )
         params, broken = {}, []
         for row in rows:
-            # One tensor at a time into the stack, so that memory holds the model once.
+            # Copy one tensor at a time into the stack, so that memory holds the model only once.
             stacked = np.empty((len(layers[row.ours]), *row.shape_here), np.float32)
             for i in layers[row.ours]:
                 tensor = tensors[row.theirs.format(i)]
-                with np.errstate(over="ignore"):  # a float64 beyond float32 becomes infinite, and is reported
+                with np.errstate(over="ignore"):  # a float64 that overflows float32 is reported below
                     stacked[i] = tensor.load().reshape(row.shape_here)
                 if not np.isfinite(stacked[i]).all():
                     broken.append(tensor.name)
             params[row.ours] = stacked if "{}" in row.theirs else stacked[0]
     if broken:
         raise InputError(
-            f"{where} has NaN or infinite values in {_listed(broken)}: the model would compute nothing else. Get the "
-            "file again, or take an earlier checkpoint of its training."
+            f"{where} has NaN or infinite values in {_listed(broken)}: every output would be NaN. Download the file "
+            "again, or use an earlier checkpoint."
         )
     return config, unflatten_dict(params, sep="/")
 
@@ -150,38 +149,38 @@ def _listed(names) -> str:
 
 def _local(path):
     if "://" in os.fspath(path):
-        raise InputError(f"{path} is not a local path: copy the directory here first (gcloud storage cp -r).")
+        raise InputError(f"{path} is not a local path: copy the directory to this machine (gcloud storage cp -r).")
     return Path(path).expanduser()
 
 
 def _locate(source: Path) -> tuple[list[Path], dict | None, Path]:
-    """The safetensors files of a checkpoint, its config.json (None where there is none), and its name."""
+    """(safetensors files, contents of config.json or None, path for messages) of a checkpoint."""
     directory = source if source.is_dir() else source.parent
     pickles = sorted(source.glob("pytorch_model*.bin")) if source.is_dir() else [source]
-    index, whole = directory / "model.safetensors.index.json", directory / "model.safetensors"
+    index, single = directory / "model.safetensors.index.json", directory / "model.safetensors"
     if not source.exists():
         raise InputError(
-            f"{source} does not exist: name a directory with model.safetensors, or that file. A model of the Hub is "
-            "downloaded first: hf download NAME --local-dir DIR."
+            f"{source} does not exist: give a directory with model.safetensors, or that file. Download a model of the "
+            "Hub first: hf download NAME --local-dir DIR."
         )
     if source.suffix == ".safetensors" and source.is_file():
         files = [source]
-    elif source.is_dir() and whole.exists():
-        files = [whole]
+    elif source.is_dir() and single.exists():
+        files = [single]
     elif source.is_dir() and index.exists():
         files = _shards(index)
     elif source.is_dir() and len(found := list(source.glob("*.safetensors"))) == 1:
         files = found
     elif pickles:
         raise InputError(
-            f"{pickles[0]} is not a safetensors file. A pickle can run code when it is opened, so it is not "
-            'read; convert it where you trust it: python -c "from transformers import AutoModelForCausalLM '
+            f"{pickles[0]} is not a safetensors file. Pickles are not read because they can execute code. Convert "
+            'it if you trust it: python -c "from transformers import AutoModelForCausalLM '
             f"as M; M.from_pretrained('{directory}').save_pretrained('{directory}-safetensors')\""
         )
     else:
         raise InputError(
-            f"{source} holds no model.safetensors (or model.safetensors.index.json): name a directory that "
-            "has one, or the .safetensors file itself."
+            f"{source} contains no model.safetensors or model.safetensors.index.json: give a directory that does, or "
+            "the .safetensors file itself."
         )
     settings = directory / "config.json"
     return files, read_json(settings) if settings.exists() else None, source
@@ -190,16 +189,16 @@ def _locate(source: Path) -> tuple[list[Path], dict | None, Path]:
 def _shards(index):
     names = read_json(index).get("weight_map")
     if not isinstance(names, dict) or any(Path(str(name)).name != name for name in names.values()):
-        raise InputError(f"{index} has no weight_map from tensors to files beside it: get the file again.")
+        raise InputError(f"{index} has no valid weight_map from tensors to file names: download it again.")
     files = [index.parent / name for name in sorted(set(names.values()))]
     absent = [file.name for file in files if not file.exists()]
     if absent:
-        raise InputError(f"{index} names shards that are not there: {', '.join(absent)}. Put them beside it.")
+        raise InputError(f"{index} names missing shards: {', '.join(absent)}. Put them in the same directory.")
     return files
 
 
 def _open(files, stack) -> dict[str, _Tensor]:
-    """All weights of some files by name without prefix; nothing but headers is read."""
+    """All weights of the files, by name without prefix. Only the headers are read."""
     tensors = {}
     for path in files:
         try:
@@ -208,19 +207,19 @@ def _open(files, stack) -> dict[str, _Tensor]:
             with contextlib.suppress(OSError), open(path, "rb") as pointer:
                 if pointer.read(40).startswith(b"version https://git-lfs"):
                     raise InputError(f"{path} is a Git LFS pointer, not the weights: run git lfs pull.") from None
-            raise InputError(f"{path} is damaged or no safetensors file ({error}): get it again.") from None
+            raise InputError(f"{path} is damaged or not a safetensors file ({error}): download it again.") from None
         for name in file.keys():
             short = name.removeprefix(_PREFIX)
             if not _BUFFERS.fullmatch(short):
                 view = file.get_slice(name)
-                # The same weight with and without prefix: the second keeps its name and is reported as extra.
+                # If a weight occurs with and without prefix, the second keeps its full name and is reported as extra.
                 key = name if short in tensors else short
                 tensors[key] = _Tensor(file, name, tuple(view.get_shape()), view.get_dtype())
     return tensors
 
 
 def _differences(expected, found) -> list[str]:
-    """What is wrong with a set of shapes by name: one line per missing, mis-shaped or extra tensor."""
+    """One line per missing, mis-shaped or extra tensor; expected, found: {name: shape}."""
     missing = [f"missing {name}: expected shape {list(shape)}" for name, shape in expected.items() if name not in found]
     misshaped = [
         f"mis-shaped {name}: expected shape {list(shape)}, found {list(found[name])}"
@@ -235,26 +234,26 @@ def _differences(expected, found) -> list[str]:
     return missing + misshaped + extra
 
 
-# --- Out --------------------------------------------------------------------------------------------------
+# --- export --------------------------------------------------------------------------------------------------
 
 
 def write(directory: str | os.PathLike, config: GPTConfig, params, tokenizer=None, *, template: str | None = None,
           generation: dict | None = None, head: dict | None = None) -> None:  # fmt: skip
-    """A directory that transformers' AutoModelForCausalLM and AutoTokenizer load, in float32.
+    """Writes a directory that transformers' AutoModelForCausalLM and AutoTokenizer load, in float32.
 
-    With a scalar head it is one for AutoModelForSequenceClassification, whose logit at a text's last token that is no
-    padding is the score.
+    With a scalar head it is for AutoModelForSequenceClassification, whose logit at a text's last non-padding token is
+    the score.
 
     Args:
-        directory: is made; it must not exist, or be empty. It appears complete or not at all.
-        config, params: as gptjax.model.gpt.init gives them; jax or numpy arrays.
-        tokenizer: a gptjax.data.tokenizer.Tokenizer, or None to leave its files out.
-        template: the kind of data/chat.py's Template the model was tuned with; 'chat' becomes a chat_template.
-        generation: settings for generation_config.json beside its token ids.
-        head: of a reward model, {'kernel' [d], 'bias' []}; params are then its trunk's.
+        directory: must not exist, or be empty. It is written atomically.
+        config, params: as from gptjax.model.gpt.init; jax or numpy arrays.
+        tokenizer: a gptjax.data.tokenizer.Tokenizer, or None to write no tokenizer files.
+        template: kind of the Template (data/chat.py) that the model was trained with; 'chat' adds a chat_template.
+        generation: further settings for generation_config.json.
+        head: of a reward model, {'kernel' [d_model], 'bias' []}; params are then its trunk's.
     Raises:
-        InputError: banded attention, which neither layout can say; a directory with something in it, a full
-        disk; parameters that are not this configuration's, or not finite; a tokenizer with more ids than the model.
+        InputError: banded attention, which neither layout supports; a directory that is not empty; a full disk;
+        parameters that do not match the configuration, or are not finite; a tokenizer with more ids than the model.
     """
     directory = _local(directory)
     _check_export(directory, config, tokenizer)
@@ -272,16 +271,16 @@ def write(directory: str | os.PathLike, config: GPTConfig, params, tokenizer=Non
                 tensors[name.format(i)] = np.ascontiguousarray(tensor).reshape(row.shape)
     if faults := _differences(expected, {name: np.shape(array) for name, array in flat.items()}):
         raise InputError(
-            "these are not the parameters of this configuration:"
+            "The parameters do not match the configuration:"
             + "".join(f"\n  {fault}" for fault in faults)
-            + "\nGive the configuration they were trained with."
+            + "\nGive the configuration that they were trained with."
         )
     if head is not None:
         tensors[SCORE] = np.asarray(head["kernel"], np.float32)[None]
     if broken := [name for name, tensor in tensors.items() if not np.isfinite(tensor).all()]:
         raise InputError(
-            f"the parameters have NaN or infinite values in {_listed(broken)}: the model computes nothing else. Export "
-            "an earlier checkpoint (--step)."
+            f"The parameters have NaN or infinite values in {_listed(broken)}: every output would be NaN. Export an "
+            "earlier checkpoint with --step."
         )
     temporary = directory.parent / f".{directory.name}.{os.getpid()}.tmp"
     try:
@@ -293,10 +292,10 @@ def write(directory: str | os.PathLike, config: GPTConfig, params, tokenizer=Non
             dump(temporary / "generation_config.json", of_generation | (generation or {}))
         if tokenizer is not None:
             write_tokenizer(temporary, config.context_length, tokenizer, template)
-        temporary.replace(directory)  # onto an empty directory too
+        temporary.replace(directory)  # also replaces an empty directory
     except (OSError, SafetensorError) as error:
         raise InputError(
-            f"{directory} could not be written ({error}); nothing was left behind. Free some space or name "
+            f"{directory} could not be written ({error}), and no files were left behind. Free some space or give "
             "another directory."
         ) from None
     finally:
@@ -304,11 +303,11 @@ def write(directory: str | os.PathLike, config: GPTConfig, params, tokenizer=Non
 
 
 def _with_bias(config, params, head):
-    """The trunk whose output, times the head's kernel, is the score with its bias: that layout's head has none. The
-    bias goes along the kernel into the bias of the last LayerNorm, which nothing else reads."""
+    """The trunk with the score's bias folded in, because the head of transformers' classifier has none: a multiple of
+    the kernel is added to the bias of the last LayerNorm, which only the head reads."""
     kernel = np.asarray(head["kernel"], np.float64)
     if not kernel.any():
-        raise InputError("the reward model's head is zero, so it scores every text the same: train it first.")
+        raise InputError("The reward model's head is zero, so it gives every text the same score: train it first.")
     shift = (float(head["bias"]) / (kernel @ kernel) * kernel).astype(np.float32)
     flat = {name: np.array(array) for name, array in flatten_dict(params, sep="/").items()}
     last = flat["ln_f/bias"] if config.norm == "pre" else flat["blocks/ln_2/bias"][-1]
@@ -320,14 +319,14 @@ def _check_export(directory, config, tokenizer):
     window = config.local_window
     if any(map(config.is_local, range(config.n_layer))) and window < config.context_length:
         raise InputError(
-            f"model.local_window={window} is narrower than model.context_length={config.context_length}: no "
-            "Hugging Face GPT-2 has banded attention, and without the band the model computes something "
-            "else. Only models with local_window=None can be exported."
+            f"model.local_window={window} is narrower than model.context_length={config.context_length}, but Hugging "
+            "Face's GPT-2 has no banded attention and would compute other outputs: export a model with "
+            "model.local_window=None."
         )
     if tokenizer is not None and tokenizer.vocab_size > config.vocab_size:
         raise InputError(
-            f"the tokenizer has {tokenizer.vocab_size} ids and the model {config.vocab_size}: give the "
-            "tokenizer the model was trained with."
+            f"The tokenizer has {tokenizer.vocab_size} ids and the model {config.vocab_size}: give the tokenizer that "
+            "the model was trained with."
         )
     if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
-        raise InputError(f"{directory} exists and is not an empty directory: name another, or remove it.")
+        raise InputError(f"{directory} exists and is not an empty directory: give another path, or remove it.")

@@ -1,7 +1,7 @@
-"""Which logical axis of a parameter or activation lies on which mesh axis.
+"""Sharding rules: which mesh axes each logical axis of a parameter or activation is sharded over.
 
-The model names the axes of its arrays ('embed', 'heads', ...); the rules alone say where they go, and a config may
-change them (mesh.rules). A name without a rule is an error, never a silent copy on every device.
+The model names the axes of its arrays ('embed', 'heads', ...). The rules map those names to mesh axes, and a config can
+change them (mesh.rules). A name without a rule is an error rather than silent replication.
 """
 
 import dataclasses
@@ -18,7 +18,7 @@ AXES = ("data", "fsdp", "tensor", "stage", "seq")
 
 RESIDUAL = ("batch", "residual", "features")  # the residual stream, [batch, time, d_model]
 
-# The arrays of the model by the logical names of their axes: in none of them may a mesh axis appear twice.
+# The logical axes of the model's arrays. In none of these arrays may a mesh axis appear twice.
 ARRAYS = {
     "the residual stream": RESIDUAL,
     "queries, keys and values": ("batch", "time", "qkv", "heads"),
@@ -34,12 +34,12 @@ ARRAYS = {
     "wpe": ("position", "embed"),
 }
 
-# What the code between the arrays takes for granted.
+# Rules that other code relies on, and why.
 _FIXED = {
-    "batch": "hosts load the rows of a batch by it, and the loss adds them up over it",
+    "batch": "hosts load the rows of a batch by it, and the loss is summed over it",
     "time": "attention gathers keys and values over seq",
     "features": "a matmul's inputs are gathered along it, layer by layer",
-    "layers": "the pipeline's stages are cut out along it",
+    "layers": "the pipeline splits the layers into stages along it",
 }
 
 
@@ -83,12 +83,12 @@ class Rules:
         for field in dataclasses.fields(self):
             name, value = field.name, getattr(self, field.name)
             if not isinstance(value, str):
-                raise InputError(f"mesh.rules.{name}={value!r}: write mesh axes, as 'fsdp' or 'fsdp,seq', or 'none'.")
+                raise InputError(f"mesh.rules.{name}={value!r}: give mesh axes, as 'fsdp' or 'fsdp,seq', or 'none'.")
             for axis in self.axes(name):
                 if axis not in AXES:
                     raise InputError(
-                        f"mesh.rules.{name}={value!r}: there is no mesh axis {axis!r}; there are {', '.join(AXES)}, "
-                        "and 'none' by itself."
+                        f"mesh.rules.{name}={value!r}: there is no mesh axis {axis!r}. Use some of {', '.join(AXES)}, "
+                        "or 'none' alone."
                     )
             if name in _FIXED and self.axes(name) != _split(field.default):
                 raise InputError(f"mesh.rules.{name} must stay {field.default!r}: {_FIXED[name]}.")
@@ -99,14 +99,15 @@ class Rules:
                     if axis in found:
                         one, other = found[axis], name
                         raise InputError(
-                            f"mesh.rules puts {axis} twice on {array} [{', '.join(names)}]: "
+                            f"mesh.rules shards {array} [{', '.join(names)}] twice over {axis}: "
                             f"{one}={getattr(self, one)}"
-                            + (f" and {other}={getattr(self, other)}. Change one of them." if one != other else ".")
+                            + (f" and {other}={getattr(self, other)}" if one != other else "")
+                            + ". Use it once."
                         )
                     found[axis] = name
 
     def axes(self, name: str) -> tuple[str, ...]:
-        """Mesh axes of a logical axis. Raises InputError if no rule covers it."""
+        """Mesh axes that a logical axis is sharded over. Raises InputError if it has no rule."""
         if name not in Rules.__dataclass_fields__:
             raise InputError(f"No sharding rule covers the logical axis {name!r}: add it to parallel/sharding.py.")
         return _split(getattr(self, name))
@@ -116,47 +117,49 @@ def _split(value: str) -> tuple[str, ...]:
     return () if value.strip() in ("", "none") else tuple(axis.strip() for axis in value.split(","))
 
 
-# The rules in force. What is jitted under other rules is another program, as with the mesh of jax.set_mesh.
-_IN_FORCE = jax.make_user_context(Rules())
+# The active rules. Part of the key of jit's cache, like the mesh of jax.set_mesh.
+_ACTIVE = jax.make_user_context(Rules())
 
 
 def use_rules(rules: Rules):
-    """Context manager: these rules are in force."""
-    return _IN_FORCE(rules)
+    """Context manager that makes these the active rules."""
+    return _ACTIVE(rules)
 
 
 def num_shards(sizes, *names: str) -> int:
-    """Over how many devices of a mesh (its sizes) arrays with these logical axes are cut up."""
-    return math.prod(sizes[axis] for name in names for axis in _IN_FORCE.value.axes(name))
+    """Number of shards of an array with these logical axes under the active rules. sizes: {mesh axis: size}."""
+    return math.prod(sizes[axis] for name in names for axis in _ACTIVE.value.axes(name))
 
 
 def partition_spec(names: tuple) -> PartitionSpec:
-    """PartitionSpec of an array whose axes have these logical names, by the rules in force."""
-    places = [() if name is None else _IN_FORCE.value.axes(name) for name in names]
-    return PartitionSpec(*(axes[0] if len(axes) == 1 else axes or None for axes in places))
+    """PartitionSpec of an array whose axes have these logical names, under the active rules. None = not sharded."""
+    mesh_axes = [() if name is None else _ACTIVE.value.axes(name) for name in names]
+    return PartitionSpec(*(axes[0] if len(axes) == 1 else axes or None for axes in mesh_axes))
 
 
 def parameter_shardings(boxed, mesh):
-    """NamedSharding of every parameter, by the rules in force.
+    """NamedSharding of every parameter, under the active rules.
 
     Args:
         boxed: the abstract parameters as the model's init returns them, with logical names attached.
         mesh: a Mesh or AbstractMesh.
     Returns:
-        A tree like the parameters. Raises InputError where an axis does not divide, naming the parameter.
+        A tree like the parameters.
+    Raises:
+        InputError: an axis is not divisible by its number of shards, or a parameter has no logical axis names.
     """
 
     def place(path, leaf):
         name = "/".join(str(k.key) for k in path if isinstance(k, jax.tree_util.DictKey))
         if not isinstance(leaf, nn.LogicallyPartitioned):
-            raise InputError(f"The parameter {name} has no logical axis names: give it some in model/gpt.py.")
+            raise InputError(f"The parameter {name} has no logical axis names: add them in model/gpt.py.")
         spec = partition_spec(leaf.names)
         for size, axis in zip(leaf.value.shape, spec, strict=True):
             axes = (axis,) if isinstance(axis, str) else (axis or ())
-            ways = math.prod(mesh.shape[a] for a in axes)
-            if size % ways:
+            shards = math.prod(mesh.shape[a] for a in axes)
+            if size % shards:
                 raise InputError(
-                    f"{name} has an axis of {size}, which mesh.{' x '.join(axes)} = {ways} does not divide. "
+                    f"{name} has an axis of {size}, which is not divisible by mesh.{' x '.join(axes)} = {shards}. "
                     "Change the model's size or that mesh axis."
                 )
         return NamedSharding(mesh, spec)
@@ -165,9 +168,10 @@ def parameter_shardings(boxed, mesh):
 
 
 def constrain(x, *names):
-    """Say how an activation is sharded, by logical names; a no-op without a mesh (jax.set_mesh). An axis is cut up
-    over as many of its mesh axes as divide it: one new token is on every device, the residual stream of many is not.
-    Within a shard_map, the axes that it has made manual are left out.
+    """Constrains the sharding of an activation by logical axis names; a no-op without a mesh (jax.set_mesh).
+
+    An axis is sharded over as many of its mesh axes as divide it: in decoding a single new token is replicated where a
+    long sequence is sharded over time. Inside a shard_map its manual axes are left out.
     """
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or mesh.size == 1:
@@ -188,7 +192,7 @@ def _dividing(size: int, axes, mesh):
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2))
 def reshard(x, forward: tuple, backward: tuple):
-    """constrain(x, *forward), and its cotangent to `backward`: constrain alone would ask `forward` of both."""
+    """constrain(x, *forward) whose cotangent is constrained to `backward`; constrain alone uses `forward` for both."""
     return constrain(x, *forward)
 
 
@@ -199,6 +203,9 @@ reshard.defvjp(
 
 
 def batch_sharding(mesh, leading: int) -> NamedSharding:
-    """Rows over data and fsdp, behind `leading` whole axes. Stages share them out inside the program: a host reads rows
-    for all of its stages, 4 bytes a token, and no loader has to know of pipelines."""
+    """Sharding of a batch: rows over data and fsdp, after `leading` axes that are not sharded.
+
+    The rows are split over stage only inside the program: a host loads the rows of all its stages (4 bytes per token),
+    so data loading does not depend on pipelining.
+    """
     return NamedSharding(mesh, PartitionSpec(*(None,) * leading, ("data", "fsdp")))

@@ -43,7 +43,7 @@ def load_text(
     """A Text, or None where there is none and it is not needed. Its order is a draw of its own, by `seed`.
 
     policy: the workdir whose pre-training text it is when the config names no source. record, known:
-    corpus.start_record, and whether the run is resumed.
+    records.start_record, and whether the run is resumed.
     """
     length = c.context_length or context_length
     try:

@@ -16,8 +16,8 @@ from numerics import assert_close, model_terms
 from tokenizer_files import END, ROLES, write_legacy
 
 from gptjax import convert
+from gptjax.data.bpe import character_tokenizer, load_gpt1, make_tokenizer, train_bpe
 from gptjax.data.chat import Template, chat_tokenizer
-from gptjax.data.tokenizer import character_tokenizer, load_gpt1, make_tokenizer, train_bpe
 from gptjax.generation.sampling import Sampling
 from gptjax.interop import huggingface
 from gptjax.interop.hf_tokenizer import read_token_ids
@@ -181,7 +181,7 @@ def greedy(config, params, prompt, n_new, eot):
 )
 def test_greedy_text_is_the_same(tmp_path, norm, tied, kind, tokenizer_class):
     if kind == "gpt1":
-        pytest.importorskip("spacy", reason="GPT-1's tokenizer needs spaCy's word rules")
+        pytest.importorskip("spacy", reason="GPT-1's tokenizer needs spaCy")
     tokenizer = MAKE_TOKENIZER[kind](tmp_path)
     config = GPTConfig(tokenizer.vocab_size + 3, 2, 2, 32, 48, norm=norm, tied_head=tied)  # padded vocabulary
     params = random_params(config, seed=1)

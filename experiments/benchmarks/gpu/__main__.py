@@ -111,7 +111,7 @@ def main(argv=None):
     kinds = args.only.split(",") if args.only else list(KINDS)
     if wrong := [k for k in kinds if k not in KINDS]:
         parser.error(f"there is no part {wrong[0]!r}: choose of {', '.join(KINDS)}")
-    if not args.tiny and not gpu_flags.is_there():
+    if not args.tiny and not gpu_flags.has_nvidia_gpu():
         raise InputError("No NVIDIA GPU is here (/dev/nvidia0, JAX_PLATFORMS): run it on one, or try it with --tiny.")
     gpu_flags.prepare()
     measure(args, kinds)
