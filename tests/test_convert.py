@@ -257,7 +257,7 @@ def test_invalid_prompts(exported, tmp_path, capsys):
     with pytest.raises(InputError, match=r"--prompt='a\\udcff': .*lone surrogate"):
         write("a\udcff", 4)
     none = dataclasses.replace(model, tokenizer=character_tokenizer(TEXT))
-    with pytest.raises(InputError, match="--prompt='q': character 'q'"):
+    with pytest.raises(InputError, match="--prompt='q': The character 'q'"):
         write("q", 4, none)
     with pytest.raises(InputError, match="no end-of-text to start from"):
         write("", 4, none)

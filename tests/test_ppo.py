@@ -621,7 +621,7 @@ BAD = {
     "no length": ({"steps": None}, GOOD, "--config.episodes or --config.steps"),
     "no field": ({}, {"question": "ba"}, "rows.jsonl:3.*no field 'prompt'"),
     "empty": ({}, {"prompt": ""}, "rows.jsonl:3.*empty"),
-    "too long": ({}, {"prompt": "ba ko " * 20}, "rows.jsonl:3.*more than 40"),
+    "too long": ({}, {"prompt": "ba ko " * 20}, "rows.jsonl:3.*more than the 40"),
     "no room": ({"rollout.max_new_tokens": 48}, GOOD, "leaves no room for a prompt"),
     "top-p": ({"rollout.top_p": 0.9}, GOOD, "top_p=0.9.*whole distribution"),
     "top-k": ({"rollout.top_k": 5}, GOOD, "top_k=5.*whole distribution"),
@@ -909,7 +909,7 @@ def choose(tuned, judge, monkeypatch):
 def test_errors_of_best_of_n_name_its_own_flags(choose, tmp_path):
     rows = [{"prompt": "ba ko"}, {"prompt": "ba ko " * 30}, {"question": "ba"}, {"prompt": ""}]
     source = write(tmp_path / "rows.jsonl", rows)
-    with pytest.raises(InputError, match="(?s)^3 bad rows.*rows.jsonl:2.*rows.jsonl:3.*rows.jsonl:4") as caught:
+    with pytest.raises(InputError, match="(?s)^There are 3 bad rows.*jsonl:2.*jsonl:3.*jsonl:4") as caught:
         choose(source)
     named = set(re.findall(r"--([\w.]+)", str(caught.value)))
     assert named == {"drop_long", "bad_rows", "fields.prompt"}
