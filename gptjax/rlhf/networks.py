@@ -1,5 +1,5 @@
-"""The forward passes of PPO's four models over prompt + response: one code path for sampling's check, the old and the
-new log-probabilities and the reference's, so that the ratio of the first minibatch is 1 and the first KL 0.
+"""The forward passes of PPO's four models over prompt + response. Old, new and reference log-probabilities share one
+code path, so that the ratio of the first minibatch is 1 and the first KL is 0.
 
 Prompts are padded on the left to Q slots, responses on the right to R, and T = Q + R: tokens_BT is prompt and response.
 `real_BT` is 1 on real tokens, mask_BR on those of the response. Pads are a segment of their own, which nothing else
@@ -19,13 +19,13 @@ from gptjax.objectives.ppo import last_action
 
 @dataclasses.dataclass(frozen=True)
 class RLSpec:
-    """What is static about the models and their texts.
+    """Static configuration of the models and of the sequences that they read.
 
     policy: also the reference's shape. value: None = a head on the policy's own trunk. reward: None = no reward model.
     group_size: samples of each prompt; more than 1 is GRPO, which has no critic (no values at all).
     response: R, slots of a response. temperature: divides the logits in every log-probability, and in sampling.
-    vocab: ids that are sampled and normalized over are those below it. loss_chunk: time steps whose logits are held
-    at once. dtype: of activations and matmuls.
+    vocab: only ids below it are sampled and normalized over. loss_chunk: time steps whose logits are in memory at
+    once. dtype: of activations and matmuls.
     """
 
     policy: GPTConfig

@@ -46,8 +46,7 @@ class Experience:
 
 
 class Models(NamedTuple):
-    """policy, value: parameters; value is {} for GRPO. frozen: () -> (reference, reward model or None), on the device.
-    """
+    """policy, value: parameters; value is {} for GRPO. frozen: () -> (reference, reward model or None) on the device."""
 
     policy: Any
     value: Any
@@ -263,6 +262,5 @@ def has_eos(tokens_BT, mask_BR, eos_id: int | None):
 
 @jax.jit
 def sampler_difference(sampled_BR, scored_BR, mask_BR):
-    """Largest |difference| between the log-probabilities of the sampler (KV cache) and of `score`: rounding, or a bug.
-    """
+    """Largest |difference| between log-probabilities of the sampler (KV cache) and of `score`: rounding, or a bug."""
     return jnp.abs(ppo.keep(sampled_BR - scored_BR, mask_BR)).max()
