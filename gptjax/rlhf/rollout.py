@@ -46,7 +46,7 @@ class Experience:
 
 
 class Models(NamedTuple):
-    """policy, value: parameters; value is {} for GRPO. frozen: () -> (reference, reward model or None) on the device."""
+    """policy, value: parameters; value is {} in GRPO. frozen: () -> (reference, reward model or None) on device."""
 
     policy: Any
     value: Any

@@ -32,14 +32,14 @@ class UpdateConfig:
     microbatch_size: responses whose gradients are computed at a time; None = the whole minibatch.
     clip: epsilon of the clipped policy loss.
     value_clip: epsilon of the clipped value loss.
-    value_coefficient: weight of the value loss; it matters where the trunk is shared.
+    value_coefficient: weight of the value loss; it matters when policy and value share a trunk.
     normalize: what the policy and value losses are means over: 'token' (all actions of the minibatch) or 'sequence'
-        (sums of a response, over responses).
+        (sums over each response, averaged over responses).
     ptx_coefficient: gamma of PPO-ptx; 0 = plain PPO.
-    ptx_normalize: log pi(x) as a mean over 'token's or summed over a 'sequence': the paper does not say, and gamma
-        means nothing without it.
-    ema_decay: decay per iteration of the policy's moving average, which checkpoints and evaluations use; 0 = no
-        average.
+    ptx_normalize: log pi(x) is a mean over tokens ('token') or summed over a sequence ('sequence'). The paper does not
+        say which, and the scale of gamma depends on it.
+    ema_decay: decay per iteration of the policy's exponential moving average, which evaluations and later stages use;
+        0 = no average.
     """
 
     epochs: Count = 4
@@ -138,8 +138,8 @@ def make_update(c: UpdateConfig, spec: RLSpec, policy_tx, value_tx, clip_norm: f
     """Returns update(state, rollout, ptx, learning_rates) -> (state, metrics), to be jitted with the state donated.
 
     ptx: the `text` of ptx_gradient with a leading axis of minibatches, or None. learning_rates: (policy's, value's) of
-    this iteration. metrics: means over the optimizer steps; `policy/first_ratio_deviation` is the largest |ratio - 1| of
-    the first step, which must be 0 up to rounding. A step whose gradient is not finite changes nothing and sets
+    this iteration. metrics: means over the optimizer steps; `policy/first_ratio_deviation` is the largest |ratio - 1|
+    of the first step, which must be 0 up to rounding. A step whose gradient is not finite changes nothing and sets
     `finite` to 0.
     """
 
