@@ -146,9 +146,9 @@ def length_baseline(p: Pairs) -> dict | None:
 
 
 def calibration(p: Pairs, bins: int = 10) -> list[dict]:
-    """Pairs in `bins` equal parts by |margin|: the agreement the model predicts, sigma(|margin|), beside what it gets.
+    """Pairs in `bins` equal parts by |margin|: the predicted agreement, sigma(|margin|), and the observed one.
 
-    A calibrated model's two columns are equal (Stiennon et al. 2020 appendix G.2 plots them).
+    They are equal for a calibrated model (Stiennon et al. 2020 appendix G.2 plots them).
     """
     order = np.argsort(np.abs(p.margin), kind="stable")
     rows = []
