@@ -1,4 +1,4 @@
-"""What evaluators share: sums over batches, and batches spread over a validation split."""
+"""Shared by the evaluators: sums over batches, and evenly spaced batches of a validation split."""
 
 import jax
 import numpy as np
@@ -9,9 +9,9 @@ from gptjax.training.stopping import leave_if_asked
 
 
 def evaluation_sums(eval_step, params, batches, sharding) -> tuple[float, float, dict]:
-    """(loss sum, count, {name: further sum}) over batches[0 .. len - 1], each with this host's rows.
+    """(loss sum, count, {name: another sum}) over all batches, each of which has this host's rows.
 
-    Raises Interrupted where the run that it is part of is asked to stop."""
+    Raises Interrupted if the run has been asked to stop."""
     results, quiet = [], len(batches) < 20 or not hosts.first()
     for i in progress(range(len(batches)), desc="evaluating", unit="batch", disable=quiet, leave=False):
         leave_if_asked()
@@ -21,7 +21,7 @@ def evaluation_sums(eval_step, params, batches, sharding) -> tuple[float, float,
 
 
 def spread(batches, most: int):
-    """At most so many of the batches, evenly spread; 0 = all."""
+    """At most `most` of the batches, evenly spaced; 0 = all."""
     if not 0 < most < len(batches):
         return batches
     return [batches[i * len(batches) // most] for i in range(most)]

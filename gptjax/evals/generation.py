@@ -1,4 +1,4 @@
-"""Texts of the model in training, written to samples.jsonl and printed."""
+"""Samples of the model during training, written to samples.jsonl and printed."""
 
 import dataclasses
 
@@ -21,9 +21,9 @@ class SamplesConfig:
     """Texts written to samples.jsonl before the first step and after the last.
 
     prompts: texts to continue.
-    max_new_tokens: most tokens of a continuation.
+    max_new_tokens: maximum tokens of a continuation.
     temperature: divides the logits; 0 = greedy.
-    top_p: sample from the likeliest tokens of this probability mass.
+    top_p: sample from the most likely tokens of this probability mass.
     """
 
     prompts: tuple[str, ...] = ()
@@ -35,9 +35,9 @@ class SamplesConfig:
 def sample_prompts(prompts, tokenizer: Tokenizer, context_length: int) -> dict[str, list[int]]:
     """{prompt: its token ids} of samples.prompts.
 
-    One that cannot be a prompt (characters that the tokenizer lacks, longer than the context) is skipped with a warning
-    where it is the config file's own, which knows nothing of the data. Raises InputError where the command line or code
-    gave it.
+    A prompt that cannot be used (characters that the tokenizer lacks, longer than the context) is skipped with a
+    warning if it comes from the config file, which is written without knowing the data. Raises InputError if it was
+    given on the command line or in code.
     """
     encoded = {}
     for prompt in prompts:
@@ -62,7 +62,8 @@ def sample_prompts(prompts, tokenizer: Tokenizer, context_length: int) -> dict[s
 
 def continuations(c: SamplesConfig, prompts: dict[str, list[int]], model: GPTConfig, tokenizer: Tokenizer, seed: int,
                   dtype, mesh):  # fmt: skip
-    """An Evaluator's state -> Evaluation: each prompt ({text: ids}) continued, with the same noise each time."""
+    """Returns evaluate(state) -> Evaluation: a continuation of each prompt, with the same noise each time. prompts:
+    {text: ids}."""
 
     def evaluate(state) -> Evaluation:
         if not prompts:
@@ -89,7 +90,7 @@ class ResponseConfig:
     what selection='reward' scores.
 
     count: how many are written; four times as many are scored.
-    max_new_tokens: most tokens of a response.
+    max_new_tokens: maximum tokens of a response.
     temperature: divides the logits; 0 = greedy.
     """
 
@@ -104,22 +105,22 @@ def scored_prompts(c: ResponseConfig, demonstrations: Demonstrations) -> list:
 
 
 def _sampled(c: ResponseConfig, params, model: GPTConfig, prompts, template: Template, seed: int, dtype, mesh):
-    """One sampled response to each prompt, as ids with end-of-text where there was one."""
+    """One sampled response to each prompt, as ids, with end-of-text if it was produced."""
     return respond(
         params, model, prompts, template, max_new_tokens=c.max_new_tokens, temperature=c.temperature, seed=seed,
         dtype=dtype, mesh=mesh,
     )  # fmt: skip
 
 
-def scored_responses(judge, c: ResponseConfig, demonstrations: Demonstrations, model: GPTConfig, template: Template,
-                     seed: int, dtype, mesh):  # fmt: skip
-    """An Evaluator's state -> Evaluation: 'reward', the reward model's mean score of sampled responses, by which the
-    best checkpoint is selected. judge: a reward model with score(prompts, responses) -> [n]."""
+def scored_responses(reward_model, c: ResponseConfig, demonstrations: Demonstrations, model: GPTConfig,
+                     template: Template, seed: int, dtype, mesh):  # fmt: skip
+    """Returns evaluate(state) -> Evaluation: 'reward', the reward model's mean score of sampled responses, by which the
+    best checkpoint is selected. reward_model: with score(prompts, responses) -> [number of responses]."""
     prompts = scored_prompts(c, demonstrations)
 
     def evaluate(state) -> Evaluation:
         sampled = _sampled(c, state.params, model, prompts, template, seed, dtype, mesh)
-        reward = float(judge.score(prompts, sampled).mean())
+        reward = float(reward_model.score(prompts, sampled).mean())
         return Evaluation({"reward": reward, "selection": -reward})
 
     return evaluate
@@ -127,7 +128,7 @@ def scored_responses(judge, c: ResponseConfig, demonstrations: Demonstrations, m
 
 def responses(c: ResponseConfig, demonstrations: Demonstrations, model: GPTConfig, template: Template, seed: int, dtype,
               mesh):  # fmt: skip
-    """An Evaluator's state -> Evaluation: responses to the first validation prompts, beside the demonstration."""
+    """Returns evaluate(state) -> Evaluation: responses to the first validation prompts, with the demonstrations."""
     shown = [d for d in demonstrations.validation if d.prompt][: c.count]
 
     def evaluate(state) -> Evaluation:

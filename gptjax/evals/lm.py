@@ -12,10 +12,10 @@ from gptjax.training.step import jit_eval_step
 
 
 def text_loss(loss, text: Text, batches: Mapping[str, LmBatches], mesh):
-    """An Evaluator's state -> Evaluation: 'loss' in nats per token, 'bits_per_byte' and 'tokens' of a text's validation
-    split; of a mixture the means under its weights, with 'loss/<name>' of each part.
+    """Returns evaluate(state) -> Evaluation: 'loss' in nats per token, 'bits_per_byte' and 'tokens' of a validation
+    split; for a mixture the weighted means, and 'loss/<name>' of each part.
 
-    loss: of an Objective. batches: text.validation_batches.
+    loss: of an Objective. batches: of text.validation_batches.
     """
     step, sharding = jit_eval_step(loss, mesh), batch_sharding(mesh, 0)
 
@@ -28,8 +28,8 @@ def text_loss(loss, text: Text, batches: Mapping[str, LmBatches], mesh):
 
 
 def response_loss(loss, batches, mesh):
-    """An Evaluator's state -> Evaluation: 'loss' in nats per response token, 'bits_per_byte' and 'tokens' over batches
-    of demonstrations."""
+    """Returns evaluate(state) -> Evaluation: 'loss' in nats per response token, 'bits_per_byte' and 'tokens' over
+    batches of demonstrations."""
     step, sharding = jit_eval_step(loss, mesh), batch_sharding(mesh, 0)
 
     def evaluate(state) -> Evaluation:

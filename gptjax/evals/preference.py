@@ -1,6 +1,7 @@
-"""How well scores agree with people's rankings: accuracy, calibration, and what length alone would explain.
+"""How well scores agree with human rankings: accuracy, calibration, and how much length alone explains.
 
-The statistics are plain numpy over a whole validation set. A pair is a better and a worse completion of one prompt.
+The statistics are numpy over a complete validation set. A pair is a better and a worse completion of one prompt. B is
+the number of prompts and N the number of completions of each.
 """
 
 import dataclasses
@@ -18,15 +19,15 @@ from gptjax.training.stopping import leave_if_asked
 
 
 def scorer(score, mesh):
-    """(params, batches of comparisons) -> scores, ranks, valid, lengths of all completions, each [prompts, K].
+    """Returns score_all(params, batches of comparisons) -> scores, ranks, valid, lengths: [B, N] each.
 
-    score: (params, tokens [rows, time], lengths [rows]) -> [rows].
+    score: (params, tokens [rows, T], lengths [rows]) -> [rows].
     """
 
     def score_batch(params, b):
-        rows, k, time = b["tokens"].shape
-        scores = score(params, b["tokens"].reshape(rows * k, time), b["lengths"].reshape(rows * k))
-        return scores.reshape(rows, k), b["ranks"], b["valid"], b["lengths"]
+        B, N, T = b["tokens"].shape
+        scores = score(params, b["tokens"].reshape(B * N, T), b["lengths"].reshape(B * N))
+        return scores.reshape(B, N), b["ranks"], b["valid"], b["lengths"]
 
     # Each host has some of the rows and needs all scores.
     score_batch = jax.jit(score_batch, out_shardings=hosts.replicated(mesh))
@@ -43,9 +44,9 @@ def scorer(score, mesh):
 
 
 def ranking(scores, criterion, batches):
-    """An Evaluator's state -> Evaluation: 'loss', 'accuracy', 'margin' and 'pairs' over comparisons.
+    """Returns evaluate(state) -> Evaluation: 'loss', 'accuracy', 'margin' and 'pairs' over comparisons.
 
-    scores: of `scorer`. criterion: (scores, ranks, valid) -> (sum, count).
+    scores: what `scorer` returns. criterion: (scores, ranks, valid) -> (sum, count).
     """
 
     def evaluate(state) -> Evaluation:
@@ -58,8 +59,10 @@ def ranking(scores, criterion, batches):
 
 
 def ranking_sums(loss, batches, mesh, most: int = 0):
-    """An Evaluator's state -> Evaluation: 'loss', 'accuracy', 'margin' and 'pairs' over comparisons, of an Objective's
-    loss whose extra sums are ranking_statistics. most: batches of them, spread evenly; 0 = all."""
+    """Returns evaluate(state) -> Evaluation: 'loss', 'accuracy', 'margin' and 'pairs' over comparisons.
+
+    loss: of an Objective whose extra sums are ranking_statistics. most: how many batches, evenly spaced; 0 = all.
+    """
     step, sharding, batches = jit_eval_step(loss, mesh), batch_sharding(mesh, 0), spread(batches, most)
 
     def evaluate(state) -> Evaluation:
@@ -70,15 +73,15 @@ def ranking_sums(loss, batches, mesh, most: int = 0):
 
 
 def ranking_metrics(sums: dict) -> dict:
-    """Of objectives/preference.ranking_statistics."""
+    """Means of the sums of objectives/preference.ranking_statistics."""
     n = max(sums["pairs"], 1)
     return {"accuracy": sums["correct"] / n, "margin": sums["margin"] / n, "pairs": int(sums["pairs"])}
 
 
 @dataclasses.dataclass(frozen=True)
 class Pairs:
-    """margin: r(better) - r(worse); longer: tokens of the better less those of the worse; weight: 1 / pairs of its
-    prompt; characters: as longer, in characters. All float64 [pairs]."""
+    """margin: r(better) - r(worse); longer: tokens of the better minus tokens of the worse; weight: 1 / number of pairs
+    of its prompt; characters: as longer, in characters. All float64 [pairs]."""
 
     margin: np.ndarray
     longer: np.ndarray
@@ -87,7 +90,7 @@ class Pairs:
 
 
 def pairs(scores, ranks, valid, lengths, characters) -> Pairs:
-    """All ranked pairs of [prompts, K] arrays; ties in rank are no pairs. lengths: in tokens."""
+    """All ranked pairs of arrays [B, N]; equal ranks make no pair. lengths: in tokens."""
     parts = []
     for r, rank, ok, n, chars in zip(scores, ranks, valid, lengths, characters, strict=True):
         keep = np.flatnonzero(ok > 0)
@@ -105,10 +108,14 @@ def _accuracy(difference) -> float | None:
 
 
 def agreement(p: Pairs) -> dict:
-    """accuracy (pairs equal), accuracy_by_prompt (prompts equal, as the loss has it), margin; longer_wins and
-    longer_wins_characters: what choosing the one of more tokens or characters would get; length_baseline: the best that
-    length alone does, {'rule', 'accuracy'}, which a reward model should beat; accuracy where the better one is longer,
-    shorter, or within a token; and length_correlation of margin and difference in tokens."""
+    """Figures of agreement.
+
+    accuracy: each pair has the same weight. accuracy_by_prompt: each prompt has the same weight, as in the loss.
+    longer_wins, longer_wins_characters: accuracy of choosing the completion with more tokens or characters.
+    length_baseline: best accuracy of length alone, {'rule', 'accuracy'}, which a reward model should exceed.
+    accuracy_better_is_longer, _is_shorter, accuracy_same_length (within a token): of those pairs alone.
+    length_correlation: of the margin and the difference in tokens.
+    """
     result = {
         "pairs": int(p.margin.size),
         "accuracy": _accuracy(p.margin),
@@ -127,7 +134,7 @@ def agreement(p: Pairs) -> dict:
 
 
 def length_baseline(p: Pairs) -> dict | None:
-    """{'rule', 'accuracy'} of the strongest of four: more or fewer, tokens or characters; None without pairs."""
+    """{'rule', 'accuracy'} of the best of four rules: more or fewer tokens or characters; None without pairs."""
     if not p.margin.size:
         return None
     found = {}
@@ -139,9 +146,9 @@ def length_baseline(p: Pairs) -> dict | None:
 
 
 def calibration(p: Pairs, bins: int = 10) -> list[dict]:
-    """Pairs in `bins` equal parts by |margin|: the agreement the model predicts, sigma(|margin|), beside what it gets.
+    """Pairs in `bins` equal parts by |margin|: the predicted agreement, sigma(|margin|), and the observed one.
 
-    A calibrated model's two columns are equal (Stiennon et al. 2020 appendix G.2 plots them).
+    They are equal for a calibrated model (Stiennon et al. 2020 appendix G.2 plots them).
     """
     order = np.argsort(np.abs(p.margin), kind="stable")
     rows = []
@@ -158,8 +165,8 @@ def calibration(p: Pairs, bins: int = 10) -> list[dict]:
 
 
 def length_explains(figures: dict, within: float = 0.02) -> bool:
-    """Whether choosing by length alone would do as well as the model, but for `within`; never of a model whose accuracy
-    is that of chance (within two standard errors of 1/2), which has learned nothing."""
+    """Whether length alone is as accurate as the model, up to `within`. False for a model no better than chance
+    (accuracy within two standard errors of 1/2), which has learned nothing."""
     if not figures["pairs"] or figures["accuracy"] < 0.5 + figures["pairs"] ** -0.5:
         return False
     return figures["length_baseline"]["accuracy"] >= figures["accuracy"] - within

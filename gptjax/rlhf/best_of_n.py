@@ -1,9 +1,9 @@
-"""Best-of-n: sample n responses to each prompt and keep the one the reward model likes best.
+"""Best-of-n: sample n responses to each prompt and keep the one that the reward model scores highest.
 
     python -m gptjax.rlhf.best_of_n --policy=runs/sft --reward=runs/reward --prompts=prompts.jsonl --n=16
 
-The strong baseline PPO is to be held against, at a KL known in closed form: log n - (n - 1)/n (Stiennon et al. 2020;
-exact where no two scores tie, else an upper bound).
+A strong baseline for PPO, whose KL has a closed form: log n - (n - 1)/n (Stiennon et al. 2020; exact if no two scores
+are equal, else an upper bound).
 """
 
 import sys
@@ -22,7 +22,7 @@ from gptjax.objectives.ppo import best_of_n_kl
 
 
 def best_of_n(scores: np.ndarray, n: int) -> tuple[np.ndarray, float]:
-    """Which of its first n samples each prompt keeps, int [prompts], and the KL bound. scores: [prompts, >= n]."""
+    """(index of the best of the first n samples of each prompt, int [B]; the KL bound). scores: [B, at least n]."""
     if not 1 <= n <= scores.shape[1]:
         raise InputError(f"best-of-{n} needs {n} samples of each prompt and there are {scores.shape[1]}.")
     return scores[:, :n].argmax(1), float(best_of_n_kl(n))
@@ -32,7 +32,7 @@ def expected_best(scores: np.ndarray, others: np.ndarray, n: int) -> tuple[float
     """(E[score], E[other]) of best-of-n, over all choices of n among the samples without replacement.
 
     The estimator of Nakano et al. 2021 (WebGPT, appendix I): with scores sorted, the j-th smallest of N is the best of
-    n with probability C(j - 1, n - 1)/C(N, n). scores, others: [prompts, N]; others might be a gold score.
+    n with probability C(j - 1, n - 1)/C(N, n). scores, others: [B, N]; others can be a gold score.
     """
     N = scores.shape[1]
     if not 1 <= n <= N:

@@ -1,4 +1,4 @@
-"""Where an iteration's time goes."""
+"""Wall time of each phase of an iteration."""
 
 import time
 
@@ -6,7 +6,8 @@ import jax
 
 
 class Clock:
-    """Seconds of each phase of an iteration. Each lap waits for its arrays: an iteration is seconds long."""
+    """Seconds of each phase of an iteration. Each lap waits for its arrays, which costs little: an iteration takes
+    seconds."""
 
     def __init__(self):
         self._began = self._last = time.perf_counter()
@@ -22,9 +23,9 @@ class Clock:
         return self._last - self._began
 
     def figures(self, mask, tokens) -> dict:
-        """time/* in seconds; tokens_per_second/rollout counts sampled tokens, the others' prompts and responses."""
-        sampled, whole = float(mask.sum()), tokens.size
+        """time/* in seconds; tokens_per_second/rollout counts sampled tokens, that of other phases all tokens."""
+        sampled, all_tokens = float(mask.sum()), tokens.size
         result = {f"time/{k}": v for k, v in self.seconds.items()} | {"time/iteration": self.total}
         for phase, v in self.seconds.items():
-            result[f"tokens_per_second/{phase}"] = (sampled if phase == "rollout" else whole) / v
+            result[f"tokens_per_second/{phase}"] = (sampled if phase == "rollout" else all_tokens) / v
         return result

@@ -1,4 +1,4 @@
-"""The settings of PPO that are its own, by what they govern; gptjax/ppo.py gathers them."""
+"""PPO's own config sections, one dataclass each; gptjax/ppo.py puts them together."""
 
 import dataclasses
 import math
@@ -8,13 +8,13 @@ from gptjax.errors import InputError
 from gptjax.objectives.ppo import MOST_KL_ERROR
 from gptjax.ranges import Count, Positive, Real, Share, TopP
 
-# Below it the log-probabilities are 0 and -large, and their gradients overflow.
+# Below it log-probabilities are 0 or very negative, and their gradients overflow.
 _LEAST_TEMPERATURE = 0.01
 
 
 @dataclasses.dataclass(frozen=True)
 class KLConfig:
-    """Penalty on leaving the reference model.
+    """KL penalty against the reference model.
 
     coefficient: beta of the per-token KL penalty; 0 = none.
     target: nats per sequence that an adaptive coefficient steers to (Ziegler et al. 2019 §2.2); None = fixed.
@@ -39,8 +39,8 @@ class KLConfig:
             )
 
     def check_batch(self, episodes: int):
-        """InputError: an iteration of so many episodes could multiply the adaptive coefficient by 0 or less, which
-        would reward the policy for leaving the reference."""
+        """Raises InputError if an iteration of so many episodes could multiply the adaptive coefficient by 0 or less,
+        which would reward the policy for leaving the reference."""
         if self.target is not None and MOST_KL_ERROR * episodes >= self.horizon:
             raise InputError(
                 f"kl.horizon={self.horizon:g} with batch_size={episodes}: one iteration could turn the adaptive KL "
@@ -51,7 +51,8 @@ class KLConfig:
 
 @dataclasses.dataclass(frozen=True)
 class RolloutConfig:
-    """Sampling and credit. There is no top-k or top-p: the log-probabilities would be another distribution's.
+    """Sampling and advantages. Top-k and top-p are not supported: sampled tokens would not follow the policy's
+    log-probabilities.
 
     max_new_tokens: R, slots of a response.
     group_size: samples of each prompt; more than 1 makes it GRPO (Shao et al. 2024): advantages against the others of a
@@ -83,7 +84,7 @@ class RolloutConfig:
         if self.top_k != 0 or self.top_p != 1.0:
             raise InputError(
                 f"rollout.top_k={self.top_k} and rollout.top_p={self.top_p}: PPO samples from the whole distribution, "
-                "or its log-probabilities are another one's and the KL turns negative. Leave them at 0 and 1."
+                "because otherwise its log-probabilities are wrong and the KL turns negative. Leave them at 0 and 1."
             )
         if self.max_new_tokens < 1:
             raise InputError(f"rollout.max_new_tokens={self.max_new_tokens}: give at least 1.")
@@ -93,16 +94,16 @@ class RolloutConfig:
                 "differ and log-probabilities that are finite."
             )
         if not (0 <= self.gamma <= 1 and 0 <= self.lam <= 1):
-            raise InputError("rollout: gamma and lam lie in [0, 1].")
+            raise InputError("rollout: gamma and lam are in [0, 1].")
 
 
 @dataclasses.dataclass(frozen=True)
 class RateConfig:
-    """Learning rates over iterations. No iteration is taken at a rate of 0.
+    """Learning rates over iterations. No iteration has a rate of 0.
 
-    kind: what follows the warm-up: 'constant', or 'linear' to 0, which the iteration after the last would have.
+    kind: what follows the warm-up: 'constant', or 'linear', which would reach 0 in the iteration after the last.
     warmup: iterations over which the rate rises linearly to its peak; 0 = no warm-up.
-    warmup_start: share of the peak that the warm-up starts at.
+    warmup_start: fraction of the peak at which the warm-up starts.
     """
 
     kind: str = "constant"
@@ -130,8 +131,8 @@ class PtxConfig:
     per_episode: sequences for each episode of the minibatch (InstructGPT: 8).
     context_length: tokens of a sequence; None = the model's.
     source: None = what the policy was pre-trained on.
-    cache: local folder for the tokens, as data.cache of pre-training; None = `data` in the workdir, or without `source`
-        where that pre-training has them.
+    cache: local folder for the tokens, as data.cache of pre-training; None = `data` in the workdir, or the folder of
+        that pre-training if there is no `source`.
     """
 
     per_episode: Positive = 8.0
@@ -144,13 +145,13 @@ class PtxConfig:
 class EvaluationConfig:
     """Evaluation on held-out prompts.
 
-    every: iterations between evaluations of the policy's moving average; one more at the start and the end.
+    every: iterations between evaluations of the policy's moving average; it is also evaluated at the start and the end.
     source: held-out prompts; None = some of data's own.
     prompts: how many prompts are answered.
-    lm_batches: batches of pre-training validation text whose loss is measured, where that text is at hand; 0 = none.
+    lm_batches: batches of pre-training validation text whose loss is measured, if that text is available; 0 = none.
     samples: how many responses are written to samples.jsonl.
-    gold_fn: 'package.module:function' that is measured and never trained on, to see over-optimization (Gao et al.
-        2022).
+    gold_fn: 'package.module:function', a reward that is measured but not trained on, to detect over-optimization (Gao
+        et al. 2022).
     """
 
     every: Count = 10

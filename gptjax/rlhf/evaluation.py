@@ -1,4 +1,4 @@
-"""What the policy is worth on held-out prompts, and what it says to them."""
+"""Evaluation of the policy on held-out prompts: scores, KL, sampled responses, and loss on pre-training text."""
 
 import math
 
@@ -26,12 +26,14 @@ _FIGURES = {
 
 def held_out_score(c, spec: RLSpec, prompts, widths, template: Template, text, frozen_models,
                    rule: rewards.Rule | None, shuffle: int):  # fmt: skip
-    """An Evaluator's state -> Evaluation of the policy's moving average, always with the same noise.
+    """Returns evaluate(state) -> Evaluation of the policy's moving average, always with the same noise.
 
-    c: PPOConfig. figures: score (reward model and rules, as trained on), raw_score (the same before `missing_eos`),
-    gold, kl, entropy, length, eos_rate, and lm_loss on pre-training text where there is some (`text`, rlhf/ptx.py), of
-    a mixture the mean under its weights and lm_loss/<name> of each part. widths: that the prompts may be padded to.
-    frozen_models: Models.frozen of rollout.collect. shuffle: version of lm.shuffled.
+    Its figures: score (reward model and rules, as in training), raw_score (before `missing_eos`), gold, kl, entropy,
+    length, eos_rate, and with pre-training text (`text`, rlhf/ptx.py) lm_loss; for a mixture its weighted mean and
+    lm_loss/<name> of each part.
+    Args:
+        c: PPOConfig. widths: lengths that prompts may be padded to. frozen_models: Models.frozen of rollout.collect.
+        shuffle: version of lm.shuffled.
     """
     sharding = batch_sharding(spec.mesh, 0)
     multiple = math.lcm(batch_shards(spec.mesh.shape), spec.group_size)
@@ -42,30 +44,31 @@ def held_out_score(c, spec: RLSpec, prompts, widths, template: Template, text, f
     lm_loss = _text_loss(c.eval, spec, text)
 
     def evaluate(state) -> Evaluation:
-        tokens, lengths = (hosts.place(batch[k], sharding) for k in ("tokens", "lengths"))
+        prompts_BQ, lengths_B = (hosts.place(batch[k], sharding) for k in ("tokens", "lengths"))
         models = rollout.Models(state.average, state.value, frozen_models)
-        experience, metrics, score = rollout.collect(
-            models, tokens, lengths, jax.random.key(c.seed), state.kl_coefficient, spec, c.rollout,
+        experience, metrics, score_B = rollout.collect(
+            models, prompts_BQ, lengths_B, jax.random.key(c.seed), state.kl_coefficient, spec, c.rollout,
             rule=rule and rule.of(texts),
         )  # fmt: skip
-        score = hosts.whole(score)
-        ids, responses = rewards.split_rows(*map(hosts.whole, (experience.tokens, lengths, experience.mask)))
-        figures = {name: float(metrics[key]) for name, key in _FIGURES.items()} | {"raw_score": float(np.mean(score))}
+        score_B = hosts.whole(score_B)
+        ids, responses = rewards.split_rows(*map(hosts.whole, (experience.tokens, lengths_B, experience.mask)))
+        figures = {name: float(metrics[key]) for name, key in _FIGURES.items()}
+        figures["raw_score"] = float(np.mean(score_B))
         samples = [
-            {"prompt": texts[i], "text": template.decode(responses[i]), "score": float(score[i])}
+            {"prompt": texts[i], "text": template.decode(responses[i]), "score": float(score_B[i])}
             for i in range(min(c.eval.samples, len(texts)))
         ]
         if gold:
-            of_gold = rewards.call(gold, "text", template, ids, texts, responses)
-            figures["gold"] = float(of_gold.mean())
-            samples = [row | {"gold": float(value)} for row, value in zip(samples, of_gold, strict=False)]
+            gold_B = rewards.call(gold, "text", template, ids, texts, responses)
+            figures["gold"] = float(gold_B.mean())
+            samples = [row | {"gold": float(value)} for row, value in zip(samples, gold_B, strict=False)]
         return Evaluation(figures | lm_loss(state.average), samples)
 
     return evaluate
 
 
 def _text_loss(c: EvaluationConfig, spec: RLSpec, text):
-    """policy -> {'lm_loss', ...} on pre-training validation text; {} without it."""
+    """policy -> {'lm_loss', ...} on pre-training validation text; {} if there is none."""
     if text is None or not c.lm_batches:
         return lambda policy: {}
     step = jit_eval_step(causal_lm_loss(spec.policy, spec.dtype, spec.loss_chunk, spec.mesh), spec.mesh)

@@ -1,4 +1,4 @@
-"""Four models and their optimizers on one mesh: what they take, and keeping the frozen ones in host memory."""
+"""Memory of PPO's four models and their optimizers on one mesh, and offloading the frozen models to host memory."""
 
 import math
 
@@ -41,7 +41,7 @@ def memory_plan(state: PPOState, reference, reward, spec: RLSpec, batch: int, pr
     total = sum(size for _, size, place in parts if place == "device")
     lines = [f"  {name:<20}{size / 2**20:>10,.1f} MiB  {place}" for name, size, place in parts if size]
     lines.append(f"  {'in all':<20}{total / 2**20:>10,.1f} MiB  device, without activations")
-    if offload:  # both come to the device at once to score, when there are no gradients
+    if offload:  # both are on the device together while scoring, when there are no gradients
         scoring = (
             total
             + sum(size for _, size, place in parts if place == "host")
@@ -52,14 +52,14 @@ def memory_plan(state: PPOState, reference, reward, spec: RLSpec, batch: int, pr
 
 
 def offloaded(params):
-    """The parameters in the host's memory, laid out as they were."""
+    """The parameters in host memory, sharded as before."""
     if params is None:
         return None
     return jax.tree.map(lambda x: jax.device_put(x, x.sharding.with_memory_kind("pinned_host")), params)
 
 
 def on_device(params, offload: bool):
-    """What `offloaded` put away, back in the device's memory for as long as the result is held."""
+    """Copies parameters of `offloaded` back to device memory, where they stay as long as the result is referenced."""
     if not offload:
         return params
     return jax.tree.map(lambda x: jax.device_put(x, x.sharding.with_memory_kind("device")), params)

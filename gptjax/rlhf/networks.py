@@ -1,9 +1,9 @@
-"""The forward passes of PPO's four models over prompt + response: one code path for sampling's check, the old and the
-new log-probabilities and the reference's, so that the ratio of the first minibatch is 1 and the first KL 0.
+"""The forward passes of PPO's four models over prompt + response. Old, new and reference log-probabilities share one
+code path, so that the ratio of the first minibatch is 1 and the first KL is 0.
 
-Prompts are padded on the left to Q slots, responses on the right to R; `real` [B, Q + R] is 1 on real tokens. Pads are
-a segment of their own, which nothing else sees, and positions count from each row's first real token. The state before
-response token t is position Q + t - 1.
+Prompts are padded on the left to Q slots, responses on the right to R, and T = Q + R: tokens_BT is prompt and response.
+`real_BT` is 1 on real tokens, mask_BR on those of the response. Pads are a segment of their own, which nothing else
+sees, and positions count from each row's first real token. The state before response token t is position Q + t - 1.
 """
 
 import dataclasses
@@ -19,13 +19,13 @@ from gptjax.objectives.ppo import last_action
 
 @dataclasses.dataclass(frozen=True)
 class RLSpec:
-    """What is static about the models and their texts.
+    """Static configuration of the models and of the sequences that they read.
 
     policy: also the reference's shape. value: None = a head on the policy's own trunk. reward: None = no reward model.
     group_size: samples of each prompt; more than 1 is GRPO, which has no critic (no values at all).
     response: R, slots of a response. temperature: divides the logits in every log-probability, and in sampling.
-    vocab: ids that are sampled and normalized over are those below it. loss_chunk: time steps whose logits are held
-    at once. dtype: of activations and matmuls.
+    vocab: only ids below it are sampled and normalized over. loss_chunk: time steps whose logits are in memory at
+    once. dtype: of activations and matmuls.
     """
 
     policy: GPTConfig
@@ -46,56 +46,62 @@ class RLSpec:
         return self.group_size == 1
 
 
-def real_tokens(lengths, mask, prompt_slots: int):
-    """[B, Q + R]: 1 on the prompt's tokens (left-padded, `lengths` [B] of them) and on the response's (mask [B, R])."""
-    prompt = jnp.arange(prompt_slots)[None] >= (prompt_slots - lengths)[:, None]
-    return jnp.concatenate([prompt.astype(mask.dtype), mask], axis=1)
+def real_tokens(lengths_B, mask_BR, prompt_slots: int):
+    """[B, T]: 1 on the prompt's tokens (left-padded, lengths_B of them) and on the response's. prompt_slots: Q."""
+    prompt_BQ = jnp.arange(prompt_slots)[None] >= (prompt_slots - lengths_B)[:, None]
+    return jnp.concatenate([prompt_BQ.astype(mask_BR.dtype), mask_BR], axis=1)
 
 
-def _hidden(params, config, tokens, real, spec: RLSpec):
-    real = real.astype(jnp.int32)
-    positions = jnp.maximum(jnp.cumsum(real, axis=1) - 1, 0)
-    tokens = jnp.where(real > 0, tokens, 0)  # a pad's id may lie outside this model's vocabulary
-    return gpt.hidden(params, config, tokens, positions=positions, segment_ids=real, dtype=spec.dtype, mesh=spec.mesh)
+def _hidden(params, config, tokens_BT, real_BT, spec: RLSpec):
+    """Final hidden states of prompt and response: [B, T, D]."""
+    real_BT = real_BT.astype(jnp.int32)
+    positions_BT = jnp.maximum(jnp.cumsum(real_BT, axis=1) - 1, 0)
+    tokens_BT = jnp.where(real_BT > 0, tokens_BT, 0)  # a pad's id may lie outside this model's vocabulary
+    return gpt.hidden(
+        params, config, tokens_BT, positions=positions_BT, segment_ids=real_BT, dtype=spec.dtype, mesh=spec.mesh
+    )
 
 
-def _states(x, mask, spec: RLSpec):
-    """Hidden states before each response token [B, R, D]; 0 where there is no action."""
-    before = x[:, -spec.response - 1 : -1]
-    return jnp.where(mask[..., None] > 0, before, 0)
+def _states(x_BTD, mask_BR, spec: RLSpec):
+    """Hidden states before each response token: [B, R, D], 0 where there is no action."""
+    before_BRD = x_BTD[:, -spec.response - 1 : -1]
+    return jnp.where(mask_BR[..., None] > 0, before_BRD, 0)
 
 
-def policy_states(policy, tokens, real, mask, spec: RLSpec):
-    return _states(_hidden(policy, spec.policy, tokens, real, spec), mask, spec)
+def policy_states(policy, tokens_BT, real_BT, mask_BR, spec: RLSpec):
+    """The policy's hidden states before each response token: [B, R, D]."""
+    return _states(_hidden(policy, spec.policy, tokens_BT, real_BT, spec), mask_BR, spec)
 
 
-def log_probs(policy, states, tokens, spec: RLSpec):
+def log_probs(policy, states_BRD, tokens_BT, spec: RLSpec):
     """log pi(y_t | prompt, y_<t): float32 [B, R], differentiable."""
-    return token_log_probs(states, *_head_and_targets(policy, tokens, spec), spec.temperature, spec.loss_chunk)
+    return token_log_probs(states_BRD, *_head_and_targets(policy, tokens_BT, spec), spec.temperature, spec.loss_chunk)
 
 
-def log_probs_and_entropy(policy, states, tokens, spec: RLSpec):
-    head, targets = _head_and_targets(policy, tokens, spec)
-    return token_log_probs_and_entropy(states, head, targets, spec.temperature, spec.loss_chunk)
+def log_probs_and_entropy(policy, states_BRD, tokens_BT, spec: RLSpec):
+    """`log_probs`, and the entropy of the distribution of each response token: float32 [B, R] both."""
+    head_VD, targets_BR = _head_and_targets(policy, tokens_BT, spec)
+    return token_log_probs_and_entropy(states_BRD, head_VD, targets_BR, spec.temperature, spec.loss_chunk)
 
 
-def _head_and_targets(policy, tokens, spec: RLSpec):
-    targets = jnp.minimum(tokens[:, -spec.response :], spec.vocab - 1)  # a pad's id may lie outside
-    return gpt.unembedding(policy, spec.policy)[: spec.vocab], targets
+def _head_and_targets(policy, tokens_BT, spec: RLSpec):
+    targets_BR = jnp.minimum(tokens_BT[:, -spec.response :], spec.vocab - 1)  # a pad's id may lie outside
+    return gpt.unembedding(policy, spec.policy)[: spec.vocab], targets_BR
 
 
-def values(value, states, tokens, real, mask, spec: RLSpec):
+def values(value, states_BRD, tokens_BT, real_BT, mask_BR, spec: RLSpec):
     """V of the state before each response token: float32 [B, R].
 
-    value: {'trunk', 'head'}, or {'head'} alone on the policy's `states`.
+    value: {'trunk', 'head'}, or {'head'} alone on the policy's states_BRD.
     """
     if spec.value is not None:
-        states = _states(_hidden(value["trunk"], spec.value, tokens, real, spec), mask, spec)
-    return heads.scalar(value["head"], states)
+        states_BRD = _states(_hidden(value["trunk"], spec.value, tokens_BT, real_BT, spec), mask_BR, spec)
+    return heads.scalar(value["head"], states_BRD)
 
 
-def scores(reward, tokens, real, mask, spec: RLSpec):
+def scores(reward, tokens_BT, real_BT, mask_BR, spec: RLSpec):
     """The reward model's score at the last action, the end-of-sequence token where there is one: float32 [B]."""
-    x = _hidden(reward["trunk"], spec.reward, tokens, real, spec)[:, -spec.response :]
-    last = jnp.argmax(last_action(mask), axis=1)
-    return heads.scalar(reward["head"], jnp.take_along_axis(x, last[:, None, None], axis=1)[:, 0])
+    x_BRD = _hidden(reward["trunk"], spec.reward, tokens_BT, real_BT, spec)[:, -spec.response :]
+    last_B = jnp.argmax(last_action(mask_BR), axis=1)
+    x_B1D = jnp.take_along_axis(x_BRD, last_B[:, None, None], axis=1)
+    return heads.scalar(reward["head"], x_B1D[:, 0])

@@ -1,4 +1,4 @@
-"""PPO's device programs, from shapes alone: what ppo.py runs and `aot` lowers."""
+"""PPO's device programs, built from shapes alone: ppo.py runs them and `aot` lowers them."""
 
 import dataclasses
 from typing import Any
@@ -18,8 +18,8 @@ from gptjax.training.optimizer import make_optimizer
 
 
 def make_spec(c, policy: GPTConfig, reward: GPTConfig | None, mesh, *, eos_id: int, pad_id: int, vocab: int) -> RLSpec:
-    """What is static about a run's models and texts. c: PPOConfig. policy, reward: models of the workdirs that the run
-    begins with. Raises InputError where they or the batch do not divide over the mesh."""
+    """The RLSpec of a run. c: PPOConfig. policy, reward: configs of the models that the run starts from. Raises
+    InputError if they or the batch cannot be divided over the mesh."""
     options = dataclasses.replace(c.model, dropout=0.0)  # or the ratio of the first minibatch would not be 1
     policy = options.apply(policy)
     value = None if c.shared_trunk or c.rollout.group_size > 1 else options.apply(reward) if reward else policy
@@ -42,14 +42,14 @@ def make_spec(c, policy: GPTConfig, reward: GPTConfig | None, mesh, *, eos_id: i
 
 
 def context_lengths(spec: RLSpec) -> dict[str, int]:
-    """{model: its context}, of all that read a prompt and its response."""
+    """{name: context length} of all models that read a prompt and its response."""
     models = {"policy": spec.policy, "value network": spec.value, "reward model": spec.reward}
     return {name: model.context_length for name, model in models.items() if model}
 
 
 @dataclasses.dataclass(frozen=True)
 class PPOProgram:
-    """abstract, shardings: of the PPOState. update: jitted, donating the state (update.make_update)."""
+    """abstract, shardings: of the PPOState. update: of update.make_update, jitted, with the state donated."""
 
     policy_tx: optax.GradientTransformation
     value_tx: optax.GradientTransformation

@@ -1,4 +1,4 @@
-"""The pre-training text of PPO-ptx: where it comes from, and how much of it a minibatch takes (InstructGPT C.4)."""
+"""The pre-training text of PPO-ptx: its source, and how many sequences go into a minibatch (InstructGPT C.4)."""
 
 import dataclasses
 
@@ -11,7 +11,7 @@ from gptjax.parallel.mesh import batch_shards
 from gptjax.parallel.sharding import batch_sharding
 from gptjax.rlhf.config import PtxConfig
 
-PADDING = -1  # a token of a row that is there to fill a micro-batch
+PADDING = -1  # every token of a row that only fills up a micro-batch
 
 
 @dataclasses.dataclass(frozen=True)
@@ -21,9 +21,12 @@ class Text:
     context_length: int
 
     def batch(self, position: int, shape: tuple[int, int, int], sequences: int, mesh) -> dict:
-        """{tokens: int [minibatches, micro-batches, rows, context + 1]} on the mesh: the sequences from `position` on,
-        so many in each minibatch; rows beyond those are PADDING and count for nothing. Where the policy's base was
-        pre-trained with isolated documents also segment_ids and positions, [..., context]."""
+        """{tokens: int [minibatches, M, B, T + 1]} on the mesh: consecutive sequences, the first of them number
+        `position`.
+
+        shape: (minibatches, M, B) of batch_shape. sequences: of each minibatch; rows beyond those are PADDING and
+        ignored. If the policy was pre-trained with isolated documents, also segment_ids and positions, [..., T].
+        """
         sharding = batch_sharding(mesh, 2)
         minibatches, micro, rows = shape
         place = np.broadcast_to(np.arange(micro * rows).reshape(1, micro, rows), shape)
@@ -40,10 +43,10 @@ class Text:
 def load_text(
     c: PtxConfig, policy, workdir, context_length: int, seed: int, *, needed: bool, record: dict, known: bool
 ) -> Text | None:
-    """A Text, or None where there is none and it is not needed. Its order is a draw of its own, by `seed`.
+    """A Text, shuffled by `seed`; None if there is none and it is not needed.
 
-    policy: the workdir whose pre-training text it is when the config names no source. record, known:
-    records.start_record, and whether the run is resumed.
+    policy: the workdir whose pre-training text is used when the config names no source. needed: raise InputError if
+    there is no text. record, known: records.start_record, and whether the run is resumed.
     """
     length = c.context_length or context_length
     try:
@@ -62,15 +65,15 @@ def load_text(
 
 
 def sequences(c: PtxConfig, episodes: int) -> int:
-    """Of pre-training text in a minibatch of so many episodes."""
+    """How many pre-training sequences belong to a minibatch of `episodes` episodes."""
     return max(1, round(c.per_episode * episodes))
 
 
 def batch_shape(c: PtxConfig, minibatches: int, episodes: int, microbatch_size: int | None, mesh):
-    """(minibatches, micro-batches, rows): room for a minibatch's `sequences` in whole micro-batches of at most
-    microbatch_size rows, each a multiple of the devices that rows are sharded over."""
-    ways = batch_shards(mesh.shape)
+    """(minibatches, M, B) with room for a minibatch's `sequences`: B is at most microbatch_size rows, and a multiple of
+    the number of devices that rows are sharded over."""
+    shards = batch_shards(mesh.shape)
     micro = microbatch_size or episodes
     wanted = sequences(c, episodes)
-    micro = min(micro, -(-wanted // ways) * ways)
+    micro = min(micro, -(-wanted // shards) * shards)
     return minibatches, -(-wanted // micro), micro

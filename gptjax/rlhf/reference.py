@@ -1,7 +1,6 @@
-"""What DPO's reference says of the comparisons: the log-probability of each completion, worked out once.
+"""DPO's reference log-probabilities of all completions, computed once, before training.
 
-They are kept in reference.npz in the workdir, so that a resumed run neither needs the reference nor spends the time
-again.
+They are saved in reference.npz in the workdir, so that a resumed run does not need the reference model.
 """
 
 import functools
@@ -21,10 +20,10 @@ from gptjax.trained import Model
 
 
 class ReferenceLogProbs:
-    """train, validation: numbers of comparisons [rows], -1 for padding -> {'starts': int32 [rows, K], 'reference':
-    float32 [rows, K]}, as ComparisonBatches takes them (`more`).
+    """train, validation: indices of comparisons [B], -1 for padding -> {'starts': int32 [B, N], 'reference': float32
+    [B, N]} for N completions of a prompt; the `more` of ComparisonBatches.
 
-    c: DPOConfig. InputError: the reference is gone, and the workdir has not kept what it said.
+    c: DPOConfig. Raises InputError if neither the reference model nor its saved log-probabilities exist.
     """
 
     def __init__(self, base: Model, comparisons: Comparisons, length: int, c, mesh, workdir):
@@ -48,7 +47,7 @@ class ReferenceLogProbs:
     def _measure(self, base: Model, rows: list[Comparison], length: int, c, mesh) -> list[list[float]]:
         @functools.partial(jax.jit, out_shardings=hosts.replicated(mesh))
         def measure(params, b):
-            flat = (b[name].reshape(-1, *b[name].shape[2:]) for name in ("tokens", "starts", "lengths"))
+            flat = (b[name].reshape(-1, *b[name].shape[2:]) for name in ("tokens", "starts", "lengths"))  # [B x N, ...]
             log_prob = response_log_probs(
                 params, base.config, *flat, dtype=c.precision.dtype, chunk=c.loss_chunk, mesh=mesh
             )
@@ -75,7 +74,7 @@ class ReferenceLogProbs:
             return {name: file[name].tolist() for name in ("train", "validation")}
 
     def save(self):
-        """Into the workdir, which is the run's."""
+        """Writes reference.npz. To be called once the workdir belongs to this run."""
 
         def write():
             content = io.BytesIO()

@@ -1,7 +1,7 @@
-"""A trained reward model as a thing to score texts with: what best-of-n, PPO and SFT's selection open.
+"""A trained reward model, loaded to score texts: used by best-of-n, PPO and SFT's checkpoint selection.
 
 The workdir's reward.json holds the gain and bias that reward.py fitted after training (InstructGPT: demonstrations
-score 0 on average): the comparisons alone leave the zero of the scale undetermined. They are folded into the head.
+score 0 on average), because comparisons leave the offset of the scores undetermined. They are folded into the head.
 """
 
 import dataclasses
@@ -31,7 +31,7 @@ from gptjax.training.precision import DTYPES
 
 @dataclasses.dataclass(frozen=True)
 class RewardModel:
-    """params: {'trunk', 'head'}, normalized. template: the kind its texts were made with."""
+    """params: {'trunk', 'head'}, normalized. template: name of the template that its training texts were made with."""
 
     config: GPTConfig
     params: dict
@@ -40,10 +40,11 @@ class RewardModel:
     dtype: type
     mesh: jax.sharding.Mesh
     step: int = 0
-    weights: str = ""  # digest of the checkpoint's parameters and of what they are normalized with
+    weights: str = ""  # digest of the checkpoint's parameters, with the gain and bias
 
     def check_length(self, longest: int, fix: str):
-        """InputError, which ends with `fix`: a text (prompt and response) of so many tokens is too long to be read."""
+        """Raises InputError where a text (prompt and response) of `longest` tokens exceeds the context. fix: the end
+        of its message."""
         if longest > self.config.context_length:
             raise InputError(
                 f"A text of {longest} tokens is longer than the reward model's context of "
@@ -51,10 +52,10 @@ class RewardModel:
             )
 
     def score(self, prompts, responses, rows: int = 64) -> np.ndarray:
-        """float32 [n]: the score of each response (ids, end-of-text the last) to its prompt (ids).
+        """The score of each response (ids, end-of-text last) to its prompt (ids): float32 [number of responses].
 
-        Rows of about one length are scored together, so that few shapes are compiled and little is padding. Raises
-        InputError for a text longer than the context.
+        Texts of similar length are scored together, so that few shapes are compiled and there is little padding.
+        Raises InputError for a text longer than the context. rows: texts of one forward pass.
         """
         texts = [np.concatenate([np.asarray(p, np.int32), np.asarray(r, np.int32)])
                  for p, r in zip(prompts, responses, strict=True)]  # fmt: skip
@@ -67,18 +68,19 @@ class RewardModel:
                                   disable=len(order) < 20 * rows):  # fmt: skip
                 chosen = order[first : first + rows]
                 length = bucket(len(texts[chosen[-1]]), self.config.context_length)
-                tokens, lengths = np.zeros((rows, length), np.int32), np.ones(rows, np.int32)
+                tokens_BT, lengths_B = np.zeros((rows, length), np.int32), np.ones(rows, np.int32)
                 for row, i in enumerate(chosen):
-                    tokens[row, : len(texts[i])], lengths[row] = texts[i], len(texts[i])
-                scores = score_rows(self.params, tokens, lengths, self.config, self.dtype, self.mesh)
-                out[chosen] = hosts.whole(scores)[: len(chosen)]
+                    tokens_BT[row, : len(texts[i])], lengths_B[row] = texts[i], len(texts[i])
+                scores_B = score_rows(self.params, tokens_BT, lengths_B, self.config, self.dtype, self.mesh)
+                out[chosen] = hosts.whole(scores_B)[: len(chosen)]
         return out
 
 
 def prompt_room(contexts: Mapping[str, int], new_tokens: int, flag: str) -> int:
-    """Tokens a prompt may have, so that it and a response of new_tokens fit every model that reads the two.
+    """The most tokens a prompt may have, so that it fits every model's context together with new_tokens of response.
 
-    contexts: {what the model is: its context length}. flag: what sets new_tokens, for the message. InputError: no room.
+    contexts: {name of the model: its context length}. flag: what sets new_tokens, for the message. Raises InputError
+    if no token is left.
     """
     reader = min(contexts, key=contexts.get)
     room = contexts[reader] - new_tokens
@@ -90,22 +92,22 @@ def prompt_room(contexts: Mapping[str, int], new_tokens: int, flag: str) -> int:
     return room
 
 
-def score_at_end(params, tokens, lengths, config: GPTConfig, dtype, mesh=None, dropout_keys=None):
-    """The scalar at each row's last real token: float32 [rows]. tokens: int [rows, time], padded on the right; what
-    stands after the last token changes nothing, for attention is causal."""
-    x = gpt.hidden(params["trunk"], config, tokens, dtype=dtype, mesh=mesh, dropout_keys=dropout_keys)
-    last = jnp.take_along_axis(x, (lengths - 1)[:, None, None], axis=1)[:, 0]
-    return heads.scalar(params["head"], last)
+def score_at_end(params, tokens_BT, lengths_B, config: GPTConfig, dtype, mesh=None, dropout_keys=None):
+    """The scalar at each row's last real token: float32 [B]. tokens_BT: int, padded on the right; attention is causal,
+    so the padding changes nothing."""
+    x_BTD = gpt.hidden(params["trunk"], config, tokens_BT, dtype=dtype, mesh=mesh, dropout_keys=dropout_keys)
+    last_BD = jnp.take_along_axis(x_BTD, (lengths_B - 1)[:, None, None], axis=1)[:, 0]
+    return heads.scalar(params["head"], last_BD)
 
 
 score_rows = functools.partial(jax.jit, static_argnames=("config", "dtype", "mesh"))(score_at_end)
 
 
 def load_reward_model(workdir, *, mesh, tokenizer: Tokenizer | None = None) -> RewardModel:
-    """Opens the workdir of gptjax.reward.
+    """Loads a reward model from a workdir of gptjax.reward.
 
-    tokenizer: of the model whose texts are to be scored. Raises InputError if it is another one, if the workdir is no
-    reward model's, or if its training has not finished.
+    tokenizer: of the model whose texts are to be scored. Raises InputError if the reward model's tokenizer is another,
+    if the workdir holds no reward model, or if its training has not finished.
     """
     workdir = paths.local(workdir)
     run = run_config.read_config(workdir)
@@ -133,5 +135,5 @@ def load_reward_model(workdir, *, mesh, tokenizer: Tokenizer | None = None) -> R
 
 
 def normalized(head, gain: float, bias: float):
-    """The head whose scores are gain x (what it gave) + bias."""
+    """The head whose scores are gain x (the old scores) + bias."""
     return {"kernel": head["kernel"] * gain, "bias": head["bias"] * gain + bias}

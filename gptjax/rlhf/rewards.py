@@ -3,7 +3,7 @@
     def reward(prompts: list[str], responses: list[str]) -> Sequence[float]      on='text'
     def reward(prompts: list[list[int]], responses: list[list[int]]) -> ...      on='tokens'
 
-One float for each response. A response's tokens end with end-of-text where the policy said it; its text does not.
+One float for each response. The tokens of a response include end-of-text if the policy produced it; its text does not.
 """
 
 import dataclasses
@@ -33,10 +33,10 @@ def load_callable(name: str) -> Callable:
 
 def call(function: Callable, on: str, template: Template, prompts: Sequence, prompt_texts: Sequence[str],
          responses: Sequence) -> np.ndarray:  # fmt: skip
-    """float32 [n] of the callable, checked. Raises InputError for another shape or values that are not finite.
+    """Calls the function and checks its values: float32 [B]. Raises InputError for another shape or non-finite values.
 
-    Of many hosts process 0 calls it, with the whole batch, and the others get its values: each response is judged once,
-    and a function that compares responses, has a state or asks a service sees what it would see on one host.
+    With several hosts process 0 alone calls it, on the whole batch, and sends the values to the others: each response
+    is scored once, and a function that compares responses, keeps state or calls a service works as on one host.
     """
     once = lambda: _values(function, on, template, prompts, prompt_texts, responses).tolist()
     return np.array(hosts.from_first(once), np.float32)
@@ -68,7 +68,7 @@ def _values(function, on, template, prompts, prompt_texts, responses) -> np.ndar
 
 
 def split_rows(tokens: np.ndarray, lengths: np.ndarray, mask: np.ndarray) -> tuple[list, list]:
-    """(prompts, responses) as id lists, of arrays [B, Q + R], [B] and [B, R]."""
+    """(prompts, responses) as lists of ids. tokens: [B, T], lengths: [B], mask: [B, R] (networks.py)."""
     slots = tokens.shape[1] - mask.shape[1]
     counts = mask.sum(1).astype(int)
     prompts = [row[slots - n : slots].tolist() for row, n in zip(tokens, lengths, strict=True)]
@@ -78,14 +78,14 @@ def split_rows(tokens: np.ndarray, lengths: np.ndarray, mask: np.ndarray) -> tup
 
 @dataclasses.dataclass(frozen=True)
 class Rule:
-    """A callable as the rule of rollout.collect. on: what it gets, 'text' or 'tokens'."""
+    """Makes a callable the `rule` of rollout.collect. on: what it is called with, 'text' or 'tokens'."""
 
     function: Callable
     on: str
     template: Template
 
     def of(self, prompt_texts: Sequence[str]):
-        """(tokens, lengths, mask) -> float32 [B], for responses to these prompts."""
+        """A function (tokens, lengths, mask) -> float32 [B] that scores responses to these prompts."""
 
         def score(tokens, lengths, mask) -> np.ndarray:
             prompts, responses = split_rows(*map(hosts.whole, (tokens, lengths, mask)))

@@ -1,6 +1,6 @@
-"""What must hold while PPO runs, and what it means when it does not.
+"""Sanity checks while PPO runs, with likely causes for each failure.
 
-Necessary, not sufficient: a policy trained on shifted logits passes both. The tests have what these cannot see.
+They are necessary, not sufficient: a policy trained on shifted logits passes them all. The tests catch such faults.
 """
 
 import math
@@ -10,15 +10,15 @@ import jax.numpy as jnp
 
 from gptjax.training.loop import NotFinite
 
-# |ratio - 1| of the first minibatch and |KL| of the first iteration that rounding may leave. Rows are batched in
-# another way in the update than in scoring, which changes the order of sums.
+# Rounding tolerances: |ratio - 1| of the first minibatch and |KL| of the first iteration. Rows are batched differently
+# in the update than in scoring, which changes the order of sums.
 _RATIO = {"float32": 1e-3, "bfloat16": 5e-2}
 _KL = {"float32": 1e-4, "bfloat16": 1e-4}  # policy and reference go through one program, from matrices of one dtype
 _SAMPLER = {"float32": 1e-2, "bfloat16": 0.5}
 
 
 def sanity_checks(line: dict, iteration: int, dtype, missing_eos: float | None = None) -> list[str]:
-    """Sentences, each with likely causes; empty when all is well. line: the iteration's metrics. missing_eos: the score
+    """Warnings, each with likely causes; [] if all checks pass. line: the iteration's metrics. missing_eos: the score
     of a response that does not end, None = its own."""
     name = jnp.dtype(dtype).name
     found = []
@@ -52,7 +52,7 @@ def sanity_checks(line: dict, iteration: int, dtype, missing_eos: float | None =
 
 
 def check_iteration(line: dict, iteration: int, dtype, missing_eos: float | None = None):
-    """Prints what is wrong. Raises NotFinite where the gradient or the reward stopped being finite."""
+    """Prints warnings. Raises NotFinite if the gradient or the reward is no longer finite."""
     for text in sanity_checks(line, iteration, dtype, missing_eos):
         print(f"warning: iteration {iteration + 1}: {text}", file=sys.stderr)
     if line["finite"] < 1 or not math.isfinite(line["objective/rlhf_reward"]):

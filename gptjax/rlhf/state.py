@@ -1,4 +1,4 @@
-"""PPOState: one pytree with everything an iteration changes, so that a run killed anywhere goes on bit for bit."""
+"""PPOState: one pytree with everything an iteration changes, so that a resumed run is bitwise identical."""
 
 import dataclasses
 from typing import Any
@@ -19,7 +19,7 @@ from gptjax.training.offload import Offloaded
 class PPOState:
     """step: iterations done. average: the policy's moving average, which evaluation and later stages use.
     key: uint32 [2], the data of a PRNG key. prompt_position, ptx_position: prompts and pre-training examples used.
-    The frozen reference and reward model are no part of it: they are arguments."""
+    The frozen reference and reward model are not part of it."""
 
     step: jax.Array
     policy: Any
@@ -50,7 +50,8 @@ def phase_keys(state: PPOState) -> tuple[jax.Array, jax.Array, jax.Array]:
 
 
 def new_state(policy, value, policy_tx, value_tx, kl_coefficient: float, seed: int) -> PPOState:
-    """Of copies: the update donates its state, and the reference model must outlive it."""
+    """The state before the first iteration. It holds copies: the update donates its state, and the parameters that it
+    was made from are used further, as the reference model."""
     policy, value = jax.tree.map(jnp.copy, (policy, value))
     return PPOState(
         step=jnp.int32(0),
@@ -67,7 +68,7 @@ def new_state(policy, value, policy_tx, value_tx, kl_coefficient: float, seed: i
 
 
 def state_shardings(boxed_policy, boxed_value, policy_tx, value_tx, mesh) -> tuple[PPOState, PPOState]:
-    """(abstract state, its shardings): optimizer moments lie like their parameters, scalars everywhere."""
+    """(abstract state, its shardings): optimizer moments are sharded like their parameters, scalars replicated."""
     if isinstance(policy_tx, Offloaded) or isinstance(value_tx, Offloaded):
         raise InputError(
             "optimizer.offload is not for PPO, whose update is one program of many steps: set it to False."
@@ -75,21 +76,21 @@ def state_shardings(boxed_policy, boxed_value, policy_tx, value_tx, mesh) -> tup
     shapes = lambda boxed: jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), meta.unbox(boxed))
     policy, value = shapes(boxed_policy), shapes(boxed_value)
     abstract = jax.eval_shape(lambda p, v: new_state(p, v, policy_tx, value_tx, 0.0, 0), policy, value)
-    whole = NamedSharding(mesh, PartitionSpec())
+    replicated = NamedSharding(mesh, PartitionSpec())
     policy_places, value_places = parameter_shardings(boxed_policy, mesh), parameter_shardings(boxed_value, mesh)
 
     def moments(tx, opt, places):
-        return optax.tree.map_params(tx, lambda _, s: s, opt, places, transform_non_params=lambda _: whole)
+        return optax.tree.map_params(tx, lambda _, s: s, opt, places, transform_non_params=lambda _: replicated)
 
     return abstract, PPOState(
-        step=whole,
+        step=replicated,
         policy=policy_places,
         policy_opt=moments(policy_tx, abstract.policy_opt, policy_places),
         value=value_places,
         value_opt=moments(value_tx, abstract.value_opt, value_places),
         average=policy_places,
-        kl_coefficient=whole,
-        key=whole,
-        prompt_position=whole,
-        ptx_position=whole,
+        kl_coefficient=replicated,
+        key=replicated,
+        prompt_position=replicated,
+        ptx_position=replicated,
     )

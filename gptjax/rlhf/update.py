@@ -1,4 +1,4 @@
-"""PPO's update: E epochs of M minibatches over one rollout, the pre-training gradient summed in (PPO-ptx).
+"""PPO's update: epochs of minibatches over one rollout, with the gradient on pre-training text added (PPO-ptx).
 
 Sources: Schulman et al. 2017; Ouyang et al. 2022 eq. 2 and appendix C.4.
 """
@@ -32,14 +32,14 @@ class UpdateConfig:
     microbatch_size: responses whose gradients are computed at a time; None = the whole minibatch.
     clip: epsilon of the clipped policy loss.
     value_clip: epsilon of the clipped value loss.
-    value_coefficient: weight of the value loss; it matters where the trunk is shared.
+    value_coefficient: weight of the value loss; it matters when policy and value share a trunk.
     normalize: what the policy and value losses are means over: 'token' (all actions of the minibatch) or 'sequence'
-        (sums of a response, over responses).
+        (sums over each response, averaged over responses).
     ptx_coefficient: gamma of PPO-ptx; 0 = plain PPO.
-    ptx_normalize: log pi(x) as a mean over 'token's or summed over a 'sequence': the paper does not say, and gamma
-        means nothing without it.
-    ema_decay: decay per iteration of the policy's moving average, which checkpoints and evaluations use; 0 = no
-        average.
+    ptx_normalize: log pi(x) is a mean over tokens ('token') or summed over a sequence ('sequence'). The paper does not
+        say which, and the scale of gamma depends on it.
+    ema_decay: decay per iteration of the policy's exponential moving average, which evaluations and later stages use;
+        0 = no average.
     """
 
     epochs: Count = 4
@@ -64,39 +64,40 @@ class UpdateConfig:
 
 
 def ppo_gradients(c: UpdateConfig, spec: RLSpec, policy, value, batch: Experience, kl_coefficient=0.0):
-    """Gradients of policy loss + c_v value loss on one minibatch, and its statistics; without a critic of GRPO's loss.
+    """Gradients of policy loss + c_v value loss on one minibatch, and its statistics; without a critic, of GRPO's loss.
 
-    batch: arrays [micro-batches, rows, ...]. kl_coefficient: of the KL term in GRPO's loss.
+    batch: arrays [M, B, ...]. kl_coefficient: of the KL term in GRPO's loss.
     Returns ((d_policy, d_value), statistics as means over the actions).
     """
     actions = batch.mask.sum()
-    responses = batch.mask.shape[0] * batch.mask.shape[1]
+    M, B, _ = batch.mask.shape
     by_response = c.normalize == "sequence" or not spec.critic
-    count = jnp.maximum(responses if by_response else actions, 1)
+    count = jnp.maximum(M * B if by_response else actions, 1)
     mean = lambda sum_: sum_ / jnp.maximum(actions, 1)
 
     def loss(models, micro: Experience):
         policy, value = models
-        states = networks.policy_states(policy, micro.tokens, micro.real, micro.mask, spec)
-        log_prob = networks.log_probs(policy, states, micro.tokens, spec)
-        policy_sum, _, of_policy = ppo.policy_loss(log_prob, micro.log_prob, micro.advantage, micro.mask, c.clip)
+        mask_BR = micro.mask
+        states_BRD = networks.policy_states(policy, micro.tokens, micro.real, mask_BR, spec)
+        log_prob_BR = networks.log_probs(policy, states_BRD, micro.tokens, spec)
+        policy_sum, _, of_policy = ppo.policy_loss(log_prob_BR, micro.log_prob, micro.advantage, mask_BR, c.clip)
         sums = {
             "policy/approxkl": mean(of_policy["approx_kl"]),
             "policy/clipfrac": mean(of_policy["clipped"]),
             "policy/ratio_mean": mean(of_policy["ratio"]),
         }
         if spec.critic:
-            v = networks.values(value, states, micro.tokens, micro.real, micro.mask, spec)
-            value_sum, _, of_value = ppo.value_loss(v, micro.value, micro.returns, micro.mask, c.value_clip)
+            value_BR = networks.values(value, states_BRD, micro.tokens, micro.real, mask_BR, spec)
+            value_sum, _, of_value = ppo.value_loss(value_BR, micro.value, micro.returns, mask_BR, c.value_clip)
             sums |= {"loss/value": value_sum / count, "value/clipfrac": mean(of_value["clipped"])}
             total = policy_sum + c.value_coefficient * value_sum
         else:
             total = policy_sum = ppo.grpo_loss(
-                log_prob, micro.log_prob, micro.ref_log_prob, micro.advantage, micro.mask, c.clip, kl_coefficient
+                log_prob_BR, micro.log_prob, micro.ref_log_prob, micro.advantage, mask_BR, c.clip, kl_coefficient
             )[0]
         sums["loss/policy"] = policy_sum / count
-        log_ratio = ppo.keep(log_prob - micro.log_prob, micro.mask)
-        return total / count, (sums, {"max": log_ratio.max(), "min": log_ratio.min()})
+        log_ratio_BR = ppo.keep(log_prob_BR - micro.log_prob, mask_BR)
+        return total / count, (sums, {"max": log_ratio_BR.max(), "min": log_ratio_BR.min()})
 
     def gradient(micro, _):
         grads, (sums, extremes) = jax.grad(loss, has_aux=True)((policy, value), micro)
@@ -112,24 +113,24 @@ def ppo_gradients(c: UpdateConfig, spec: RLSpec, policy, value, batch: Experienc
 def ptx_gradient(c: UpdateConfig, spec: RLSpec, policy, text):
     """Gradient of -E[log pi(x)] on pre-training sequences (without gamma), and the loss: PPO-ptx's pre-training mix.
 
-    text: {tokens: int [micro-batches, rows, time + 1]}, below 0 in rows that count for nothing (ptx.PADDING), and where
-    documents are isolated segment_ids and positions, int [micro-batches, rows, time].
+    text: {tokens: int [M, B, T + 1]}, negative in rows that fill up a micro-batch and are ignored (ptx.PADDING); where
+    documents are isolated also segment_ids and positions, int [M, B, T].
     """
-    time = text["tokens"].shape[-1] - 1
-    count = (text["tokens"][..., 0] >= 0).sum() * (time if c.ptx_normalize == "token" else 1)
+    T = text["tokens"].shape[-1] - 1
+    count = (text["tokens"][..., 0] >= 0).sum() * (T if c.ptx_normalize == "token" else 1)
 
-    def loss(policy, x):
-        tokens = x["tokens"]
-        weights = jnp.broadcast_to((tokens[:, :1] >= 0).astype(jnp.float32), (tokens.shape[0], time))
+    def loss(policy, micro):
+        tokens = micro["tokens"]  # [B, T + 1]
+        weights_BT = jnp.broadcast_to((tokens[:, :1] >= 0).astype(jnp.float32), (tokens.shape[0], T))
         tokens = jnp.maximum(tokens, 0)
-        h = gpt.hidden(
-            policy, spec.policy, tokens[:, :-1], positions=x.get("positions"), segment_ids=x.get("segment_ids"),
-            dtype=spec.dtype, mesh=spec.mesh,
+        x_BTD = gpt.hidden(
+            policy, spec.policy, tokens[:, :-1], positions=micro.get("positions"),
+            segment_ids=micro.get("segment_ids"), dtype=spec.dtype, mesh=spec.mesh,
         )  # fmt: skip
-        w = gpt.unembedding(policy, spec.policy)
-        return cross_entropy_sum(h, w, tokens[:, 1:], weights, spec.loss_chunk) / count
+        w_VD = gpt.unembedding(policy, spec.policy)
+        return cross_entropy_sum(x_BTD, w_VD, tokens[:, 1:], weights_BT, spec.loss_chunk) / count
 
-    (total, grads), _ = accumulate(lambda x, _: (jax.value_and_grad(loss)(policy, x), ()), text)
+    (total, grads), _ = accumulate(lambda micro, _: (jax.value_and_grad(loss)(policy, micro), ()), text)
     return grads, total
 
 
@@ -137,9 +138,9 @@ def make_update(c: UpdateConfig, spec: RLSpec, policy_tx, value_tx, clip_norm: f
     """Returns update(state, rollout, ptx, learning_rates) -> (state, metrics), to be jitted with the state donated.
 
     ptx: the `text` of ptx_gradient with a leading axis of minibatches, or None. learning_rates: (policy's, value's) of
-    this iteration. metrics: means over the optimizer steps, and of the first one `policy/first_ratio_deviation`, the
-    largest |ratio - 1|, which must be 0 but for rounding. A step whose gradient is not finite changes nothing and
-    sets `finite` to 0.
+    this iteration. metrics: means over the optimizer steps; `policy/first_ratio_deviation` is the largest |ratio - 1|
+    of the first step, which must be 0 up to rounding. A step whose gradient is not finite changes nothing and sets
+    `finite` to 0.
     """
 
     def update(state: PPOState, rollout: Experience, ptx, learning_rates):
@@ -147,7 +148,7 @@ def make_update(c: UpdateConfig, spec: RLSpec, policy_tx, value_tx, clip_norm: f
         B = rollout.mask.shape[0]
         size = B // c.minibatches
         order = jax.vmap(lambda k: jax.random.permutation(k, B))(jax.random.split(permutation_key, c.epochs))
-        order = order.reshape(c.epochs * c.minibatches, size // (c.microbatch_size or size), -1)
+        order = order.reshape(c.epochs * c.minibatches, size // (c.microbatch_size or size), -1)  # [steps, M, rows]
 
         def step(carry, index):
             policy, policy_opt, value, value_opt = carry
@@ -160,7 +161,7 @@ def make_update(c: UpdateConfig, spec: RLSpec, policy_tx, value_tx, clip_norm: f
                 text = jax.tree.map(lambda a: a[index % c.minibatches], ptx)
                 d_ptx, metrics["loss/ptx"] = ptx_gradient(c, spec, policy, text)
                 d_ptx = jax.tree.map(lambda g: c.ptx_coefficient * g, d_ptx)
-                metrics["grad_norm/ptx"] = optax.tree.norm(d_ptx)  # with gamma: as it enters the step
+                metrics["grad_norm/ptx"] = optax.tree.norm(d_ptx)  # with gamma, as it is added
                 dot = optax.tree.vdot(d_policy, d_ptx)
                 norms = metrics["grad_norm/ppo"] * metrics["grad_norm/ptx"]
                 metrics["grad_norm/cosine"] = dot / jnp.maximum(norms, 1e-12)

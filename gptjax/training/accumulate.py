@@ -1,4 +1,4 @@
-"""Sums over micro-batches, and one optimizer step with clipping and a guard against values that are not finite."""
+"""Gradient accumulation over micro-batches, and one optimizer step with clipping and a check for non-finite values."""
 
 from collections.abc import Callable
 
@@ -10,17 +10,17 @@ from gptjax.training.offload import Offloaded, update_per_layer
 
 
 def accumulate(function: Callable, batch):
-    """The sums of a function's results over micro-batches, in float32.
+    """Sums a function's results over micro-batches, in float32.
 
     Args:
         function: (micro-batch, its index) -> (tree to sum, tree to stack).
-        batch: arrays [micro-batches, rows, ...]. One micro-batch takes no loop: XLA:CPU runs straight-line code faster.
+        batch: arrays [M, B, ...]. A single micro-batch is not put in a loop: XLA:CPU runs straight-line code faster.
     Returns:
-        (sums, stacked [micro-batches, ...]).
+        (sums, stacked [M, ...]).
     """
     first = jax.tree.map(lambda a: a[0], batch)
-    micro_batches = jax.tree.leaves(batch)[0].shape[0]
-    if micro_batches == 1:
+    M = jax.tree.leaves(batch)[0].shape[0]
+    if M == 1:
         sums, stacked = function(first, 0)
         return sums, jax.tree.map(lambda a: a[None], stacked)
 
@@ -30,11 +30,11 @@ def accumulate(function: Callable, batch):
 
     shapes, _ = jax.eval_shape(function, first, 0)
     zeros = jax.tree.map(lambda a: jnp.zeros(a.shape, jnp.float32), shapes)
-    return lax.scan(add, zeros, (batch, jnp.arange(micro_batches)))
+    return lax.scan(add, zeros, (batch, jnp.arange(M)))
 
 
 def apply_gradients(tx, params, opt_state, grads, *, norm, clip_norm: float, learning_rate, finite):
-    """One optimizer step: gradients clipped to a global norm (0 = not clipped), nothing changed where not finite.
+    """One optimizer step: clips the gradients to a global norm (0 = no clipping); changes nothing unless `finite`.
 
     Args:
         tx: an optax transformation whose updates are for a learning rate of 1 (optimizer.py).

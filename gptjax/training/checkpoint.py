@@ -1,13 +1,13 @@
 """Checkpoints: Orbax, asynchronous and atomic, with a digest of every array.
 
-Orbax guards its metadata but not array data: flipped bytes restore without a word. So each save keeps a
-digest per leaf, worked out on the device and independent of how the leaf is sharded, and each restore
-verifies it. A checkpoint that is damaged or half-written is skipped, with a warning, for the next older one. The first
-checkpoint that a start writes is read back at once, before the training after it relies on the storage.
+Orbax checks its metadata but not array data: flipped bits are restored without an error. So each save stores a digest
+per leaf, computed on the device and independent of how the leaf is sharded, and each restore verifies it. A checkpoint
+that is damaged or incomplete is skipped with a warning, and the next older one is used. The first checkpoint that is
+written after a start or resume is read back at once, before the run relies on the storage.
 
     checkpoints/<step>/params      what a later stage or the sampler needs
-    checkpoints/<step>/training    everything else the run needs to go on: optimizer state, loss scale, ...
-    checkpoints/<step>/meta        step, digests, and what the stage adds
+    checkpoints/<step>/training    everything else that resuming needs: optimizer state, loss scale, ...
+    checkpoints/<step>/meta        step, digests, and the stage's own metadata
     checkpoints/best.json          the step with the lowest validation loss, never deleted
 """
 
@@ -43,7 +43,7 @@ class CheckpointConfig:
     every: steps between saves (of PPO: iterations).
     keep_last: how many of the newest are kept.
     keep_best: keep the best evaluated one too (make eval.every a multiple of `every`).
-    keep_every: steps whose multiples are kept for good (of PPO: iterations); 0 = none.
+    keep_every: checkpoints at multiples of it are never deleted (of PPO: iterations); 0 = none.
     """
 
     every: Count = 1000
@@ -57,8 +57,8 @@ class CheckpointConfig:
 
 
 def check_selection(c, choices: tuple[str, ...]):
-    """InputError where `selection` is none of the choices, or where a stage is to use its best checkpoint and would
-    have saved none that it evaluated. c: a config with `selection`, `checkpoint` and `eval`."""
+    """Raises InputError if `selection` is none of the choices, or if the best checkpoint is to be used and none would
+    be both saved and evaluated. c: a config with `selection`, `checkpoint` and `eval`."""
     if c.selection not in choices:
         raise InputError(f"selection={c.selection!r}: choose {', '.join(choices[:-1])} or {choices[-1]}.")
     if c.selection != "last" and (not c.checkpoint.keep_best or c.eval.every % c.checkpoint.every):
@@ -72,8 +72,8 @@ def check_selection(c, choices: tuple[str, ...]):
 
 
 class _LocalPath(gpath.PosixGPath):
-    """A local path whose glob takes the path itself literally. etils joins path and pattern before it matches, so below
-    a folder `[2026]` Orbax found none of its own files and wrote checkpoints without a manifest."""
+    """A local path whose glob takes the path itself literally. etils joins path and pattern before matching, so in a
+    folder named `[2026]` Orbax found none of its own files and wrote checkpoints without a manifest."""
 
     def glob(self, pattern: str):
         return (self / found for found in glob.glob(pattern, root_dir=self))
@@ -94,27 +94,27 @@ class _Keep(preservation_policy.PreservationPolicy):
         return [c.step in newest or c.step == self.best or bool(every and c.step % every == 0) for c in checkpoints]
 
 
-def _is_of_a_full_disk(text: str) -> bool:
+def _means_full_disk(text: str) -> bool:
     return "No space left" in text or "quota exceeded" in text.lower()
 
 
-def _not_of_a_full_disk(record) -> bool:
-    """Of log records: Checkpointer reports a full disk in one line, which Orbax does in a traceback per array."""
+def _not_about_full_disk(record) -> bool:
+    """Filter of log records: Checkpointer reports a full disk in one line, Orbax in a traceback per array."""
     error = record.exc_info[1] if record.exc_info else None
-    return not _is_of_a_full_disk(f"{record.getMessage()} {error}")
+    return not _means_full_disk(f"{record.getMessage()} {error}")
 
 
 _excepthook = sys.excepthook
 
 
 def _without_closed_loops(kind, error, trace):
-    """sys.excepthook: TensorStore prints one of these per array that a full disk kept it from writing."""
+    """sys.excepthook without the errors that TensorStore prints for each array it could not write to a full disk."""
     if not (kind is RuntimeError and "Event loop is closed" in str(error)):
         _excepthook(kind, error, trace)
 
 
 def _remove(directory, attempts: int = 10):
-    """Orbax's threads may still be writing into it. What stays after all is removed by the next start."""
+    """Retries, for Orbax's threads may still be writing into the directory. The next start removes what is left."""
     for _ in range(attempts):
         try:
             return directory.rmtree(missing_ok=True)
@@ -123,15 +123,15 @@ def _remove(directory, attempts: int = 10):
 
 
 class Checkpointer:
-    """Saves and restores a state under workdir/checkpoints: a TrainState, or another dataclass with a `step` that
-    says by `split` and `join` what of it is `params` and what `training`.
+    """Saves and restores a state under workdir/checkpoints: a TrainState, or another dataclass that has a `step`, and
+    `split` and `join` to divide it into `params` and `training`.
 
-    config: None for one who only reads: what a running training is writing there is not his to clean up.
+    config: None = read-only: never deletes temporary files, which may be those of a running training.
     """
 
     def __init__(self, workdir, config: CheckpointConfig | None = None):
-        logging.set_verbosity(logging.ERROR)  # orbax's progress notes would drown ours
-        logging.get_absl_handler().python_handler.addFilter(_not_of_a_full_disk)
+        logging.set_verbosity(logging.ERROR)  # Orbax's progress messages would hide ours
+        logging.get_absl_handler().python_handler.addFilter(_not_about_full_disk)
         if sys.excepthook is not _without_closed_loops:
             global _excepthook
             _excepthook, sys.excepthook = sys.excepthook, _without_closed_loops
@@ -148,7 +148,7 @@ class Checkpointer:
         self._manager = None
         self._failed: str | None = None
         self._trusted = False  # whether a checkpoint of this start has been read back
-        self.best_written, self._losses = True, {}  # best.json says what is best; {step: loss} reported here
+        self.best_written, self._losses = True, {}  # whether best.json is up to date; {step: loss}
 
     @property
     def best(self) -> int | None:
@@ -167,9 +167,9 @@ class Checkpointer:
         return self._manager
 
     def save(self, step: int, state, meta: dict | None = None) -> bool:
-        """Starts writing; returns at once, but for the first one, which is waited for and read back. A full disk is
-        reported, never raised: training goes on and the older checkpoints stay. Raises InputError where the first
-        checkpoint does not restore."""
+        """Starts writing and returns at once, except for the first checkpoint, which is waited for and read back. A
+        full disk is reported and not raised: training continues and the older checkpoints are kept. Raises InputError
+        if the first checkpoint cannot be restored."""
         self._write_best()
         if step in self.manager.all_steps():
             return True
@@ -187,7 +187,7 @@ class Checkpointer:
         return written and self._read_back(step, {"params": params, "training": training})
 
     def save_params(self, step: int, params, meta: dict | None = None):
-        """Weights alone, as an import or a frozen model has them."""
+        """Saves parameters alone, without training state: of an imported or a frozen model."""
         record = {"step": step, "digests": digests({"params": params}), **(meta or {})}
         items = ocp.args.Composite(params=ocp.args.PyTreeSave(params), meta=ocp.args.JsonSave(record))
         if not (self._guarded(step, lambda: self.manager.save(step, args=items)) and self.wait()):
@@ -195,8 +195,8 @@ class Checkpointer:
         self._read_back(step, {"params": params})
 
     def _read_back(self, step: int, items: dict) -> bool:
-        """Restores arrays of a checkpoint just written and compares their digests: of each item the smallest, up to
-        _READ_BACK bytes, so that a large model costs neither much time nor a second copy."""
+        """Restores arrays of a checkpoint just written and compares their digests: the smallest of each item, up to
+        _READ_BACK bytes, so that a large model takes neither much time nor memory for a second copy."""
 
         def chosen(tree):
             leaves, structure = jax.tree.flatten(tree)
@@ -214,14 +214,14 @@ class Checkpointer:
             found, reason = False, str(error).strip().split("\n")[0][:300]
         if not hosts.all_true(found):
             raise InputError(
-                f"Checkpoint {step} was written to {self.directory} and cannot be read back ({reason}): nothing that "
-                "is trained here could be resumed. Give a --workdir on other storage."
+                f"Checkpoint {step} was written to {self.directory} and cannot be read back ({reason}): no run "
+                "could be resumed from here. Give a --workdir on other storage."
             )
         self._trusted = True
         return True
 
     def wait(self) -> bool:
-        """Until what was being written is on disk; False if it could not be."""
+        """Waits until pending writes are on disk; False if they could not be written."""
         self._write_best()
         return self._guarded(None, self.manager.wait_until_finished)
 
@@ -236,7 +236,7 @@ class Checkpointer:
             action()
             return True
         except (ValueError, OSError) as error:
-            full = "RESOURCE_EXHAUSTED" in str(error) or _is_of_a_full_disk(str(error))
+            full = "RESOURCE_EXHAUSTED" in str(error) or _means_full_disk(str(error))
             if not full and getattr(error, "errno", 0) not in (errno.ENOSPC, errno.EDQUOT):
                 raise
         if hosts.first():
@@ -246,8 +246,8 @@ class Checkpointer:
         self._drop_best(good)
         self._failed = (
             f"the disk of {self.directory} is full: the checkpoint being written was dropped. "
-            f"Older ones are whole ({', '.join(map(str, good)) or 'none'}). "
-            "Free some space; the next checkpoint will be tried as planned."
+            f"Older ones are complete ({', '.join(map(str, good)) or 'none'}). "
+            "Free some space; the next checkpoint will be written as scheduled."
         )
         print(f"warning: {self._failed}", file=sys.stderr)
         return False
@@ -259,12 +259,12 @@ class Checkpointer:
         try:
             return json.loads(path.read_text()) if path.exists() else None
         except json.JSONDecodeError:
-            return None  # half a file is no record; the next evaluation writes a new one
+            return None  # incomplete; the next evaluation writes a new one
 
     def report(self, step: int, loss: float | None):
-        """Tell the loss of an evaluated step; the best saved one is kept. loss: None where it was not finite.
+        """Records the loss of an evaluated step; the best saved checkpoint is kept. loss: None if it was not finite.
 
-        A best.json that cannot be written (a full disk) is tried again with the next checkpoint."""
+        If best.json cannot be written (a full disk), it is retried with the next checkpoint."""
         if loss is not None:
             self._losses[step] = loss
         better = loss is not None and math.isfinite(loss) and (not self._best or loss < self._best["loss"])
@@ -279,7 +279,7 @@ class Checkpointer:
             self.best_written = not hosts.first() or files.attempt(path, write)
 
     def _drop_best(self, good: list[int]):
-        """Where the best checkpoint could not be written after all: the best of those that are there."""
+        """If the best checkpoint could not be written after all, selects the best of those that exist."""
         if self._best and self._best["step"] not in good:
             losses = {s: loss for s, loss in self._losses.items() if s in good and math.isfinite(loss)}
             step = min(losses, key=losses.get, default=None)
@@ -294,8 +294,8 @@ class Checkpointer:
         return sorted(self.manager.all_steps(read=True)) if self.directory.exists() else []
 
     def restore(self, abstract, shardings) -> tuple | None:
-        """The newest good checkpoint as a state, laid out as `shardings` say (any mesh), and its meta; None if none
-        was ever written. Raises InputError if there are some and none is good."""
+        """(state, meta) of the newest good checkpoint, sharded by `shardings` (any mesh); None if there is no
+        checkpoint. Raises InputError if there are some and none is good."""
 
         def load(step):
             items, places = (dict(zip(("params", "training"), s.split(), strict=True)) for s in (abstract, shardings))
@@ -306,7 +306,7 @@ class Checkpointer:
         return self._newest_good(load)
 
     def restore_params(self, abstract, shardings, step: int | None = None) -> tuple[dict, dict] | None:
-        """Parameters alone and the meta, of the newest good checkpoint or of a given step."""
+        """(parameters, meta) of the newest good checkpoint, or of a given step."""
 
         def load(step):
             restored, meta = self._restore_items(step, {"params": abstract}, {"params": shardings})
@@ -315,7 +315,7 @@ class Checkpointer:
         return self._newest_good(load, step)
 
     def weights(self, step: int) -> str:
-        """Digest of a checkpoint's parameters, as it was recorded when they were saved."""
+        """Digest of a checkpoint's parameters, recorded when they were saved."""
         items = self.manager.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore()))
         return combined(items["meta"]["digests"])
 
@@ -324,8 +324,8 @@ class Checkpointer:
         return self._restore_targets(step, {name: jax.tree.map(place, x, places[name]) for name, x in items.items()})
 
     def _restore_targets(self, step, items):
-        """(trees, meta) of a checkpoint, verified. items: {name: tree of shapes with a sharding, or ... for a leaf that
-        is not read}."""
+        """(trees, meta) of a checkpoint, verified. items: {name: tree of shapes with shardings, and of `...` for leaves
+        that are not read}."""
         arguments = {}
         for name, target in items.items():
             arguments[name] = ocp.args.PyTreeRestore(
@@ -360,14 +360,14 @@ class Checkpointer:
         )
 
     def drop_after(self, step: int):
-        """Put checkpoints newer than the one that was restored out of the way, into checkpoints-damaged."""
-        newer = hosts.from_first(lambda: [s for s in self.steps() if s > step])  # none looks while the first one moves
-        hosts.only_first(lambda: [self._put_aside(s) for s in newer])
+        """Moves checkpoints newer than the restored one to checkpoints-damaged."""
+        newer = hosts.from_first(lambda: [s for s in self.steps() if s > step])  # no other host lists while it moves
+        hosts.only_first(lambda: [self._move_aside(s) for s in newer])
         if self._keep.best in newer:
             self._best = self._keep.best = None
         self.manager.reload()
 
-    def _put_aside(self, step: int):
+    def _move_aside(self, step: int):
         aside = self.directory.parent / "checkpoints-damaged"
         aside.mkdir(parents=True, exist_ok=True)
         (aside / str(step)).rmtree(missing_ok=True)

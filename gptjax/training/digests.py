@@ -1,4 +1,4 @@
-"""A digest of every array of a checkpoint, worked out on the device and independent of how the array is sharded."""
+"""A digest of every array of a checkpoint, computed on the device and independent of how the array is sharded."""
 
 import hashlib
 import json
@@ -12,8 +12,8 @@ from jax import lax
 def _digests(leaves):
     """uint32 per leaf: the sum over elements of mix(bits + index x odd) mod 2^32.
 
-    The mix (MurmurHash3's finalizer) is a bijection, so any change of one element shows for certain; swaps and
-    changes of several show but for one chance in 2^32. Integer sums do not depend on the sharding."""
+    The mix (MurmurHash3's finalizer) is a bijection, so any change of one element is detected; swaps and changes of
+    several elements are missed with probability 2^-32. Integer sums do not depend on the sharding."""
 
     def one(x):
         x = jax.device_put(x, jax.memory.Space.Device)  # moments may be in host memory
@@ -39,6 +39,6 @@ def digests(tree) -> dict[str, int]:
 
 
 def combined(digests: dict) -> str:
-    """sha256 (hex) of the digests of the parameters among those of a checkpoint: the same weights, the same text."""
+    """sha256 (hex) of the digests of a checkpoint's parameters, to identify its weights."""
     of_params = {path: value for path, value in digests.items() if path.startswith("['params']")}
     return hashlib.sha256(json.dumps(of_params, sort_keys=True).encode()).hexdigest()

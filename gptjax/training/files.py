@@ -1,7 +1,7 @@
-"""Records that a run adds to files while it trains, and what becomes of them where the disk is full.
+"""Records that a run appends to files while it trains, also when the disk is full.
 
-No line of a log is worth a training run: what cannot be written is reported once, kept in memory, and written when
-there is room.
+A failed write of a log does not stop training: it is reported once, and the records are kept in memory until they can
+be written.
 """
 
 import os
@@ -12,23 +12,23 @@ from etils import epath
 
 from gptjax.distributed import hosts
 
-LIMIT = 64 * 2**20  # bytes of records that wait for room, per file; beyond it the oldest are dropped
-_AT_ONCE, _EVERY = 8192, 30.0  # bytes and seconds of records that are collected before they are written unasked
+LIMIT = 64 * 2**20  # most bytes of unwritten records in memory, per file; beyond it the oldest are dropped
+_AT_ONCE, _EVERY = 8192, 30.0  # bytes and seconds of records that are collected before they are written without flush()
 
-_failing: dict[str, str] = {}  # path: why it cannot be written at the moment
+_failing: dict[str, str] = {}  # path: why it cannot currently be written
 
 
 def attempt(path, write: Callable[[], None]) -> bool:
-    """write(), and whether it succeeded: an OSError is reported once, however many files and attempts it concerns."""
+    """Calls write() and returns whether it succeeded. An OSError is reported once for all files and attempts."""
     try:
         write()
     except Exception as error:
-        if not isinstance(error, OSError) and "://" not in str(path):  # object stores have errors of their own
+        if not isinstance(error, OSError) and "://" not in str(path):  # object stores raise other errors
             raise
         if not _failing:
             hosts.warn(
-                f"{path} cannot be written ({reason(error)}): training goes on, and what is missing is written when it "
-                "can be"
+                f"{path} cannot be written ({reason(error)}): training continues, and what is missing is written "
+                "when possible"
             )
         _failing[str(path)] = reason(error)
         return False
@@ -38,7 +38,7 @@ def attempt(path, write: Callable[[], None]) -> bool:
 
 
 def give_up(path):
-    """Nothing more will be written to path."""
+    """Forgets the failure of a path that will not be written any more."""
     _failing.pop(str(path), None)
 
 
@@ -47,13 +47,13 @@ def reason(error: Exception) -> str:
 
 
 class AppendFile:
-    """Records at the end of a file: each is there completely or not at all, and in order.
+    """Appends records to a file, in order, each completely or not at all.
 
-    add() collects and writes now and then; flush() writes what there is. Both return normally where that fails: the
-    records wait in memory (LIMIT) for the next attempt. Object stores cannot append: there the file is written
-    completely at each flush.
+    add() collects records and writes them now and then; flush() writes all of them. Both return normally if that fails:
+    the records stay in memory (up to LIMIT) for the next attempt. Object stores cannot append: each flush writes the
+    complete file.
 
-    keep: the bytes of the file that is there -> those of them that stay (None = all).
+    keep: (bytes of the existing file) -> the bytes to keep; None = all.
     """
 
     def __init__(self, path, keep: Callable[[bytes], bytes] | None = None):
@@ -62,8 +62,8 @@ class AppendFile:
         exists = self.path.exists()
         there = self.path.read_bytes() if exists else b""
         content = keep(there) if keep else there
-        self._size = len(content)  # how far the file is good
-        self._content = content if self._remote or not there.startswith(content) else None  # to be written as a whole
+        self._size = len(content)  # bytes of the file that are good
+        self._content = content if self._remote or not there.startswith(content) else None  # to be rewritten
         self._synced, self._waiting, self._failed, self._tried = exists and content == there, 0, False, time.monotonic()
         self.flush()
 
@@ -78,7 +78,7 @@ class AppendFile:
             self._attempt(sync=False)
 
     def flush(self) -> bool:
-        """Whether everything is on disk now."""
+        """Writes all records. Returns whether everything is on disk."""
         if not self._synced:
             self._synced = self._attempt(sync=True)
         return self._synced
@@ -117,9 +117,9 @@ class AppendFile:
                 while written < len(data):
                     written += os.pwrite(file, memoryview(data)[written:], end + written)
                 if sync:
-                    os.fsync(file)  # over a network it is only here that a full disk shows
+                    os.fsync(file)  # network file systems report a full disk only here
             except OSError:
-                os.ftruncate(file, end)  # no part of a record stays
+                os.ftruncate(file, end)  # leaves no partial record
                 raise
         finally:
             os.close(file)

@@ -1,8 +1,8 @@
-"""The loop that every stage runs: signals, watchdog, cadence of evaluations and checkpoints, and how a run ends.
+"""The loop that every stage runs: signals, watchdog, schedule of evaluations and checkpoints, and how a run ends.
 
-It never waits for the steps it has just dispatched: it reads the metrics of those before (Stage.reads_late). It does
-wait before a checkpoint, so that metrics.jsonl on disk is never behind the checkpoint a run resumes from, and it saves
-before it evaluates.
+It does not wait for the steps that it has just dispatched: it reads the metrics of those before (Stage.reads_late). It
+waits only before a checkpoint, so that metrics.jsonl on disk is never behind the checkpoint that a run resumes from,
+and it saves before it evaluates.
 """
 
 import contextlib
@@ -22,7 +22,7 @@ from gptjax.training.stopping import Interrupted, stop_on_signals
 
 
 class TrainingDiverged(InputError):
-    """The loss or the gradient stopped being finite."""
+    """The loss or the gradient is no longer finite."""
 
 
 class NotFinite(Exception):
@@ -34,8 +34,8 @@ class NotFinite(Exception):
 
 
 def plan(start: int, stop: int, size: int, *boundaries: int | None, at=()) -> Iterator[tuple[int, int]]:
-    """(first step, number of steps) of each dispatch: at most `size`, none across a multiple of a boundary or a step of
-    `at`."""
+    """Yields (first step, number of steps) of each dispatch: at most `size` steps, which do not cross a multiple of a
+    boundary or a step of `at`."""
     step = start
     while step < stop:
         ends = [step + size, stop, *((step // b + 1) * b for b in boundaries if b), *(a for a in at if a > step)]
@@ -44,11 +44,11 @@ def plan(start: int, stop: int, size: int, *boundaries: int | None, at=()) -> It
 
 
 def run(stage: Stage, state, checkpointer: Checkpointer, writer: MetricWriter, seconds: float):
-    """Runs steps state.step .. stage.total - 1. seconds: of training in earlier starts.
+    """Runs steps state.step .. stage.total - 1. seconds: training time before this start.
 
-    Returns (state, whether the run is finished, seconds of training): not finished after SIGTERM or Ctrl-C
-    (stopping.py), with everything saved. Raises TrainingDiverged, naming the step and the last good checkpoint, and
-    InputError where the last checkpoint could not be written.
+    Returns (state, whether the run is finished, seconds of training in all). It is not finished after SIGTERM or Ctrl-C
+    (stopping.py), with everything saved. Raises TrainingDiverged, which names the step and the last good checkpoint,
+    and InputError if the last checkpoint could not be written.
     """
     return _Loop(stage, state, checkpointer, writer, seconds).run()
 
@@ -62,7 +62,7 @@ class _Loop:
         self.pending = None
         self.clock = _Clock(seconds)
         evaluations = writer.evaluations()
-        for line in evaluations:  # best.json may not have been written
+        for line in evaluations:  # in case best.json was not written
             checkpointer.report(line["step"], line.get("selection", line.get("loss")))
         self.evaluated = {line["step"] for line in evaluations}
 
@@ -102,7 +102,7 @@ class _Loop:
         return self.state, finished, self.clock.total()
 
     def advance(self, advance):
-        """Dispatches steps, and reads the metrics of those before, or of these."""
+        """Dispatches steps, and records the metrics of those before, or of these (Stage.reads_late)."""
         compiling = self.stage.seconds_compiling()
         self.state, metrics = advance.run(self.state)
         self.clock.leave_out(self.stage.seconds_compiling() - compiling)
@@ -122,7 +122,7 @@ class _Loop:
             for line in self.stage.lines(first, count, metrics, seconds):
                 if line["step"] % self.c.log.every == 0 or line["step"] == self.stage.total:
                     self.writer.train({**line, "seconds": self.clock.total()})
-        except NotFinite as error:  # the lines of the steps before it are written
+        except NotFinite as error:  # the lines of earlier steps are written
             self.bar.close()
             self.writer.flush()
             text = f"{error.what}; training stopped and {self.last_good()}. {error.fix}"
@@ -138,7 +138,7 @@ class _Loop:
         return newest or "no checkpoint had been written yet"
 
     def evaluate(self) -> bool:
-        """Runs the evaluators due at this step. False where the run was asked to stop before they were done."""
+        """Runs the evaluators due at this step. Returns False if the run was asked to stop before they were done."""
         step, due = self.step, [e for e in self.stage.evaluators if e.due(self.step, self.stage.total)]
         if not due or step in self.evaluated:
             return True
@@ -173,7 +173,7 @@ class _Loop:
                 self.saved = self.step
 
     def close(self, finished: bool, on_disk: bool):
-        """Says how the run ended. InputError: its last checkpoint, or which one is the best, is not on disk."""
+        """Prints how the run ended. Raises InputError if its last checkpoint or best.json is not on disk."""
         unit, checkpointer = self.stage.unit, self.checkpointer
         if not finished:
             hosts.say(
@@ -188,19 +188,19 @@ class _Loop:
             )
         if not checkpointer.best_written and getattr(self.c, "selection", "last") != "last":
             raise InputError(
-                f"The best checkpoint is {unit} {checkpointer.best}, and {checkpointer.directory}/best.json, which "
-                "tells later stages, could not be written: free some disk space and give the same command again."
+                f"The best checkpoint is {unit} {checkpointer.best}, but {checkpointer.directory}/best.json, which "
+                "later stages read, could not be written: free some disk space and give the same command again."
             )
 
 
 class _Clock:
-    """Wall time spent training: compiling, evaluating and saving are not counted."""
+    """Wall time of training, without compiling, evaluating and saving."""
 
     def __init__(self, before: float):
         self._total, self._last, self._out = before, time.perf_counter(), 0.0
 
     def lap(self) -> float:
-        """Seconds since the last lap, pauses left out."""
+        """Seconds since the last lap, without pauses."""
         now = time.perf_counter()
         seconds, self._last, self._out = max(now - self._last - self._out, 1e-9), now, 0.0
         self._total += seconds
@@ -220,7 +220,7 @@ class _Clock:
 
 
 class _Profiler(contextlib.AbstractContextManager):
-    """A trace of steps start .. stop - 1 in workdir/profile, for TensorBoard or xprof."""
+    """Traces `steps` steps from `start` on to workdir/profile, for TensorBoard or xprof."""
 
     def __init__(self, workdir, start, steps):
         self.directory, self.start = str(workdir) + "/profile", start

@@ -1,4 +1,4 @@
-"""Where figures go: metrics.jsonl first, TensorBoard always, Weights & Biases if asked."""
+"""Where metrics are written: metrics.jsonl, TensorBoard, and on request Weights & Biases."""
 
 import dataclasses
 import importlib.util
@@ -22,16 +22,16 @@ from gptjax.training.files import AppendFile, give_up
 
 @dataclasses.dataclass(frozen=True)
 class LogConfig:
-    """What a run records besides its checkpoints.
+    """What a run logs.
 
     every: steps between lines of metrics.jsonl.
     tensorboard: write the metrics to TensorBoard files in the workdir too.
     wandb: send the metrics to Weights & Biases too.
     profile_start: first step of the trace in workdir/profile, counted from where the run starts or resumes.
     profile_steps: how many steps are traced; 0 = no trace.
-    stuck_after: seconds without a new step, evaluations and checkpoints included, after which the process writes the
-        stack of each of its threads and ends; None = never. Of many hosts one that is stuck would keep the others
-        waiting for good.
+    stuck_after: seconds without a new step, evaluations and checkpoints included, after which the process prints the
+        stack of each of its threads and exits; None = never. With several hosts, one that hangs would keep the others
+        waiting forever.
     """
 
     every: Count = 1
@@ -47,9 +47,9 @@ class LogConfig:
 
 
 class JsonLines:
-    """A file of one JSON object a line, each with the `step` it is of; added to at the end (files.AppendFile).
+    """A file of one JSON object per line, each with its `step`, appended to (files.AppendFile).
 
-    Resuming a run at `start_step` drops the lines after it, damaged lines, and with `once` earlier copies of a step.
+    Resuming a run at `start_step` drops lines of later steps, damaged lines, and with `once` earlier copies of a step.
     """
 
     def __init__(self, path, start_step: int = 0, once: bool = False):
@@ -68,7 +68,7 @@ class JsonLines:
         self._file.flush()
 
     def close(self) -> str | None:
-        """Writes what is left. Returns what could not be written, None where everything was."""
+        """Writes the rest. Returns a description of what could not be written, or None."""
         if self._file.flush():
             return None
         give_up(self.path)
@@ -81,16 +81,15 @@ class JsonLines:
 
     @staticmethod
     def read(path, once: bool = False) -> list[dict]:
-        """The records of a file; [] if there is none. What is no JSON object with a step is skipped with a warning.
-
-        once: of several records of a step only the last."""
+        """The records of a file; [] if there is no file. Lines other than JSON objects with a step are skipped with a
+        warning. once: keep only the last record of a step."""
         path = epath.Path(path)
         return [line for _, line in _parse(path.read_bytes(), path, once)] if path.exists() else []
 
 
 def _parse(content: bytes, path, once: bool) -> list[tuple[bytes, dict]]:
-    """(bytes, record) of each good line. Damaged ones are counted in a warning, except a last one that a kill cut
-    short. A crash of the machine can leave NUL bytes; what follows them on their line is good."""
+    """(bytes, record) of each good line. A warning counts the damaged ones, except an incomplete last line, as a kill
+    leaves it. A crash of the machine can leave NUL bytes; what follows them on the line is good."""
     found, damaged = [], []
     *complete, rest = content.split(b"\n")
     for number, raw in enumerate([*complete, rest], 1):
@@ -116,12 +115,12 @@ def _parse(content: bytes, path, once: bool) -> list[tuple[bytes, dict]]:
 class Events:
     """TensorBoard's event file: a record of length, data and checksums for each Event of tf.summary.
 
-    tensorboardX's own writer has a thread that dies of a full disk, and then blocks the training.
+    tensorboardX's own writer has a thread that a full disk ends, which then blocks training.
     """
 
     def __init__(self, directory, start_step: int):
         now = {"wall_time": time.time()}
-        start = SessionLog(status=SessionLog.START)  # hides what an earlier start of the run wrote after start_step
+        start = SessionLog(status=SessionLog.START)  # hides older records of steps after start_step
         first = [Event(file_version="brain.Event:2", **now), Event(step=start_step + 1, session_log=start, **now)]
         name = f"events.out.tfevents.{time.time():.0f}.{socket.gethostname()}.{os.getpid()}"
         self._file = AppendFile(epath.Path(directory) / name, lambda _: b"".join(map(_framed, first)))
@@ -150,7 +149,7 @@ def _framed(event) -> bytes:
 class MetricWriter:
     """metrics.jsonl (training), evaluations.jsonl, samples.jsonl, TensorBoard and W&B, from host 0 only.
 
-    A disk that is full does not stop the run: files.py. close() reports what is missing in the end.
+    A full disk does not stop the run (files.py); close() reports what could not be written.
     """
 
     def __init__(self, workdir, config: LogConfig, start_step: int = 0, run_config: dict | None = None):
@@ -173,7 +172,7 @@ class MetricWriter:
             self._wandb = wandb.init(id=id_file.read_text(), resume="allow", config=run_config, dir=str(self._workdir))
 
     def last(self) -> dict | None:
-        """The newest record of metrics.jsonl, of an earlier start where this one has written none."""
+        """The newest record of metrics.jsonl, also if it was written before the run was resumed."""
         if self._last is None:
             read = lambda: JsonLines.read(self._workdir / "metrics.jsonl", once=True)[-1:]
             self._last = next(iter(hosts.from_first(read)), None)
@@ -190,7 +189,7 @@ class MetricWriter:
         self.flush()
 
     def samples(self, step: int, rows: list[dict]):
-        """Adds a step's rows to samples.jsonl, in place of what an earlier start wrote of this step and later ones."""
+        """Appends a step's rows to samples.jsonl; a resumed run drops its older rows of this step and later ones."""
         if not self.active or not rows:
             return
         if self._samples is None:
@@ -210,8 +209,8 @@ class MetricWriter:
             self._wandb.log(scalars, step=record["step"])
 
     def evaluations(self) -> list[dict]:
-        """Those of this run so far, of earlier starts too."""
-        return hosts.from_first(lambda: self._evaluations)  # all must agree on what is still to do
+        """All evaluations of this run, also those before it was resumed."""
+        return hosts.from_first(lambda: self._evaluations)  # all hosts must agree on which are still to be done
 
     def _files(self) -> list:
         files = (self._train, self._eval, self._samples, self._board) if self.active else ()

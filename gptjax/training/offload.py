@@ -1,9 +1,9 @@
-"""The optimizer's moments in host memory: each layer's come to the device for its update and go back.
+"""The optimizer's moments in host memory: those of each layer are moved to the device for its update and back.
 
-Moved whole inside a step they would all be on the device at once. In a loop over the stacked layers XLA slices them out
-of host memory and writes them back there, so that one layer's are on the device at a time; the embeddings', no
-layer's, move whole. The arithmetic is the optimizer's own, part by part: every element's update depends on that element
-and on scalars alone.
+If a step moved them all together, they would all be in device memory at once. In a loop over the stacked layers XLA
+slices them out of host memory and writes them back, so that only one layer's are on the device at a time; those of the
+embeddings, which belong to no layer, are moved together. The arithmetic is unchanged: the update of an element depends
+only on that element and on scalars.
 """
 
 import jax
@@ -15,16 +15,16 @@ MEMORY = "pinned_host"
 
 
 class Offloaded(optax.GradientTransformation):
-    """An optimizer whose moments live in host memory: state_shardings puts them there, the train step fetches them."""
+    """An optimizer with moments in host memory: state_shardings puts them there, the train step fetches them."""
 
 
 def moments(tx, opt_state):
-    """Tree of bool: which leaves are like parameters."""
+    """Tree of bool: which leaves of opt_state are moments, shaped like parameters."""
     return optax.tree.map_params(tx, lambda _: True, opt_state, transform_non_params=lambda _: False)
 
 
 def _part(tree, like_params, layers: bool):
-    """The leaves of the stacked layers or all others, and the scalars with both; the rest is None."""
+    """The leaves of the stacked layers (`layers`) or all others, and scalars in both cases; the rest is None."""
 
     def keep(path, x, of_params):
         stacked = any(getattr(key, "key", None) == "blocks" for key in path)
@@ -34,23 +34,23 @@ def _part(tree, like_params, layers: bool):
 
 
 def update_per_layer(tx, optimize, params, opt_state, grads):
-    """optimize(params, opt_state, grads) -> (params, opt_state), of the layers one by one and then of all else.
+    """Applies optimize(params, opt_state, grads) -> (params, opt_state) layer by layer, and to the rest at once.
 
-    opt_state: its moments in host memory, as they are in what is returned.
+    opt_state: with its moments in host memory, as in the result.
     """
-    opt_state, grads = lax.optimization_barrier((opt_state, grads))  # nothing is fetched while activations are there
+    opt_state, grads = lax.optimization_barrier((opt_state, grads))  # nothing is fetched while activations are live
     of_params, is_moment = jax.tree.map(lambda _: True, params), moments(tx, opt_state)
-    cut = lambda layers: (
+    part = lambda layers: (
         _part(params, of_params, layers), _part(opt_state, is_moment, layers), _part(grads, of_params, layers)
     )  # fmt: skip
     move = lambda tree, where: jax.tree.map(
         lambda x, m: jax.device_put(x, where) if m else x, tree, _like(tree, is_moment)
     )
-    p, o, g = cut(False)
+    p, o, g = part(False)
     rest_params, rest_opt = optimize(p, move(o, DEVICE), g)
     rest_opt = move(rest_opt, HOST)
 
-    p, o, g = cut(True)
+    p, o, g = part(True)
     is_layers = _like(o, is_moment)
 
     def layer(i, carry):
@@ -70,5 +70,5 @@ def update_per_layer(tx, optimize, params, opt_state, grads):
 
 
 def _like(part, tree):
-    """The leaves of `tree` where `part` has some."""
+    """The leaves of `tree` where `part` is not None."""
     return jax.tree.map(lambda x, y: None if x is None else y, part, tree, is_leaf=lambda x: x is None)

@@ -1,7 +1,7 @@
-"""AdamW and GPT-1's own Adam, as optax transformations that give the step for a learning rate of 1.
+"""AdamW and GPT-1's own Adam, as optax transformations whose updates are for a learning rate of 1.
 
-The train step multiplies by the learning rate of that step (schedule.py), so optimizer state holds no
-schedule and a run resumed with another length stays readable.
+The train step multiplies them by its learning rate (schedule.py), so the optimizer state holds no schedule, and a run
+can be resumed with another length.
 """
 
 import dataclasses
@@ -24,17 +24,17 @@ class OptimizerConfig:
     """Optimizer of the parameters.
 
     name: 'adamw' (Loshchilov & Hutter 2019) or 'gpt1_adam', the Adam of GPT-1's released code.
-    learning_rate: the peak, which warm-up and decay are shares of.
+    learning_rate: the peak; warm-up and decay are fractions of it.
     b1: decay of Adam's first moment.
     b2: decay of Adam's second moment.
     eps: added to the root of the second moment.
     weight_decay: decoupled weight decay of the parameters that match `decayed`; 0 = none.
     decayed: regular expression of the paths of the parameters that decay. GPT-3 says only "weight decay of 0.1"; the
         choice is ours (nanoGPT's: matrices and embeddings). The kernel of a scalar head is a matrix [d_model, 1] and
-        decays too, as in Hugging Face's Trainer and TRL, which leave out biases and LayerNorms alone.
+        decays too, as in Hugging Face's Trainer and TRL, which exempt only biases and LayerNorms.
     clip_norm: global norm that the gradient is clipped to; 0 = no clipping.
-    offload: keep the moments in host memory, a layer's at a time on the device (training/offload.py): the same steps,
-        slower by what the transfers take.
+    offload: keep the moments in host memory, and one layer's at a time on the device (training/offload.py): the same
+        steps, slower by the time of the transfers.
     """
 
     name: str = "adamw"
@@ -69,7 +69,7 @@ def decay_mask(params, pattern: str = DECAYED):
 
 
 def make_optimizer(c: OptimizerConfig) -> optax.GradientTransformation:
-    """Updates to be multiplied by the learning rate and added to the parameters. Clipping is the step's."""
+    """An optimizer whose updates are multiplied by the learning rate and added to the parameters. It does not clip."""
     mask = lambda params: decay_mask(params, c.decayed)
     if c.name == "gpt1_adam":
         tx = gpt1_adam(c.b1, c.b2, c.eps, c.weight_decay, mask)
@@ -85,7 +85,7 @@ class Gpt1AdamState(NamedTuple):
 
 
 def gpt1_adam(b1, b2, eps, weight_decay, mask) -> optax.GradientTransformation:
-    """Adam as openai/finetune-transformer-lm's opt.py has it, which is not AdamW:
+    """Adam of openai/finetune-transformer-lm's opt.py, which is not AdamW:
 
         p <- p - lr sqrt(1 - b2^t)/(1 - b1^t) (m/(sqrt(v) + eps) + l2 p)
 

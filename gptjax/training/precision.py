@@ -1,4 +1,4 @@
-"""Compute precision: float32, bfloat16, or float16 with dynamic loss scaling. Parameters in training stay float32.
+"""Compute precision: float32, bfloat16, or float16 with dynamic loss scaling. Trained parameters stay float32.
 
 bfloat16 has float32's exponent and needs no scaling. float16 gradients vanish below 6e-8, so the loss is
 multiplied by a scale that halves when a gradient overflows (that step is skipped) and doubles after 2,000
@@ -19,11 +19,11 @@ DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16, "float16": jnp.float
 
 @dataclasses.dataclass(frozen=True)
 class PrecisionConfig:
-    """Number formats of the computation; parameters in training stay float32.
+    """Precision of the computation; trained parameters stay float32.
 
     compute: dtype of activations and matmuls: 'float32', 'bfloat16' or 'float16' (with dynamic loss scaling).
-    initial_scale: loss scale of the first step, float16 alone.
-    growth_interval: steps without an overflow after which the loss scale doubles, float16 alone.
+    initial_scale: loss scale of the first step, with float16 only.
+    growth_interval: steps without an overflow after which the loss scale doubles, with float16 only.
     """
 
     compute: str = "float32"
@@ -64,10 +64,10 @@ def next_loss_scale(c: PrecisionConfig, state: LossScale, finite) -> LossScale:
 
 
 def frozen(params, dtype):
-    """Parameters as a model that is never trained holds them: matrices in the compute dtype, the rest as it is.
+    """Parameters of a model that is not trained: matrices in the compute dtype, the others unchanged.
 
-    A matmul casts its matrix to the compute dtype anyway, so the forward pass is the same bit for bit, and at 16
-    bits the model takes half the memory. Embeddings are looked up in float32 before they are cast: they stay.
+    A matmul casts its matrix to the compute dtype anyway, so the forward pass is bitwise the same, and with 16 bits the
+    model takes half the memory. Embeddings are looked up in float32 and cast afterwards, so they stay float32.
     """
     cast = lambda path, p: p.astype(dtype) if path[-1].key == "kernel" and p.ndim > 1 else p
     return jax.tree_util.tree_map_with_path(cast, params)

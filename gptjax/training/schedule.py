@@ -1,6 +1,6 @@
-"""How long a run is and what each step takes: batch size and learning rate as pure functions of the step.
+"""Length of a run, and batch size and learning rate as pure functions of the step.
 
-Everything is closed-form arithmetic in Python floats: no state to save, the same on every host.
+All of it is closed-form arithmetic in Python floats: there is no state to save, and every host gets the same values.
 """
 
 import bisect
@@ -10,7 +10,7 @@ import math
 from gptjax.errors import InputError
 from gptjax.ranges import Positive, Share
 
-FEW_STEPS = 20  # Adam moves a weight by about the learning rate a step: fewer leave a model close to its start
+FEW_STEPS = 20  # Adam moves a weight by about the learning rate per step: with fewer a model hardly changes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -19,13 +19,13 @@ class ScheduleConfig:
 
     kind: what follows the warm-up: 'cosine', 'linear' (both fall to final_fraction) or 'constant'.
     warmup_tokens: tokens over which the learning rate rises linearly from 0; 0 = no warm-up.
-    decay_tokens: where the decay ends, counted from the first token (GPT-3: 260B of 300B); None = the end: the rate
-        would be final_fraction in the step after the last, so that no step of a decay to 0 is taken at 0.
-    final_fraction: share of the peak learning rate that the decay ends at.
+    decay_tokens: where the decay ends, counted from the first token (GPT-3: 260B of 300B); None = the end of the run:
+        the rate reaches final_fraction in the step after the last, so that no step of a decay to 0 has a rate of 0.
+    final_fraction: fraction of the peak learning rate at which the decay ends.
     ramp_tokens: tokens over which the batch grows linearly in tokens (GPT-3 appendix B: 4-12B); 0 = none.
-    ramp_start_batch_tokens: tokens of a batch where the ramp begins.
-    ramp_full_batch_tokens: tokens of a batch where the ramp ends, at most batch_size x context_length; None = that
-        many.
+    ramp_start_batch_tokens: tokens of a batch at the start of the ramp.
+    ramp_full_batch_tokens: tokens of a batch at the end of the ramp, at most batch_size x context_length, which None
+        stands for.
     """
 
     kind: str = "cosine"
@@ -106,15 +106,15 @@ class Schedule:
         return self.tokens_before(self.steps)
 
     def learning_rate(self, step: int) -> float:
-        """Of a step: in the warm-up at the tokens seen once it is done, so that the first is above 0, and later at
-        those seen before it, so that the last is above 0 too (torch's and nanoGPT's schedules: 1 - t/T, t < T)."""
+        """The rate of a step. In the warm-up it depends on the tokens seen after the step, so that the first rate is
+        above 0; later on those seen before it, so that the last is too (as in torch and nanoGPT: 1 - t/T, t < T)."""
         after = self.tokens_before(step + 1)
         if after >= self.config.warmup_tokens:
             after = max(self.tokens_before(step), self.config.warmup_tokens)
         return self.peak * self.fraction(after)
 
     def warnings(self) -> list[str]:
-        """What is amiss with a run this short, one sentence each."""
+        """Warnings, a sentence each: few steps, a run within its warm-up, a learning rate of 0."""
         found = []
         if self.steps < FEW_STEPS:
             found.append(
@@ -136,7 +136,7 @@ class Schedule:
         return found
 
     def fraction(self, tokens: float) -> float:
-        """Learning rate over its peak after so many tokens; the fall is measured from the end of warm-up."""
+        """Learning rate as a fraction of its peak after `tokens` tokens; the decay starts at the end of the warm-up."""
         c = self.config
         if tokens < c.warmup_tokens:
             return tokens / c.warmup_tokens

@@ -1,4 +1,4 @@
-"""What a main gives the loop (loop.py): a Stage, and the config keys that all stages have."""
+"""Stage, which a main passes to the loop (loop.py), and the config keys that all stages share."""
 
 import dataclasses
 from collections.abc import Callable, Iterator
@@ -18,10 +18,10 @@ from gptjax.training.schedule import ScheduleConfig
 
 @dataclasses.dataclass(frozen=True)
 class EvalConfig:
-    """Validation, before the first step, every so many steps, and after the last.
+    """Validation: before the first step, at regular intervals, and after the last step.
 
     every: steps between evaluations.
-    batches: how many validation batches, of a mixture of each part; 0 = all of them.
+    batches: how many validation batches, for a mixture of each part; 0 = all of them.
     """
 
     every: Count = 1000
@@ -30,11 +30,11 @@ class EvalConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class RunConfig:
-    """Of every stage.
+    """Config keys of every stage.
 
     seed: of parameters, order of the data, dropout and sampling.
-    steps: steps of the run (iterations of RL); other keys may say it in other units.
-    batch_size: rows of a step over all devices.
+    steps: steps of the run (iterations of RL); other keys may give it in other units.
+    batch_size: rows of a step, over all devices.
     """
 
     optimizer: OptimizerConfig = OptimizerConfig()
@@ -49,10 +49,10 @@ class RunConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TrainConfig(RunConfig):
-    """Of the stages that learn from a data set.
+    """Config keys of the stages that learn from a data set.
 
-    epochs: passes over the data, where steps is not given.
-    microbatch_size: rows computed at a time, None = all of batch_size.
+    epochs: passes over the data, if steps is not given.
+    microbatch_size: rows computed at a time; None = all of batch_size.
     steps_per_dispatch: steps per device call.
     """
 
@@ -74,7 +74,7 @@ class TrainConfig(RunConfig):
 
     @property
     def rows(self) -> dict[str, int]:
-        """As mesh.check_fits takes them."""
+        """Keyword arguments of mesh.check_fits."""
         return {"batch_size": self.batch_size, "microbatch_size": self.microbatch_rows}
 
 
@@ -82,8 +82,8 @@ class TrainConfig(RunConfig):
 
 
 class Evaluation(NamedTuple):
-    """figures: of evaluations.jsonl; `selection`, where there is one, else `loss`, is what the best checkpoint has
-    lowest. samples: rows of samples.jsonl."""
+    """figures: for evaluations.jsonl; the best checkpoint is the one with the lowest `selection`, or `loss` if there is
+    no `selection`. samples: rows for samples.jsonl."""
 
     figures: dict[str, Any]
     samples: list[dict] = []
@@ -91,8 +91,8 @@ class Evaluation(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Evaluator:
-    """evaluate: state -> Evaluation; it may raise stopping.Interrupted. every: steps between its evaluations, besides
-    one before the first step and one after the last; None = those two alone."""
+    """evaluate: (state) -> Evaluation; it may raise stopping.Interrupted. every: steps between its evaluations, besides
+    one before the first step and one after the last; None = only those two."""
 
     evaluate: Callable[[Any], Evaluation]
     every: int | None = None
@@ -105,7 +105,7 @@ class Evaluator:
 
 
 class Advance(NamedTuple):
-    """`count` steps from `first` on: run(state) -> (state, metrics), dispatched and not waited for."""
+    """`count` steps from `first` on: run(state) -> (state, metrics) dispatches them and does not wait."""
 
     first: int
     count: int
@@ -114,22 +114,22 @@ class Advance(NamedTuple):
 
 @dataclasses.dataclass
 class Stage:
-    """A run, ready to begin or resume. Everything that can be refused has been refused.
+    """A run that is ready to start or resume: all input has been checked.
 
-    config: of which the loop reads the keys of RunConfig. total: steps of the run.
+    config: the loop reads the keys of RunConfig. total: steps of the run.
     abstract, shardings: of the state, which has a `step`, and `split` and `join` (checkpoint.py).
-    init: () -> the state of a new run; called at most once and dropped, for it holds the weights that it begins with.
-    data: fingerprint of the training data; changed: what to say where a resumed run finds another.
-    advances: (plan of (first step, count), step the run starts at) -> an Advance for each.
+    init: () -> the state of a new run; called at most once, then released, for it holds the initial weights.
+    data: fingerprint of the training data. changed: the message if a resumed run finds another fingerprint.
+    advances: (plan of (first step, count), step that the run starts at) -> an Advance for each.
     lines: (first, count, metrics of an Advance, seconds per step) -> an iterator of a record of metrics.jsonl for each
-        step; it may raise loop.NotFinite. summary: a record -> text for the progress bar.
-    evaluators: all due at a step make one record.
-    steps_per_dispatch: most steps of an Advance. reads_late: metrics are read once the next steps are dispatched.
-    seconds_compiling: so far, which are not training time. unit: what a step is called.
-    position: step -> what else tells how far the run is, for evaluations.jsonl. flops: model FLOPs of the steps before
-        a step, None = not counted.
-    begin: (state) -> None, before the first step of this start: what the run is, printed.
-    finish: (state, checkpointer) -> None, after the last step.
+        step; it may raise loop.NotFinite. summary: (record) -> text for the progress bar.
+    evaluators: those that are due at the same step write one record.
+    steps_per_dispatch: most steps of an Advance. reads_late: metrics are read after the next steps are dispatched.
+    seconds_compiling: () -> seconds so far; not counted as training time. unit: name of a step.
+    position: (step) -> further fields of evaluations.jsonl that say how far the run is. flops: (step) -> model FLOPs of
+        the steps before it; None = not counted.
+    begin: (state) -> None, called before the first step of a start or resume: prints a description of the run.
+    finish: (state, checkpointer) -> None, called after the last step.
     """
 
     config: RunConfig
@@ -155,9 +155,12 @@ class Stage:
 
 @dataclasses.dataclass(frozen=True)
 class RunResult:
-    """What a run came to. finished: False after SIGTERM or Ctrl-C, with everything saved. steps: done. metrics: the
-    last record of metrics.jsonl, evaluation: of evaluations.jsonl, best: the one with the lowest loss or `selection`;
-    None where there is none. flops: model FLOPs of training, None = not counted. seconds: of training, of all starts.
+    """The result of a run.
+
+    finished: False after SIGTERM or Ctrl-C, with everything saved. steps: done so far. metrics: last record of
+    metrics.jsonl. evaluation: last record of evaluations.jsonl. best: the record with the lowest `selection` or loss.
+    These three are None if there is no record. flops: model FLOPs of training; None = not counted. seconds: of
+    training, since the run was first started.
     """
 
     workdir: str

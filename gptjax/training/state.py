@@ -1,4 +1,4 @@
-"""The train state: one pytree with everything a step changes, and how it is born sharded."""
+"""The train state: one pytree with everything that a step changes, and its sharded initialization."""
 
 import dataclasses
 from typing import Any
@@ -19,7 +19,7 @@ from gptjax.training.precision import LossScale, PrecisionConfig, initial_loss_s
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class TrainState:
-    """Random numbers are not here: every key is folded from (seed, step), so there is nothing to save."""
+    """There is no PRNG key: every key is derived from (seed, step), so there is none to save."""
 
     step: jax.Array  # int32: steps done
     params: Any  # float32
@@ -40,27 +40,27 @@ def new_state(params, tx: optax.GradientTransformation, precision: PrecisionConf
 
 
 def state_shardings(boxed_params, tx, precision: PrecisionConfig, mesh) -> tuple[TrainState, TrainState]:
-    """(abstract state, its shardings). Optimizer moments lie like their parameters; scalars everywhere.
+    """(abstract state, its shardings): optimizer moments are sharded like their parameters, scalars replicated.
 
-    jit(tx.init) alone would put a whole copy of the moments on every device: zeros depend on no input.
+    jit(tx.init) alone would replicate the moments on every device, because zeros depend on no input.
     """
     param_shardings = parameter_shardings(boxed_params, mesh)
     params = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), _unboxed(boxed_params))
     abstract = jax.eval_shape(lambda p: new_state(p, tx, precision), params)
-    whole = NamedSharding(mesh, PartitionSpec())
+    replicated = NamedSharding(mesh, PartitionSpec())
     opt = optax.tree.map_params(
-        tx, lambda _, s: s, abstract.opt_state, param_shardings, transform_non_params=lambda _: whole
+        tx, lambda _, s: s, abstract.opt_state, param_shardings, transform_non_params=lambda _: replicated
     )
     if isinstance(tx, Offloaded):
         if mesh.shape["stage"] > 1:
             raise InputError(
-                "optimizer.offload needs mesh.stage=1: a layer at a time comes from the host, and each stage has "
-                "layers of its own. Use mesh.fsdp."
+                "optimizer.offload needs mesh.stage=1: moments are moved from the host one layer at a time, and each "
+                "pipeline stage has its own layers. Use mesh.fsdp."
             )
         to_host = lambda s, moment: s.with_memory_kind(MEMORY) if moment else s
         opt = jax.tree.map(to_host, opt, moments(tx, abstract.opt_state))
-    scale = jax.tree.map(lambda _: whole, abstract.loss_scale)
-    return abstract, TrainState(whole, param_shardings, opt, scale)
+    scale = jax.tree.map(lambda _: replicated, abstract.loss_scale)
+    return abstract, TrainState(replicated, param_shardings, opt, scale)
 
 
 def _unboxed(boxed):
@@ -70,6 +70,6 @@ def _unboxed(boxed):
 
 
 def init_state(config: GPTConfig, tx, precision, shardings: TrainState, seed: int) -> TrainState:
-    """Fresh parameters and optimizer state, each shard made on its own device."""
+    """New parameters and optimizer state, each shard initialized on its own device."""
     make = lambda key: new_state(gpt.init(config, key), tx, precision)
     return jax.jit(make, out_shardings=shardings)(jax.random.key(seed))

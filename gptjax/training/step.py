@@ -1,7 +1,7 @@
 """The train and evaluation steps of any objective that is a sum over tokens or rows (objectives/base.py).
 
-Gradients of the sums are accumulated over micro-batches in float32 and divided once by the count of the whole global
-batch, so that one big batch and many small ones give the same step however their tokens are spread.
+Gradients of the sums are accumulated over micro-batches in float32 and divided once by the count of the global batch,
+so that the step does not depend on how the batch is divided into micro-batches.
 """
 
 import dataclasses
@@ -24,16 +24,16 @@ from gptjax.training.state import TrainState, state_shardings
 def train_step(objective: Objective, tx, clip_norm: float, precision: PrecisionConfig, seed: int, dropout: bool):
     """Returns step(state, (batch, learning_rate)) -> (state, metrics), to be jitted or scanned over.
 
-    Every array of the batch is [micro-batches, rows, ...]; `weights` is one of them. metrics: loss_sum, count,
-    grad_norm, finite, loss_scale, sums (the objective's extra ones), and target_bytes where the batch has them. A step
-    whose loss or gradient is not finite changes nothing but the counters.
+    Every array of the batch is [M, B, ...]; `weights` is one of them. metrics: loss_sum, count, grad_norm, finite,
+    loss_scale, sums (the objective's extra sums), and target_bytes if the batch has them. A step whose loss or gradient
+    is not finite changes only the counters.
     """
 
     def step(state: TrainState, batch_and_rate):
         batch, learning_rate = batch_and_rate
         batch = objective.prepare(batch)
         rows = batch["weights"].shape[1]
-        # A row's noise depends on its place in the whole batch, not on the micro-batch it is computed in.
+        # A row's dropout noise depends on its index in the global batch, not on its micro-batch.
         key = jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), state.step), 0)
         keys_of = lambda index: jax.vmap(jax.random.fold_in, (None, 0))(key, index * rows + jnp.arange(rows))
         # A static denominator keeps the scaled loss near a mean: float16 would overflow on a sum.
@@ -64,7 +64,7 @@ def train_step(objective: Objective, tx, clip_norm: float, precision: PrecisionC
             "loss_scale": state.loss_scale.scale,
             "sums": sums.extra,
         }
-        if "target_bytes" in batch:  # on the device, for it knows each row once however many hosts hold it
+        if "target_bytes" in batch:  # on the device: a row is counted once, however many hosts hold it
             metrics["target_bytes"] = batch["target_bytes"].sum()
         return TrainState(state.step + 1, params, opt_state, loss_scale), metrics
 
@@ -72,9 +72,9 @@ def train_step(objective: Objective, tx, clip_norm: float, precision: PrecisionC
 
 
 def jit_train_step(step, shardings: TrainState):
-    """Jitted and donated, over arrays with a leading axis of steps: [steps, micro-batches, rows, ...].
+    """Jits a step over arrays with a leading axis of steps, [steps, M, B, ...], and donates the state.
 
-    Small models spend longer being dispatched than computed, so several steps go in one dispatch.
+    Dispatching a step of a small model takes longer than computing it, so several steps go in one dispatch.
     """
 
     def steps(state, batches, learning_rates):
@@ -91,8 +91,8 @@ def jit_train_step(step, shardings: TrainState):
 class TrainProgram:
     """A stage's device program, which its main runs and `aot` lowers.
 
-    abstract, shardings: of the TrainState. step: jitted, donating the state: (state, batches [steps, micro-batches,
-    rows, ...], learning rates [steps]) -> (state, metrics [steps]).
+    abstract, shardings: of the TrainState. step: jitted, with the state donated: (state, batches [steps, M, B, ...],
+    learning rates [steps]) -> (state, metrics [steps]).
     """
 
     objective: Objective
@@ -114,8 +114,8 @@ def train_program(
 
 
 def jit_eval_step(loss, mesh):
-    """eval_step(params, batch) -> (loss sum, count, {further sums, and target_bytes where the batch has them}), the
-    batch without a micro-batch axis. loss: of an Objective."""
+    """Returns eval_step(params, batch [B, ...]) -> (loss sum, count, {the objective's extra sums, and target_bytes if
+    the batch has them}). loss: of an Objective."""
 
     def evaluate(params, batch):
         sums = Sums(*loss(params, batch, None))
@@ -125,11 +125,11 @@ def jit_eval_step(loss, mesh):
 
 
 def memory_needed(compiled) -> dict[str, int] | None:
-    """Bytes per device as the compiler counts them, or None where the backend does not say."""
+    """Bytes per device by the compiler's memory analysis; None if the backend has none."""
     analysis = compiled.memory_analysis()
     if analysis is None:
         return None
-    # temporaries have in them what lies in host memory from beginning to end
+    # temp_size_in_bytes includes arguments that stay in host memory
     arguments = analysis.argument_size_in_bytes
     temporaries = analysis.temp_size_in_bytes - analysis.host_argument_size_in_bytes
     outputs = analysis.output_size_in_bytes - analysis.alias_size_in_bytes

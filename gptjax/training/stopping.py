@@ -1,7 +1,7 @@
-"""How a run that is asked to end stops: at the next step, with everything saved.
+"""Graceful stopping: a run that gets a signal ends after the current step, with everything saved.
 
-SIGTERM (preemption, scancel, kill), Ctrl-C and SIGHUP (the terminal is gone) ask for it. A second Ctrl-C ends the
-process at once, also where it waits for a device or a compilation.
+The signals are SIGTERM (preemption, scancel, kill), Ctrl-C and SIGHUP (the terminal was closed). A second Ctrl-C ends
+the process at once, even while it waits for a device or a compilation.
 """
 
 import contextlib
@@ -17,29 +17,29 @@ from gptjax.distributed import hosts
 from gptjax.errors import INTERRUPTED
 
 _HANGUP = (signal.SIGHUP,) if hasattr(signal, "SIGHUP") else ()  # not on Windows
-_ask: Callable[[], bool] | None = None  # of the loop that runs, for what it calls
+_ask: Callable[[], bool] | None = None  # of the running loop, for the functions that it calls
 
 
 class Interrupted(Exception):
-    """An evaluation that was left because the run is to stop."""
+    """An evaluation was abandoned because the run has been asked to stop."""
 
 
 def leave_if_asked():
-    """To be called once a batch by what takes long inside a loop, on every host: raises Interrupted where the run is to
-    stop. Outside of stop_on_signals it does nothing."""
+    """Raises Interrupted if the run has been asked to stop. Long evaluations call it once per batch, on every host.
+    Outside of stop_on_signals it does nothing."""
     if _ask is not None and _ask():
         raise Interrupted
 
 
 @contextlib.contextmanager
 def stop_on_signals():
-    """Yields asked(), True once the process is asked to end, to be called once a step. Of many hosts any one may be
-    asked, and all stop at the same step."""
+    """Yields asked(), which is True once the process has been asked to stop; it is called once per step. With several
+    hosts any of them may get the signal, and all stop at the same step."""
     global _ask
     signals: list[int] = []
     with contextlib.ExitStack() as restored:
         if jax.process_count() > 1:
-            # JAX itself hears SIGTERM, and agrees with the other hosts on the step
+            # JAX itself handles SIGTERM and agrees with the other hosts on the step
             heard = lambda number, _: os.kill(os.getpid(), signal.SIGTERM)
             _handle((signal.SIGINT, *_HANGUP), heard, restored)
             reached = lambda: bool(signals) or hosts.stop_asked() and not signals.append(signal.SIGTERM)
@@ -53,20 +53,20 @@ def stop_on_signals():
 
 
 def _handle(numbers, heard: Callable, restored: contextlib.ExitStack):
-    """Installs `heard`, but for signals that whoever started the process ignores (nohup, jobs in the background)."""
+    """Installs `heard`, except for signals that the parent process set to be ignored (nohup, background jobs)."""
     for number in numbers:
         old = signal.getsignal(number)
         if old in (signal.SIG_IGN, None):
             continue
 
         def handler(number, frame, old=old):
-            if number == signal.SIGINT and hasattr(sys, "ps1"):  # a notebook is not ended: the second one interrupts
+            if number == signal.SIGINT and hasattr(sys, "ps1"):  # in a notebook the second one interrupts a cell
                 signal.signal(number, old)
             heard(number, frame)
 
         try:
             signal.signal(number, handler)
-        except ValueError:  # not the main thread: whoever runs us handles signals
+        except ValueError:  # not the main thread: the caller handles signals
             return
         restored.callback(signal.signal, number, old)
         if number == signal.SIGINT and not hasattr(sys, "ps1"):
@@ -74,7 +74,7 @@ def _handle(numbers, heard: Callable, restored: contextlib.ExitStack):
 
 
 def _watch_for_a_second(restored: contextlib.ExitStack):
-    """Answers Ctrl-C from a thread: Python's own handlers wait until the main thread is back from the device."""
+    """Handles Ctrl-C in a thread: Python's own handlers wait until the main thread returns from the device."""
     read, write = os.pipe()
     os.set_blocking(write, False)
 

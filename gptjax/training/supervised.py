@@ -1,4 +1,4 @@
-"""Stages that learn from a data set: optimizer steps on the batches of a schedule, several to a dispatch."""
+"""Stages that learn from a data set: optimizer steps on the batches of a schedule, several per dispatch."""
 
 import itertools
 import math
@@ -28,10 +28,10 @@ def supervised(
     """A Stage of optimizer steps on batches[0 .. schedule.steps - 1].
 
     Args:
-        batches: batches[t] is step t's: numpy arrays of this host's rows (hosts.batch_rows) and scalars. Without
-            target_bytes there is no bits_per_byte.
-        flops_per_token: training FLOPs, for MFU and RunResult; None = neither is told.
-        fields: the others of Stage.
+        batches: batches[t] is the batch of step t: numpy arrays of this host's rows (hosts.batch_rows) and scalars.
+            Without target_bytes there is no bits_per_byte.
+        flops_per_token: training FLOPs, for MFU and RunResult; None = neither is reported.
+        fields: the other fields of Stage.
     """
     dispatch, lines = Dispatch(program.step), _Lines(c, program.objective, schedule, flops_per_token)
 
@@ -62,7 +62,7 @@ def supervised(
 
 
 def make_schedule(c: TrainConfig, tokens: int, batches) -> Schedule:
-    """Of the steps or epochs of a config. tokens: of a row; batches: with steps(epochs)."""
+    """The Schedule of a config's steps or epochs. tokens: of a row. batches: with steps(epochs)."""
     steps = c.steps if c.steps is not None else batches.steps(c.epochs)
     return Schedule(
         c.schedule, batch_size=c.batch_size, context_length=tokens, learning_rate=c.optimizer.learning_rate, steps=steps
@@ -70,7 +70,7 @@ def make_schedule(c: TrainConfig, tokens: int, batches) -> Schedule:
 
 
 class Dispatch:
-    """Consecutive steps as one device call, compiled once for each shape of its batch.
+    """Runs consecutive steps as one device call, compiled once for each shape of the batch.
 
     step: jitted (state, batch, learning rates [steps]) -> (state, metrics [steps]).
     """
@@ -100,7 +100,7 @@ class Dispatch:
 
 
 class _Lines:
-    """The records of metrics.jsonl, from the metrics of train_step [steps]."""
+    """Makes the records of metrics.jsonl from the metrics of train_step, [steps]."""
 
     def __init__(self, c: TrainConfig, objective: Objective, schedule: Schedule, flops_per_token: float | None):
         self._objective, self._schedule, self._flops_per_token = objective, schedule, flops_per_token
@@ -113,7 +113,7 @@ class _Lines:
 
     def _line(self, step: int, metrics, seconds: float) -> dict:
         nats, count, norm = (float(metrics[k]) for k in ("loss_sum", "count", "grad_norm"))
-        # float16 has nothing left to lower once its scale is 1
+        # with float16 a step is skipped and the scale lowered, until the scale is 1
         if not metrics["finite"] and not (self._scaled and metrics["loss_scale"] > 1):
             raise NotFinite(
                 f"The loss became {nats} (gradient norm {norm}) at step {step}",
@@ -142,8 +142,8 @@ class _Lines:
 
 
 def _compare_rates(workdir, schedule: Schedule, start: int):
-    """Says so where the step before `start` had another learning rate than the schedule now gives it: the length of the
-    run changed, or it began with a version whose schedule was another."""
+    """Prints a note if the step before `start` had a learning rate other than the schedule's: the length of the run
+    changed, or an earlier version with another schedule started it."""
     if not start or not hosts.first():
         return
     before = [line for line in JsonLines.read(workdir / "metrics.jsonl") if line["step"] == start]
@@ -156,16 +156,16 @@ def _compare_rates(workdir, schedule: Schedule, start: int):
 
 
 def micro_batches(batch: dict[str, np.ndarray], microbatch_rows: int) -> dict[str, np.ndarray]:
-    """[rows, ...] -> [micro-batches, rows of one, ...]."""
+    """[rows, ...] -> [M, microbatch_rows, ...]."""
     return {k: v.reshape(-1, microbatch_rows, *v.shape[1:]) for k, v in batch.items()}
 
 
 def device_batches(batches, plan: Iterator[tuple[int, int]], microbatch_rows: int, sharding, start: int, stop: int):
-    """(first step, steps, arrays on the devices [steps, micro-batches, rows, ...]) for each (first, steps) of `plan`.
+    """Yields (first step, steps, arrays on the devices [steps, M, B, ...]) for each (first, steps) of `plan`.
 
     Args:
-        batches: as `supervised` takes them; read ahead from `start` to `stop`.
-        microbatch_rows: of one micro-batch, over all hosts.
+        batches: as in `supervised`; read ahead from `start` to `stop`.
+        microbatch_rows: rows of a micro-batch, over all hosts.
         sharding: of the arrays.
     """
     rows_here = len(hosts.rows_here(sharding, microbatch_rows))
