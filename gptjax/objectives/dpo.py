@@ -14,36 +14,36 @@ from gptjax.objectives.chunked import token_log_probs
 from gptjax.objectives.preference import ranking_loss, ranking_statistics
 
 
-def response_log_probs(params, config: GPTConfig, tokens, starts, lengths, *, dtype, chunk: int, mesh=None,
+def response_log_probs(params, config: GPTConfig, tokens_BT, starts_B, lengths_B, *, dtype, chunk: int, mesh=None,
                        dropout_keys=None):  # fmt: skip
-    """log pi(response | prompt), summed over the response's tokens: float32 [rows].
+    """log pi(response | prompt), summed over the response's tokens: float32 [B].
 
     Args:
-        tokens: int [rows, time], prompt and response, padded on the right. starts, lengths: int [rows]; the response is
-            tokens[starts : lengths].
-        chunk: time steps whose logits are held at once. dropout_keys: of the rows [rows], or None.
+        tokens_BT: int, prompt and response, padded on the right. starts_B, lengths_B: int; the response of a row is
+            tokens[start : length].
+        chunk: time steps whose logits are held at once. dropout_keys: of the rows [B], or None.
     """
-    x = gpt.hidden(params, config, tokens[:, :-1], dtype=dtype, mesh=mesh, dropout_keys=dropout_keys)
-    log_prob = token_log_probs(x, gpt.unembedding(params, config), tokens[:, 1:], 1.0, chunk)
-    place = jnp.arange(1, tokens.shape[1])
-    response = (place >= starts[:, None]) & (place < lengths[:, None])
-    return jnp.where(response, log_prob, 0.0).sum(1)
+    x_BTD = gpt.hidden(params, config, tokens_BT[:, :-1], dtype=dtype, mesh=mesh, dropout_keys=dropout_keys)
+    w_VD = gpt.unembedding(params, config)
+    log_prob_BT = token_log_probs(x_BTD, w_VD, tokens_BT[:, 1:], 1.0, chunk)
+    place_T = jnp.arange(1, tokens_BT.shape[1])
+    response_BT = (place_T >= starts_B[:, None]) & (place_T < lengths_B[:, None])
+    return jnp.where(response_BT, log_prob_BT, 0.0).sum(1)
 
 
 def dpo_objective(config: GPTConfig, beta: float, dtype, chunk: int, mesh=None):
-    """The loss of an Objective, summed over prompts. Micro-batch: tokens [rows, K, time], starts, lengths, ranks,
-    valid, and reference, the reference's log-probability of each completion, [rows, K]."""
+    """The loss of an Objective, summed over prompts. Micro-batch: tokens [B, N, T], starts, lengths, ranks, valid, and
+    reference, the reference's log-probability of each completion, [B, N]."""
 
-    def loss(params, batch, dropout_keys) -> Sums:
-        rows, k, time = batch["tokens"].shape
-        if dropout_keys is not None:  # each completion's own
-            dropout_keys = jax.vmap(lambda key: jax.random.split(key, k))(dropout_keys).reshape(rows * k)
-        flat = (batch[name].reshape(rows * k, *batch[name].shape[2:]) for name in ("tokens", "starts", "lengths"))
-        log_prob = response_log_probs(
-            params, config, *flat, dtype=dtype, chunk=chunk, mesh=mesh, dropout_keys=dropout_keys
-        )
-        reward = beta * (log_prob.reshape(rows, k) - batch["reference"])
-        total, count = ranking_loss(reward, batch["ranks"], batch["valid"])
-        return Sums(total, count, ranking_statistics(reward, batch["ranks"], batch["valid"]))
+    def loss(params, batch, dropout_keys_B) -> Sums:
+        B, N, _ = batch["tokens"].shape
+        keys = None
+        if dropout_keys_B is not None:  # each completion's own
+            keys = jax.vmap(lambda key: jax.random.split(key, N))(dropout_keys_B).reshape(B * N)
+        flat = (batch[name].reshape(B * N, *batch[name].shape[2:]) for name in ("tokens", "starts", "lengths"))
+        log_prob = response_log_probs(params, config, *flat, dtype=dtype, chunk=chunk, mesh=mesh, dropout_keys=keys)
+        reward_BN = beta * (log_prob.reshape(B, N) - batch["reference"])
+        total, count = ranking_loss(reward_BN, batch["ranks"], batch["valid"])
+        return Sums(total, count, ranking_statistics(reward_BN, batch["ranks"], batch["valid"]))
 
     return loss
