@@ -56,11 +56,11 @@ class PretrainConfig(TrainConfig):
 
 def pretrain(config: mlc.ConfigDict, workdir) -> RunResult:
     """The whole stage (run.run). Where config.model.vocab_size is None the tokenizer decides it."""
-    vocab = config.model.vocab_size
+    section = config.to_dict() if isinstance(config, mlc.ConfigDict) else dict(config)
+    vocab = (section.get("model") or {}).get("vocab_size")
     if vocab is None and hosts.from_first((paths.local(workdir) / "config.json").exists):
         vocab = run_config.read_config(workdir)["model"]["vocab_size"]
-    section = config.to_dict()
-    section["model"] = section["model"] | {"vocab_size": vocab or 1}
+    section["model"] = (section.get("model") or {}) | {"vocab_size": vocab or 1}
     return run("pretrain", PretrainConfig, functools.partial(build, by_tokenizer=vocab is None), section, workdir)
 
 

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
-from gptjax import pretrain
+from gptjax.evals import generation as samples
 from gptjax.generation import decode as generation
 from gptjax.generation.sampling import Sampling
 from gptjax.model import gpt
@@ -155,15 +155,14 @@ def test_sampling_from_a_prompt_long_enough_for_splash(chips, rows, caller, monk
     options = {"max_new_tokens": 16, "sampling": Sampling(0.8, top_p=0.95), "eot_id": 3, "dtype": jnp.bfloat16}
     if caller == "sample.py":
         options["mesh"] = mesh
-    else:  # the options are those that write_samples gives
+    else:  # the options are those that its evaluator gives
         seen = {}
-        monkeypatch.setattr(pretrain, "generate", lambda *_, **given: seen.update(given) or [[]] * rows)
-        settings = SimpleNamespace(samples=pretrain.SamplesConfig(), seed=0, precision=BF16)
+        monkeypatch.setattr(samples, "generate", lambda *_, **given: seen.update(given) or [[]] * rows)
         tokenizer = SimpleNamespace(decode=lambda _: "", eot_id=3, vocab_size=512)
-        writer = SimpleNamespace(samples=lambda *_: None)
+        prompts = {f"prompt {i}": [1] for i in range(rows)}
+        evaluate = samples.continuations(samples.SamplesConfig(), prompts, model, tokenizer, 0, BF16.dtype, mesh)
         with jax.set_mesh(mesh):
-            prompts = {f"prompt {i}": [1] for i in range(rows)}
-            pretrain.write_samples(writer, 0, None, model, tokenizer, prompts, settings, mesh)
+            evaluate(SimpleNamespace(params=None, step=0))
         options = seen
     arguments, more = decode_arguments(model, [[1] * 70] * rows, sizes, monkeypatch, **options)
     state, shardings = state_shardings(gpt.abstract_params(model), make_optimizer(OptimizerConfig()), BF16, mesh)

@@ -215,9 +215,9 @@ def test_a_fine_tuned_model_keeps_its_template(exported, tmp_path, capsys, stage
     grown = heads.grow_vocabulary(params, tuned.vocab_size)
     huggingface.write(tmp_path / "hf", dataclasses.replace(config, vocab_size=tuned.vocab_size), grown, tuned)
     convert.import_weights(tmp_path / "hf", tmp_path / "w")  # now a workdir as that stage leaves it
-    edit_json(tmp_path / "w/config.json", stage=stage, template=template)
+    edit_json(tmp_path / "w/config.json", stage=stage, template=template, optimizer={}, data={"source": "rows.jsonl"})
     if stage == "ppo":
-        base = {"stage": "pretrain", "data": {"source": "stdlib", "isolate_documents": True}}
+        base = {"stage": "pretrain", "data": {"source": "stdlib", "tokenizer": "char", "isolate_documents": True}}
         (tmp_path / "base").mkdir()
         (tmp_path / "base/config.json").write_text(json.dumps(base))
         edit_json(tmp_path / "w/config.json", rollout={"temperature": 0.7, "max_new_tokens": 24},

@@ -108,7 +108,7 @@ def lowered(program):
 @pytest.mark.parametrize("model", [MODEL, BANDED], ids=["dense", "banded"])
 @pytest.mark.parametrize("packed", [False, True], ids=["", "packed"])
 def test_the_train_step_for_cuda(cudnn, compute, model, packed):
-    c = PretrainConfig(model, precision=PrecisionConfig(compute), batch_size=4, microbatch_size=2)
+    c = PretrainConfig(model=model, precision=PrecisionConfig(compute), batch_size=4, microbatch_size=2)
     c = dataclasses.replace(c, data=dataclasses.replace(c.data, isolate_documents=packed))
     bands = {0} if packed or model is MODEL else {0, 16}  # dense and banded layers, by a conditional
     expected = forward_and_backward(MASKED if packed else PLAIN, *bands)
@@ -123,7 +123,7 @@ def test_what_cudnn_does_not_take_is_left_to_xla(cudnn):
 
 
 def test_float32_is_not_cudnns(cudnn):
-    c = PretrainConfig(MODEL, precision=PrecisionConfig("float32"), batch_size=2)
+    c = PretrainConfig(model=MODEL, precision=PrecisionConfig("float32"), batch_size=2)
     assert lowered(programs.train_program(c, one_device())) == set()
 
 
