@@ -456,3 +456,41 @@ def test_an_input_error_of_a_main_is_told_the_same_way(monkeypatch, capsys):
         run(main)
     assert caught.value.code == 2
     assert capsys.readouterr().err == "error: There is no oil in the lamp: buy some.\n"
+
+
+# --- config.json of earlier versions ----------------------------------------------------------------------
+
+
+def test_a_run_of_an_earlier_version_resumes(config, tmp_path, capsys):
+    """Keys that have been renamed, and no word of what kind of model it is."""
+    c = built(config)
+    claim_workdir(tmp_path, "pretrain", c)
+    saved = json.loads((tmp_path / "config.json").read_text())
+    saved["model"]["pipeline_rounds"] = saved["model"].pop("pipeline_virtual_stages")
+    del saved["kind"]
+    (tmp_path / "config.json").write_text(json.dumps(saved))
+    assert claim_workdir(tmp_path, "pretrain", c) is True
+    assert capsys.readouterr().out == ""
+    assert read_config(tmp_path)["model"]["pipeline_virtual_stages"] == 1
+
+
+@pytest.mark.parametrize(
+    "saved, expected",
+    [
+        ({"stage": "reward", "normalise": "mean"}, {"kind": "scalar", "normalize": "mean"}),
+        ({"stage": "ppo", "ppo": {"normalise": "token", "ptx_normalise": "sequence"}},
+         {"kind": "lm", "ppo": {"normalize": "token", "ptx_normalize": "sequence"}}),
+        ({"stage": "convert"}, {"kind": "lm", "without_tokenizer": True}),
+        ({"stage": "sft"}, {"kind": "lm"}),
+    ],
+)  # fmt: skip
+def test_what_an_earlier_version_wrote_is_read_in_todays_words(tmp_path, saved, expected):
+    (tmp_path / "config.json").write_text(json.dumps(saved))
+    assert read_config(tmp_path) == {"stage": saved["stage"], **expected}
+
+
+@pytest.mark.parametrize("old, new", [("normalise", "normalize"), ("model.pipeline_rounds", "pipeline_virtual_stages")])
+def test_a_renamed_key_on_the_command_line_names_the_new_one(parsed, capsys, old, new):
+    with pytest.raises(SystemExit):
+        parsed("gpt2.py" if "." in old else "instructgpt/reward.py", f"--config.{old}=mean")
+    assert new in capsys.readouterr().err
