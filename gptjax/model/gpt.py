@@ -205,7 +205,6 @@ class Attention(nn.Module):
 
         Returns ([B, T, H, K], the updated cache).
 
-
         cache: of this layer, [B, H, S, K], or of all layers, [L, B, H, S, K], of which only this layer's is updated.
         """
         slot, of_layer = shared.slot, (layer.index,) if cache.k.ndim == 5 else ()
