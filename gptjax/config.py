@@ -87,7 +87,7 @@ def build(cls, section, path="config"):
 
 
 def with_sharding_rules(stage):
-    """Of a stage, whose first argument is a config: called with that config's mesh.rules in force, and with an output
+    """Of a stage, whose first argument is a config: called with that config's mesh.rules active, and with an output
     whose failing does not end it (console.lenient_output)."""
 
     @functools.wraps(stage)

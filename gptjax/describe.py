@@ -125,7 +125,7 @@ def main(_):
     rows += [(f"{k} per device", gib(v)) for k, v in d["bytes_per_device"].items()]
     if d["host_bytes_per_device"]:
         rows.append(("  in host memory", gib(d["host_bytes_per_device"])))
-    rows.append(("a step, per TPU chip", f"{gib(sum(d['peak_per_tpu_chip'].values()))} at its fullest:"))
+    rows.append(("a step, per TPU chip", f"{gib(sum(d['peak_per_tpu_chip'].values()))} peak memory:"))
     rows += [(f"  {gib(v)}", k) for k, v in d["peak_per_tpu_chip"].items()]
     for name, value in rows:
         print(f"{name:<24}{value}")

@@ -3,8 +3,9 @@
     python -m gptjax.dpo --config=configs/dpo.py --workdir=runs/dpo --config.init_from=runs/sft \
         --config.data.source=comparisons.jsonl
 
-Rows are those of gptjax.reward. The model in init_from is policy and reference; the reference's log-probabilities are
-worked out once, before the first step. The same command resumes an interrupted run, bitwise identical.
+The data's rows are those of gptjax.reward. The model in init_from is the initial policy and the reference, whose
+log-probabilities are computed once, before the first step. The same command resumes an interrupted run, bitwise
+identical.
 """
 
 import dataclasses
@@ -41,8 +42,8 @@ class DPOConfig(TrainConfig):
     """Direct preference optimization. How long: the first given of steps and epochs.
 
     batch_size: prompts of a step over all devices.
-    init_from: the workdir of an SFT run, policy and reference.
-    beta: of the KL penalty that DPO's optimum has; higher stays nearer the reference.
+    init_from: the workdir of the SFT run whose model is the initial policy and the reference.
+    beta: coefficient of the implicit KL penalty; higher keeps the policy closer to the reference.
     selection: the checkpoint that later stages use: 'last', or 'loss' (lowest on validation).
     loss_chunk: time steps whose logits are held at once.
     """
@@ -62,18 +63,19 @@ class DPOConfig(TrainConfig):
 
 
 def dpo(config: mlc.ConfigDict, workdir) -> RunResult:
-    """The whole stage (run.run)."""
+    """Runs the stage (run.run)."""
     return run("dpo", DPOConfig, build, config, workdir)
 
 
 def program(c: DPOConfig, model: GPTConfig, mesh) -> TrainProgram:
-    """The device program of a step."""
+    """What runs on the devices, from shapes alone."""
     loss, boxed = dpo_objective(model, c.beta, c.precision.dtype, c.loss_chunk, mesh), gpt.abstract_params(model)
     objective = Objective(loss, metrics=ranking_metrics, unit="prompts")
     return train_program(objective, boxed, c.optimizer, c.precision, c.seed, mesh, dropout=model.dropout > 0)
 
 
 def build(c: DPOConfig, mesh, claim: Claim) -> Stage:
+    """The Stage of this run: base model, data, reference log-probabilities, device program."""
     require(c, {
         "init_from": "No model to start from: give --config.init_from=WORKDIR of an SFT run.",
         "data.source": "No comparisons: give --config.data.source=PATH (JSONL, Parquet or hf:NAME).",
@@ -85,9 +87,10 @@ def build(c: DPOConfig, mesh, claim: Claim) -> Stage:
     model = dataclasses.replace(c.model, dropout=c.model.dropout or 0.0).apply(base.config)
     pipeline.make_plan(model, mesh.shape, c.microbatch_rows)
 
-    # --- data, and what the reference says of it ---
+    # --- data, and the reference's log-probabilities of its completions ---
     template = Template(base.tokenizer, base.template)
     comparisons = load_comparisons(c.data, template, model.context_length, c.seed)
+    # counted: tokens of a completion as the schedule counts them; length: the same, padded for the mesh
     counted, length = padded_length(comparisons, c.data.max_length or model.context_length, mesh.shape["seq"])
     check_fits(mesh.shape, n_head=model.n_head, time=length, **c.rows)
     hosts.agree("The comparisons", comparisons.fingerprint)

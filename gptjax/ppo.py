@@ -3,8 +3,8 @@
     python -m gptjax.ppo --config=configs/instructgpt/ppo.py --workdir=runs/ppo --config.policy=runs/sft \
         --config.reward=runs/reward --config.data.source=prompts.jsonl
 
-Rows are {"prompt"}. An iteration samples responses to a batch of prompts, scores them, and takes epochs x minibatches
-optimizer steps on them. The same command resumes a run killed anywhere, bitwise identical.
+Each row of the data is {"prompt"}. An iteration samples responses to a batch of prompts, scores them, and takes epochs
+x minibatches optimizer steps on them. The same command resumes an interrupted run, bitwise identical.
 """
 
 import dataclasses
@@ -49,19 +49,19 @@ from gptjax.training.stage import Advance, Evaluator, RunConfig, RunResult, Stag
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class PPOConfig(RunConfig):
-    """Reinforcement learning. How long: steps (iterations), or episodes. Give a reward model, a rule, or both.
+    """Reinforcement learning. How long: steps (iterations), or episodes. Give `reward`, `reward_fn`, or both.
 
     steps: iterations of the run.
     batch_size: episodes (sampled responses) of an iteration.
-    policy: workdir of the SFT run, also the reference.
+    policy: workdir of the SFT run whose model is the initial policy and the reference.
     reward: workdir of the reward model.
     reward_fn: 'package.module:function', alone or added to the reward model's score.
     reward_on: what reward_fn gets, 'text' or 'tokens'.
     optimizer: of the policy.
-    value_optimizer: of the separate value network, which starts as the reward model.
-    shared_trunk: a value head on the policy's own trunk instead.
+    value_optimizer: of the separate value network, which is initialized from the reward model.
+    shared_trunk: a value head on the policy's trunk, in place of a separate value network.
     offload: keep the two frozen models in host memory and bring them to the device to score.
-    episodes: sampled responses of the run, where steps is not given.
+    episodes: length of the run in sampled responses, if steps is not given.
     loss_chunk: time steps whose logits are held at once.
     """
 
@@ -110,11 +110,12 @@ class PPOConfig(RunConfig):
 
 
 def ppo(config: mlc.ConfigDict, workdir, reward_fn: Callable | None = None) -> RunResult:
-    """The whole stage (run.run). reward_fn: a callable in place of the config's `reward_fn` (rlhf/rewards.py)."""
+    """Runs the stage (run.run). reward_fn: a callable in place of the config's `reward_fn` (rlhf/rewards.py)."""
     return run("ppo", PPOConfig, functools.partial(build, reward_fn=reward_fn), config, workdir)
 
 
 def build(c: PPOConfig, mesh, claim: Claim, reward_fn: Callable | None = None) -> Stage:
+    """The Stage of this run: models, prompts, state, and an iteration for each step."""
     require(c, {
         "policy": "No policy: give --config.policy=WORKDIR of an SFT run.",
         "data.source": "No prompts: give --config.data.source=PATH (JSONL, Parquet or hf:NAME).",
@@ -126,14 +127,15 @@ def build(c: PPOConfig, mesh, claim: Claim, reward_fn: Callable | None = None) -
     iterations = c.steps if c.steps is not None else math.ceil(c.episodes / c.batch_size)
 
     # --- the models: policy and reference, reward model, value network ---
-    base, template, judge = load_models(c, mesh)
+    base, template, reward_model = load_models(c, mesh)
     spec = make_spec(
-        c, base.config, judge.config if judge else None, mesh, eos_id=template.eos_id, pad_id=template.pad_id,
-        vocab=base.tokenizer.vocab_size,
+        c, base.config, reward_model.config if reward_model else None, mesh, eos_id=template.eos_id,
+        pad_id=template.pad_id, vocab=base.tokenizer.vocab_size,
     )  # fmt: skip
     program = ppo_program(c, spec, mesh)
 
     # --- prompts, and the pre-training text of PPO-ptx ---
+    # room: the longest prompt, in tokens, that leaves space for a response in every model's context
     room = prompt_room(context_lengths(spec), spec.response, "rollout.max_new_tokens")
     if c.data.max_length is not None and c.data.max_length > room:
         raise InputError(
@@ -144,16 +146,16 @@ def build(c: PPOConfig, mesh, claim: Claim, reward_fn: Callable | None = None) -
     held_out = load_prompts(dataclasses.replace(c.data, source=c.eval.source or c.data.source), template, room)
     widths = bucket_widths(longest_of(prompts), c.data.buckets, room)
     hosts.agree("The prompts", prompts.fingerprint)
-    # A resumed run must find the reference and the reward it began with, so what they are is part of its config.
-    about = origin(policy=base, reward=judge)
-    if judge:
-        about["reward_bias"] = float(judge.params["head"]["bias"])
+    # A resumed run needs the reference and the reward model that it began with: digests of both go into config.json.
+    about = origin(policy=base, reward=reward_model)
+    if reward_model:
+        about["reward_bias"] = float(reward_model.params["head"]["bias"])
     sections = {"model": spec.policy, "template": template.kind, "origin": about}
     claim.check(c, **sections)
     hosts.only_first(lambda: base.tokenizer.save(claim.workdir / "tokenizer"))
     record = claim.begin(c.policy)
     text = ptx.load_text(
-        c.ptx, c.policy, claim.workdir, spec.policy.context_length, c.seed + 2,  # another order than earlier stages
+        c.ptx, c.policy, claim.workdir, spec.policy.context_length, c.seed + 2,  # not the order of earlier stages
         needed=c.ppo.ptx_coefficient > 0, record=record, known=claim.known,
     )  # fmt: skip
     claim.make(c, text and text.text, **sections)
@@ -162,14 +164,14 @@ def build(c: PPOConfig, mesh, claim: Claim, reward_fn: Callable | None = None) -
 
     # --- the frozen models, and the state of a new run ---
     freeze = jax.jit(lambda p: frozen(p, spec.dtype))
-    reference, reward = freeze(base.params), judge and freeze(judge.params)
+    reference, reward = freeze(base.params), reward_model and freeze(reward_model.params)
     if c.offload:
         reference, reward = offloaded(reference), offloaded(reward)
     frozen_models = lambda: on_device((reference, reward), c.offload)
 
     def init():
         make = functools.partial(initial_state, c=c, spec=spec, program=program)
-        return jax.jit(make, out_shardings=program.shardings)(base.params, judge and judge.params)
+        return jax.jit(make, out_shardings=program.shardings)(base.params, reward_model and reward_model.params)
 
     rule = reward_fn and rewards.Rule(reward_fn, c.reward_on, template)
     eval_widths = sorted({*widths, *bucket_widths(longest_of(held_out), 1, room)})
@@ -208,20 +210,22 @@ def build(c: PPOConfig, mesh, claim: Claim, reward_fn: Callable | None = None) -
 
 
 def load_models(c: PPOConfig, mesh) -> tuple[Model, Template, RewardModel | None]:
-    """(policy and reference, the template of its prompts, reward model)."""
+    """(model of policy and reference, template of its prompts, reward model or None)."""
     base = load_model(c.policy, mesh=mesh)
     if base.tokenizer.pad_id is None or base.tokenizer.eot_id is None:
         raise InputError(f"{c.policy} has no padding token of its own: give the workdir of an SFT run as policy.")
     template = Template(base.tokenizer, base.template or "chat")
-    judge = load_reward_model(c.reward, mesh=mesh, tokenizer=base.tokenizer) if c.reward else None
-    if judge and judge.template != template.kind:
-        raise InputError(f"The reward model saw {judge.template!r} prompts and the policy {template.kind!r} ones.")
-    return base, template, judge
+    reward_model = load_reward_model(c.reward, mesh=mesh, tokenizer=base.tokenizer) if c.reward else None
+    if reward_model and reward_model.template != template.kind:
+        raise InputError(
+            f"The reward model saw {reward_model.template!r} prompts and the policy {template.kind!r} ones."
+        )
+    return base, template, reward_model
 
 
 def initial_state(policy, reward, *, c: PPOConfig, spec: RLSpec, program: PPOProgram) -> PPOState:
-    """policy: parameters of the SFT model; reward: of the reward model, or None. The value network begins as the reward
-    model, else as the policy under a zero head (InstructGPT C.4)."""
+    """policy: parameters of the SFT model; reward: of the reward model, or None. The value network is initialized
+    from the reward model (InstructGPT C.4), or without one from the policy, with a zero head."""
     value = {}
     if spec.value:
         value = reward or heads.scalar_model(policy, spec.policy, None)
@@ -231,7 +235,8 @@ def initial_state(policy, reward, *, c: PPOConfig, spec: RLSpec, program: PPOPro
 
 
 def make_iteration(c: PPOConfig, spec, program, iterations, frozen_models, rule, text, batches, prompt_texts):
-    """One iteration of PPO: state -> (state, metrics). text: rlhf/ptx.py's; batches: of prompts."""
+    """Returns iteration(state) -> (state, metrics): one iteration of PPO. text: of rlhf/ptx.py, or None; batches: of
+    prompts."""
     sharding, compiled = batch_sharding(spec.mesh, 0), set()
 
     def iteration(state):
@@ -271,12 +276,13 @@ def pretraining_batch(c: PPOConfig, spec, text, state):
 
 
 def steer_kl(state, kl, c: PPOConfig):
-    """The adaptive coefficient, once an iteration."""
+    """Adapts the KL coefficient, once per iteration."""
     coefficient = adaptive_kl_coefficient(state.kl_coefficient, kl, c.batch_size, c.kl.target, c.kl.horizon)
     return dataclasses.replace(state, kl_coefficient=jax.device_put(coefficient, state.kl_coefficient.sharding))
 
 
 def summary(line: dict) -> str:
+    """A line of metrics.jsonl as text for the progress bar."""
     return (
         f"score {line['objective/score']:.3f}, kl {line['objective/kl']:.2f}, "
         f"length {line['response/length']:.0f}, {line['time/iteration']:.1f} s"
@@ -284,6 +290,7 @@ def summary(line: dict) -> str:
 
 
 def describe(c: PPOConfig, spec, prompts, slots: int, iterations: int, about: dict):
+    """Prints the models, the prompts and the length of the run. slots: of the widest batch of prompts."""
     reward = f"; reward model: {c.reward} at step {about['reward_step']:,}" if c.reward else ""
     group = f", {spec.group_size} of each prompt" if spec.group_size > 1 else ""
     rows = c.ppo.microbatch_size or c.batch_size // c.ppo.minibatches

@@ -40,10 +40,10 @@ from gptjax.training.supervised import supervised
 class PretrainConfig(TrainConfig):
     """Pre-training. How long: the first given of steps, tokens and epochs.
 
-    tokens: training tokens of the run, in place of steps.
+    tokens: length of the run in training tokens, if steps is not given.
     batch_size: sequences of a step over all devices.
     loss_chunk: time steps whose logits are held at once.
-    init_from: a workdir to take the weights from, None = random ones.
+    init_from: a workdir whose weights the run starts from; None = random ones.
     """
 
     model: GPTConfig
@@ -55,17 +55,17 @@ class PretrainConfig(TrainConfig):
 
 
 def pretrain(config: mlc.ConfigDict, workdir) -> RunResult:
-    """The whole stage (run.run). Where config.model.vocab_size is None the tokenizer decides it."""
+    """Runs the stage (run.run). If config.model.vocab_size is None, it is the tokenizer's, which `build` loads."""
     section = config.to_dict() if isinstance(config, mlc.ConfigDict) else dict(config)
     vocab = (section.get("model") or {}).get("vocab_size")
     if vocab is None and hosts.from_first((paths.local(workdir) / "config.json").exists):
         vocab = run_config.read_config(workdir)["model"]["vocab_size"]
-    section["model"] = (section.get("model") or {}) | {"vocab_size": vocab or 1}
+    section["model"] = (section.get("model") or {}) | {"vocab_size": vocab or 1}  # until the tokenizer is there
     return run("pretrain", PretrainConfig, functools.partial(build, by_tokenizer=vocab is None), section, workdir)
 
 
 def program(c: PretrainConfig, model: GPTConfig, mesh) -> TrainProgram:
-    """The device program of a step."""
+    """What runs on the devices, from shapes alone."""
     objective = Objective(causal_lm_loss(model, c.precision.dtype, c.loss_chunk, mesh))
     return train_program(
         objective, gpt.abstract_params(model), c.optimizer, c.precision, c.seed, mesh, dropout=model.dropout > 0
@@ -73,13 +73,13 @@ def program(c: PretrainConfig, model: GPTConfig, mesh) -> TrainProgram:
 
 
 def build(c: PretrainConfig, mesh, claim: Claim, by_tokenizer: bool) -> Stage:
-    """by_tokenizer: model.vocab_size is the tokenizer's."""
+    """The Stage of this run. by_tokenizer: set model.vocab_size to the tokenizer's."""
     check_fits(mesh.shape, n_head=c.model.n_head, time=c.model.context_length, **c.rows)
     pipeline.make_plan(c.model, mesh.shape, c.microbatch_rows)
     claim.check(c)
 
     # --- data ---
-    # Of many hosts one tokenizes; the others open what it made, or, where data.cache is not shared, make their own.
+    # One host tokenizes; the others open its token shards, or make their own if data.cache is not a shared folder.
     record = claim.begin()
     corpus = load_corpus(c.data, claim.workdir, c.seed, record, claim.known)
     hosts.agree("The tokens", [corpus.fingerprint, corpus.tokenizer.fingerprint])
@@ -95,7 +95,7 @@ def build(c: PretrainConfig, mesh, claim: Claim, by_tokenizer: bool) -> Stage:
     examples = corpus.examples(context, c.seed, record["shuffle"])
     for part in corpus.parts:
         lm.warn_if_few(part.validation, context)
-    prompts = sample_prompts(c.samples.prompts, tokenizer, context)  # refused now, not at the end
+    prompts = sample_prompts(c.samples.prompts, tokenizer, context)  # checked now, not when they are used
     schedule = Schedule(
         c.schedule, batch_size=c.batch_size, context_length=context, learning_rate=c.optimizer.learning_rate,
         steps=c.steps, tokens=c.epochs * corpus.train_tokens if c.epochs and c.tokens is None else c.tokens,
@@ -112,6 +112,7 @@ def build(c: PretrainConfig, mesh, claim: Claim, by_tokenizer: bool) -> Stage:
     model = dataclasses.replace(c.model, attention=resolve(c.model.attention, mesh.devices.flat[0].platform))
     train = program(c, model, mesh)
     base = None
+    # Once the run has checkpoints the weights of init_from are not needed, nor its folder.
     if c.init_from and not (claim.resuming and not paths.local(c.init_from).exists()):
         check_same_tokenizer(c.init_from, tokenizer)
     if c.init_from and not claim.resuming:
@@ -121,7 +122,7 @@ def build(c: PretrainConfig, mesh, claim: Claim, by_tokenizer: bool) -> Stage:
         state = init_state(model, train.tx, c.precision, train.shardings, c.seed)
         return dataclasses.replace(state, params=base.params) if base else state
 
-    # --- everything that can be refused has been: the workdir is ours ---
+    # --- all input has been checked: claim the workdir ---
     claim.make(c, corpus, **({"origin": origin(init_from=base)} if base else {}))
     hosts.only_first(lambda: tokenizer.save(claim.workdir / "tokenizer"))
     most = c.eval.batches or None
@@ -140,6 +141,7 @@ def build(c: PretrainConfig, mesh, claim: Claim, by_tokenizer: bool) -> Stage:
 
 
 def describe(c: PretrainConfig, model: GPTConfig, corpus: Text, schedule: Schedule, mesh):
+    """Prints the model, the mesh, the data and the length of the run."""
     axes = " x ".join(f"{k} {v}" for k, v in mesh.shape.items() if v > 1) or "1 device"
     hosts.say(
         f"{parameter_count(model):,} parameters, {model.attention} attention, {c.precision.compute}, "

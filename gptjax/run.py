@@ -1,11 +1,12 @@
-"""The spine of every stage: lock, config, build, resume or begin, loop, report.
+"""Runs a stage from start to end: lock, config, build, resume or begin, loop, report.
 
     def build(c: SFTConfig, mesh, claim: Claim) -> Stage: ...      # a main's own part: models, data, objective
 
     def sft(config, workdir) -> RunResult:
         return run("sft", SFTConfig, build, config, workdir)
 
-`build` refuses what it can before it writes; `claim` makes the workdir the run's, or checks that it is.
+`build` raises what errors it can before it writes anything. `claim` records in a new workdir which run it
+belongs to, or checks that an existing one belongs to this run.
 """
 
 import contextlib
@@ -33,7 +34,8 @@ from gptjax.training.stage import RunConfig, RunResult, Stage
 
 
 def require(c: RunConfig, texts: Mapping[str, str]):
-    """InputError with the text of the first of the config's keys that is not given; 'a,b' means at least one of two."""
+    """texts: {key of the config: error message}; 'a,b' as a key means at least one of the two. InputError: the message
+    of the first one that is not given."""
     for keys, text in texts.items():
         if all(functools.reduce(getattr, key.split("."), c) is None for key in keys.split(",")):
             raise InputError(text)
@@ -42,8 +44,10 @@ def require(c: RunConfig, texts: Mapping[str, str]):
 class Claim:
     """The workdir of a run that begins or resumes.
 
-    known: whether it holds a run already. resuming: whether that run has a checkpoint to go on from.
-    record: of data.json (data/records.py); `begin` starts it.
+    known: whether it holds a run already. resuming: whether that run has a checkpoint to resume from.
+    record: the contents of data.json (data/records.py), from `begin`.
+
+    `build` calls check, begin and make, in this order.
     """
 
     def __init__(self, stage: str, workdir, kind: str):
@@ -53,18 +57,19 @@ class Claim:
         self.record: dict = {}
 
     def begin(self, base=None) -> dict:
-        """The record of data.json: a new one, or that of the run being resumed. base: the workdir that a stage after
-        pre-training starts from."""
+        """The contents of data.json: the existing ones, or those of a new run, not yet written. base: the workdir
+        that a stage after pre-training starts from."""
         self.record = start_record(self.workdir, self.known, base)
         return self.record
 
     def check(self, c: RunConfig, **sections):
-        """Of a run being resumed: InputError where its config is another. Before data is read, which takes long."""
+        """InputError if the workdir holds a run with another config. Before data is read, which can take long."""
         if self.known:
             self._claim(c, sections)
 
     def make(self, c: RunConfig, text: Text | None = None, **sections):
-        """Makes a new workdir this run's: data.json, then config.json. text: tokens that data.json is to name."""
+        """Writes data.json, then config.json, into a new workdir; checks config.json of an existing one. text: the
+        tokens that data.json records. sections: further sections of config.json, as for `check`."""
         if not self.known:
             write_record(self.workdir, self.record, text)
         self._claim(c, sections)
@@ -75,14 +80,14 @@ class Claim:
 
 def run(name: str, config_class: type[RunConfig], build: Callable[..., Stage], config: mlc.ConfigDict, workdir, *,
         kind: str = "lm") -> RunResult:  # fmt: skip
-    """Runs a stage to its end, or until it is asked to stop. The same call resumes it, bitwise identical.
+    """Runs a stage to its end, or until SIGTERM or Ctrl-C. The same call resumes it, bitwise identical.
 
     Args:
         name: of the stage, in config.json. kind: of the model that the workdir holds: 'lm', or 'scalar' (a reward
             model).
         build: (config, mesh, Claim) -> Stage.
     Raises:
-        InputError: whatever a user can correct.
+        InputError: any user-correctable error.
     """
     began = time.perf_counter()
     rules = configs.build(Rules, (config.get("mesh") or {}).get("rules") or {}, "config.mesh.rules")
@@ -99,8 +104,8 @@ def run(name: str, config_class: type[RunConfig], build: Callable[..., Stage], c
 def resume(checkpointer: Checkpointer, stage: Stage) -> tuple:
     """(state of the newest good checkpoint, seconds of training so far); (None, 0.0) of a new run.
 
-    Checkpoints newer than that one are put aside. InputError: the data have changed, or more steps are done than asked
-    for.
+    Newer, damaged checkpoints are moved to checkpoints-damaged. InputError: the data have changed, or more steps are
+    done than the config asks for.
     """
     restored = checkpointer.restore(stage.abstract, stage.shardings)
     if restored is None:
@@ -120,7 +125,7 @@ def resume(checkpointer: Checkpointer, stage: Stage) -> tuple:
 
 
 def _train(stage: Stage, mesh, workdir) -> RunResult:
-    """Whatever stops the run, the checkpoint being written and the last lines are kept."""
+    """Any exception still closes checkpointer and writer: a checkpoint being written and the last lines are kept."""
     c = stage.config
     with jax.set_mesh(mesh), contextlib.ExitStack() as kept:
         # --- where the state comes from: the newest good checkpoint of this run, else a new one ---
@@ -128,7 +133,7 @@ def _train(stage: Stage, mesh, workdir) -> RunResult:
         state, seconds = resume(checkpointer, stage)
         if state is None:
             state = stage.init()
-        stage.init = None  # and with it the weights that the run begins with
+        stage.init = None  # releases the initial weights
         start = int(state.step)
         writer = kept.enter_context(contextlib.closing(MetricWriter(workdir, c.log, start, configs.to_json(c))))
 

@@ -57,21 +57,21 @@ def _claim(workdir, about: dict, config, sections) -> bool:
     different = [k for k in sorted(a.keys() | b.keys()) if a.get(k) != b.get(k)]
     different = [k for k in different if not (k in local and a.get(k) and b.get(k) and paths.same(a[k], b[k]))]
     within = lambda k, names: any(k == n or k.startswith(f"{n}.") for n in names)
-    # A key that the run has no word of came with a later version, which takes it to be what it is by default.
+    # A key absent from the saved config came with a later version: its default value is assumed.
     defaults = _flatten(config_dict(type(config)).to_dict()) if dataclasses.is_dataclass(config) else {}
     later = {k for k in b.keys() - a.keys() if not within(k, a) and k in defaults and b[k] == defaults[k]}
     may_change = (*_MAY_CHANGE, "origin", *moved)
     fatal = [k for k in different if k not in later and not within(k, may_change)]
     if fatal:
-        lines = "\n".join(f"  {k}: there {a.get(k)!r}, now {b.get(k)!r}" for k in fatal)
+        lines = "\n".join(f"  {k}: saved {a.get(k)!r}, requested {b.get(k)!r}" for k in fatal)
         raise InputError(
             f"{workdir} holds another run's config:\n{lines}\n"
-            "Take another --workdir, or give the same config to go on with that run."
+            "Give another --workdir, or the same config to resume that run."
         )
     for k in different:
         if k in later:
             if not within(k, _MAY_CHANGE):
-                print(f"config.{k} is newer than this run, which goes on with {b[k]!r}")
+                print(f"config.{k} is newer than this run, which continues with {b[k]!r}")
         elif not within(k, ("origin",)):
             print(f"config.{k} changed from {a.get(k)!r} to {b.get(k)!r} since this run began")
     write_json(path, new)
@@ -79,7 +79,7 @@ def _claim(workdir, about: dict, config, sections) -> bool:
 
 
 def has_checkpoints(workdir) -> bool:
-    """Whether a run can go on from a checkpoint of its own; the same on all hosts."""
+    """Whether a run can resume from a checkpoint of its own; the same on all hosts."""
     return hosts.from_first(lambda: bool(_steps(workdir)))
 
 
@@ -121,7 +121,7 @@ def _compare_origin(workdir, old: dict, new: dict, has_checkpoints: bool) -> set
         elif value != then[key] and name == "init_from" and has_checkpoints and what != "tokenizer":
             now[key] = then[key]
             if what == "weights":  # they were needed at step 0 alone
-                print(f"note: the weights in {where} have changed since this run began from them; it goes on from its "
+                print(f"note: the weights in {where} have changed since this run began from them; it continues from its "
                       "own checkpoint")  # fmt: skip
         elif value != then[key]:
             changed.append(f"  {name}: {where} {_CHANGED[what].format(value, then[key])}")

@@ -94,7 +94,7 @@ def load_base(init_from, workdir, *, mesh: jax.sharding.Mesh) -> Model:
     base, workdir = paths.local(init_from), paths.local(workdir)
     if not run_config.has_checkpoints(workdir) or base.exists():
         return load_model(base, mesh=mesh)
-    hosts.say(f"note: {base} is not there any more; the run goes on from its own checkpoint")
+    hosts.say(f"note: {base} is not there any more; the run continues from its own checkpoint")
     run = run_config.read_config(workdir)
     config = configs.build(GPTConfig, run["model"], "model")
     config = dataclasses.replace(config, attention=resolve(config.attention, jax.default_backend()))

@@ -301,7 +301,7 @@ def test_weights_alone_can_be_saved(tmp_path, one_device):
     checkpointer.close()
 
 
-# --- taken up again ---------------------------------------------------------------------------------------
+# --- resumed ----------------------------------------------------------------------------------------------
 
 
 def resume(workdir, where, **given):

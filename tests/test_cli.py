@@ -439,7 +439,7 @@ def test_shards_that_do_not_match_their_manifest(trained, text, tmp_path):
 
 def test_another_runs_workdir(trained, text):
     before = {p: p.stat().st_mtime_ns for p in trained[0].rglob("*")}
-    with pytest.raises(InputError, match="holds another run's config(?s:.*)batch_size: there 8, now 16"):
+    with pytest.raises(InputError, match="holds another run's config(?s:.*)batch_size: saved 8, requested 16"):
         pretrain(tiny(text, batch_size=16), str(trained[0]))
     assert {p: p.stat().st_mtime_ns for p in trained[0].rglob("*")} == before  # nothing lost, nothing written
 

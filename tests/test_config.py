@@ -200,15 +200,15 @@ def test_another_runs_workdir_is_refused_and_left_alone(config, tmp_path):
     with pytest.raises(InputError) as caught:
         claim_workdir(tmp_path, "pretrain", built(config, model__n_layer=5, optimizer__learning_rate=0.5, steps=9))
     message = str(caught.value)
-    assert "model.n_layer: there 4, now 5" in message
-    assert "optimizer.learning_rate: there 0.001, now 0.5" in message
+    assert "model.n_layer: saved 4, requested 5" in message
+    assert "optimizer.learning_rate: saved 0.001, requested 0.5" in message
     assert "steps" not in message and "--workdir" in message  # a longer run is the same run
     assert (tmp_path / "config.json").read_bytes() == before
 
 
 def test_another_stages_workdir_is_refused(config, tmp_path):
     claim_workdir(tmp_path, "pretrain", built(config))
-    with pytest.raises(InputError, match="stage: there 'pretrain', now 'sft'"):
+    with pytest.raises(InputError, match="stage: saved 'pretrain', requested 'sft'"):
         claim_workdir(tmp_path, "sft", built(config))
 
 
@@ -246,14 +246,14 @@ def test_a_run_of_an_earlier_version_goes_on(config, tmp_path, capsys):
     assert claim_workdir(tmp_path, "pretrain", c) is True
     assert (
         capsys.readouterr().out
-        == f"config.optimizer.eps is newer than this run, which goes on with {c.optimizer.eps}\n"
+        == f"config.optimizer.eps is newer than this run, which continues with {c.optimizer.eps}\n"
     )
     assert json.loads(path.read_text()) == whole
     write_json(path, earlier)  # no word of it, and now other than by default
-    with pytest.raises(InputError, match="optimizer.eps: there None, now 0.5"):
+    with pytest.raises(InputError, match="optimizer.eps: saved None, requested 0.5"):
         claim_workdir(tmp_path, "pretrain", built(config, optimizer__eps=0.5))
     write_json(path, whole)  # a mapping that was empty
-    with pytest.raises(InputError, match="data.mixture.wiki: there None, now 1"):
+    with pytest.raises(InputError, match="data.mixture.wiki: saved None, requested 1"):
         claim_workdir(
             tmp_path, "pretrain", dataclasses.replace(c, data=dataclasses.replace(c.data, mixture={"wiki": 1.0}))
         )

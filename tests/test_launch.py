@@ -408,7 +408,7 @@ def changed(*options, **run):
         (changed("--accelerator=v5p-12"), "comes in cores of multiples of 8"),
         (changed("--accelerator=v6-8"), "did you mean v6e-8"),
         (changed("--accelerator=a100"), "there are v2, v3, v4"),
-        (changed("--accelerator=tpu7x-128"), "through GKE alone"),
+        (changed("--accelerator=tpu7x-128"), "only through GKE"),
         (changed("--slices=0"), "at least 1"),
         (changed("--slices=2"), "2 slices: .*--config.mesh.dcn_data=2"),
         (changed("--steps=create,instal"), "did you mean install"),

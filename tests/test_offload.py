@@ -1,4 +1,4 @@
-"""The optimizer's moments in host memory: the same steps, layer by layer; saved, taken up again, refused."""
+"""The optimizer's moments in host memory: the same steps, layer by layer; saved, resumed, refused."""
 
 import dataclasses
 

@@ -85,7 +85,7 @@ def interrupted(config, workdir, stop=STOP):
     return Checkpointer(workdir).steps()[-1]
 
 
-# --- interrupted and taken up again -----------------------------------------------------------------------
+# --- interrupted and resumed -------------------------------------------------------------------------------
 
 CASES = {
     "dropout": {"model__dropout": 0.2},

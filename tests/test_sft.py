@@ -319,7 +319,7 @@ def test_a_base_that_is_gone_is_not_needed_any_more(pretrained, alignment, tmp_p
     with pytest.raises(InputError, match=f"{base} is not a workdir: there is no such folder"):
         sft(sft_config(base, alignment["demonstrations"], steps=4, **options), str(tmp_path / "new"))
     assert sft(sft_config(base, alignment["demonstrations"], steps=4, **options), str(tmp_path / "run")).finished
-    assert "goes on from its own checkpoint" in capsys.readouterr().out
+    assert "continues from its own checkpoint" in capsys.readouterr().out
     assert read_config(tmp_path / "run")["origin"]["init_from_weights"] == weights
 
 

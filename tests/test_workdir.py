@@ -61,7 +61,7 @@ def test_paths_mean_the_same_from_another_folder(here, tmp_path, monkeypatch, ca
     for spelling in ("work/runs/pre", here / "runs" / "." / "sft" / ".." / "pre"):
         assert claim(here / "runs" / "sft", init_from=str(spelling), data__source="work/texts/a.jsonl") is True
     assert capsys.readouterr().out == ""
-    with pytest.raises(InputError, match="init_from: there '.*runs/pre', now '.*/other'"):
+    with pytest.raises(InputError, match="init_from: saved '.*runs/pre', requested '.*/other'"):
         claim(here / "runs" / "sft", init_from="other", data__source="work/texts/a.jsonl")
 
 

@@ -3,7 +3,7 @@
     python -m experiments.docstrings --config=configs/demo.py --workdir=runs/demo
 
 `make demo` runs it. The pre-trained model is the workdir itself, the other stages lie in it: sft/, reward/, ppo/
-(without pre-training gradients) and ppo_ptx/ (with them). A stopped demo goes on where it was. How long it takes is in
+(without pre-training gradients) and ppo_ptx/ (with them). An interrupted demo resumes. How long it takes is in
 experiments/README.md. The gold score of a summary is experiments/docstrings/labeler.py's.
 --scale shortens the stages after pre-training (0.05 for a smoke test).
 """

@@ -7,7 +7,7 @@
 
 Run it in the checkout: XPK puts the folder into the image (`pip install xpk`; the cluster is made with `xpk cluster
 create`). The packages are installed when a pod starts, unless --docker_image names an image that has them and the
-code. A pod that is taken away is started again, at most --max_restarts times, and goes on from the last checkpoint.
+code. A pod that is taken away is started again, at most --max_restarts times, and resumes from the last checkpoint.
 """
 
 import argparse

@@ -16,7 +16,7 @@ import sys
 
 from gptjax.errors import InputError
 
-LOST = 75  # how a run ends that lost another of its hosts: the same command goes on from the last checkpoint
+LOST = 75  # how a run ends that lost another of its hosts: the same command resumes from the last checkpoint
 TRIES = 20  # how often it is given again; a fault of the run's own would come back for ever
 MESH_AXES = ("data", "fsdp", "tensor", "stage", "seq")
 
@@ -37,7 +37,7 @@ class Job:
     def workdir(self) -> str:
         workdir = self.flag("workdir")
         if not workdir:
-            raise InputError("The run has no --workdir=...: a run that is to be taken up again needs one.")
+            raise InputError("The run has no --workdir=...: a run that can be resumed needs one.")
         return workdir
 
     @property
@@ -78,10 +78,10 @@ def nearest(name: str, names) -> str:
     return f"did you mean {close[0]}?" if close else f"there are {', '.join(names)}."
 
 
-def require(program: str, mend: str):
+def require(program: str, fix: str):
     """Raises InputError where a program that the script calls is not installed."""
     if not shutil.which(program):
-        raise InputError(f"{program} is not on the PATH: {mend}.")
+        raise InputError(f"{program} is not on the PATH: {fix}.")
 
 
 # --- the command line: options, then --, then the run ---------------------------------------------------------
@@ -131,8 +131,8 @@ def main(make):
         if a.dry_run:
             print(script, end="")
             return
-        for program, mend in programs.items():
-            require(program, mend)
+        for program, fix in programs.items():
+            require(program, fix)
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)

@@ -7,7 +7,7 @@
 --dry_run prints the file. Run it in a checkout on a file system that every node sees, with its environment made:
 `python3 -m venv .venv && .venv/bin/pip install -r requirements.txt 'jax[cuda12]'`. JAX finds the other processes by
 SLURM's own variables. Before the time is up the run is told to save, and the job puts itself into the queue again,
-where the same command goes on from the checkpoint; a job that is preempted or loses a node does so too.
+where the same command resumes from the checkpoint; a job that is preempted or loses a node does so too.
 """
 
 import argparse

@@ -6,7 +6,7 @@
 
 --dry_run prints the script that this would run, and nothing happens. The TPU is asked for through a queue: the script
 waits until there is one. When it is taken away (spot) or the connection breaks, the script gets another and gives the
-same command again, which goes on from the last checkpoint. So does the script itself when it is started again: it
+same command again, which resumes from the last checkpoint. So does the script itself when it is started again: it
 takes the TPU that is there. A run that fails leaves its TPU up to be looked at, and says that it costs money.
 Several hosts at once need your key in ssh-agent: `ssh-add ~/.ssh/google_compute_engine`.
 """
@@ -127,7 +127,7 @@ def make(argv: list[str]):
 def script(a: argparse.Namespace, run: job.Job) -> str:
     machine = accelerators.parse(a.accelerator)
     if machine.runtime is None:
-        raise InputError(f"{a.accelerator} is had through GKE alone: use experiments.launch.gke.")
+        raise InputError(f"{a.accelerator} is available only through GKE: use experiments.launch.gke.")
     if a.slices < 1:
         raise InputError(f"--slices={a.slices}: at least 1.")
     steps = a.steps.split(",")

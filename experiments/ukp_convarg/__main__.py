@@ -4,7 +4,7 @@
         [--text=../shared/data/lm/books_small/train] [--results=experiments/ukp_convarg/results.json]
 
 Pre-trains a small GPT on --text (base/), then trains one reward model for each fold of topics (fold0/, ...) and has it
-judge the topics it was not trained on, beside baselines. A stopped run goes on where it was. On 2 busy CPU cores it
+judge the topics it was not trained on, compared with baselines. An interrupted run resumes. On 2 busy CPU cores it
 takes about 15 minutes.
 """
 

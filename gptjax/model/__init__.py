@@ -3,7 +3,8 @@
 
 Shape suffixes. In the model, the objectives and generation, the name of an array ends in its axes, a letter each:
 x_BTD is [batch, time, d_model], mask_BR [batch, response]. Names without a suffix are for any shape, or for the shape
-that a docstring gives. An axis of size 1 is written 1; in a shard_map, the letters are those of the whole array.
+that a docstring gives. An axis of a fixed size is written as that number (x_B1D, qkv_BT3D); in a shard_map, the letters
+are those of the whole array.
 
     B  batch: rows, prompts                     V  vocabulary
     T  time: positions of a row, queries        L  layers

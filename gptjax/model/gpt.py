@@ -1,4 +1,4 @@
-"""GPT-1, GPT-2 and GPT-3 as one thin Flax module behind pure functions.
+"""GPT-1, GPT-2 and GPT-3 as one Flax module behind pure functions.
 
     params     = init(config, key)                        a plain nested dict; blocks stacked [L, ...]
     x_BTD      = hidden(params, config, tokens_BT)        after the last LayerNorm
@@ -27,21 +27,21 @@ from gptjax.parallel.vocabulary import embed
 
 
 class Mode(NamedTuple):
-    """What is fixed when a forward pass is traced."""
+    """Static options of a forward pass."""
 
     keep_kv: bool = False  # return the keys and values of every layer
     mesh: Any = None  # for kernels that need a shard_map
 
 
 class PerLayer(NamedTuple):
-    """What differs from layer to layer; over all layers [L], in one of them a scalar."""
+    """Inputs that differ from layer to layer: [L] outside the scan over layers, scalars within a layer."""
 
     index: Any  # int: 0 .. n_layer - 1
     is_local: Any  # bool: banded attention
 
 
 class Shared(NamedTuple):
-    """What every layer gets alike."""
+    """Inputs that are the same for every layer."""
 
     dropout_keys: Any = None  # [B], a key for each row; None = no dropout
     segment_ids: Any = None  # int [B, T]
@@ -66,7 +66,11 @@ class GPT(nn.Module):
     def __call__(
         self, tokens_BT, positions_BT, segment_ids=None, dropout_keys=None, cache=None, slot=None, filled=None
     ):
-        """Returns the final hidden states [B, T, D], the updated cache, and all layers' keys and values (keep_kv)."""
+        """Returns (final hidden states [B, T, D], the updated cache, all layers' keys and values if mode.keep_kv).
+
+        cache: None, a KVCache of [L, B, H, S, K], or a tuple with each layer's [B, H, S, K]. Keys and values are
+        [L, B, T, H, K] each, in this call's own positions. The other arguments: `hidden` and `decode_step`.
+        """
         c = self.config
         wte_VD = self.param("wte", normal(INIT_STD, "vocab", "embed"), (c.vocab_size, c.d_model))
         wpe_TD = self.param("wpe", normal(INIT_STD, "position", "embed"), (c.context_length, c.d_model))
@@ -91,7 +95,7 @@ class GPT(nn.Module):
         return x_BTD, cache, kv
 
     def scan_layers(self, x_BTD, cache, layers: PerLayer, shared: Shared):
-        """One loop over the stacked layers, so that the program does not grow with depth."""
+        """One loop (lax.scan) over the stacked layers, so that the program does not grow with depth."""
         c = self.config
         block = Block if c.remat == "none" else nn.remat(Block, policy=_REMAT[c.remat], prevent_cse=False)
         blocks = nn.scan(
@@ -107,7 +111,7 @@ class GPT(nn.Module):
         return x_BTD, cache, kv
 
     def unrolled_layers(self, x_BTD, caches, layers: PerLayer, shared: Shared):
-        """No loop: the parameters and the cache of each layer are arrays of their own (`unstack_layers`)."""
+        """No loop: the parameters and the cache are tuples with one entry per layer (`unstack_layers`)."""
         block, updated = Block(self.config, self.mode, parent=None), []
         for i, (params, cache) in enumerate(zip(self.variables["params"]["blocks"], caches, strict=True)):
             layer = jax.tree.map(lambda a, i=i: a[i], layers)
@@ -124,7 +128,9 @@ class GPT(nn.Module):
 
 
 class Block(nn.Module):
-    """One layer, in the form nn.scan takes: (carry, what differs by layer, what all layers share)."""
+    """One layer, in the form that nn.scan takes: (carry, inputs of the layer, inputs of all) -> (carry, output).
+
+    The carry is (x_BTD, cache), the output this layer's keys and values (mode.keep_kv)."""
 
     config: GPTConfig
     mode: Mode
@@ -134,7 +140,7 @@ class Block(nn.Module):
         c = self.config
         x_BTD, cache = carry
         # Residual projections of pre-LN models are scaled down by the number of residual sums, 2 L
-        # (GPT-2 §2.3 read as Hugging Face and nanoGPT read it); GPT-1 has N(0, .02) throughout.
+        # (GPT-2 §2.3 as Hugging Face and nanoGPT interpret it); GPT-1 has N(0, .02) throughout.
         residual_std = INIT_STD / (2 * c.n_layer) ** 0.5 if c.norm == "pre" else INIT_STD
         ln_1, ln_2 = LayerNorm(name="ln_1"), LayerNorm(name="ln_2")
         attn = Attention(c, self.mode, residual_std, name="attn")
@@ -163,7 +169,7 @@ class Attention(nn.Module):
 
     @nn.compact
     def __call__(self, x_BTD, cache, layer: PerLayer, shared: Shared):
-        """Returns the output, the cache with this layer's new keys and values, and those themselves (keep_kv)."""
+        """Returns (output [B, T, D], the cache with the new keys and values, these themselves if mode.keep_kv)."""
         c = self.config
         B, T, _ = x_BTD.shape
         qkv_BT3D = Linear((3, c.d_model), ("embed", "qkv", "heads"), name="c_attn")(to_tensor_parallel(x_BTD))
@@ -179,6 +185,7 @@ class Attention(nn.Module):
         return y_BTD, cache, (k_BTHK, v_BTHK) if self.mode.keep_kv else None
 
     def self_attention(self, q_BTHK, k_BTHK, v_BTHK, layer: PerLayer, shared: Shared):
+        """Without a cache: [B, T, H, K], dense or banded as this layer is."""
         c = self.config
         rate = c.dropout if shared.dropout_keys is not None and c.dropout_sites == "all" else 0.0
         keys = _fold(shared.dropout_keys, 3 * layer.index) if rate else None
@@ -196,7 +203,9 @@ class Attention(nn.Module):
     def cached_self_attention(self, q_BTHK, k_BTHK, v_BTHK, cache: KVCache, layer: PerLayer, shared: Shared):
         """Writes the new keys and values at `shared.slot` and attends to the slots that each row has filled.
 
-        cache: of this layer, [B, H, S, K], or of all layers, [L, B, H, S, K], of which this layer's is updated.
+        Returns ([B, T, H, K], the updated cache).
+
+        cache: of this layer, [B, H, S, K], or of all layers, [L, B, H, S, K], of which only this layer's is updated.
         """
         slot, of_layer = shared.slot, (layer.index,) if cache.k.ndim == 5 else ()
         new = KVCache(*(jnp.swapaxes(a, 1, 2).astype(cache.k.dtype) for a in (k_BTHK, v_BTHK)))
@@ -229,20 +238,24 @@ class MLP(nn.Module):
         return to_sequence_parallel(y_BTD)
 
 
-# Sequence parallelism (Korthikanti et al. 2022): between sub-layers the residual stream is sharded along time over the
-# tensor axis, inside them the features are. One all-gather in and one reduce-scatter out, forward and backward alike.
+# Sequence parallelism (Korthikanti et al. 2022): over the mesh axis `tensor`, the residual stream is sharded along time
+# between sub-layers (RESIDUAL), and the features are sharded inside them. One all-gather in and one reduce-scatter out,
+# in the forward and in the backward pass.
 _INSIDE = ("batch", "time", "features")
 
 
 def to_tensor_parallel(x_BTD):
+    """Into a sub-layer: all-gathers time."""
     return reshard(x_BTD, _INSIDE, RESIDUAL)
 
 
 def to_sequence_parallel(y_BTD):
+    """Out of a sub-layer: sums the partial results and shards time again (reduce-scatter)."""
     return reshard(y_BTD, RESIDUAL, _INSIDE)
 
 
 def _dropout(x_BTD, rate, keys_B, site):
+    """keys_B: a key for each row, or None for no dropout; site: the number of the place in the model (`_fold`)."""
     if keys_B is None or not rate:
         return x_BTD
     keep = jax.vmap(lambda key: jax.random.bernoulli(key, 1.0 - rate, x_BTD.shape[1:]))(_fold(keys_B, site))
@@ -250,8 +263,8 @@ def _dropout(x_BTD, rate, keys_B, site):
 
 
 def _fold(keys_B, site):
-    """Every row has its key, every place with dropout its number (3 to a layer, the embedding's last): a mask depends
-    on nothing else, so neither on the other rows nor on the stage or micro-batch that the row is computed in."""
+    """Every row has a key, every place with dropout a number (3 per layer, then the embedding). A mask depends on these
+    two alone: not on the other rows, nor on the pipeline stage or micro-batch that the row is computed in."""
     return jax.vmap(jax.random.fold_in, (0, None))(keys_B, site)
 
 
@@ -268,8 +281,8 @@ _REMAT = {
 
 
 def _scan_unroll(c: GPTConfig, mesh) -> int:
-    """Layers per iteration of the scan. One where XLA:CPU fails on several ("Incorrect number of arguments passed to
-    called function", jaxlib 0.10.2): within a loop, fully recomputed, of parameters sharded over fsdp."""
+    """Layers per iteration of the scan: config.unroll. 1 where XLA:CPU fails on several in a loop ("Incorrect number of
+    arguments passed to called function", jaxlib 0.10.2): with remat='full' and parameters sharded over fsdp."""
     sizes = jax.sharding.get_abstract_mesh().shape
     platform = jax.default_backend() if mesh is None else mesh.devices.flat[0].platform
     fails = platform == "cpu" and c.remat == "full" and sizes.get("fsdp", 1) > 1
@@ -323,7 +336,7 @@ def hidden(
 
 
 def _check_time(tokens_BT, config: GPTConfig):
-    """InputError: more time steps than positions; a gather would give all beyond the last one its embedding."""
+    """InputError: more tokens than position embeddings. JAX's gather would clamp the index and raise nothing."""
     if tokens_BT.shape[1] > config.context_length:
         raise InputError(f"{tokens_BT.shape[1]} tokens don't fit the model's context of {config.context_length}.")
 
@@ -353,7 +366,7 @@ def decode_step(params, config: GPTConfig, tokens_BT, positions_BT, cache, slot,
     Args:
         tokens_BT, positions_BT: int; the T new tokens go to slots slot .. slot+T-1, the same in every row.
         cache: KVCache of [L, B, H, S, K], or what `unstack_layers` made of it and of the parameters.
-        filled_BS: bool, the slots that each row may attend to (the causal mask over slots is applied besides).
+        filled_BS: bool, the slots that each row may attend to (the causal mask over slots is applied too).
     Returns:
         (hidden [B, T, D], the cache with the new keys and values).
     """
@@ -367,7 +380,7 @@ def unstack_layers(params, cache: KVCache, config: GPTConfig):
     """Parameters and cache with each layer's arrays by themselves, for decoding without a loop over layers.
 
     XLA:CPU copies a layer out of a stacked array before it multiplies by it, again for every token: half the time of a
-    token at 6 layers of 384. This copies once, so it takes the memory of the layers twice.
+    token at 6 layers, 384 wide. This copies once, so the layers take twice the memory.
     """
     unstack = lambda tree: tuple(jax.tree.map(lambda a, i=i: a[i], tree) for i in range(config.n_layer))
     return {**params, "blocks": unstack(params["blocks"])}, unstack(cache)

@@ -1,7 +1,8 @@
-"""The forward pass of GPT-1, 2 and 3 as the papers write it: no sharding, dropout, scan or cache. Read this first.
+"""The forward pass of GPT-1, 2 and 3 as the papers write it: no sharding, dropout, scan or cache.
 
-gpt.py computes the same faster; tests/test_gpt.py compares the two. Sources: Radford et al. 2018 §3.1 (LayerNorm after
-each residual sum), Radford et al. 2019 §2.3 (before each sub-layer), Brown et al. 2020 §2.1 (dense and banded layers).
+Read this before gpt.py, which computes the same faster; tests/test_gpt.py compares the two. `params` is what gpt.init
+returns, `p` a part of it. Sources: Radford et al. 2018 §3.1 (LayerNorm after each residual sum), Radford et al. 2019
+§2.3 (before each sub-layer), Brown et al. 2020 §2.1 (dense and banded layers).
 """
 
 import jax
@@ -13,10 +14,10 @@ from gptjax.model.spec import GPTConfig
 
 
 def forward(params, c: GPTConfig, tokens_BT):
-    """Token ids [B, T] -> logits [B, T, V], float32. params: as gpt.init lays them out."""
+    """Token ids [B, T] -> logits [B, T, V], float32."""
     x_BTD = params["wte"][tokens_BT] + params["wpe"][: tokens_BT.shape[1]]
     for i in range(c.n_layer):
-        p = jax.tree.map(lambda a, i=i: a[i], params["blocks"])
+        p = jax.tree.map(lambda a, i=i: a[i], params["blocks"])  # blocks are stacked [L, ...]
         window = c.local_window if c.is_local(i) else None
         if c.norm == "pre":
             x_BTD += attention(p["attn"], layer_norm(p["ln_1"], x_BTD), c.n_head, window)
@@ -30,6 +31,7 @@ def forward(params, c: GPTConfig, tokens_BT):
 
 
 def attention(p, x_BTD, n_head: int, window):
+    """[B, T, D] -> [B, T, D]. window: how many positions back a query sees, its own included; None = all."""
     B, T, D = x_BTD.shape
     qkv_BT3D = jnp.einsum("btd,dce->btce", x_BTD, p["c_attn"]["kernel"]) + p["c_attn"]["bias"]
     q_BTHK, k_BTHK, v_BTHK = (qkv_BT3D[:, :, i].reshape(B, T, n_head, D // n_head) for i in range(3))
@@ -38,13 +40,16 @@ def attention(p, x_BTD, n_head: int, window):
 
 
 def mlp(p, x_BTD):
+    """[B, T, D] -> [B, T, D], with the tanh approximation of GELU."""
     return linear(p["c_proj"], jax.nn.gelu(linear(p["c_fc"], x_BTD), approximate=True))
 
 
 def linear(p, x):
+    """[..., in] -> [..., out]; the kernel is [in, out]."""
     return x @ p["kernel"] + p["bias"]
 
 
 def layer_norm(p, x_BTD):
+    """[B, T, D] -> [B, T, D], normalized over D with the biased variance."""
     mean, variance = x_BTD.mean(-1, keepdims=True), x_BTD.var(-1, keepdims=True)
     return (x_BTD - mean) / jnp.sqrt(variance + LAYER_NORM_EPS) * p["scale"] + p["bias"]

@@ -3,7 +3,7 @@
 Sources: GPT-1 (Radford et al. 2018 §4.1), GPT-2 (Radford et al. 2019 §2.3), GPT-3 (Brown et al. 2020,
 Table 2.1). Two figures of GPT-3's Table 2.1 contradict the rest of the paper and are corrected here:
 
-* XL (1.3B) is printed with 24 heads of 128, an inner width of 3,072 beside d_model 2,048. That would be
+* XL (1.3B) is printed with 24 heads of 128, an inner width of 3,072 for d_model 2,048. That would be
   1.517B parameters, not Table D.1's 1.320B. With 16 heads of 128 = 2,048 the count is 1,315,723,264.
 * 13B is printed with d_model 5,140, which 40 heads of 128 do not divide and which gives 12.953B.
   With d_model 5,120 = 40 x 128 the count is 12,853,386,240, Table D.1's 12,850M.
@@ -27,24 +27,25 @@ class GPTConfig:
     n_layer: transformer blocks.
     n_head: attention heads of a block; each has d_model / n_head features.
     d_model: width of the residual stream; the MLP is four times as wide.
-    context_length: most tokens of a sequence, as many as there are position embeddings.
+    context_length: the maximum length of a sequence, in tokens; the number of position embeddings.
     norm: 'pre' = GPT-2/3 (LayerNorm first, one more after the last block, residual projections initialized with
         .02/sqrt(2 n_layer)); 'post' = GPT-1 (LayerNorm after each residual sum, no final one, every matrix N(0, .02)).
-    local_window: None = dense attention in every layer. An integer = GPT-3's alternating pattern: even layers dense,
-        odd layers see the last `local_window` positions only, themselves included. The paper gives neither the width
-        nor the parity: both are ours (after openai/sparse_attention).
-    tied_head: the output projection is the token embedding (all GPTs); False = a matrix of its own.
+    local_window: None = dense attention in every layer. An integer = GPT-3's alternating pattern: in even layers
+        dense, in odd layers a query sees only the last `local_window` positions, its own included. The paper
+        gives neither the width nor which layers are banded: both are our choice, after openai/sparse_attention.
+    tied_head: the output projection is the token embedding (all GPTs); False = a separate matrix.
     dropout: probability that an element is dropped in training; 0 = no dropout.
     dropout_sites: 'all' = embeddings, attention weights and sub-layer outputs (GPT-1 §4.1); 'residual' = sub-layer
         outputs alone (InstructGPT C.1).
-    attention: implementation: 'reference', 'xla', 'cpu', 'splash' (TPU) or 'cudnn' (GPU); 'auto' picks by platform (see
-        model/attention/).
+    attention: the implementation: 'reference', 'xla', 'cpu', 'splash' (TPU) or 'cudnn' (GPU); 'auto' picks by platform
+        (see model/attention/).
     remat: what the backward pass recomputes: 'none', 'dots' (all but the weight matmuls), 'full', or 'offload': as
         'dots', with the matmuls' outputs kept in host memory until then.
     unroll: layers per iteration of the scan over layers. n_layer = no loop at all, which is faster on CPU; 1 keeps
         compile time independent of depth.
-    pipeline_microbatches: most micro-batches that the rows are split into where mesh.stage > 1; None = 4 a stage.
-    pipeline_virtual_stages: groups of layers on each pipeline stage; more make the bubble smaller.
+    pipeline_microbatches: the maximum number of micro-batches that a pipeline (mesh.stage > 1) splits the rows into;
+        None = 4 per stage.
+    pipeline_virtual_stages: groups of layers on each pipeline stage; more of them make the pipeline bubble smaller.
     """
 
     vocab_size: Count
@@ -106,7 +107,7 @@ class GPTConfig:
 
 
 def parameter_count(c: GPTConfig) -> int:
-    """V D + T D + L (12 D^2 + 13 D) [+ 2 D, final LayerNorm] [+ V D, untied head]."""
+    """V D + T D + L (12 D^2 + 13 D) [+ 2 D, final LayerNorm] [+ V D, untied head]. Letters: model/__init__.py."""
     D = c.d_model
     blocks = c.n_layer * (12 * D * D + 13 * D)
     final_norm = 2 * D if c.norm == "pre" else 0
@@ -115,14 +116,14 @@ def parameter_count(c: GPTConfig) -> int:
 
 
 def non_embedding_count(c: GPTConfig) -> int:
-    """Parameters without token and position embeddings (and without an untied head): Kaplan's N."""
+    """Parameters without token and position embeddings (and without an untied head): N of Kaplan et al. 2020."""
     head = 0 if c.tied_head else c.vocab_size * c.d_model
     return parameter_count(c) - (c.vocab_size + c.context_length) * c.d_model - head
 
 
 GPT1_VOCAB = 40_478  # <unk>, 238 characters, 238 characters + </w>, 40,000 merges, \n</w>
 GPT2_VOCAB = 50_257  # 256 bytes, 50,000 merges, <|endoftext|>
-GPT3_LOCAL_WINDOW = 256  # ours: the paper does not say
+GPT3_LOCAL_WINDOW = 256  # our choice: the paper does not say
 
 
 def _gpt2(n_layer: int, d_model: int, n_head: int) -> GPTConfig:
@@ -161,12 +162,12 @@ class ModelOptions:
     dropout: probability that an element is dropped in training; 0 = no dropout.
     dropout_sites: 'all' = embeddings, attention weights and sub-layer outputs (GPT-1 §4.1); 'residual' = sub-layer
         outputs alone (InstructGPT C.1).
-    attention: implementation: 'reference', 'xla', 'cpu', 'splash' (TPU) or 'cudnn' (GPU); 'auto' picks by platform.
+    attention: the implementation: 'reference', 'xla', 'cpu', 'splash' (TPU) or 'cudnn' (GPU); 'auto' picks by platform.
     remat: what the backward pass recomputes: 'none', 'dots' (all but the weight matmuls), 'full', or 'offload': as
         'dots', with the matmuls' outputs kept in host memory until then.
     unroll: layers per iteration of the scan over layers; the model's n_layer = no loop at all.
-    pipeline_microbatches: most micro-batches that the rows are split into where mesh.stage > 1.
-    pipeline_virtual_stages: groups of layers on each pipeline stage; more make the bubble smaller.
+    pipeline_microbatches: the maximum number of micro-batches that a pipeline (mesh.stage > 1) splits the rows into.
+    pipeline_virtual_stages: groups of layers on each pipeline stage; more of them make the pipeline bubble smaller.
     """
 
     dropout: BelowOne | None = None
@@ -178,5 +179,6 @@ class ModelOptions:
     pipeline_virtual_stages: Count | None = None
 
     def apply(self, config: GPTConfig, **others) -> GPTConfig:
+        """The config with the options that are not None, and `others`, replaced."""
         changed = {k: v for k, v in dataclasses.asdict(self).items() if v is not None}
         return dataclasses.replace(config, **changed, **others)

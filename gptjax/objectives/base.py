@@ -1,4 +1,4 @@
-"""What a training stage minimizes."""
+"""Objective: the loss that a training stage minimizes, in the form that the train step takes (training/step.py)."""
 
 import dataclasses
 from collections.abc import Callable
@@ -9,7 +9,7 @@ import jax
 
 class Sums(NamedTuple):
     """total / count is the loss. All three are sums over a micro-batch, so that they add up over micro-batches, devices
-    and hosts; extra: further sums by name."""
+    and hosts. extra: further sums by name, for metrics."""
 
     total: jax.Array
     count: jax.Array
@@ -18,9 +18,9 @@ class Sums(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Objective:
-    """loss: (params, micro-batch, dropout keys of its rows [rows] or None) -> Sums, or a tuple of its fields.
-    prepare: of the whole global batch, arrays [micro-batches, rows, ...], before it is computed in parts: for weights
-    that depend on all of it. metrics: {name: extra sum of a step} -> {name: figure of metrics.jsonl}.
+    """loss: (params, micro-batch of arrays [B, ...], dropout keys [B] or None) -> Sums, or a tuple of its fields.
+    prepare: (global batch of arrays [M, B, ...]) -> the same, before it is split into micro-batches: for weights that
+    depend on the whole batch. metrics: {name: extra sum of a step} -> {name: value in metrics.jsonl}.
     unit: what `count` counts."""
 
     loss: Callable

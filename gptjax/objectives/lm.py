@@ -1,8 +1,8 @@
 """The language-model loss: -log p(next token), summed over tokens (GPT-1 eq. 1).
 
-`lm_loss` is the plain form. Training uses `causal_lm_loss`, which never holds [B, T, V] and equals it in value and
-gradient (tests/test_language.py). Losses are (sum, count), not means: micro-batches, devices and hosts add up, and the
-mean is taken once.
+`lm_loss` is the plain form. Training uses `causal_lm_loss`, which never holds the whole logits [B, T, V] and equals
+it in value and gradient (tests/test_language.py). Losses are (sum, count), not means, so that they add up over
+micro-batches, devices and hosts; the mean is taken once.
 """
 
 import jax
@@ -14,7 +14,7 @@ from gptjax.objectives.chunked import cross_entropy_sum
 
 
 def lm_loss(params, config: GPTConfig, batch):
-    """Sum of weight * -log p(next token), and the sum of the weights. batch: as of `causal_lm_loss`."""
+    """Sum of weight * -log p(next token), and the sum of the weights. batch: as in `causal_lm_loss`."""
     inputs_BT, targets_BT = batch["tokens"][:, :-1], batch["tokens"][:, 1:]
     x_BTD = gpt.hidden(
         params, config, inputs_BT, positions=batch.get("positions"), segment_ids=batch.get("segment_ids")
@@ -25,10 +25,11 @@ def lm_loss(params, config: GPTConfig, batch):
 
 
 def causal_lm_loss(config: GPTConfig, dtype, chunk: int, mesh=None):
-    """The loss function (params, batch, dropout_keys) -> (sum, count) that is trained: `lm_loss` in any dtype, `chunk`
-    time steps' logits at a time, on a mesh too.
+    """Returns the loss function of training, loss(params, batch, dropout_keys) -> (sum, count): `lm_loss` in any dtype
+    and on any mesh, computing the logits of `chunk` time steps at a time (chunked.py).
 
     batch: tokens int [B, T + 1], weights [B, T], and optionally segment_ids and positions int [B, T].
+    dropout_keys: [B], or None for no dropout.
     """
 
     def loss(params, batch, dropout_keys):
@@ -57,5 +58,5 @@ def log_probs(x, w_VD, targets, temperature: float = 1.0):
 
 
 def bits_per_byte(nats, n_bytes):
-    """Total nats over text of n_bytes UTF-8 bytes -> bits per byte: comparable between tokenizers."""
-    return nats / (n_bytes * 0.6931471805599453)
+    """Total nats over text of n_bytes UTF-8 bytes -> bits per byte: comparable across tokenizers."""
+    return nats / (n_bytes * 0.6931471805599453)  # log 2

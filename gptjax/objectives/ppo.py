@@ -1,6 +1,7 @@
-"""PPO for language models: the per-token reward, advantages and clipped losses, on arrays alone.
+"""PPO and GRPO for language models, as formulas on arrays: per-token reward, advantages, clipped losses.
 
-Everything is action-aligned [B, R]: slot t is the t-th response token y_t and the state before it.
+All arrays are action-aligned, [B, R]: slot t belongs to the t-th response token y_t, the action, and to the state
+before it.
 
     mask      1 on the actions up to and including the end-of-sequence token, 0 after it
     log_prob  log pi(y_t | prompt, y_<t)
@@ -8,7 +9,7 @@ Everything is action-aligned [B, R]: slot t is the t-th response token y_t and t
     reward    -beta (log pi - log ref) on every action, and the score on the last one
 
 Where the mask is 0 an array may hold anything, NaN included. Losses are (sum, count) pairs. Names without a suffix are
-for arrays of any shape, the mask of the same.
+for arrays of any shape, the mask having the same one.
 Sources: Schulman et al. 2017 (PPO), Schulman et al. 2016 (GAE), Ziegler et al. 2019 and its code, Stiennon et al.
 2020, Ouyang et al. 2022 §3.5 and appendix C.4.
 """
@@ -51,8 +52,8 @@ def whiten(x, mask, shift_mean: bool = True):
 
 
 def k1(log_prob, ref_log_prob):
-    """log pi - log ref, y ~ pi: unbiased for KL(pi || ref). The one whose expectation as a (detached) reward has
-    the gradient of the KL; as a loss its gradient is 0 in expectation."""
+    """log pi - log ref with y ~ pi: unbiased for KL(pi || ref). The one of the three that belongs in the reward: its
+    expectation as a (detached) reward has the gradient of the KL. As a loss its gradient is 0 in expectation."""
     return log_prob - ref_log_prob
 
 
@@ -62,8 +63,9 @@ def k2(log_prob, ref_log_prob):
 
 
 def k3(log_prob, ref_log_prob):
-    """exp(-d) - 1 + d with d = log pi - log ref: unbiased, never negative. For reports only: as a reward it has
-    the gradient of KL(pi || ref) - KL(ref || pi), no restoring force near ref; as a loss that of KL(ref || pi)."""
+    """exp(-d) - 1 + d with d = log pi - log ref: unbiased, never negative. A metric, and a term of GRPO's loss, with
+    the gradient of KL(ref || pi). Never a reward: there it has the gradient of KL(pi || ref) - KL(ref || pi), no
+    restoring force near ref."""
     d = log_prob - ref_log_prob
     return jnp.expm1(-d) + d
 
@@ -74,7 +76,7 @@ MOST_KL_ERROR = 0.2  # the largest relative error, of either sign, that the adap
 def adaptive_kl_coefficient(coefficient, kl, episodes: int, target: float, horizon: float):
     """beta (1 + clip(KL / target - 1, -.2, .2) episodes / horizon), once an iteration (Ziegler et al. 2019 §2.2).
 
-    kl: nats per sequence, the mean of the iteration. The result is positive if episodes < 5 horizon, which PPO's config
+    kl: nats per sequence, mean over the iteration. The result is positive if episodes < 5 horizon, which PPO's config
     checks (rlhf/config.py).
     """
     error = jnp.clip(kl / target - 1.0, -MOST_KL_ERROR, MOST_KL_ERROR)
@@ -124,10 +126,10 @@ def gae(rewards_BR, values_BR, mask_BR, gamma: float, lam: float):
 
 
 def group_advantages(score, group_size: int):
-    """GRPO (Shao et al. 2024 §4.1.2): a score against the others of its prompt, (r - mean) / (std + 1e-4).
+    """GRPO (Shao et al. 2024 §4.1.2): each score relative to those of the same prompt, (r - mean) / (std + 1e-4).
 
-    score: [B x N], the N = group_size samples of a prompt next to each other. Returns the same shape; every token of a
-    response gets its response's advantage.
+    score: [B x N], the N = group_size samples of a prompt in adjacent rows. Returns the same shape: one advantage per
+    response, for all of its tokens.
     """
     score_BN = score.reshape(-1, group_size)
     centered_BN = score_BN - score_BN.mean(1, keepdims=True)
@@ -159,7 +161,7 @@ def policy_loss(log_prob_BR, old_log_prob_BR, advantages_BR, mask_BR, clip: floa
 def value_loss(values_BR, old_values_BR, returns_BR, mask_BR, clip: float):
     """1/2 max((V - R)^2, (V_clipped - R)^2), V_clipped within `clip` of the old value; summed over the actions.
 
-    Returns (sum, count, {'clipped': how often the clipped error is the larger, 'error': sum of (V - R)^2}).
+    Returns (sum, count, {'clipped': in how many slots the clipped error is larger, 'error': sum of (V - R)^2}).
     """
     values_BR, old_values_BR, returns_BR = (keep(x, mask_BR) for x in (values_BR, old_values_BR, returns_BR))
     clipped_BR = old_values_BR + jnp.clip(values_BR - old_values_BR, -clip, clip)
@@ -199,7 +201,7 @@ def explained_variance(values, returns, mask):
 
 
 def best_of_n_kl(n):
-    """log n - (n - 1)/n: KL of best-of-n from what it samples (exact without ties, else an upper bound)."""
+    """log n - (n - 1)/n: KL of best-of-n from the policy that it samples (exact without ties, else an upper bound)."""
     n = jnp.asarray(n, jnp.float32)
     return jnp.log(n) - (n - 1) / n
 

@@ -15,7 +15,7 @@ from gptjax.ranges import Axis, Count
 @dataclasses.dataclass(frozen=True)
 class MeshConfig:
     """Devices along each axis; -1 on one axis = all the rest. `rules`: which axes of the model's arrays lie on which of
-    these axes; `use_rules` of sharding.py puts them in force.
+    these axes; `use_rules` of sharding.py makes them active.
 
     data: copies of the model, each with its rows of the batch.
     fsdp: devices that the rows of the batch, parameters, gradients and optimizer state are sharded over.

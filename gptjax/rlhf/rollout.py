@@ -2,8 +2,9 @@
 
     experience, metrics, score_B = collect(models, prompts_BQ, lengths_B, key, kl_coefficient, spec, c)
 
-is sample -> score -> compute_advantages, or compute_group_advantages for GRPO. A Python callable may add to the score
-(rewards.py), which is why they are separate programs. tokens_BT is prompt and response, T = Q + R (networks.py).
+is sample -> score -> compute_advantages, or compute_group_advantages for GRPO. They are separate programs because a
+Python callable may add to the score in between (rewards.py). tokens_BT is prompt and response, T = Q + R (networks.py);
+`spec` is the static configuration of the models (networks.RLSpec).
 """
 
 import dataclasses
@@ -30,8 +31,8 @@ from gptjax.training.precision import frozen
 class Experience:
     """Action-aligned arrays: slot t is response token t and the state before it (objectives/ppo.py).
 
-    tokens: int32 [B, T], prompts padded on the left, responses on the right; real: [B, T], 1 on tokens. All others
-    float32 [B, R]; mask is 1 up to and including the end-of-sequence token.
+    tokens: int32 [B, T], prompts padded on the left, responses on the right; real: [B, T], 1 on tokens, 0 on padding.
+    All others are float32 [B, R]; mask is 1 up to and including the end-of-sequence token.
     """
 
     tokens: jax.Array
@@ -59,10 +60,13 @@ def collect(models: Models, prompts_BQ, lengths_B, key, kl_coefficient, spec: RL
 
     Args:
         prompts_BQ, lengths_B, key: as in `sample`; in GRPO the samples of a prompt are adjacent rows.
-        rule: (tokens_BT, lengths_B, mask_BR) -> [B], added to the reward model's score; the only score without one.
+        models: parameters. spec: static configuration of the models. c: the config's `rollout`.
+        kl_coefficient: beta, scalar.
+        rule: (tokens_BT, lengths_B, mask_BR) -> [B], added to the reward model's score; without a reward model it is
+            the score.
         lap: called after each phase with its name and its arrays, for timing.
     Returns:
-        (Experience, metrics, score float32 [B] before the penalty for a missing end-of-sequence token).
+        (Experience, metrics, score float32 [B], before missing_eos replaces any).
     """
     tokens_BT, mask_BR, sampled_BR = sample(models.policy, prompts_BQ, lengths_B, key, spec)
     lap("rollout", mask_BR)
@@ -88,10 +92,11 @@ def collect(models: Models, prompts_BQ, lengths_B, key, kl_coefficient, spec: RL
 
 
 def sample(policy, prompts_BQ, lengths_B, key, spec: RLSpec):
-    """Responses by pure sampling: temperature alone, or the log-probabilities would be another distribution's.
+    """Samples responses with temperature alone: with top-k or top-p the log-probabilities that the update computes
+    would be those of another distribution.
 
     Args:
-        prompts_BQ: int, padded on the left; lengths_B: int; key: a typed PRNG key, folded with the number of the row.
+        prompts_BQ: int, padded on the left; lengths_B: int; key: a typed PRNG key, folded with the row's index.
     Returns:
         (tokens int32 [B, T], mask float32 [B, R], the sampler's own log-probabilities float32 [B, R]).
     """
@@ -107,8 +112,8 @@ def sample(policy, prompts_BQ, lengths_B, key, spec: RLSpec):
 
 
 def by_rows(function, rows: int | None, *arrays):
-    """Maps a function over chunks of at most `rows` rows of the arrays [B, ...], which bounds the memory of a forward
-    pass. rows: None = all."""
+    """Maps a function over chunks of the arrays [B, ...], which bounds the memory of a forward pass. A chunk has the
+    largest number of rows, at most `rows`, that divides B and is divisible over the mesh. rows: None = all."""
     B = arrays[0].shape[0]
     if rows is None or rows >= B:
         return function(*arrays)
@@ -130,7 +135,7 @@ def score(
     Args:
         value, reward: {'trunk', 'head'}; value may be {'head'} alone, and is not read without a critic (spec); reward
             may be None.
-        rows: rows of one forward pass; None = all.
+        rows: the maximum number of rows of a forward pass; None = all.
     Returns:
         {tokens, real: [B, T]; mask, log_prob, entropy, ref_log_prob, value: [B, R]; score: [B], with a reward model}.
     """
@@ -155,6 +160,7 @@ _as_frozen = jax.jit(frozen, static_argnums=1)
 
 @functools.partial(jax.jit, static_argnames=("spec", "rows"))
 def _policy_view(policy, tokens_BT, real_BT, mask_BR, spec, rows):
+    """(log-probabilities of the responses, entropies): float32 [B, R], 0 where the mask is 0."""
     def forward(tokens_BT, real_BT, mask_BR):
         states_BRD = networks.policy_states(policy, tokens_BT, real_BT, mask_BR, spec)
         log_prob_BR, entropy_BR = networks.log_probs_and_entropy(policy, states_BRD, tokens_BT, spec)
@@ -165,6 +171,7 @@ def _policy_view(policy, tokens_BT, real_BT, mask_BR, spec, rows):
 
 @functools.partial(jax.jit, static_argnames=("spec", "rows"))
 def _values(value, policy, tokens_BT, real_BT, mask_BR, spec, rows):
+    """Values: float32 [B, R], 0 where the mask is 0. policy: read only if it shares its trunk (spec.value is None)."""
     def forward(tokens_BT, real_BT, mask_BR):
         shared_trunk = spec.value is None
         states_BRD = networks.policy_states(policy, tokens_BT, real_BT, mask_BR, spec) if shared_trunk else None
@@ -175,6 +182,7 @@ def _values(value, policy, tokens_BT, real_BT, mask_BR, spec, rows):
 
 @functools.partial(jax.jit, static_argnames=("spec", "rows"))
 def _scores(reward, tokens_BT, real_BT, mask_BR, spec, rows):
+    """The reward model's scores: float32 [B]."""
     return by_rows(lambda *texts: networks.scores(reward, *texts, spec), rows, tokens_BT, real_BT, mask_BR)
 
 
@@ -189,8 +197,8 @@ def compute_advantages(scored: dict, score_B, kl_coefficient, *, eos_id: int | N
 
     Args:
         scored: returned by `score`. score_B: float, the total score of each response, a rule's included.
-        missing_eos: the score of a response without an end-of-sequence token, in place of its own (Stiennon et al.
-            2020; Ziegler et al. 2019); None = it keeps its own.
+        missing_eos: replaces the score of a response without an end-of-sequence token (Stiennon et al. 2020; Ziegler
+            et al. 2019); None = no replacement.
     """
     mask_BR, log_prob_BR, ref_log_prob_BR, value_BR = (scored[k] for k in ("mask", "log_prob", "ref_log_prob", "value"))
     score_B, metrics = _penalized(scored, score_B, kl_coefficient, eos_id, missing_eos)
@@ -225,7 +233,8 @@ def compute_group_advantages(scored: dict, score_B, kl_coefficient, group_size: 
 
 
 def _penalized(scored: dict, score_B, kl_coefficient, eos_id, missing_eos):
-    """(score float32 [B] with the penalty for a missing end-of-sequence token, metrics of scores, KL and lengths)."""
+    """(score float32 [B], missing_eos in place of that of a response without end-of-sequence; metrics of scores, KL and
+    lengths)."""
     mask_BR, log_prob_BR, ref_log_prob_BR = (scored[k] for k in ("mask", "log_prob", "ref_log_prob"))
     ended_B = has_eos(scored["tokens"], mask_BR, eos_id)
     score_B = score_B.astype(jnp.float32)
@@ -249,6 +258,7 @@ def _penalized(scored: dict, score_B, kl_coefficient, eos_id, missing_eos):
 
 
 def _experience(scored: dict, reward_BR, advantage_BR, returns_BR) -> Experience:
+    """The Experience of what `score` returned."""
     arrays = {k: scored[k] for k in ("tokens", "real", "mask", "log_prob", "ref_log_prob", "value")}
     return Experience(reward=reward_BR, advantage=advantage_BR, returns=returns_BR, **arrays)
 
@@ -262,5 +272,6 @@ def has_eos(tokens_BT, mask_BR, eos_id: int | None):
 
 @jax.jit
 def sampler_difference(sampled_BR, scored_BR, mask_BR):
-    """Largest |difference| between log-probabilities of the sampler (KV cache) and of `score`: rounding, or a bug."""
+    """Scalar: the largest |difference| between the log-probabilities of the sampler (KV cache) and of `score`. More
+    than rounding is a bug."""
     return jnp.abs(ppo.keep(sampled_BR - scored_BR, mask_BR)).max()

@@ -1,4 +1,5 @@
-"""PPO's update: epochs of minibatches over one rollout, with the gradient on pre-training text added (PPO-ptx).
+"""PPO's and GRPO's update: epochs x minibatches of optimizer steps on one iteration's Experience (rollout.py). PPO-ptx
+adds the gradient of the language-model loss on pre-training text in the same step.
 
 Sources: Schulman et al. 2017; Ouyang et al. 2022 eq. 2 and appendix C.4.
 """
@@ -25,11 +26,11 @@ from gptjax.training.accumulate import accumulate, apply_gradients
 
 @dataclasses.dataclass(frozen=True)
 class UpdateConfig:
-    """The update: epochs x minibatches optimizer steps an iteration.
+    """The update: epochs x minibatches optimizer steps per iteration.
 
     epochs: passes over the episodes of an iteration.
     minibatches: optimizer steps of an epoch.
-    microbatch_size: responses whose gradients are computed at a time; None = the whole minibatch.
+    microbatch_size: episodes whose gradients are computed at a time; None = the whole minibatch.
     clip: epsilon of the clipped policy loss.
     value_clip: epsilon of the clipped value loss.
     value_coefficient: weight of the value loss; it matters when policy and value share a trunk.
@@ -37,7 +38,7 @@ class UpdateConfig:
         (sums over each response, averaged over responses).
     ptx_coefficient: gamma of PPO-ptx; 0 = plain PPO.
     ptx_normalize: log pi(x) is a mean over tokens ('token') or summed over a sequence ('sequence'). The paper does not
-        say which, and the scale of gamma depends on it.
+        say which; the right scale of gamma depends on it.
     ema_decay: decay per iteration of the policy's exponential moving average, which evaluations and later stages use;
         0 = no average.
     """
@@ -64,10 +65,13 @@ class UpdateConfig:
 
 
 def ppo_gradients(c: UpdateConfig, spec: RLSpec, policy, value, batch: Experience, kl_coefficient=0.0):
-    """Gradients of policy loss + c_v value loss on one minibatch, and its statistics; without a critic, of GRPO's loss.
+    """Gradients on one minibatch of policy loss + value_coefficient x value loss; without a critic, of GRPO's loss.
 
-    batch: arrays [M, B, ...]. kl_coefficient: of the KL term in GRPO's loss.
-    Returns ((d_policy, d_value), statistics as means over the actions).
+    Args:
+        policy, value: parameters; value is {} without a critic.
+        batch: arrays [M, B, ...]: M micro-batches of B episodes. kl_coefficient: of the KL term in GRPO's loss.
+    Returns:
+        ((d_policy, d_value), metrics by name, means over the actions).
     """
     actions = batch.mask.sum()
     M, B, _ = batch.mask.shape
@@ -111,10 +115,10 @@ def ppo_gradients(c: UpdateConfig, spec: RLSpec, policy, value, batch: Experienc
 
 
 def ptx_gradient(c: UpdateConfig, spec: RLSpec, policy, text):
-    """Gradient of -E[log pi(x)] on pre-training sequences (without gamma), and the loss: PPO-ptx's pre-training mix.
+    """(gradient of -E[log pi(x)] on pre-training sequences, without gamma; the loss): PPO-ptx's pre-training mix.
 
-    text: {tokens: int [M, B, T + 1]}, negative in rows that fill up a micro-batch and are ignored (ptx.PADDING); where
-    documents are isolated also segment_ids and positions, int [M, B, T].
+    text: {tokens: int [M, B, T + 1]}, negative in padding rows, which are ignored (ptx.PADDING); where documents are
+    isolated, also segment_ids and positions, int [M, B, T].
     """
     T = text["tokens"].shape[-1] - 1
     count = (text["tokens"][..., 0] >= 0).sum() * (T if c.ptx_normalize == "token" else 1)
@@ -137,10 +141,10 @@ def ptx_gradient(c: UpdateConfig, spec: RLSpec, policy, text):
 def make_update(c: UpdateConfig, spec: RLSpec, policy_tx, value_tx, clip_norm: float, value_clip_norm: float):
     """Returns update(state, rollout, ptx, learning_rates) -> (state, metrics), to be jitted with the state donated.
 
-    ptx: the `text` of ptx_gradient with a leading axis of minibatches, or None. learning_rates: (policy's, value's) of
-    this iteration. metrics: means over the optimizer steps; `policy/first_ratio_deviation` is the largest |ratio - 1|
-    of the first step, which must be 0 up to rounding. A step whose gradient is not finite changes nothing and sets
-    `finite` to 0.
+    rollout: the Experience of an iteration, arrays [B, ...]. ptx: the `text` of ptx_gradient with a leading axis of
+    minibatches, or None. learning_rates: (policy's, value's) of this iteration. metrics: means over the optimizer
+    steps; `policy/first_ratio_deviation` is the largest |ratio - 1| of the first step, which must be 0 up to rounding.
+    A step whose gradient is not finite changes nothing and sets `finite` to 0.
     """
 
     def update(state: PPOState, rollout: Experience, ptx, learning_rates):
@@ -161,7 +165,7 @@ def make_update(c: UpdateConfig, spec: RLSpec, policy_tx, value_tx, clip_norm: f
                 text = jax.tree.map(lambda a: a[index % c.minibatches], ptx)
                 d_ptx, metrics["loss/ptx"] = ptx_gradient(c, spec, policy, text)
                 d_ptx = jax.tree.map(lambda g: c.ptx_coefficient * g, d_ptx)
-                metrics["grad_norm/ptx"] = optax.tree.norm(d_ptx)  # with gamma, as it is added
+                metrics["grad_norm/ptx"] = optax.tree.norm(d_ptx)  # gamma included
                 dot = optax.tree.vdot(d_policy, d_ptx)
                 norms = metrics["grad_norm/ppo"] * metrics["grad_norm/ptx"]
                 metrics["grad_norm/cosine"] = dot / jnp.maximum(norms, 1e-12)

@@ -14,7 +14,8 @@ def accumulate(function: Callable, batch):
 
     Args:
         function: (micro-batch, its index) -> (tree to sum, tree to stack).
-        batch: arrays [M, B, ...]. A single micro-batch is not put in a loop: XLA:CPU runs straight-line code faster.
+        batch: arrays [M, B, ...]: M micro-batches of B rows. A single one is not put in a loop: XLA:CPU runs
+            straight-line code faster.
     Returns:
         (sums, stacked [M, ...]).
     """

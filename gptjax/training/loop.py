@@ -1,8 +1,8 @@
 """The loop that every stage runs: signals, watchdog, schedule of evaluations and checkpoints, and how a run ends.
 
-It does not wait for the steps that it has just dispatched: it reads the metrics of those before (Stage.reads_late). It
-waits only before a checkpoint, so that metrics.jsonl on disk is never behind the checkpoint that a run resumes from,
-and it saves before it evaluates.
+Metrics are read one dispatch late (Stage.reads_late), so that the device need not wait for the host; only before a
+checkpoint or an evaluation does the loop wait for the steps it has dispatched. So metrics.jsonl on disk is never behind
+the checkpoint that a run resumes from. A step is saved before it is evaluated.
 """
 
 import contextlib
@@ -46,9 +46,9 @@ def plan(start: int, stop: int, size: int, *boundaries: int | None, at=()) -> It
 def run(stage: Stage, state, checkpointer: Checkpointer, writer: MetricWriter, seconds: float):
     """Runs steps state.step .. stage.total - 1. seconds: training time before this start.
 
-    Returns (state, whether the run is finished, seconds of training in all). It is not finished after SIGTERM or Ctrl-C
-    (stopping.py), with everything saved. Raises TrainingDiverged, which names the step and the last good checkpoint,
-    and InputError if the last checkpoint could not be written.
+    Returns (state, whether the run is finished, total seconds of training). It is not finished after SIGTERM or Ctrl-C
+    (stopping.py), and then everything is saved. Raises TrainingDiverged, which names the step and the last good
+    checkpoint, and InputError if the last checkpoint could not be written.
     """
     return _Loop(stage, state, checkpointer, writer, seconds).run()
 
@@ -59,7 +59,7 @@ class _Loop:
         self.checkpointer, self.writer = checkpointer, writer
         self.step = self.start = int(state.step)
         self.saved = self.start or None  # the newest step with a checkpoint
-        self.pending = None
+        self.pending = None  # (first step, steps, metrics) of the last dispatch, not recorded yet
         self.clock = _Clock(seconds)
         evaluations = writer.evaluations()
         for line in evaluations:  # in case best.json was not written
@@ -91,7 +91,7 @@ class _Loop:
                 if save:
                     self.save()
                 if due and not self.evaluate():
-                    stopping = True  # resuming the run evaluates this step
+                    stopping = True  # a resumed run evaluates this step
                     self.save()
                 if stopping:
                     break
@@ -102,7 +102,7 @@ class _Loop:
         return self.state, finished, self.clock.total()
 
     def advance(self, advance):
-        """Dispatches steps, and records the metrics of those before, or of these (Stage.reads_late)."""
+        """Dispatches steps, and records the metrics of the previous dispatch, or of this one (Stage.reads_late)."""
         compiling = self.stage.seconds_compiling()
         self.state, metrics = advance.run(self.state)
         self.clock.leave_out(self.stage.seconds_compiling() - compiling)
@@ -112,6 +112,7 @@ class _Loop:
             self.record()
 
     def record(self):
+        """Waits for the metrics of the last dispatch and writes their lines of metrics.jsonl."""
         if self.pending is None:
             return
         first, count, metrics = self.pending
@@ -163,6 +164,7 @@ class _Loop:
         return True
 
     def save(self):
+        """Saves a checkpoint of this step, unless there is one; metrics.jsonl is flushed first."""
         if self.saved == self.step:
             return
         with self.clock.paused():
@@ -194,7 +196,7 @@ class _Loop:
 
 
 class _Clock:
-    """Wall time of training, without compiling, evaluating and saving."""
+    """Wall time of training, compiling, evaluating and saving excluded."""
 
     def __init__(self, before: float):
         self._total, self._last, self._out = before, time.perf_counter(), 0.0
@@ -220,7 +222,7 @@ class _Clock:
 
 
 class _Profiler(contextlib.AbstractContextManager):
-    """Traces `steps` steps from `start` on to workdir/profile, for TensorBoard or xprof."""
+    """Traces `steps` steps from step `start` on into workdir/profile, for TensorBoard or xprof."""
 
     def __init__(self, workdir, start, steps):
         self.directory, self.start = str(workdir) + "/profile", start

@@ -1,4 +1,4 @@
-"""Stage, which a main passes to the loop (loop.py), and the config keys that all stages share."""
+"""Stage: what the loop (loop.py) needs of a training stage; and the config keys that all stages share."""
 
 import dataclasses
 from collections.abc import Callable, Iterator
@@ -21,7 +21,7 @@ class EvalConfig:
     """Validation: before the first step, at regular intervals, and after the last step.
 
     every: steps between evaluations.
-    batches: how many validation batches, for a mixture of each part; 0 = all of them.
+    batches: validation batches of an evaluation, of a mixture that many for each part; 0 = all.
     """
 
     every: Count = 1000
@@ -33,7 +33,7 @@ class RunConfig:
     """Config keys of every stage.
 
     seed: of parameters, order of the data, dropout and sampling.
-    steps: steps of the run (iterations of RL); other keys may give it in other units.
+    steps: length of the run in steps (in RL: iterations); other keys may give it in other units.
     batch_size: rows of a step, over all devices.
     """
 
@@ -52,7 +52,7 @@ class TrainConfig(RunConfig):
     """Config keys of the stages that learn from a data set.
 
     epochs: passes over the data, if steps is not given.
-    microbatch_size: rows computed at a time; None = all of batch_size.
+    microbatch_size: rows whose gradients are computed at a time; None = all of batch_size.
     steps_per_dispatch: steps per device call.
     """
 
@@ -118,14 +118,14 @@ class Stage:
 
     config: the loop reads the keys of RunConfig. total: steps of the run.
     abstract, shardings: of the state, which has a `step`, and `split` and `join` (checkpoint.py).
-    init: () -> the state of a new run; called at most once, then released, for it holds the initial weights.
-    data: fingerprint of the training data. changed: the message if a resumed run finds another fingerprint.
-    advances: (plan of (first step, count), step that the run starts at) -> an Advance for each.
+    init: () -> the state of a new run; called at most once, then released, because it holds the initial weights.
+    data: fingerprint of the training data. changed: the error message if a resumed run has another.
+    advances: (plan of (first step, count) pairs, step that the run starts at) -> an iterator of an Advance for each.
     lines: (first, count, metrics of an Advance, seconds per step) -> an iterator of a record of metrics.jsonl for each
         step; it may raise loop.NotFinite. summary: (record) -> text for the progress bar.
     evaluators: those that are due at the same step write one record.
-    steps_per_dispatch: most steps of an Advance. reads_late: metrics are read after the next steps are dispatched.
-    seconds_compiling: () -> seconds so far; not counted as training time. unit: name of a step.
+    steps_per_dispatch: the maximum number of steps of an Advance. reads_late: metrics are read after the next steps are
+        dispatched. seconds_compiling: () -> seconds so far; not counted as training time. unit: name of a step.
     position: (step) -> further fields of evaluations.jsonl that say how far the run is. flops: (step) -> model FLOPs of
         the steps before it; None = not counted.
     begin: (state) -> None, called before the first step of a start or resume: prints a description of the run.

@@ -1,4 +1,4 @@
-"""The train and evaluation steps of any objective that is a sum over tokens or rows (objectives/base.py).
+"""The train and evaluation steps of any Objective, a loss that is a sum over tokens or rows (objectives/base.py).
 
 Gradients of the sums are accumulated over micro-batches in float32 and divided once by the count of the global batch,
 so that the step does not depend on how the batch is divided into micro-batches.
@@ -24,9 +24,15 @@ from gptjax.training.state import TrainState, state_shardings
 def train_step(objective: Objective, tx, clip_norm: float, precision: PrecisionConfig, seed: int, dropout: bool):
     """Returns step(state, (batch, learning_rate)) -> (state, metrics), to be jitted or scanned over.
 
-    Every array of the batch is [M, B, ...]; `weights` is one of them. metrics: loss_sum, count, grad_norm, finite,
-    loss_scale, sums (the objective's extra sums), and target_bytes if the batch has them. A step whose loss or gradient
-    is not finite changes only the counters.
+    Args:
+        tx: an optax transformation whose updates are for a learning rate of 1 (optimizer.py).
+        clip_norm: global norm that gradients are clipped to; 0 = no clipping.
+        seed: of dropout's noise. dropout: whether the loss gets dropout keys.
+
+    The batch is a dict of arrays [M, B, ...], M micro-batches of B rows; `weights` is one of them. metrics: loss_sum,
+    count, grad_norm, finite, loss_scale, sums (the objective's extra sums), and target_bytes (UTF-8 bytes of the
+    targets) if the batch has it. A step whose loss or gradient is not finite changes only the step counter and the loss
+    scale.
     """
 
     def step(state: TrainState, batch_and_rate):
@@ -72,7 +78,8 @@ def train_step(objective: Objective, tx, clip_norm: float, precision: PrecisionC
 
 
 def jit_train_step(step, shardings: TrainState):
-    """Jits a step over arrays with a leading axis of steps, [steps, M, B, ...], and donates the state.
+    """Jits several steps as one program, with the state donated: (state, batches [steps, M, B, ...], learning rates
+    [steps]) -> (state, metrics [steps]).
 
     Dispatching a step of a small model takes longer than computing it, so several steps go in one dispatch.
     """
@@ -89,10 +96,9 @@ def jit_train_step(step, shardings: TrainState):
 
 @dataclasses.dataclass(frozen=True)
 class TrainProgram:
-    """A stage's device program, which its main runs and `aot` lowers.
+    """What a stage runs on the devices; its main runs it, `aot` lowers it.
 
-    abstract, shardings: of the TrainState. step: jitted, with the state donated: (state, batches [steps, M, B, ...],
-    learning rates [steps]) -> (state, metrics [steps]).
+    tx: the optimizer. abstract, shardings: the TrainState's shapes and shardings. step: returned by `jit_train_step`.
     """
 
     objective: Objective
@@ -106,7 +112,8 @@ def train_program(
     objective: Objective, boxed_params, optimizer: OptimizerConfig, precision: PrecisionConfig, seed: int, mesh, *,
     dropout: bool,
 ) -> TrainProgram:  # fmt: skip
-    """boxed_params: abstract parameters with logical axis names (gpt.abstract_params)."""
+    """The TrainProgram of an objective. boxed_params: abstract parameters, in Flax's boxes with logical axis names
+    (gpt.abstract_params)."""
     tx = make_optimizer(optimizer)
     abstract, shardings = state_shardings(boxed_params, tx, precision, mesh)
     step = train_step(objective, tx, optimizer.clip_norm, precision, seed, dropout)
@@ -115,7 +122,7 @@ def train_program(
 
 def jit_eval_step(loss, mesh):
     """Returns eval_step(params, batch [B, ...]) -> (loss sum, count, {the objective's extra sums, and target_bytes if
-    the batch has them}). loss: of an Objective."""
+    the batch has it}). loss: of an Objective."""
 
     def evaluate(params, batch):
         sums = Sums(*loss(params, batch, None))

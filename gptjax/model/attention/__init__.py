@@ -2,7 +2,8 @@
 
     attention(q_BTHK, k_BTHK, v_BTHK, path=...) -> [B, T, H, K]
 
-The paths, all equal to `reference` in value and gradient (tests/test_attention.py):
+The paths, all tested equal to `reference` in value and gradient (tests/test_attention.py), except cudnn, which has not
+been run yet:
 
     reference  reference.py  softmax(q k^T / sqrt(d_head)) v with the mask written out: read this one first
     cpu        cpu.py        a custom VJP: blocks of queries, one batch row at a time, probabilities recomputed
@@ -14,7 +15,7 @@ Context parallelism: where the mesh shards the context (axis `seq`), each device
 keys and values. That is exact, for dropout too, since masks go by position. A device's part of the context is
 contiguous, so the last device has most of the causal work.
 
-Dropout on the probabilities (GPT-1) exists in `reference` only: with dropout every path becomes it.
+Dropout on the probabilities (GPT-1) exists in `reference` only: with dropout every path uses it.
 """
 
 import jax
@@ -62,7 +63,7 @@ def attention(
     if path == "splash" and not splash_supports(T, shards):
         path = "xla"
     if shards > 1 and (dropout > 0.0 or path != "splash"):
-        # Keys and values of the whole context beside a part of its queries. The blocks of `cpu` and cuDNN's causal
+        # All keys and values of the context with a part of its queries. The blocks of `cpu` and cuDNN's causal
         # mask start at query 0, so both become `xla`, whose mask is sharded like any array.
         k_BTHK, v_BTHK = (constrain(a, "batch", None, "heads", None) for a in (k_BTHK, v_BTHK))
         path = "xla" if path in ("cpu", "cudnn") else path

@@ -1,4 +1,8 @@
-"""Attention as the papers write it. Every other path equals it in value and gradient (tests/test_attention.py)."""
+"""Attention as the papers write it.
+
+The other implementations (__init__.py) are tested equal to it in value and gradient (tests/test_attention.py), except
+cuDNN's, which has not been run yet.
+"""
 
 import jax
 import jax.numpy as jnp
@@ -20,17 +24,19 @@ def causal_mask(q_positions, k_positions, window=None):
 
 
 def reference_attention(q_BTHK, k_BSHK, v_BSHK, *, window=None, segment_ids=None, dropout=0.0, dropout_keys=None):
-    """softmax(q k^T / sqrt(d_head)) v over what each query may see (Vaswani et al. 2017 eq. 1), softmax in float32.
+    """softmax(q k^T / sqrt(d_head)) v over the keys that each query sees (Vaswani et al. 2017 eq. 1); the softmax is in
+    float32.
 
-    Arguments and result as for `attention`; T = S. The one path with dropout on the probabilities (GPT-1).
+    Arguments and result as for `attention` (__init__.py), with S = T. The only implementation with dropout on the
+    attention weights (GPT-1).
     """
     t = jnp.arange(q_BTHK.shape[1])
-    mask_BHTS = causal_mask(t, t, window)[None, None]
+    mask = causal_mask(t, t, window)[None, None]  # [1, 1, T, S], [B, 1, T, S] with segments
     if segment_ids is not None:
-        mask_BHTS = mask_BHTS & (segment_ids[:, None, :, None] == segment_ids[:, None, None, :])
+        mask = mask & (segment_ids[:, None, :, None] == segment_ids[:, None, None, :])
     scores_BHTS = jnp.einsum("bthk,bshk->bhts", q_BTHK, k_BSHK, preferred_element_type=jnp.float32)
     scores_BHTS = scores_BHTS * q_BTHK.shape[-1] ** -0.5
-    probs_BHTS = jax.nn.softmax(jnp.where(mask_BHTS, scores_BHTS, NEG_INF), axis=-1)
+    probs_BHTS = jax.nn.softmax(jnp.where(mask, scores_BHTS, NEG_INF), axis=-1)
     if dropout > 0.0 and dropout_keys is not None:
         keep = jax.vmap(lambda key: jax.random.bernoulli(key, 1.0 - dropout, probs_BHTS.shape[1:]))(dropout_keys)
         probs_BHTS = jnp.where(keep, probs_BHTS / (1.0 - dropout), 0.0)
@@ -38,9 +44,10 @@ def reference_attention(q_BTHK, k_BSHK, v_BSHK, *, window=None, segment_ids=None
 
 
 def cached_attention(q_BTHK, k_BHSK, v_BHSK, mask_BTS):
-    """Attention of a few new positions over a cache, whose heads come before its slots: a head's slots are contiguous.
+    """Attention of a few new positions to the slots of a KV cache.
 
     Args:
+        k_BHSK, v_BHSK: heads before slots, unlike above, so that a head's slots are contiguous.
         mask_BTS: bool; the slots that each new position sees.
     Returns:
         [B, T, H, K].
