@@ -121,8 +121,8 @@ def _compare_origin(workdir, old: dict, new: dict, has_checkpoints: bool) -> set
         elif value != then[key] and name == "init_from" and has_checkpoints and what != "tokenizer":
             now[key] = then[key]
             if what == "weights":  # they were needed at step 0 alone
-                print(f"note: the weights in {where} have changed since this run began from them; it continues from its "
-                      "own checkpoint")  # fmt: skip
+                print(f"note: the weights in {where} have changed since this run began from them; it continues from "
+                      "its own checkpoint")  # fmt: skip
         elif value != then[key]:
             changed.append(f"  {name}: {where} {_CHANGED[what].format(value, then[key])}")
     if changed:

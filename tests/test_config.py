@@ -258,7 +258,7 @@ def test_a_run_of_an_earlier_version_goes_on(config, tmp_path, capsys):
             tmp_path, "pretrain", dataclasses.replace(c, data=dataclasses.replace(c.data, mixture={"wiki": 1.0}))
         )
     write_json(path, {**whole, "optimizer": None})
-    with pytest.raises(InputError, match="optimizer.eps: there None"):
+    with pytest.raises(InputError, match="optimizer.eps: saved None"):
         claim_workdir(tmp_path, "pretrain", c)
 
 

@@ -203,7 +203,7 @@ def test_a_frozen_model_that_has_changed_is_refused(here, changed, says):
     with pytest.raises(InputError, match=f"(?s)began with other models.*{says}.*Put back"):
         claim("runs/sft", origin=origin(reward=model(**changed)), **fields)
     assert (here / "runs" / "sft" / "config.json").read_bytes() == before
-    with pytest.raises(InputError, match="reward: there"):  # another folder, and nothing known of it
+    with pytest.raises(InputError, match="reward: saved"):  # another folder, and nothing known of it
         claim("runs/sft", **fields | {"reward": "other"})
     assert claim("runs/sft", origin=origin(reward=model()), **fields | {"reward": "other"}) is True  # only moved
 
@@ -220,7 +220,7 @@ def test_weights_that_were_needed_at_step_0_alone(here, capsys):
     assert read_config("runs/sft")["origin"] == origin(init_from=model())
     with pytest.raises(InputError, match="another tokenizer"):
         claim("runs/sft", origin=origin(init_from=model(tokenizer="other")), **FIELDS)
-    with pytest.raises(InputError, match="init_from: there"):  # another model altogether
+    with pytest.raises(InputError, match="init_from: saved"):  # another model altogether
         claim("runs/sft", origin=origin(init_from=model(weights="x")), **FIELDS | {"init_from": "runs/other"})
 
 
