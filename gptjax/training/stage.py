@@ -18,7 +18,7 @@ from gptjax.training.schedule import ScheduleConfig
 
 @dataclasses.dataclass(frozen=True)
 class EvalConfig:
-    """Validation: before the first step, at regular intervals, and after the last step.
+    """Validation before the first step, at regular intervals, and after the last step.
 
     every: steps between evaluations.
     batches: validation batches of an evaluation, of a mixture that many for each part; 0 = all.
