@@ -23,10 +23,11 @@ def response_log_probs(params, config: GPTConfig, tokens_BT, starts_B, lengths_B
             tokens[start : length].
         chunk: time steps whose logits are held at once. dropout_keys: of the rows [B], or None.
     """
-    x_BTD = gpt.hidden(params, config, tokens_BT[:, :-1], dtype=dtype, mesh=mesh, dropout_keys=dropout_keys)
+    # Over all T positions, the last of which predicts nothing: T divides over the mesh, T - 1 does not.
+    x_BTD = gpt.hidden(params, config, tokens_BT, dtype=dtype, mesh=mesh, dropout_keys=dropout_keys)
     w_VD = gpt.unembedding(params, config)
-    log_prob_BT = token_log_probs(x_BTD, w_VD, tokens_BT[:, 1:], 1.0, chunk)
-    place_T = jnp.arange(1, tokens_BT.shape[1])
+    log_prob_BT = token_log_probs(x_BTD, w_VD, jnp.roll(tokens_BT, -1, axis=1), 1.0, chunk)
+    place_T = jnp.arange(1, tokens_BT.shape[1] + 1)
     response_BT = (place_T >= starts_B[:, None]) & (place_T < lengths_B[:, None])
     return jnp.where(response_BT, log_prob_BT, 0.0).sum(1)
 
