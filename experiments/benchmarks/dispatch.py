@@ -16,7 +16,7 @@ import numpy as np
 
 from experiments.benchmarks.setup import as_batch, make_step, random_tokens
 from gptjax.model.spec import GPTConfig
-from gptjax.training.loop import Dispatch
+from gptjax.training.supervised import Dispatch
 
 
 def main():
