@@ -343,7 +343,8 @@ def test_counts_say_what_they_count(tuned, tmp_path, capsys):
     )  # fmt: skip
     reward(c, str(tmp_path / "run"))
     out = capsys.readouterr().out
-    assert "11 comparisons of up to 3 completions, dropped: 1 all ties, 1 bad; 2 held out; 19 pairs; " in out
+    dropped = "dropped: 1 all ties, 1 bad (dropped_rows.jsonl)"
+    assert f"11 comparisons of up to 3 completions, {dropped}; 2 held out; 19 pairs; " in out
     assert "warning: in 3 of the 19 pairs the better and the worse completion are the same text" in out
     dropped = lines(tmp_path / "run", "dropped_rows")
     assert [row["row"].rpartition("/")[2] for row in dropped] == ["rows.jsonl:12", "rows.jsonl:13"]
