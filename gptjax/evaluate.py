@@ -35,7 +35,7 @@ def score(model: Model, text: Text, rows: int, *, stride: int | None = None, per
     """{'loss' nats/token, 'perplexity', 'bits_per_byte', 'tokens', 'tokens_unscored', 'bytes', 'step'} on a text's
     validation tokens; of a mixture the means under its weights, and 'loss/<name>' of each part.
 
-    rows: sequences at a time. stride, per_document: as lm.Scored has stride and documents.
+    rows: sequences at a time. stride, per_document: as validation.Scored has stride and documents.
     """
     loss = causal_lm_loss(model.config, model.dtype, loss_chunk, model.mesh)
     step, sharding = jit_eval_step(loss, model.mesh), batch_sharding(model.mesh, 0)

@@ -11,7 +11,7 @@ import functools
 from ml_collections import config_dict as mlc
 
 from gptjax import command_line, paths, run_config
-from gptjax.data import lm
+from gptjax.data import lm, validation
 from gptjax.data.corpus import DataConfig, Text, load_corpus, shards_directory
 from gptjax.distributed import hosts
 from gptjax.errors import InputError
@@ -94,7 +94,7 @@ def build(c: PretrainConfig, mesh, claim: Claim, by_tokenizer: bool) -> Stage:
     context = c.model.context_length
     examples = corpus.examples(context, c.seed, record["shuffle"])
     for part in corpus.parts:
-        lm.warn_if_few(part.validation, context)
+        validation.warn_if_few(part.validation, context)
     prompts = sample_prompts(c.samples.prompts, tokenizer, context)  # checked now, not when they are used
     schedule = Schedule(
         c.schedule, batch_size=c.batch_size, context_length=context, learning_rate=c.optimizer.learning_rate,
@@ -126,14 +126,14 @@ def build(c: PretrainConfig, mesh, claim: Claim, by_tokenizer: bool) -> Stage:
     claim.make(c, corpus, **({"origin": origin(init_from=base)} if base else {}))
     hosts.only_first(lambda: tokenizer.save(claim.workdir / "tokenizer"))
     most = c.eval.batches or None
-    validation = corpus.validation_batches(context, c.microbatch_rows, most, here=here)
+    held_out = corpus.validation_batches(context, c.microbatch_rows, most, here=here)
     return supervised(
         c, train, batches, schedule, mesh, workdir=claim.workdir, flops_per_token=flops_per_token(model).palm,
         init=init, data=corpus.fingerprint,
         changed=f"The tokens in {shards_directory(c.data.cache, claim.workdir)} are not those this run was trained on: "
         "put them back, or start anew in another --workdir.",
         evaluators=(
-            Evaluator(text_loss(train.objective.loss, corpus, validation, mesh), c.eval.every),
+            Evaluator(text_loss(train.objective.loss, corpus, held_out, mesh), c.eval.every),
             Evaluator(continuations(c.samples, prompts, model, tokenizer, c.seed, c.precision.dtype, mesh)),
         ),
         begin=lambda state: describe(c, model, corpus, schedule, mesh),

@@ -8,14 +8,13 @@ from hypothesis import strategies as st
 from gptjax.data.lm import (
     LmBatches,
     Mixture,
-    Scored,
     Windows,
     iterate,
     permute,
     shuffled,
-    validation_batches,
     with_segments,
 )
+from gptjax.data.validation import Scored, validation_batches
 from gptjax.errors import InputError
 
 EOT = 9

@@ -16,9 +16,10 @@ import pytest
 from gptjax.data import prepare as prepare_module
 from gptjax.data import sources, tokens
 from gptjax.data.bpe import character_tokenizer
-from gptjax.data.lm import Windows, warn_if_few
+from gptjax.data.lm import Windows
 from gptjax.data.prepare import prepare
 from gptjax.data.tokens import TokenShards, open_shards
+from gptjax.data.validation import warn_if_few
 from gptjax.errors import InputError
 
 SHAKESPEARE = Path(__file__).parents[2] / "shared" / "data" / "lm" / "tinyshakespeare" / "input.txt"

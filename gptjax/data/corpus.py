@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping
 
 from gptjax import paths
 from gptjax.config import build
-from gptjax.data import lm, prepare, sources, tokens
+from gptjax.data import lm, prepare, sources, tokens, validation
 from gptjax.data.lm import Mixture, Windows
 from gptjax.data.records import pretraining_documents, pretraining_run, read_record
 from gptjax.data.splits import HOW
@@ -113,13 +113,15 @@ class Text:
     def validation_batches(
         self, context_length: int, rows: int, most: int | None = None, *, documents: Callable | None = None, **options
     ) -> dict[str, lm.LmBatches]:
-        """{name of a part: lm.validation_batches}. most: maximum number of batches of each part. documents: function
-        from the validation tokens of a part to its document boundaries (lm.Scored), None = one text. options: of
-        lm.validation_batches."""
+        """{name of a part: validation.validation_batches}.
+
+        most: maximum number of batches of each part. documents: function from the validation tokens of a part to its
+        document boundaries (validation.Scored), None = one text. options: of validation.validation_batches.
+        """
         batches = {}
         for part in self.parts:
             with _naming(part.name):
-                batches[part.name] = lm.validation_batches(
+                batches[part.name] = validation.validation_batches(
                     part.validation, context_length, rows, most, byte_lengths=self.tokenizer.byte_lengths,
                     isolate_documents=self.eot_id is not None, documents=documents and documents(part.validation),
                     **options,
