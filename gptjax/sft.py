@@ -126,16 +126,16 @@ def build(c: SFTConfig, mesh, claim: Claim) -> Stage:
     length = c.data.max_length or model.context_length
     check_fits(mesh.shape, n_head=model.n_head, time=length, **c.rows)
     pipeline.make_plan(model, mesh.shape, c.microbatch_rows)
-    judge = c.reward and load_reward_model(c.reward, mesh=mesh, tokenizer=tokenizer)
+    reward_model = c.reward and load_reward_model(c.reward, mesh=mesh, tokenizer=tokenizer)
 
     # --- data ---
     template = Template(tokenizer, c.data.template)
     demonstrations = load_demonstrations(c.data, template, model.context_length, c.seed)
     packed = PackedRows(demonstrations.train, length, c.data.packing, template.pad_id)
-    if judge:
-        check_judge(c, judge, demonstrations, template, model.context_length)
+    if reward_model:
+        check_reward_model(c, reward_model, demonstrations, template, model.context_length)
     hosts.agree("The demonstrations", demonstrations.fingerprint)
-    sections = {"model": model, "origin": origin(init_from=base, reward=judge)}
+    sections = {"model": model, "origin": origin(init_from=base, reward=reward_model)}
     claim.check(c, **sections)
     hosts.only_first(lambda: tokenizer.save(claim.workdir / "tokenizer"))
     record, mix, text = claim.begin(c.init_from), None, None
@@ -169,8 +169,8 @@ def build(c: SFTConfig, mesh, claim: Claim) -> Stage:
         Evaluator(response_loss(train.objective.loss, spread(validation, c.eval.batches), mesh), c.eval.every),
         Evaluator(responses(*sampler)),
     ]
-    if judge:
-        evaluators.insert(1, Evaluator(scored_responses(judge, *sampler), c.eval.every))
+    if reward_model:
+        evaluators.insert(1, Evaluator(scored_responses(reward_model, *sampler), c.eval.every))
     return supervised(
         c, train, batches, schedule, mesh, workdir=claim.workdir, init=init, data=demonstrations.fingerprint,
         flops_per_token=None if mix is None and c.data.loss_on == "response" else flops_per_token(model).palm,
@@ -179,16 +179,18 @@ def build(c: SFTConfig, mesh, claim: Claim) -> Stage:
     )  # fmt: skip
 
 
-def check_judge(c: SFTConfig, judge: RewardModel, demonstrations, template: Template, context_length: int):
+def check_reward_model(c: SFTConfig, reward_model: RewardModel, demonstrations, template: Template, context: int):
     """InputError: the reward model of selection='reward' cannot read the sampled responses."""
     longest = max(map(len, scored_prompts(c.samples, demonstrations)), default=0) + c.samples.max_new_tokens
-    judge.check_length(
-        min(longest, context_length),
+    reward_model.check_length(
+        min(longest, context),
         "selection='reward' scores sampled responses: lower --config.samples.max_new_tokens or "
         "--config.data.max_length, or take a reward model of a longer context.",
     )
-    if judge.template != template.kind:
-        raise InputError(f"The reward model in {c.reward} saw {judge.template!r} prompts, not {template.kind!r} ones.")
+    if reward_model.template != template.kind:
+        raise InputError(
+            f"The reward model in {c.reward} saw {reward_model.template!r} prompts, not {template.kind!r} ones."
+        )
 
 
 def sft_loss(model: GPTConfig, dtype, chunk: int, mesh=None):

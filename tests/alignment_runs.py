@@ -152,7 +152,7 @@ def make_tuned(root, pretrained, source):
     return root / "sft"
 
 
-def make_judge(root, tuned, source):
+def make_reward_model(root, tuned, source):
     with on_one_device():
         assert reward.reward(reward_config(tuned, source), str(root / "reward")).finished
     return root / "reward"

@@ -109,10 +109,10 @@ def tuned(once, alignment, pretrained):
 
 
 @pytest.fixture(scope="session")
-def judge(once, alignment, tuned):
+def reward_dir(once, alignment, tuned):
     import alignment_runs
 
-    def judge(root):
-        return alignment_runs.make_judge(root, tuned, alignment["comparisons"])
+    def reward_dir(root):
+        return alignment_runs.make_reward_model(root, tuned, alignment["comparisons"])
 
-    return Path(once(judge))
+    return Path(once(reward_dir))

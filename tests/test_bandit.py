@@ -1,4 +1,4 @@
-"""The 4-armed bandit: one-token PPO through sample, judge, finish and update comes to the optimum in closed form."""
+"""The 4-armed bandit: one-token PPO through sample, score, finish and update comes to the optimum in closed form."""
 
 import functools
 import math
@@ -36,9 +36,9 @@ def trained():
     record = []
     for i in range(ITERATIONS):
         tokens, mask, _ = rollout.sample(state.policy, PROMPTS, LENGTHS, phase_keys(state)[1], N)
-        judged = rollout.score(state.policy, state.value, reference, None, tokens, LENGTHS, mask, N)
+        scored = rollout.score(state.policy, state.value, reference, None, tokens, LENGTHS, mask, N)
         experience, metrics = rollout.compute_advantages(
-            judged, REWARDS[np.asarray(tokens[:, 1])], state.kl_coefficient, eos_id=None, missing_eos=None, gamma=1.0,
+            scored, REWARDS[np.asarray(tokens[:, 1])], state.kl_coefficient, eos_id=None, missing_eos=None, gamma=1.0,
             lam=0.95,
         )  # fmt: skip
         rate = np.float32(3e-3 * (1 - i / ITERATIONS))

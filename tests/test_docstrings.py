@@ -147,7 +147,7 @@ def test_there_are_thousands_of_examples_and_all_are_one_line(examples):
     for e in examples:
         assert e.prompt.endswith(":") and e.prompt.startswith(("def ", "async def ", "class ")) and len(e.prompt) <= 160
         assert 10 <= len(e.summary) <= 120 and "\n" not in e.prompt + e.summary and e.name.startswith(e.file + ":")
-        gold_score(e.prompt, e.summary)  # every signature can be judged
+        gold_score(e.prompt, e.summary)  # every signature can be scored
     some = {e.name: e for e in examples}
     assert some["textwrap.py:dedent"].prompt == "def dedent(text):"
     assert some["textwrap.py:wrap"].summary == "Wrap a single paragraph of text, returning a list of wrapped lines."

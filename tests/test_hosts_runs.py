@@ -126,9 +126,9 @@ def test_reward(tmp_path, alignment, tuned):
     }
 
 
-def test_ppo(tmp_path, alignment, tuned, judge):
+def test_ppo(tmp_path, alignment, tuned, reward_dir):
     """A reward model and a reward function of the whole batch, PPO-ptx, two iterations."""
-    config = runs.ppo_config(tuned, judge, alignment["prompts"])
+    config = runs.ppo_config(tuned, reward_dir, alignment["prompts"])
     options = {"reward_fn": "host_rewards:shortness", "ppo.ptx_coefficient": 1.0, "steps": 2, "seed": 1}
     two, one = both("ppo", tmp_path, PPOConfig, config, 1e-4, **options)
     assert [s["text"] for s in lines(two, "samples")] == [s["text"] for s in lines(one, "samples")]
@@ -137,10 +137,10 @@ def test_ppo(tmp_path, alignment, tuned, judge):
     assert all(end.code == 0 for end in ends) and "resuming from iteration 2 of 3" in ends[0].text
 
 
-def test_ppo_on_a_reward_model_alone(tmp_path, tuned, judge):
+def test_ppo_on_a_reward_model_alone(tmp_path, tuned, reward_dir):
     """No Python between the models and the update; prompts of two lengths; all hosts pad a batch to the same width."""
     rows = [{"prompt": "ko mi ru te ko mi ru" if i == 5 else "ba"} for i in range(24)]
-    config = runs.ppo_config(tuned, judge, runs.write(tmp_path / "prompts.jsonl", rows), eval__lm_batches=0)
+    config = runs.ppo_config(tuned, reward_dir, runs.write(tmp_path / "prompts.jsonl", rows), eval__lm_batches=0)
     two, _ = both("ppo", tmp_path, PPOConfig, config, 1e-4, steps=3)
     assert {line["prompt/width"] for line in lines(two)} == {8, 16}
 

@@ -236,7 +236,7 @@ def test_reward_models_loss():
 @pytest.mark.parametrize(
     "sizes", [dict(stage=2, fsdp=2, tensor=2), dict(fsdp=4, seq=2), dict(fsdp=8)], ids=str
 )
-def test_ppo_samples_judges_and_learns(sizes):
+def test_ppo_samples_scores_and_learns(sizes):
     """A rollout by the policy, its judgment by the four models, and the gradients of policy and value."""
     n = RLSpec(policy=MODEL, value=MODEL, reward=MODEL, response=6, eos_id=5, pad_id=7, vocab=60)
     scalar = lambda seed: {
@@ -252,16 +252,16 @@ def test_ppo_samples_judges_and_learns(sizes):
             policy, reference = on(mesh, random_params(MODEL), language), on(mesh, random_params(MODEL, 1), language)
             value, reward = on(mesh, scalar(2), scores), on(mesh, scalar(3), scores)
             tokens, mask, log_prob = rollout.sample(policy, prompts, lengths, jax.random.key(3), here)
-            judged = rollout.score(policy, value, reference, reward, tokens, lengths, mask, here)
+            scored = rollout.score(policy, value, reference, reward, tokens, lengths, mask, here)
             real = networks.real_tokens(lengths, mask, prompts.shape[1])
             advantage = jnp.sin(jnp.arange(mask.size)).reshape(mask.shape)
             arrays = dict(
-                tokens=tokens, mask=mask, real=real, advantage=advantage, returns=judged["value"] + advantage / 10,
-                reward=advantage, **{k: judged[k] for k in ("log_prob", "ref_log_prob", "value")},
+                tokens=tokens, mask=mask, real=real, advantage=advantage, returns=scored["value"] + advantage / 10,
+                reward=advantage, **{k: scored[k] for k in ("log_prob", "ref_log_prob", "value")},
             )  # fmt: skip
             made = rollout.Experience(**{name: a[None] for name, a in arrays.items()})
             gradients = jax.jit(lambda p, v, b: update.ppo_gradients(update.UpdateConfig(), here, p, v, b))
-            return jax.device_get((tokens, mask, log_prob, judged, gradients(policy, value, made)))
+            return jax.device_get((tokens, mask, log_prob, scored, gradients(policy, value, made)))
 
     found, expected = run(mesh_of(**sizes)), run(ALONE)
     np.testing.assert_array_equal(found[0], expected[0])

@@ -84,8 +84,8 @@ def share(prompts, responses):
 
 
 @pytest.fixture(scope="module")
-def config(tuned, judge, alignment):
-    return lambda **overrides: ppo_config(tuned, judge, alignment["prompts"], **overrides)
+def config(tuned, reward_dir, alignment):
+    return lambda **overrides: ppo_config(tuned, reward_dir, alignment["prompts"], **overrides)
 
 
 @pytest.fixture(scope="module")
@@ -144,7 +144,7 @@ def test_the_first_kl_is_0_and_every_first_ratio_1(straight):
     assert all(m["policy/ratio_max"] > 1.001 for m in metrics)  # there was something to get wrong
 
 
-def test_the_frozen_models_are_what_they_were(straight, tuned, judge):
+def test_the_frozen_models_are_what_they_were(straight, tuned, reward_dir):
     _, frozen = straight
     assert len(frozen) == 4 + 3  # iterations and evaluations
     for later in frozen[1:]:
@@ -152,7 +152,7 @@ def test_the_frozen_models_are_what_they_were(straight, tuned, judge):
     mesh = make_mesh(MeshConfig(), jax.devices()[:1])
     reference, reward = frozen[0]
     assert same_bits(reference, load_model(tuned, mesh=mesh).params) == []
-    assert same_bits(reward, load_reward_model(judge, mesh=mesh).params) == []
+    assert same_bits(reward, load_reward_model(reward_dir, mesh=mesh).params) == []
 
 
 def test_the_kl_coefficient_is_steered_once_an_iteration(straight):
@@ -211,7 +211,7 @@ def test_evaluations_and_samples(straight):
     assert page.startswith("<!doctype html>") and "training curves" in page and "ppo" in page
 
 
-def test_the_value_network_begins_as_the_reward_model(config, judge, tmp_path, monkeypatch):
+def test_the_value_network_begins_as_the_reward_model(config, reward_dir, tmp_path, monkeypatch):
     seen = {}
 
     class Stop(Exception):
@@ -226,7 +226,7 @@ def test_the_value_network_begins_as_the_reward_model(config, judge, tmp_path, m
         ppo(config(), str(tmp_path / "run"))
     mesh = make_mesh(MeshConfig(), jax.devices()[:1])
     value, policy, average = seen["state"]
-    assert same_bits(value, load_reward_model(judge, mesh=mesh).params) == []
+    assert same_bits(value, load_reward_model(reward_dir, mesh=mesh).params) == []
     assert same_bits(policy, average) == []
 
 
@@ -368,9 +368,9 @@ def get_config():
 
 
 @pytest.mark.slow
-def test_kill_9_and_gone_on_with(straight, tuned, judge, alignment, tmp_path):
+def test_kill_9_and_gone_on_with(straight, tuned, reward_dir, alignment, tmp_path):
     options = WHOLE | {"steps": 12}
-    text = KILLED.format(policy=str(tuned), reward=str(judge), prompts=str(alignment["prompts"]), options=options)
+    text = KILLED.format(policy=str(tuned), reward=str(reward_dir), prompts=str(alignment["prompts"]), options=options)
     (tmp_path / "config.py").write_text(text)
     environment = one_device_environment(PYTHONPATH=f"{ROOT / 'tests'}:{ROOT}")
 
@@ -422,9 +422,9 @@ def first_scores(c, workdir, **kwargs):
     """(score of each of the first iteration's responses, prompts, responses): what finish was given."""
     seen, real = [], rollout.compute_advantages
 
-    def finish(judged, score, *args, **options):
-        seen.append((np.asarray(score), jax.device_get(judged)))
-        return real(judged, score, *args, **options)
+    def finish(scored, score, *args, **options):
+        seen.append((np.asarray(score), jax.device_get(scored)))
+        return real(scored, score, *args, **options)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(stage.rollout, "compute_advantages", finish)
@@ -445,10 +445,10 @@ def test_a_reward_model_and_a_rule_are_summed(config, ruled, tmp_path):
     assert line["objective/score"] == approx(float(of_both[0].mean()), terms=16, scale=np.abs(of_both[0]).max())
 
 
-def test_scores_are_the_normalized_reward_models(config, judge, tmp_path):
+def test_scores_are_the_normalized_reward_models(config, reward_dir, tmp_path):
     """What PPO sees is what load_reward_model gives of the same texts, left padding or not."""
     seen = first_scores(config(steps=1, eval__lm_batches=0), tmp_path / "run")[1]
-    model = load_reward_model(judge, mesh=make_mesh(MeshConfig(), jax.devices()[:1]))
+    model = load_reward_model(reward_dir, mesh=make_mesh(MeshConfig(), jax.devices()[:1]))
     tokens, real = seen[1]["tokens"], seen[1]["real"]
     slots = tokens.shape[1] - RESPONSE
     prompts = [r[:slots][m[:slots] > 0] for r, m in zip(tokens, real, strict=True)]
@@ -686,11 +686,11 @@ def test_bad_input_is_one_clear_error(config, tmp_path, name):
     refused(c, tmp_path / "run", says)
 
 
-def test_models_that_can_not_be(config, ruled, pretrained, tuned, judge, tmp_path):
+def test_models_that_can_not_be(config, ruled, pretrained, tuned, reward_dir, tmp_path):
     c = ruled()
     c.policy = str(pretrained)
     refused(c, tmp_path / "run", "no padding token of its own", reward_fn=share)
-    c.policy = str(judge)
+    c.policy = str(reward_dir)
     refused(c, tmp_path / "run", "is a reward model", reward_fn=share)
     c = config()
     c.reward = str(tuned)
@@ -766,11 +766,11 @@ def test_a_rule_that_fails_midway_keeps_what_was_done(ruled, tmp_path):
 
     def rule(prompts, responses):
         if next(calls) == 3:  # the evaluation before the first iteration is a call too
-            raise RuntimeError("the judge is out")
+            raise RuntimeError("the rule is out of order")
         return share(prompts, responses)
 
     c = ruled(eval__lm_batches=0, eval__every=4, steps=4)
-    with pytest.raises(RuntimeError, match="the judge is out"):
+    with pytest.raises(RuntimeError, match="the rule is out of order"):
         ppo(c, str(tmp_path / "run"), rule)
     assert [m["step"] for m in lines(tmp_path / "run")] == [1, 2]
     assert Checkpointer(tmp_path / "run").steps() == [1, 2]
@@ -856,12 +856,12 @@ def test_ptx_without_a_text_leaves_no_workdir(config, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_reward_model_of_another_tokenizer(judge, alignment, tmp_path):
+def test_a_reward_model_of_another_tokenizer(reward_dir, alignment, tmp_path):
     (tmp_path / "text.txt").write_text("quick brown foxes jump over lazy dogs 0123 " * 200)
     pretrain(pretrain_config(tmp_path / "text.txt", steps=1), str(tmp_path / "pretrained"))
     c = sft_config(tmp_path / "pretrained", alignment["demonstrations"], steps=1, samples__count=0)
     sft(c, str(tmp_path / "sft"))
-    c = ppo_config(tmp_path / "sft", judge, alignment["prompts"])
+    c = ppo_config(tmp_path / "sft", reward_dir, alignment["prompts"])
     refused(c, tmp_path / "run", "another tokenizer")
 
 
@@ -894,12 +894,13 @@ def test_best_of_n_keeps_the_best_of_the_first_n():
 
 
 @pytest.fixture
-def choose(tuned, judge, monkeypatch):
+def choose(tuned, reward_dir, monkeypatch):
     """best_of_n's main, in this process, with these values of its flags and its defaults for the others."""
 
     def chosen(prompts, **values):
-        flags = {"policy": tuned, "reward": judge, "prompts": str(prompts), "n": 2, "limit": 64, "max_new_tokens": 8,
-                 "drop_long": False, "bad_rows": "stop", "fields.prompt": "prompt", "seed": 0}  # fmt: skip
+        flags = {"policy": tuned, "reward": reward_dir, "prompts": str(prompts), "n": 2, "limit": 64,
+                 "max_new_tokens": 8, "drop_long": False, "bad_rows": "stop", "fields.prompt": "prompt",
+                 "seed": 0}  # fmt: skip
         monkeypatch.setattr(best_of_n_tool, "FLAGS", types.SimpleNamespace(**flags | values), raising=False)
         best_of_n_tool.main(None)
 
@@ -938,9 +939,9 @@ def test_best_of_n_and_a_reward_model_it_does_not_fit(choose, alignment, tmp_pat
         choose(alignment["prompts"])
 
 
-def test_best_of_n_on_the_command_line(tuned, judge, alignment):
+def test_best_of_n_on_the_command_line(tuned, reward_dir, alignment):
     done = subprocess.run(
-        [sys.executable, "-m", "gptjax.rlhf.best_of_n", f"--policy={tuned}", f"--reward={judge}",
+        [sys.executable, "-m", "gptjax.rlhf.best_of_n", f"--policy={tuned}", f"--reward={reward_dir}",
          f"--prompts={alignment['prompts']}", "--n=4", "--limit=3", "--max_new_tokens=8"],
         cwd=ROOT, env=one_device_environment(), capture_output=True, text=True, timeout=200,
     )  # fmt: skip

@@ -14,12 +14,12 @@ STEPS = 6
 
 
 @pytest.fixture(scope="module")
-def config(tuned, judge, tmp_path_factory):
+def config(tuned, reward_dir, tmp_path_factory):
     source = write(tmp_path_factory.mktemp("prompts") / "rows.jsonl", ROWS)
     held_out = write(source.parent / "held_out.jsonl", ROWS[1:5])
     options = {"steps": STEPS, "batch_size": 4, "eval__source": str(held_out), "eval__lm_batches": 0,
                "eval__every": 1, "checkpoint__every": 2, "ppo__epochs": 1, "seed": 6}  # fmt: skip
-    return lambda **more: ppo_config(tuned, judge, source, **options | more)
+    return lambda **more: ppo_config(tuned, reward_dir, source, **options | more)
 
 
 def run(c, workdir):

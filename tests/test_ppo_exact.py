@@ -1,4 +1,4 @@
-"""PPO on a bed whose optimum is known in closed form (experiments/ppo_exact)."""
+"""PPO on a task whose optimum is known in closed form (experiments/ppo_exact)."""
 
 import json
 import os
@@ -12,14 +12,14 @@ import numpy as np
 import pytest
 from numerics import approx, assert_close, model_terms
 
-from experiments.ppo_exact.bed import EOS, LENGTH, MODEL, Bed, responses
+from experiments.ppo_exact.task import EOS, LENGTH, MODEL, Task, responses
 
 ROOT = Path(__file__).resolve().parent.parent
 
 
 @pytest.fixture(scope="module")
-def bed():
-    return Bed(0)
+def task():
+    return Task(0)
 
 
 def test_there_are_341_responses_each_once():
@@ -29,30 +29,30 @@ def test_there_are_341_responses_each_once():
     assert (~ended).sum() == 4**4 and [(mask.sum(1)[ended] == n).sum() for n in (1, 2, 3, 4)] == [1, 4, 16, 64]
 
 
-def test_probabilities_sum_to_1(bed):
-    for log_p in (bed.log_ref, bed.log_optimum):
+def test_probabilities_sum_to_1(task):
+    for log_p in (task.log_ref, task.log_optimum):
         assert_close(jnp.exp(log_p).sum(1), np.ones(3), terms=model_terms(MODEL))
 
 
-def test_the_reference_has_closed_nothing_and_the_optimum_all(bed):
-    figures = bed.figures(bed.reference)
+def test_the_reference_has_closed_nothing_and_the_optimum_all(task):
+    figures = task.figures(task.reference)
     assert figures["gap"] == 0.0 and figures["kl_to_reference"] == 0.0 and figures["kl_to_optimum"] > 1.0
-    assert float(bed.objective(bed.log_optimum)) == approx(bed.j_optimum, terms=3 * 341, scale=1)
+    assert float(task.objective(task.log_optimum)) == approx(task.j_optimum, terms=3 * 341, scale=1)
 
 
-def test_no_policy_beats_the_optimum(bed):
+def test_no_policy_beats_the_optimum(task):
     """Moved a little in any direction, the optimum is worse."""
     for i in range(5):
-        moved = bed.log_optimum + 0.1 * jax.random.normal(jax.random.key(i), bed.log_optimum.shape)
+        moved = task.log_optimum + 0.1 * jax.random.normal(jax.random.key(i), task.log_optimum.shape)
         moved = moved - jax.nn.logsumexp(moved, axis=1, keepdims=True)
-        assert float(bed.objective(moved)) < bed.j_optimum
+        assert float(task.objective(moved)) < task.j_optimum
 
 
-def test_sampled_responses_get_their_own_reward(bed):
+def test_sampled_responses_get_their_own_reward(task):
     tokens, _ = responses()
     whole = np.concatenate([np.zeros((341, 3), np.int32), tokens], axis=1)
     for prompt in range(3):
-        np.testing.assert_array_equal(bed.score(whole, np.full(341, prompt)), bed.rewards[prompt])
+        np.testing.assert_array_equal(task.score(whole, np.full(341, prompt)), task.rewards[prompt])
 
 
 def run(*arguments) -> list[dict]:

@@ -53,8 +53,8 @@ def mesh():
 
 
 @pytest.fixture(scope="module")
-def model(judge, mesh):
-    return load_reward_model(judge, mesh=mesh)
+def model(reward_dir, mesh):
+    return load_reward_model(reward_dir, mesh=mesh)
 
 
 def scores(model, rows, name):
@@ -76,9 +76,9 @@ def result(workdir):
 # --- what it learns ---------------------------------------------------------------------------------------
 
 
-def test_a_planted_preference_is_learned(judge, model):
+def test_a_planted_preference_is_learned(reward_dir, model):
     """Prompts it never saw: in every pair of 60 rows the completion with the word is to score higher."""
-    assert result(judge)["accuracy"] > 0.95 and result(judge)["pairs"] > 40
+    assert result(reward_dir)["accuracy"] > 0.95 and result(reward_dir)["pairs"] > 40
     t, right = template_of(model), []
     for row in comparisons(60, seed=77):
         prompt = t.prompt(row["prompt"])
@@ -88,16 +88,16 @@ def test_a_planted_preference_is_learned(judge, model):
     assert len(right) > 60 and np.mean(right) > 0.95
 
 
-def test_exported_scores_are_the_normalized_ones(judge, model, tmp_path, capsys):
+def test_exported_scores_are_the_normalized_ones(reward_dir, model, tmp_path, capsys):
     """Its bias too, which that layout's head has no place for; that transformers agrees: tests/peers."""
-    convert.export_weights(judge, tmp_path / "out")
+    convert.export_weights(reward_dir, tmp_path / "out")
     assert "normalized score" in capsys.readouterr().out
     tensors = load_file(tmp_path / "out/model.safetensors")
     kernel = tensors.pop("score.weight")
     assert kernel.shape == (1, model.config.d_model)
     save_file(tensors, tmp_path / "out/model.safetensors")
     config, trunk = huggingface.read(tmp_path / "out")
-    chat = template(judge)
+    chat = template(reward_dir)
     text = [*chat.prompt("ba ko"), *chat.response(LIKED)]
     x = gpt.hidden(trunk, config, np.array([text]))[0, -1]
     expected = model.score([text[:-2]], [text[-2:]])
@@ -108,36 +108,37 @@ def test_exported_scores_are_the_normalized_ones(judge, model, tmp_path, capsys)
     assert settings["architectures"] == ["GPT2ForSequenceClassification"] and len(settings["id2label"]) == 1
     assert settings["pad_token_id"] == chat.pad_id
     with pytest.raises(InputError, match="normalized, and exported, at step"):
-        convert.export_weights(judge, tmp_path / "other", step=1)
+        convert.export_weights(reward_dir, tmp_path / "other", step=1)
 
 
-def test_what_a_run_leaves(judge):
-    run, metrics = json.loads((judge / "config.json").read_text()), lines(judge)
+def test_what_a_run_leaves(reward_dir):
+    run, metrics = json.loads((reward_dir / "config.json").read_text()), lines(reward_dir)
     assert run["stage"] == "reward" and run["template"] == "chat"
     assert [m["step"] for m in metrics] == list(range(1, 121))
     names = {"loss", "accuracy", "margin", "pairs", "grad_norm", "batch_prompts", "prompts_per_second"}
     assert names <= metrics[0].keys()
     assert metrics[-1]["accuracy"] > 0.9 > metrics[0]["accuracy"] and metrics[0]["batch_prompts"] == 16
-    evaluations = lines(judge, "evaluations")
-    assert [e["step"] for e in evaluations] == [0, 120] and evaluations[-1]["accuracy"] == result(judge)["accuracy"]
-    rows = result(judge)["calibration"]
-    assert sum(r["pairs"] for r in rows) == result(judge)["pairs"] and len(rows) == 10
-    assert "calibration" in (judge / "report.html").read_text().lower()
+    evaluations = lines(reward_dir, "evaluations")
+    assert [e["step"] for e in evaluations] == [0, 120]
+    assert evaluations[-1]["accuracy"] == result(reward_dir)["accuracy"]
+    rows = result(reward_dir)["calibration"]
+    assert sum(r["pairs"] for r in rows) == result(reward_dir)["pairs"] and len(rows) == 10
+    assert "calibration" in (reward_dir / "report.html").read_text().lower()
 
 
-def test_validation_loss_by_hand(judge, model, alignment):
+def test_validation_loss_by_hand(reward_dir, model, alignment):
     """-1/#pairs sum of log sigmoid over a prompt's pairs, prompts equal: of held-out rows, ragged and all."""
     from gptjax.data.comparisons import ComparisonConfig, load_comparisons
 
     c = ComparisonConfig(source=str(alignment["comparisons"]), validation="0.25")
-    held_out = load_comparisons(c, template(judge), 48, 0).validation
+    held_out = load_comparisons(c, template(reward_dir), 48, 0).validation
     assert len({len(x.ranks) for x in held_out}) == 3
     losses = []
     for x in held_out:
         r = model.score([x.prompt] * len(x.ranks), x.completions).astype(np.float64)
         pairs = [r[i] - r[j] for i, a in enumerate(x.ranks) for j, b in enumerate(x.ranks) if a < b]
         losses.append(np.mean(np.log1p(np.exp(-np.array(pairs)))))
-    assert lines(judge, "evaluations")[-1]["loss"] == approx(np.mean(losses), terms=model_terms(model.config))
+    assert lines(reward_dir, "evaluations")[-1]["loss"] == approx(np.mean(losses), terms=model_terms(model.config))
 
 
 def test_each_completion_is_forwarded_once(tuned, alignment, tmp_path, monkeypatch):
@@ -162,13 +163,13 @@ def test_the_best_of_k_objective(tuned, alignment, tmp_path):
     assert last["loss"] < first["loss"] and last["loss"] > 0
 
 
-def test_more_evaluation_batches_than_there_are_mean_all_of_them(judge, alignment, mesh):
+def test_more_evaluation_batches_than_there_are_mean_all_of_them(reward_dir, alignment, mesh):
     """eval.batches is a limit: of fewer batches of held-out rows than 10 are all."""
     from gptjax.data.comparisons import ComparisonConfig, load_comparisons, validation_batches
 
     c = ComparisonConfig(source=str(alignment["comparisons"]), validation="0.25")
-    loaded, model = load_comparisons(c, template(judge), 48, 0), load_reward_model(judge, mesh=mesh)
-    batches = validation_batches(loaded.validation, 8, loaded.k, 48, pad_id=template(judge).pad_id)
+    loaded, model = load_comparisons(c, template(reward_dir), 48, 0), load_reward_model(reward_dir, mesh=mesh)
+    batches = validation_batches(loaded.validation, 8, loaded.k, 48, pad_id=template(reward_dir).pad_id)
     assert len(batches) >= 3
     found = {}
     for most in (0, len(batches), 10):
@@ -185,27 +186,27 @@ def test_more_evaluation_batches_than_there_are_mean_all_of_them(judge, alignmen
 # --- the zero of the scale --------------------------------------------------------------------------------
 
 
-def raw(judge, mesh, tmp_path):
+def raw(reward_dir, mesh, tmp_path):
     """The reward model as training left it: gain 1, bias 0."""
-    copy = shutil.copytree(judge, tmp_path / "raw")
-    (copy / "reward.json").write_text(json.dumps({**result(judge), "gain": 1.0, "bias": 0.0}))
+    copy = shutil.copytree(reward_dir, tmp_path / "raw")
+    (copy / "reward.json").write_text(json.dumps({**result(reward_dir), "gain": 1.0, "bias": 0.0}))
     return load_reward_model(copy, mesh=mesh)
 
 
-def test_demonstrations_score_0_on_average(judge, model, mesh, alignment, tmp_path):
+def test_demonstrations_score_0_on_average(reward_dir, model, mesh, alignment, tmp_path):
     rows = [json.loads(line) for line in alignment["demonstrations"].read_text().splitlines()]
     from gptjax.data.demonstrations import DemonstrationConfig, load_demonstrations
 
     c = DemonstrationConfig(source=str(alignment["demonstrations"]), validation="0.15")
-    demos = load_demonstrations(c, template(judge), 48, 0).train
+    demos = load_demonstrations(c, template(reward_dir), 48, 0).train
     prompts, responses = [d.ids[: d.prompt] for d in demos], [d.ids[d.prompt :] for d in demos]
-    after, before = model.score(prompts, responses), raw(judge, mesh, tmp_path).score(prompts, responses)
+    after, before = model.score(prompts, responses), raw(reward_dir, mesh, tmp_path).score(prompts, responses)
     assert abs(after.mean()) < 1e-4 < abs(before.mean())
-    assert result(judge)["demonstrations"] == len(demos) and abs(result(judge)["mean_after"]) < 1e-4
-    assert before.mean() == pytest.approx(result(judge)["mean_before"], abs=1e-4)
+    assert result(reward_dir)["demonstrations"] == len(demos) and abs(result(reward_dir)["mean_after"]) < 1e-4
+    assert before.mean() == pytest.approx(result(reward_dir)["mean_before"], abs=1e-4)
     # a bias alone: no margin is changed
     assert_close(after, before - before.mean(), terms=len(before), scale=np.abs(before).max())
-    assert result(judge)["gain"] == 1.0 and len(rows) > len(demos)
+    assert result(reward_dir)["gain"] == 1.0 and len(rows) > len(demos)
 
 
 def test_the_selected_checkpoint_is_the_one_that_is_zeroed(tuned, alignment, mesh, tmp_path, monkeypatch):
@@ -230,9 +231,9 @@ def test_the_selected_checkpoint_is_the_one_that_is_zeroed(tuned, alignment, mes
     assert abs(scored.mean()) < 1e-4
 
 
-def test_a_longer_run_has_no_scale_until_it_is_finished(judge, mesh, tmp_path, monkeypatch, tuned, alignment):
+def test_a_longer_run_has_no_scale_until_it_is_finished(reward_dir, mesh, tmp_path, monkeypatch, tuned, alignment):
     """reward.json of the shorter run tells of other weights: stopped on the way, the workdir is no reward model."""
-    copy = shutil.copytree(judge, tmp_path / "longer")
+    copy = shutil.copytree(reward_dir, tmp_path / "longer")
     monkeypatch.setattr(spine.loop, "run", lambda stage, state, *_: (state, False, 0.0))
     c = reward_config(tuned, alignment["comparisons"], steps=240)
     assert not reward(c, str(copy)).finished
@@ -321,10 +322,10 @@ def test_a_warning_where_length_alone_explains_it(tuned, tmp_path, capsys):
     assert "length alone agrees with" in capsys.readouterr().out
 
 
-def test_no_such_warning_elsewhere(judge, mesh):
+def test_no_such_warning_elsewhere(reward_dir, mesh):
     from gptjax.evals.preference import length_explains
 
-    assert not length_explains(result(judge)) and result(judge)["longer_wins"] < 0.9
+    assert not length_explains(result(reward_dir)) and result(reward_dir)["longer_wins"] < 0.9
 
 
 # --- what it says of its rows -----------------------------------------------------------------------------
@@ -378,15 +379,15 @@ def test_a_stopped_run_ends_where_an_uninterrupted_one_does(tuned, alignment, tm
 # --- what is refused --------------------------------------------------------------------------------------
 
 
-def test_workdirs_that_are_no_reward_model(tuned, pretrained, judge, mesh, tmp_path):
+def test_workdirs_that_are_no_reward_model(tuned, pretrained, reward_dir, mesh, tmp_path):
     for workdir, says in ((tuned, "is a sft run"), (pretrained, "is a pretrain run"), (tmp_path, "not a workdir")):
         with pytest.raises(InputError, match=says):
             load_reward_model(workdir, mesh=mesh)
     with pytest.raises(InputError, match="is a reward model, which scores texts and writes none"):
-        load_model(judge)
+        load_model(reward_dir)
     with pytest.raises(InputError, match="another tokenizer"):
-        load_reward_model(judge, mesh=mesh, tokenizer=Tokenizer.load(pretrained / "tokenizer"))
-    load_reward_model(judge, mesh=mesh, tokenizer=Tokenizer.load(tuned / "tokenizer"))
+        load_reward_model(reward_dir, mesh=mesh, tokenizer=Tokenizer.load(pretrained / "tokenizer"))
+    load_reward_model(reward_dir, mesh=mesh, tokenizer=Tokenizer.load(tuned / "tokenizer"))
 
 
 def test_a_trunk_without_demonstrations(pretrained, alignment, tmp_path, capsys):
@@ -435,17 +436,16 @@ def test_bad_input_is_one_clear_error(tuned, tmp_path, name):
 
 
 @pytest.mark.slow
-def test_a_reward_model_of_another_tokenizer(judge, tmp_path):
-    """A second line of runs, whose BPE was trained on another text, and its SFT judged by the first's."""
+def test_a_reward_model_of_another_tokenizer(reward_dir, tmp_path):
+    """A second line of runs, whose BPE was trained on another text, and its SFT scored by the first's."""
     (tmp_path / "text.txt").write_text("quick brown foxes jump over lazy dogs 0123 " * 200)
     pretrain(pretrain_config(tmp_path / "text.txt", steps=1), str(tmp_path / "pretrained"))
     c = sft_config(tmp_path / "pretrained", write(tmp_path / "d.jsonl", demonstrations(8)), steps=1, samples__count=0)
     sft(c, str(tmp_path / "sft"))
     with pytest.raises(InputError, match="another tokenizer"):
-        load_reward_model(
-            judge, mesh=make_mesh(MeshConfig(), jax.devices()[:1]), tokenizer=load_model(tmp_path / "sft").tokenizer
-        )
-    c.selection, c.reward, c.samples.count = "reward", str(judge), 2
+        one_device = make_mesh(MeshConfig(), jax.devices()[:1])
+        load_reward_model(reward_dir, mesh=one_device, tokenizer=load_model(tmp_path / "sft").tokenizer)
+    c.selection, c.reward, c.samples.count = "reward", str(reward_dir), 2
     with pytest.raises(InputError, match="another tokenizer"):
         sft(c, str(tmp_path / "sft2"))
     assert not (tmp_path / "sft2").exists()

@@ -62,7 +62,7 @@ def sampled(temperature=1.0):
 
 
 @functools.cache
-def judged(temperature=1.0):
+def scored(temperature=1.0):
     tokens, mask, _ = sampled(temperature)
     models = policy(), scalar_params(5), policy(1), scalar_params(6)
     return rollout.score(*models, tokens, LENGTHS, mask, at(temperature))
@@ -113,14 +113,14 @@ def test_sampler_and_scorer_agree_with_the_definition(temperature):
     """At every left padding: token by token over a cache, in one forward pass, and written out without padding."""
     tokens, mask, of_sampler = sampled(temperature)
     expected = plain_log_probs(policy(), tokens, LENGTHS, temperature) * mask
-    close(judged(temperature)["log_prob"], expected)
+    close(scored(temperature)["log_prob"], expected)
     close(of_sampler * mask, expected)
-    close(judged(temperature)["ref_log_prob"], plain_log_probs(policy(1), tokens, LENGTHS, temperature) * mask)
+    close(scored(temperature)["ref_log_prob"], plain_log_probs(policy(1), tokens, LENGTHS, temperature) * mask)
 
 
 def test_the_difference_of_sampler_and_scorer_is_measured():
     _, mask, of_sampler = sampled()
-    log_prob = judged()["log_prob"]
+    log_prob = scored()["log_prob"]
     rounding = tolerance(TERMS) * float(jnp.abs(log_prob).max())
     assert float(rollout.sampler_difference(of_sampler, log_prob, mask)) < rounding
     off = jnp.where(mask > 0, log_prob, jnp.nan).at[2, 0].add(-0.25)
@@ -258,9 +258,9 @@ def test_values_and_scores_are_the_scalar_models_at_each_token():
     """V_t before response token t, the score at the last action; without padding and written out."""
     tokens, mask, _ = sampled()
     mask = np.asarray(mask)
-    close(judged()["value"], plain_scalars(scalar_params(5), tokens, LENGTHS)[:, :R] * mask)
+    close(scored()["value"], plain_scalars(scalar_params(5), tokens, LENGTHS)[:, :R] * mask)
     of_reward = plain_scalars(scalar_params(6), tokens, LENGTHS)
-    close(judged()["score"], of_reward[np.arange(ROWS), mask.sum(1).astype(int)])
+    close(scored()["score"], of_reward[np.arange(ROWS), mask.sum(1).astype(int)])
 
 
 def test_a_value_network_that_is_the_reward_model_sees_what_it_sees():
@@ -276,11 +276,11 @@ def test_a_value_network_that_is_the_reward_model_sees_what_it_sees():
         close(value[longer, t + 1], np.asarray(score)[longer])
 
 
-def test_what_is_judged_is_0_after_the_last_action():
+def test_what_is_scored_is_0_after_the_last_action():
     gone = np.asarray(sampled()[1]) == 0
     for name in ("log_prob", "ref_log_prob", "entropy", "value"):
-        assert (np.asarray(judged()[name])[gone] == 0).all()
-    real = np.asarray(judged()["real"])
+        assert (np.asarray(scored()[name])[gone] == 0).all()
+    real = np.asarray(scored()["real"])
     assert (real[:, Q:] == ~gone).all()
     assert (real[:, :Q] == (np.arange(Q)[None] >= Q - LENGTHS[:, None])).all()
 
@@ -290,7 +290,7 @@ def test_more_left_padding_changes_nothing():
     wider = np.pad(np.asarray(tokens), ((0, 0), (3, 0)), constant_values=PAD)
     found = rollout.score(policy(), scalar_params(5), policy(1), scalar_params(6), wider, LENGTHS, mask, N)
     for name in ("log_prob", "ref_log_prob", "entropy", "value", "score"):
-        close(found[name], judged()[name])
+        close(found[name], scored()[name])
     again = rollout.sample(policy(), wider[:, : Q + 3], LENGTHS, jax.random.key(3), N)
     np.testing.assert_array_equal(again[0][:, 3:], tokens)
 
@@ -301,20 +301,20 @@ def test_more_right_padding_changes_nothing():
     arguments = wide(tokens, PAD), LENGTHS, wide(mask, 0)
     n = dataclasses.replace(N, response=R + 2)
     found = rollout.score(policy(), scalar_params(5), policy(1), scalar_params(6), *arguments, n)
-    close(found["score"], judged()["score"])
+    close(found["score"], scored()["score"])
     for name in ("log_prob", "value"):
-        close(found[name][:, :R], judged()[name])
+        close(found[name][:, :R], scored()[name])
 
 
 def test_what_stands_in_pads_changes_nothing():
     """Any id, those outside the vocabulary too: bit for bit."""
     tokens, mask, _ = sampled()
-    pads = np.asarray(judged()["real"]) == 0
+    pads = np.asarray(scored()["real"]) == 0
     for garbage in (0, 3, EOS, 10_000):
         dirty = np.where(pads, garbage, np.asarray(tokens)).astype(np.int32)
         found = rollout.score(policy(), scalar_params(5), policy(1), scalar_params(6), dirty, LENGTHS, mask, N)
         for name in ("log_prob", "ref_log_prob", "entropy", "value", "score"):
-            np.testing.assert_array_equal(found[name], judged()[name])
+            np.testing.assert_array_equal(found[name], scored()[name])
 
 
 def test_the_score_depends_on_every_token_up_to_the_last():
@@ -323,7 +323,7 @@ def test_the_score_depends_on_every_token_up_to_the_last():
         other = tokens.copy()
         other[:, t] = (other[:, t] + 1) % VOCAB
         found = rollout.score(policy(), scalar_params(5), policy(1), scalar_params(6), other, LENGTHS, mask, N)
-        moved = np.asarray(found["score"]) != np.asarray(judged()["score"])
+        moved = np.asarray(found["score"]) != np.asarray(scored()["score"])
         inside = mask[:, t - Q] > 0 if t >= Q else np.ones(ROWS, bool)
         np.testing.assert_array_equal(moved, inside)
 
@@ -332,7 +332,7 @@ def test_a_few_rows_at_a_time_is_all_at_once():
     tokens, mask, _ = sampled()
     models = policy(), scalar_params(5), policy(1), scalar_params(6)
     found = rollout.score(*models, tokens, LENGTHS, mask, N, rows=8)
-    for name, expected in judged().items():
+    for name, expected in scored().items():
         close(found[name], expected)
 
 
@@ -347,13 +347,13 @@ def test_a_value_head_on_the_policys_trunk():
 
 
 def test_dropout_plays_no_part():
-    """A config that has it samples and judges bit for bit as one that has not."""
+    """A config that has it samples and scores bit for bit as one that has not."""
     dropping = dataclasses.replace(MODEL, dropout=0.5)
     n = at(1.0, policy=dropping, value=dropping, reward=dropping)
     tokens, mask, log_prob = rollout.sample(policy(), left_padded(LENGTHS), LENGTHS, jax.random.key(3), n)
     jax.tree.map(np.testing.assert_array_equal, (tokens, mask, log_prob), sampled())
     found = rollout.score(policy(), scalar_params(5), policy(1), scalar_params(6), tokens, LENGTHS, mask, n)
-    jax.tree.map(np.testing.assert_array_equal, found, judged())
+    jax.tree.map(np.testing.assert_array_equal, found, scored())
 
 
 # --- the log-probabilities themselves ---------------------------------------------------------------------
@@ -382,7 +382,7 @@ def test_token_log_probs_and_entropy(temperature, chunk):
 
 
 def test_rewards_of_a_row_sum_to_the_score_less_the_penalty():
-    j, score = judged(), np.linspace(-1.9, 0.7, ROWS, dtype=np.float32)
+    j, score = scored(), np.linspace(-1.9, 0.7, ROWS, dtype=np.float32)
     experience, _ = credit(j, score)
     kl = (np.asarray(j["log_prob"]) - np.asarray(j["ref_log_prob"])).sum(1)
     close(experience.reward.sum(1), score - 0.1 * kl)
@@ -390,7 +390,7 @@ def test_rewards_of_a_row_sum_to_the_score_less_the_penalty():
 
 def test_only_a_response_without_end_of_sequence_gets_its_penalty():
     """In place of its score, at its last action."""
-    j = judged()
+    j = scored()
     mask, score = np.asarray(j["mask"]), np.linspace(-1.9, 0.7, ROWS, dtype=np.float32)
     ended = (np.asarray(j["tokens"])[:, Q:] == EOS).any(1)
     assert 0 < ended.sum() < ROWS
@@ -412,8 +412,8 @@ def test_end_of_sequence_in_a_prompt_or_a_pad_is_not_the_responses():
 
 
 def test_metrics_are_those_of_the_arrays():
-    j, score = {k: np.asarray(v, np.float64) for k, v in judged().items()}, np.linspace(-2, 3, ROWS)
-    experience, found = credit(judged(), score.astype(np.float32), whiten_advantages=False)
+    j, score = {k: np.asarray(v, np.float64) for k, v in scored().items()}, np.linspace(-2, 3, ROWS)
+    experience, found = credit(scored(), score.astype(np.float32), whiten_advantages=False)
     inside, d = j["mask"] > 0, j["log_prob"] - j["ref_log_prob"]
     kl = (d * j["mask"]).sum(1)
     returns = np.asarray(experience.returns, np.float64)
@@ -440,9 +440,9 @@ def test_metrics_are_those_of_the_arrays():
 
 def test_advantages_are_gae_of_the_rewards_then_whitened():
     score = np.linspace(-2, 3, ROWS).astype(np.float32)
-    raw, _ = credit(judged(), score, gamma=0.9, lam=0.8, whiten_advantages=False)
-    white, _ = credit(judged(), score, gamma=0.9, lam=0.8)
-    r, v, mask = np.asarray(raw.reward), np.asarray(judged()["value"]), np.asarray(raw.mask)
+    raw, _ = credit(scored(), score, gamma=0.9, lam=0.8, whiten_advantages=False)
+    white, _ = credit(scored(), score, gamma=0.9, lam=0.8)
+    r, v, mask = np.asarray(raw.reward), np.asarray(scored()["value"]), np.asarray(raw.mask)
     expected, running = np.zeros((ROWS, R)), np.zeros(ROWS)
     for t in reversed(range(R)):
         after = v[:, t + 1] if t + 1 < R else 0
@@ -457,8 +457,8 @@ def test_advantages_are_gae_of_the_rewards_then_whitened():
 
 def test_whitened_rewards_enter_the_returns_and_not_the_record():
     score = np.linspace(-2, 3, ROWS).astype(np.float32)
-    plain, _ = credit(judged(), score, lam=1.0)
-    white, _ = credit(judged(), score, lam=1.0, whiten_rewards=True)
+    plain, _ = credit(scored(), score, lam=1.0)
+    white, _ = credit(scored(), score, lam=1.0, whiten_rewards=True)
     np.testing.assert_array_equal(white.reward, plain.reward)
     mask, r = np.asarray(plain.mask), np.asarray(plain.reward)
     inside = r[mask > 0]

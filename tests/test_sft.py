@@ -357,10 +357,10 @@ def test_the_selected_checkpoint_is_the_one_that_is_loaded(
         assert not np.array_equal(model.params["wte"], load_model(tmp_path / "run", step=6).params["wte"])
 
 
-def test_selection_by_the_reward_model(pretrained, alignment, judge, tmp_path, capsys):
+def test_selection_by_the_reward_model(pretrained, alignment, reward_dir, tmp_path, capsys):
     """The step whose responses to validation prompts score highest is the one later stages open."""
     c = sft_config(
-        pretrained, alignment["demonstrations"], steps=12, selection="reward", reward=str(judge), eval__every=3,
+        pretrained, alignment["demonstrations"], steps=12, selection="reward", reward=str(reward_dir), eval__every=3,
         checkpoint__every=3, optimizer__learning_rate=1e-2,
     )  # fmt: skip
     assert sft(c, str(tmp_path / "run")).finished
@@ -370,17 +370,17 @@ def test_selection_by_the_reward_model(pretrained, alignment, judge, tmp_path, c
     assert load_model(tmp_path / "run").step == max(rewards, key=rewards.get)
 
 
-def test_a_reward_model_and_a_long_prompt(pretrained, judge, tmp_path):
+def test_a_reward_model_and_a_long_prompt(pretrained, reward_dir, tmp_path):
     """A prompt that leaves room for less than samples.max_new_tokens (64 by default): the run is not to stop."""
     rows = [{"prompt": "ba ko mi ru te fo la ni " * 2 + str(i), "response": "ba"} for i in range(12)]
     c = sft_config(
-        pretrained, write(tmp_path / "rows.jsonl", rows), steps=1, selection="reward", reward=str(judge),
+        pretrained, write(tmp_path / "rows.jsonl", rows), steps=1, selection="reward", reward=str(reward_dir),
         samples__max_new_tokens=64, data__validation="0.5",
     )  # fmt: skip
     assert sft(c, str(tmp_path / "run")).finished
 
 
-def test_a_reward_model_too_short_for_the_samples(pretrained, alignment, judge, tmp_path, monkeypatch):
+def test_a_reward_model_too_short_for_the_samples(pretrained, alignment, reward_dir, tmp_path, monkeypatch):
     """Told before the first step, and not by the first evaluation."""
     real = stage.load_reward_model
 
@@ -390,7 +390,7 @@ def test_a_reward_model_too_short_for_the_samples(pretrained, alignment, judge, 
 
     monkeypatch.setattr(stage, "load_reward_model", short)
     c = sft_config(
-        pretrained, alignment["demonstrations"], steps=1, selection="reward", reward=str(judge),
+        pretrained, alignment["demonstrations"], steps=1, selection="reward", reward=str(reward_dir),
         samples__max_new_tokens=24,
     )  # fmt: skip
     with pytest.raises(InputError, match="reward model's context of 24. .*lower --config.samples.max_new_tokens"):
@@ -500,6 +500,6 @@ def test_a_forgotten_length_leaves_no_workdir(pretrained, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
-def test_a_reward_model_writes_no_text_to_start_from(judge, alignment, tmp_path):
+def test_a_reward_model_writes_no_text_to_start_from(reward_dir, alignment, tmp_path):
     with pytest.raises(InputError, match="is a reward model"):
-        sft(sft_config(judge, alignment["demonstrations"]), str(tmp_path / "run"))
+        sft(sft_config(reward_dir, alignment["demonstrations"]), str(tmp_path / "run"))

@@ -11,9 +11,9 @@ import numpy as np
 import optax
 import pytest
 from numerics import approx, assert_close, model_terms, tolerance
-from test_rollout import LENGTHS, MODEL, PAD, VOCAB, N, R, credit, judged, policy, scalar_params, without_padding
+from test_rollout import LENGTHS, MODEL, PAD, VOCAB, N, R, credit, policy, scalar_params, scored, without_padding
 
-from experiments.ppo_exact import bed as exact
+from experiments.ppo_exact import task as exact
 from gptjax.errors import InputError
 from gptjax.model import gpt, heads
 from gptjax.objectives import ppo
@@ -39,8 +39,8 @@ ZERO = np.float32(0), np.float32(0)
 
 @functools.cache
 def experience():
-    """Eight ragged responses, judged 40 at a time: another shape than the update's."""
-    part = {k: v[:ROWS] for k, v in judged().items()}
+    """Eight ragged responses, scored 40 at a time: another shape than the update's."""
+    part = {k: v[:ROWS] for k, v in scored().items()}
     return credit(part, np.linspace(-1.9, 0.7, ROWS, dtype=np.float32))[0]
 
 
@@ -230,32 +230,32 @@ def test_the_gradient_is_cut_to_the_norm_of_each_network():
 
 @pytest.fixture(scope="module")
 def problem():
-    """(bed, a policy away from its reference, the gradient of J there by autodiff over all responses)."""
-    bed = exact.Bed(0)
+    """(task, a policy away from its reference, the gradient of J there by autodiff over all responses)."""
+    task = exact.Task(0)
     rng = np.random.default_rng(0)
-    here = jax.tree.map(lambda p: p + 0.05 * rng.standard_normal(p.shape).astype(np.float32), bed.reference)
-    inside = np.where(bed.mask > 0, bed.tokens[:, -exact.LENGTH :], 0)
-    rows = np.where(bed.tokens < exact.VOCAB, bed.tokens, 0)
+    here = jax.tree.map(lambda p: p + 0.05 * rng.standard_normal(p.shape).astype(np.float32), task.reference)
+    inside = np.where(task.mask > 0, task.tokens[:, -exact.LENGTH :], 0)
+    rows = np.where(task.tokens < exact.VOCAB, task.tokens, 0)
 
     def log_pi(p):  # by its definition: no response is padded on the left, and pads on the right are the future
         logits = gpt.logits(p, exact.MODEL, gpt.hidden(p, exact.MODEL, rows))[:, 2:-1, : exact.VOCAB]
         log_p = jnp.take_along_axis(jax.nn.log_softmax(logits), inside[..., None], 2)[..., 0]
-        return (log_p * bed.mask).sum(1).reshape(3, -1)
+        return (log_p * task.mask).sum(1).reshape(3, -1)
 
-    expected = jax.jit(jax.grad(lambda p: bed.objective(log_pi(p))))(here)
-    assert_close(bed.log_probs(here), log_pi(here), terms=model_terms(exact.MODEL))
-    return bed, here, expected, np.exp(np.asarray(log_pi(here), np.float64)).reshape(-1)
+    expected = jax.jit(jax.grad(lambda p: task.objective(log_pi(p))))(here)
+    assert_close(task.log_probs(here), log_pi(here), terms=model_terms(exact.MODEL))
+    return task, here, expected, np.exp(np.asarray(log_pi(here), np.float64)).reshape(-1)
 
 
 def estimate(problem):
     """The mean over all responses, each weighted by its probability, of PPO's policy gradient."""
-    bed, here, _, pi = problem
-    n = dataclasses.replace(bed.spec, value=None)
+    task, here, _, pi = problem
+    n = dataclasses.replace(task.spec, value=None)
     value = {"head": heads.new_head(exact.MODEL.d_model, None)}
-    lengths = np.full(len(bed.tokens), 3, np.int32)
-    j = rollout.score(here, value, bed.reference, None, bed.tokens, lengths, jnp.asarray(bed.mask), n)
+    lengths = np.full(len(task.tokens), 3, np.int32)
+    j = rollout.score(here, value, task.reference, None, task.tokens, lengths, jnp.asarray(task.mask), n)
     e, _ = rollout.compute_advantages.__wrapped__(  # not the compiled one: it would not see another k1
-        j, jnp.asarray(bed.rewards).reshape(-1), bed.c.beta, eos_id=exact.EOS, missing_eos=None, gamma=1.0, lam=1.0,
+        j, jnp.asarray(task.rewards).reshape(-1), task.c.beta, eos_id=exact.EOS, missing_eos=None, gamma=1.0, lam=1.0,
         whiten_advantages=False,
     )  # fmt: skip
     weights = (pi * len(pi) / 3)[:, None].astype(np.float32)
@@ -609,8 +609,8 @@ def test_training_stops_where_something_is_not_finite(bad, capsys):
 
 
 def test_a_real_iteration_raises_no_alarm():
-    """Of judge, finish and update together, first and later."""
-    part = {k: v[:ROWS] for k, v in judged().items()}
+    """Of score, finish and update together, first and later."""
+    part = {k: v[:ROWS] for k, v in scored().items()}
     _, figures = credit(part | {"ref_log_prob": part["log_prob"]}, np.zeros(ROWS, np.float32))
     line = {k: float(v) for k, v in (figures | base_run()[0]).items()} | {"policy/rollout_logp_diff": 1e-5}
     assert sanity_checks.sanity_checks(line, 0, jnp.float32) == []

@@ -190,13 +190,13 @@ def model(step=60, weights="w", tokenizer="t"):
 @pytest.mark.parametrize(
     "changed, says",
     [
-        ({"weights": "other"}, "reward: .*/judge has other weights now"),
+        ({"weights": "other"}, "reward: .*/rm has other weights now"),
         ({"step": 80, "weights": "other"}, "is at step 80 now and was at 60 then"),
         ({"tokenizer": "other"}, "has another tokenizer now"),
     ],
 )
 def test_a_frozen_model_that_has_changed_is_refused(here, changed, says):
-    fields = FIELDS | {"selection": "reward", "reward": "judge"}
+    fields = FIELDS | {"selection": "reward", "reward": "rm"}
     assert claim("runs/sft", origin=origin(reward=model()), **fields) is False
     before = (here / "runs" / "sft" / "config.json").read_bytes()
     assert claim("runs/sft", origin=origin(reward=model()), **fields) is True

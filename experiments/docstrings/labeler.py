@@ -1,7 +1,7 @@
 """The labeler: how good a summary line is for a signature, by rules; its scores are the gold truth.
 
 The rules are what PEP 257 (docstring conventions) and PEP 8 ask for and a program can check, and a few of ours
-against degenerate text. They judge the form and whether the line is about its signature, not whether it is true.
+against degenerate text. They score the form and whether the line is about its signature, not whether it is true.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Does PPO reach the optimum it is said to have? On a bed where the optimum is known.
+"""Does PPO reach the optimum it is said to have? On a task where the optimum is known.
 
     python -m experiments.ppo_exact --seeds=0,1,2,3,4 [--json] [--mutation=NAME] [--list_mutations]
 
@@ -27,14 +27,14 @@ def main(_):
         raise InputError(f"--seeds={FLAGS.seeds}: give whole numbers with commas between.") from error
     if FLAGS.mutation:
         mutations.plant(FLAGS.mutation)
-    from experiments.ppo_exact.bed import Bed, BedConfig  # after the fault is planted
+    from experiments.ppo_exact.task import Task, TaskConfig  # after the fault is planted
 
     for seed in seeds:
         began = time.perf_counter()
-        bed = Bed(seed, BedConfig(iterations=FLAGS.iterations))
+        task = Task(seed, TaskConfig(iterations=FLAGS.iterations))
         with tqdm(total=FLAGS.iterations, desc=f"seed {seed}", unit="it", leave=False) as bar:
-            state = bed.train(record=lambda *_, bar=bar: bar.update())
-        result = {"seed": seed, **bed.figures(state.policy), "seconds": time.perf_counter() - began}
+            state = task.train(record=lambda *_, bar=bar: bar.update())
+        result = {"seed": seed, **task.figures(state.policy), "seconds": time.perf_counter() - began}
         if FLAGS.mutation:
             result["mutation"] = FLAGS.mutation
         if FLAGS.json:

@@ -1,8 +1,8 @@
-"""The alignment tax and its cure, where both are known exactly: PPO-ptx on the bed of bed.py.
+"""The alignment tax and its cure, where both are known exactly: PPO-ptx on the task of task.py.
 
     python -m experiments.ppo_exact.ptx --coefficients=0,0.1,1,10 [--seed=0] [--json]
 
-Besides the three prompts of the bed there is a context that RL never sees. The pre-training distribution is what the
+Besides the three prompts of the task there is a context that RL never sees. The pre-training distribution is what the
 reference says there, four tokens without an end. tax = KL(reference || policy) over those 625 sequences: how much
 worse, in nats, the policy has become at text it was pre-trained on. Plain PPO (coefficient 0) pays it; gamma buys it
 back.
@@ -16,7 +16,7 @@ import numpy as np
 from absl import flags
 from tqdm import tqdm
 
-from experiments.ppo_exact.bed import LENGTH, VOCAB, Bed, BedConfig, enumerated
+from experiments.ppo_exact.task import LENGTH, VOCAB, Task, TaskConfig, enumerated
 from gptjax import command_line, json_files
 from gptjax.rlhf.update import UpdateConfig
 
@@ -24,8 +24,8 @@ CONTEXT = np.array([1, 3, 3], np.int32)
 PER_EPISODE = 1.0  # pre-training sequences for each episode; InstructGPT has 8
 
 
-class PtxBed(Bed):
-    def __init__(self, seed: int, c: BedConfig):
+class PtxTask(Task):
+    def __init__(self, seed: int, c: TaskConfig):
         super().__init__(seed, c)
         texts = np.array(list(itertools.product(range(VOCAB), repeat=LENGTH)), np.int32)
         self.texts = np.concatenate([np.tile(CONTEXT, (len(texts), 1)), texts], axis=1)
@@ -50,11 +50,11 @@ class PtxBed(Bed):
 
 
 def run(coefficient: float, seed: int = 0, iterations: int = 200, progress: bool = True) -> dict:
-    c = BedConfig(iterations=iterations, ppo=UpdateConfig(epochs=4, minibatches=4, ptx_coefficient=coefficient))
-    bed = PtxBed(seed, c)
+    c = TaskConfig(iterations=iterations, ppo=UpdateConfig(epochs=4, minibatches=4, ptx_coefficient=coefficient))
+    task = PtxTask(seed, c)
     with tqdm(total=iterations, desc=f"gamma {coefficient:g}", unit="it", leave=False, disable=not progress) as bar:
-        state = bed.train(bed.pretraining_batch if coefficient else None, record=lambda *_: bar.update())
-    return {"coefficient": coefficient, "seed": seed, "tax": bed.tax(state.policy), **bed.figures(state.policy)}
+        state = task.train(task.pretraining_batch if coefficient else None, record=lambda *_: bar.update())
+    return {"coefficient": coefficient, "seed": seed, "tax": task.tax(state.policy), **task.figures(state.policy)}
 
 
 def main(_):
@@ -70,7 +70,7 @@ def main(_):
 if __name__ == "__main__":
     FLAGS = flags.FLAGS
     flags.DEFINE_string("coefficients", "0,0.1,1,10", "Values of gamma, with commas between.")
-    flags.DEFINE_integer("seed", 0, "Seed of the bed.")
+    flags.DEFINE_integer("seed", 0, "Seed of the task.")
     flags.DEFINE_integer("iterations", 200, "PPO iterations.", lower_bound=1)
     flags.DEFINE_bool("json", False, "One JSON object per value.")
     command_line.run(main)

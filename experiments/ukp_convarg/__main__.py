@@ -3,9 +3,9 @@
     python -m experiments.ukp_convarg --data=../shared/data/prefs/ukp_convarg --workdir=runs/ukp \
         [--text=../shared/data/lm/books_small/train] [--results=experiments/ukp_convarg/results.json]
 
-Pre-trains a small GPT on --text (base/), then trains one reward model for each fold of topics (fold0/, ...) and has it
-judge the topics it was not trained on, compared with baselines. An interrupted run resumes. On 2 busy CPU cores it
-takes about 15 minutes.
+Pre-trains a small GPT on --text (base/), then trains one reward model for each fold of topics (fold0/, ...) and tests
+it on the topics it was not trained on, beside baselines. An interrupted run resumes. On 2 busy CPU cores it takes about
+15 minutes.
 """
 
 import dataclasses

@@ -235,9 +235,9 @@ def ppo_parts(c: PPOConfig, policy: GPTConfig, reward: GPTConfig | None, mesh) -
     frozen = lambda boxed: placed(
         jax.eval_shape(lambda p: precision.frozen(p, spec.dtype), _shapes(boxed)), parameter_shardings(boxed, mesh)
     )
-    judge = frozen(heads.abstract_scalar_model(reward)) if reward else None
+    reward_params = frozen(heads.abstract_scalar_model(reward)) if reward else None
     reference = frozen(boxed_params(spec)[0])
-    return PPOParts(spec, program, placed(program.abstract, program.shardings), reference, judge, slots)
+    return PPOParts(spec, program, placed(program.abstract, program.shardings), reference, reward_params, slots)
 
 
 def _ppo_bytes(p: PPOParts, offload: bool) -> dict[str, int]:

@@ -1,6 +1,6 @@
-"""Does the reward model find the utility it was ranked by? On a bed where ceiling and floor are known.
+"""Does the reward model find the utility it was ranked by? On a task where ceiling and floor are known.
 
-    python -m experiments.reward_bed --seeds=0,1,2 [--json] [--prompts=6000] [--pairs=all|one]
+    python -m experiments.reward_exact --seeds=0,1,2 [--json] [--prompts=6000] [--pairs=all|one]
 
 Rankings are drawn from Plackett-Luce, so that the pairs in them are exactly Bradley-Terry's: i comes before j with
 probability s = sigmoid(r_i - r_j), and no model can be right more often than E[max(s, 1 - s)] nor have less
@@ -16,7 +16,7 @@ import time
 from absl import flags
 from tqdm import tqdm
 
-from experiments.reward_bed.bed import Bed, BedConfig, outside_the_bar
+from experiments.reward_exact.task import Task, TaskConfig, outside_the_bar
 from gptjax import command_line, json_files
 from gptjax.errors import InputError
 
@@ -28,10 +28,10 @@ def main(_):
         raise InputError(f"--seeds={FLAGS.seeds}: give whole numbers with commas between.") from error
     for seed in seeds:
         began = time.perf_counter()
-        bed = Bed(seed, BedConfig(prompts=FLAGS.prompts, pairs=FLAGS.pairs))
-        with tqdm(total=bed.steps, desc=f"seed {seed}", unit="step", leave=False) as bar:
-            params = bed.train(record=lambda *_, bar=bar: bar.update())
-        result = {"seed": seed, "pairs": FLAGS.pairs, "prompts": FLAGS.prompts, **bed.figures(params),
+        task = Task(seed, TaskConfig(prompts=FLAGS.prompts, pairs=FLAGS.pairs))
+        with tqdm(total=task.steps, desc=f"seed {seed}", unit="step", leave=False) as bar:
+            params = task.train(record=lambda *_, bar=bar: bar.update())
+        result = {"seed": seed, "pairs": FLAGS.pairs, "prompts": FLAGS.prompts, **task.figures(params),
                   "seconds": time.perf_counter() - began}  # fmt: skip
         print(json_files.dumps(result) if FLAGS.json else line(result), flush=True)
 

@@ -29,7 +29,7 @@ MODEL = GPTConfig(vocab_size=VOCAB + 1, n_layer=2, n_head=4, d_model=48, context
 
 
 @dataclasses.dataclass(frozen=True)
-class BedConfig:
+class TaskConfig:
     beta: float = 0.3
     iterations: int = 200
     batch: int = 512
@@ -61,10 +61,10 @@ def reward_table(seed: int) -> np.ndarray:
     return (additive + 0.5 * np.sin(inside @ weights)[None]).astype(np.float32)
 
 
-class Bed:
+class Task:
     """The MDP of one seed: reference policy, rewards, and the exact figures of any policy."""
 
-    def __init__(self, seed: int, c: BedConfig = BedConfig()):
+    def __init__(self, seed: int, c: TaskConfig = TaskConfig()):
         self.c, self.seed = c, seed
         self.spec = RLSpec(
             policy=MODEL, value=MODEL, reward=None, response=LENGTH, eos_id=EOS, pad_id=PAD, vocab=VOCAB,

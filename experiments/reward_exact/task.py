@@ -34,7 +34,7 @@ MODEL = GPTConfig(vocab_size=VOCAB + 2, n_layer=2, n_head=4, d_model=64, context
 
 
 @dataclasses.dataclass(frozen=True)
-class BedConfig:
+class TaskConfig:
     """prompts: rankings, each seen once; pairs: 'all' of a ranking, or 'one'; batch: prompts of a step."""
 
     prompts: int = 6000
@@ -44,7 +44,7 @@ class BedConfig:
 
     def __post_init__(self):
         if self.pairs not in ("all", "one") or self.prompts < 1:
-            raise InputError("reward bed: pairs is 'all' or 'one', and prompts at least 1.")
+            raise InputError("reward task: pairs is 'all' or 'one', and prompts at least 1.")
 
 
 # --- the utility --------------------------------------------------------------------------------------------
@@ -120,13 +120,13 @@ def one_pair(c: Comparison) -> Comparison:
     return Comparison(c.prompt, c.completions[:2], c.ranks[:2])
 
 
-# --- the bed ------------------------------------------------------------------------------------------------
+# --- the task ------------------------------------------------------------------------------------------------
 
 
-class Bed:
+class Task:
     """The rankings of one seed, the training on them, and the exact figures of any reward model."""
 
-    def __init__(self, seed: int, c: BedConfig = BedConfig()):
+    def __init__(self, seed: int, c: TaskConfig = TaskConfig()):
         rng = np.random.default_rng(seed)
         self.c, self.seed = c, seed
         self.prompts = prompt_sequences(rng)
