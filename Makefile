@@ -12,9 +12,10 @@ export JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS ?= 0
 # Tests run in so many processes, whole files at a time; 0 is one process, as plain `pytest` is.
 WORKERS ?= 2
 PYTEST := $(VENV)/bin/python -m pytest -q -n $(WORKERS) --dist loadfile
-# Quick tests are made of compilation, not arithmetic: `make test` leaves out LLVM's optimization of XLA's programs,
-# but with OPTIMIZED=1. `make test-slow` never does.
+# Quick tests are made of compilation, not arithmetic: `make test` leaves out LLVM's optimization of XLA's programs and
+# XLA's slower code generator (together a seventh of the compile time), but with OPTIMIZED=1. `make test-slow` never does.
 OPTIMIZED ?=
+QUICK := JAX_DISABLE_MOST_OPTIMIZATIONS=1 XLA_FLAGS="$(XLA_FLAGS) --xla_cpu_use_fusion_emitters=false"
 
 .PHONY: demo test test-slow test-peers lint bench bench-gpu clean
 
@@ -22,7 +23,7 @@ demo: $(VENV)/.installed
 	$(VENV)/bin/python -m experiments.docstrings --config=configs/demo.py --workdir=runs/demo $(DEMO_FLAGS)
 
 test: $(VENV)/.installed-test
-	JAX_DISABLE_MOST_OPTIMIZATIONS=$(if $(OPTIMIZED),0,1) $(PYTEST) -m "not slow" $(PYTEST_FLAGS)
+	$(if $(OPTIMIZED),,$(QUICK)) $(PYTEST) -m "not slow" $(PYTEST_FLAGS)
 
 test-slow: $(VENV)/.installed-test
 	$(PYTEST) -m slow $(PYTEST_FLAGS)

@@ -69,9 +69,9 @@ def dpo(config: mlc.ConfigDict, workdir) -> RunResult:
 
 def program(c: DPOConfig, model: GPTConfig, mesh) -> TrainProgram:
     """What runs on the devices, from shapes alone."""
-    loss, boxed = dpo_objective(model, c.beta, c.precision.dtype, c.loss_chunk, mesh), gpt.abstract_params(model)
+    loss = dpo_objective(model, c.beta, c.precision.dtype, c.loss_chunk, mesh)
     objective = Objective(loss, metrics=ranking_metrics, unit="prompts")
-    return train_program(objective, boxed, c.optimizer, c.precision, c.seed, mesh, dropout=model.dropout > 0)
+    return train_program(objective, gpt.abstract_params, model, c.optimizer, c.precision, c.seed, mesh)
 
 
 def build(c: DPOConfig, mesh, claim: Claim) -> Stage:

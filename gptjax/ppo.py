@@ -132,7 +132,7 @@ def build(c: PPOConfig, mesh, claim: Claim, reward_fn: Callable | None = None) -
         c, base.config, reward_model.config if reward_model else None, mesh, eos_id=template.eos_id,
         pad_id=template.pad_id, vocab=base.tokenizer.vocab_size,
     )  # fmt: skip
-    program = ppo_program(c, spec, mesh)
+    program = ppo_program(c, spec)
 
     # --- prompts, and the pre-training text of PPO-ptx ---
     # room: the longest prompt, in tokens, that leaves space for a response in every model's context
@@ -163,8 +163,8 @@ def build(c: PPOConfig, mesh, claim: Claim, reward_fn: Callable | None = None) -
     hosts.only_first(lambda: left_out.write(claim.workdir))
 
     # --- the frozen models, and the state of a new run ---
-    freeze = jax.jit(lambda p: frozen(p, spec.dtype))
-    reference, reward = freeze(base.params), reward_model and freeze(reward_model.params)
+    reference = frozen(base.params, spec.dtype)
+    reward = reward_model and frozen(reward_model.params, spec.dtype)
     if c.offload:
         reference, reward = offloaded(reference), offloaded(reward)
     frozen_models = lambda: on_device((reference, reward), c.offload)

@@ -37,6 +37,7 @@ from gptjax.objectives.base import Objective, Sums
 from gptjax.objectives.preference import best_of_k_loss, ranking_loss, ranking_statistics
 from gptjax.parallel import pipeline
 from gptjax.parallel.mesh import check_fits
+from gptjax.parallel.sharding import shared
 from gptjax.ranges import Count
 from gptjax.rlhf.reward_model import RewardModel, normalized, score_at_end
 from gptjax.run import Claim, require, run
@@ -94,8 +95,7 @@ def program(c: RewardConfig, model: GPTConfig, mesh) -> TrainProgram:
     """The device program of a step."""
     loss = reward_loss(model, c.precision.dtype, c.objective, mesh)
     objective = Objective(loss, metrics=ranking_metrics, unit="prompts")
-    boxed = heads.abstract_scalar_model(model)
-    return train_program(objective, boxed, c.optimizer, c.precision, c.seed, mesh, dropout=model.dropout > 0)
+    return train_program(objective, heads.abstract_scalar_model, model, c.optimizer, c.precision, c.seed, mesh)
 
 
 def trunk(c: RewardConfig, base: GPTConfig, **changes) -> GPTConfig:
@@ -192,6 +192,7 @@ def demonstration_config(run: dict) -> dict:
     return data if "loss_on" in data else {}
 
 
+@shared
 def reward_loss(model: GPTConfig, dtype, objective: str, mesh=None):
     """Sum over prompts of their ranking loss. Microbatch: tokens [rows, K, time], lengths, ranks, valid [rows, K]."""
     criterion = CRITERIA[objective]

@@ -61,7 +61,7 @@ def continue_texts(
         print(f"note: the context of {context} leaves room for {room:,} of {max_new_tokens:,} new tokens after the "
               "longest prompt", file=sys.stderr)  # fmt: skip
     with jax.set_mesh(model.mesh):
-        params = jax.jit(frozen, static_argnums=1)(model.params, model.dtype)  # half the bytes to read at 16 bits
+        params = frozen(model.params, model.dtype)  # half the bytes to read at 16 bits
 
         def decode():
             return generate(

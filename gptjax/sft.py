@@ -8,6 +8,7 @@ run, bitwise identical.
 """
 
 import dataclasses
+import functools
 
 import jax
 from ml_collections import config_dict as mlc
@@ -35,7 +36,7 @@ from gptjax.objectives.finetune import auxiliary_weights
 from gptjax.objectives.lm import causal_lm_loss
 from gptjax.parallel import pipeline
 from gptjax.parallel.mesh import check_fits
-from gptjax.parallel.sharding import batch_sharding
+from gptjax.parallel.sharding import batch_sharding, shared
 from gptjax.ranges import BelowOne, Count
 from gptjax.rlhf.reward_model import RewardModel, load_reward_model
 from gptjax.run import Claim, require, run
@@ -107,9 +108,7 @@ def sft(config: mlc.ConfigDict, workdir) -> RunResult:
 def program(c: SFTConfig, model: GPTConfig, mesh) -> TrainProgram:
     """The device program of a step."""
     objective = Objective(sft_loss(model, c.precision.dtype, c.loss_chunk, mesh), prepare=weigher(c.lm_weight))
-    return train_program(
-        objective, gpt.abstract_params(model), c.optimizer, c.precision, c.seed, mesh, dropout=model.dropout > 0
-    )
+    return train_program(objective, gpt.abstract_params, model, c.optimizer, c.precision, c.seed, mesh)
 
 
 def build(c: SFTConfig, mesh, claim: Claim) -> Stage:
@@ -193,6 +192,7 @@ def check_reward_model(c: SFTConfig, reward_model: RewardModel, demonstrations, 
         )
 
 
+@shared
 def sft_loss(model: GPTConfig, dtype, chunk: int, mesh=None):
     """The language-model loss under the batch's token weights; counted are the task's tokens (`task`), which are the
     weights themselves without an auxiliary term."""
@@ -205,6 +205,7 @@ def sft_loss(model: GPTConfig, dtype, chunk: int, mesh=None):
     return loss
 
 
+@functools.cache
 def weigher(lm_weight: float):
     """Of a whole batch before it is computed: GPT-1's auxiliary term as token weights (eq. 5)."""
     if not lm_weight:

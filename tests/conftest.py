@@ -23,6 +23,8 @@ jax.config.update("jax_default_matmul_precision", "highest")
 
 import pytest  # noqa: E402
 
+from gptjax.parallel.sharding import forget  # noqa: E402
+
 if mutation := os.environ.get("GPTJAX_MUTATION"):  # the tests are tested: tests/test_mutations.py
     from experiments.ppo_exact.mutations import plant
 
@@ -46,10 +48,31 @@ def forget_programs():
     back what was freed only when told to."""
     yield
     if resident_bytes() > 1e9:
+        forget()
         jax.clear_caches()
         gc.collect()
         if sys.platform == "linux" and hasattr(ctypes.CDLL(None), "malloc_trim"):
             ctypes.CDLL(None).malloc_trim(0)
+
+
+@pytest.fixture(autouse=True)
+def programs_of_what_is_patched(request):
+    """Runs in one process share their programs (parallel/sharding.py). A test that patches what they are traced from
+    shares with no other test; one that patches something else does so by pytest.MonkeyPatch.context()."""
+    patches = "monkeypatch" in request.fixturenames
+    if patches:
+        forget()
+    yield
+    if patches:
+        forget()
+
+
+@pytest.fixture(autouse=True)
+def no_drawing():
+    """Runs inside a test write reports without pictures, most of a second each; runs of a module's fixtures draw."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("gptjax.report.image", lambda figure, alt: f"<img alt='{alt}'>")
+        yield
 
 
 def resident_bytes() -> float:

@@ -229,7 +229,7 @@ def ppo_parts(c: PPOConfig, policy: GPTConfig, reward: GPTConfig | None, mesh) -
     policy = resolved(policy)
     c = dataclasses.replace(c, model=dataclasses.replace(c.model, attention=None))
     spec = make_spec(c, policy, reward, mesh, eos_id=0, pad_id=1, vocab=policy.vocab_size)
-    program = ppo_program(c, spec, mesh)
+    program = ppo_program(c, spec)
     room = prompt_room(context_lengths(spec), spec.response, "rollout.max_new_tokens")
     slots = bucket_widths(c.data.max_length or room, c.data.buckets, room)[-1]
     frozen = lambda boxed: placed(

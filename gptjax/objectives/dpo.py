@@ -12,6 +12,7 @@ from gptjax.model.spec import GPTConfig
 from gptjax.objectives.base import Sums
 from gptjax.objectives.chunked import token_log_probs
 from gptjax.objectives.preference import ranking_loss, ranking_statistics
+from gptjax.parallel.sharding import shared
 
 
 def response_log_probs(params, config: GPTConfig, tokens_BT, starts_B, lengths_B, *, dtype, chunk: int, mesh=None,
@@ -32,6 +33,7 @@ def response_log_probs(params, config: GPTConfig, tokens_BT, starts_B, lengths_B
     return jnp.where(response_BT, log_prob_BT, 0.0).sum(1)
 
 
+@shared
 def dpo_objective(config: GPTConfig, beta: float, dtype, chunk: int, mesh=None):
     """The loss of an Objective, summed over prompts. Micro-batch: tokens [B, N, T], starts, lengths, ranks, valid, and
     reference, the reference's log-probability of each completion, [B, N]."""

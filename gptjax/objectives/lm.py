@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from gptjax.model import gpt
 from gptjax.model.spec import GPTConfig
 from gptjax.objectives.chunked import cross_entropy_sum
+from gptjax.parallel.sharding import shared
 
 
 def lm_loss(params, config: GPTConfig, batch):
@@ -24,6 +25,7 @@ def lm_loss(params, config: GPTConfig, batch):
     return (batch["weights"] * nll_BT).sum(), batch["weights"].sum()
 
 
+@shared
 def causal_lm_loss(config: GPTConfig, dtype, chunk: int, mesh=None):
     """Returns the loss function of training, loss(params, batch, dropout_keys) -> (sum, count): `lm_loss` in any dtype
     and on any mesh, computing the logits of `chunk` time steps at a time (chunked.py).

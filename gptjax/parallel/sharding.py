@@ -120,10 +120,34 @@ def _split(value: str) -> tuple[str, ...]:
 # The active rules. Part of the key of jit's cache, like the mesh of jax.set_mesh.
 _ACTIVE = jax.make_user_context(Rules())
 
+# The caches of the functions that `shared` decorates.
+_SHARED: list = []
+
 
 def use_rules(rules: Rules):
     """Context manager that makes these the active rules."""
     return _ACTIVE(rules)
+
+
+def shared(make):
+    """Decorates a function that makes a device program or its loss: equal, hashable arguments under equal rules give
+    the same one, so that a process which runs a stage several times, as a sweep does, traces and compiles it once.
+    `forget` drops what has been made."""
+
+    @functools.lru_cache(maxsize=16)
+    def under(rules, args, options):
+        return make(*args, **dict(options))
+
+    _SHARED.append(under)
+    return functools.wraps(make)(
+        lambda *args, **options: under(_ACTIVE.value, args, tuple(sorted(options.items())))
+    )
+
+
+def forget():
+    """Drops every program that `shared` has made, and its memory once no run uses it."""
+    for made in _SHARED:
+        made.cache_clear()
 
 
 def num_shards(sizes, *names: str) -> int:

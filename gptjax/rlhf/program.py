@@ -11,10 +11,11 @@ from gptjax.model import gpt, heads
 from gptjax.model.spec import GPTConfig
 from gptjax.parallel import pipeline
 from gptjax.parallel.mesh import batch_shards, check_fits
+from gptjax.parallel.sharding import shared
 from gptjax.rlhf.networks import RLSpec
 from gptjax.rlhf.state import PPOState, state_shardings
-from gptjax.rlhf.update import make_update
-from gptjax.training.optimizer import make_optimizer
+from gptjax.rlhf.update import UpdateConfig, make_update
+from gptjax.training.optimizer import OptimizerConfig, make_optimizer
 
 
 def make_spec(c, policy: GPTConfig, reward: GPTConfig | None, mesh, *, eos_id: int, pad_id: int, vocab: int) -> RLSpec:
@@ -58,10 +59,16 @@ class PPOProgram:
     update: Any
 
 
-def ppo_program(c, spec: RLSpec, mesh) -> PPOProgram:
-    policy_tx, value_tx = make_optimizer(c.optimizer), make_optimizer(c.value_optimizer)
-    abstract, shardings = state_shardings(*boxed_params(spec), policy_tx, value_tx, mesh)
-    update = make_update(c.ppo, spec, policy_tx, value_tx, c.optimizer.clip_norm, c.value_optimizer.clip_norm)
+def ppo_program(c, spec: RLSpec) -> PPOProgram:
+    """The PPOProgram of a PPOConfig; the same one for equal settings of update, optimizers and models."""
+    return _ppo_program(c.ppo, c.optimizer, c.value_optimizer, spec)
+
+
+@shared
+def _ppo_program(c: UpdateConfig, optimizer: OptimizerConfig, value_optimizer: OptimizerConfig, spec: RLSpec):
+    policy_tx, value_tx = make_optimizer(optimizer), make_optimizer(value_optimizer)
+    abstract, shardings = state_shardings(*boxed_params(spec), policy_tx, value_tx, spec.mesh)
+    update = make_update(c, spec, policy_tx, value_tx, optimizer.clip_norm, value_optimizer.clip_norm)
     jitted = jax.jit(update, donate_argnums=0, out_shardings=(shardings, None))
     return PPOProgram(policy_tx, value_tx, abstract, shardings, jitted)
 

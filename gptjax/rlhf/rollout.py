@@ -142,7 +142,7 @@ def score(
     real_BT = networks.real_tokens(lengths_B, mask_BR, tokens_BT.shape[1] - spec.response)
     texts = tokens_BT, real_BT, mask_BR
     if jnp.dtype(spec.dtype) != jnp.float32:  # the same dtypes as the reference, or it would be another program
-        policy = _as_frozen(policy, spec.dtype)
+        policy = frozen(policy, spec.dtype)
     log_prob_BR, entropy_BR = _policy_view(policy, *texts, spec, rows)
     result = {
         "tokens": tokens_BT, "real": real_BT, "mask": mask_BR, "log_prob": log_prob_BR, "entropy": entropy_BR,
@@ -153,9 +153,6 @@ def score(
     if reward is not None:
         result["score"] = _scores(reward, *texts, spec, rows)
     return result
-
-
-_as_frozen = jax.jit(frozen, static_argnums=1)
 
 
 @functools.partial(jax.jit, static_argnames=("spec", "rows"))

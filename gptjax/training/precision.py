@@ -6,6 +6,7 @@ clean steps (Micikevicius et al. 2018 §3.2; the defaults of torch's GradScaler)
 """
 
 import dataclasses
+import functools
 from typing import NamedTuple
 
 import jax
@@ -63,6 +64,7 @@ def next_loss_scale(c: PrecisionConfig, state: LossScale, finite) -> LossScale:
     return LossScale(jnp.maximum(scale, 1.0), jnp.where(grow, 0, clean))
 
 
+@functools.partial(jax.jit, static_argnums=1)
 def frozen(params, dtype):
     """Parameters of a model that is not trained: matrices in the compute dtype, the others unchanged.
 

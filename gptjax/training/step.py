@@ -14,7 +14,9 @@ import optax
 from jax import lax
 from jax.sharding import NamedSharding, PartitionSpec
 
+from gptjax.model.spec import GPTConfig
 from gptjax.objectives.base import Objective, Sums
+from gptjax.parallel.sharding import shared
 from gptjax.training.accumulate import accumulate, apply_gradients
 from gptjax.training.optimizer import OptimizerConfig, make_optimizer
 from gptjax.training.precision import PrecisionConfig, next_loss_scale
@@ -109,17 +111,26 @@ class TrainProgram:
 
 
 def train_program(
-    objective: Objective, boxed_params, optimizer: OptimizerConfig, precision: PrecisionConfig, seed: int, mesh, *,
-    dropout: bool,
+    objective: Objective, abstract_params, model: GPTConfig, optimizer: OptimizerConfig, precision: PrecisionConfig,
+    seed: int, mesh,
 ) -> TrainProgram:  # fmt: skip
-    """The TrainProgram of an objective. boxed_params: abstract parameters, in Flax's boxes with logical axis names
-    (gpt.abstract_params)."""
+    """The TrainProgram of an objective; the same one for equal arguments, whatever the learning rate.
+
+    abstract_params: (model) -> abstract parameters, in Flax's boxes with logical axis names (gpt.abstract_params).
+    """
+    optimizer = dataclasses.replace(optimizer, learning_rate=1.0)  # the step takes it as an argument
+    return _train_program(objective, abstract_params, model, optimizer, precision, seed, mesh)
+
+
+@shared
+def _train_program(objective, abstract_params, model, optimizer, precision, seed, mesh) -> TrainProgram:
     tx = make_optimizer(optimizer)
-    abstract, shardings = state_shardings(boxed_params, tx, precision, mesh)
-    step = train_step(objective, tx, optimizer.clip_norm, precision, seed, dropout)
+    abstract, shardings = state_shardings(abstract_params(model), tx, precision, mesh)
+    step = train_step(objective, tx, optimizer.clip_norm, precision, seed, dropout=model.dropout > 0)
     return TrainProgram(objective, tx, abstract, shardings, jit_train_step(step, shardings))
 
 
+@shared
 def jit_eval_step(loss, mesh):
     """Returns eval_step(params, batch [B, ...]) -> (loss sum, count, {the objective's extra sums, and target_bytes if
     the batch has it}). loss: of an Objective."""
