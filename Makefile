@@ -13,7 +13,8 @@ export JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS ?= 0
 WORKERS ?= 2
 PYTEST := $(VENV)/bin/python -m pytest -q -n $(WORKERS) --dist loadfile
 # Quick tests are made of compilation, not arithmetic: `make test` leaves out LLVM's optimization of XLA's programs and
-# XLA's slower code generator (together a seventh of the compile time), but with OPTIMIZED=1. `make test-slow` never does.
+# XLA's newer code generator, so that compiling takes a seventh of the time. With OPTIMIZED=1 it leaves out neither, as
+# `make test-slow`.
 OPTIMIZED ?=
 QUICK := JAX_DISABLE_MOST_OPTIMIZATIONS=1 XLA_FLAGS="$(XLA_FLAGS) --xla_cpu_use_fusion_emitters=false"
 
