@@ -17,7 +17,7 @@ from gptjax.rlhf.state import new_state, phase_keys
 from gptjax.rlhf.update import UpdateConfig, make_update
 from gptjax.training.optimizer import OptimizerConfig, make_optimizer
 
-ARMS, BETA, BATCH, ITERATIONS = 4, 0.5, 512, 120
+ARMS, BETA, BATCH, ITERATIONS = 4, 0.5, 512, 80
 REWARDS = np.array([1, 0, 0, 0], np.float32)
 MODEL = GPTConfig(5, n_layer=1, n_head=2, d_model=16, context_length=2, attention="reference", tied_head=False)
 N = RLSpec(policy=MODEL, value=None, reward=None, response=1, eos_id=None, pad_id=4, vocab=ARMS)
@@ -41,10 +41,10 @@ def trained():
             scored, REWARDS[np.asarray(tokens[:, 1])], state.kl_coefficient, eos_id=None, missing_eos=None, gamma=1.0,
             lam=0.95,
         )  # fmt: skip
-        rate = np.float32(3e-3 * (1 - i / ITERATIONS))
+        rate = np.float32(4.5e-3 * (1 - i / ITERATIONS))
         state, more = update(state, experience, None, (rate, rate))
-        record.append({k: float(v) for k, v in (metrics | more).items()})
-    return reference, state, record
+        record.append(metrics | more)
+    return reference, state, jax.device_get(record)
 
 
 def probabilities(policy):

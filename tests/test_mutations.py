@@ -29,7 +29,7 @@ CAUGHT_BY = {  # one file that notices; others may too
     "missing_loss_mask": OBJECTIVE,
     "whitening_over_pads": OBJECTIVE,
     "positions_count_padding": ROLLOUT,
-    "mean_of_means": f"{UPDATE}::test_micro_batches_are_one_minibatch",
+    "mean_of_means": f"{UPDATE}::test_the_gradient_is_that_of_the_formula",
     "value_not_clipped_against_the_old": OBJECTIVE,
     "missing_eos_forgiven": f"{ROLLOUT}::test_only_a_response_without_end_of_sequence_gets_its_penalty",
 }

@@ -21,9 +21,8 @@ import pytest
 from alignment_runs import (
     RESPONSE,
     on_one_device,
+    one_program_for_equal_runs,
     ppo_config,
-    pretrain_config,
-    sft_config,
     template,
     write,
 )
@@ -33,6 +32,8 @@ from runs import arrays, lines, one_device_environment, without_times
 
 from gptjax import config as configs
 from gptjax import ppo as stage
+from gptjax.data.bpe import train_bpe
+from gptjax.data.chat import chat_tokenizer
 from gptjax.data.corpus import load_text
 from gptjax.data.prompts import PromptBatches, PromptConfig, load_prompts
 from gptjax.data.records import read_record, start_record, write_record
@@ -41,17 +42,15 @@ from gptjax.generation.sampling import Sampling
 from gptjax.model.spec import GPTConfig
 from gptjax.objectives.ppo import adaptive_kl_coefficient
 from gptjax.parallel.mesh import MeshConfig, make_mesh
-from gptjax.ppo import ppo
-from gptjax.pretrain import pretrain
+from gptjax.ppo import PPOConfig, ppo
 from gptjax.rlhf import best_of_n as best_of_n_tool
-from gptjax.rlhf import reward_model, rollout
+from gptjax.rlhf import memory, reward_model, rollout
 from gptjax.rlhf.best_of_n import best_of_n, expected_best
 from gptjax.rlhf.config import PtxConfig
 from gptjax.rlhf.ptx import Text, batch_shape, sequences
 from gptjax.rlhf.reward_model import load_reward_model
 from gptjax.rlhf.rewards import load_callable
 from gptjax.sample import continue_texts
-from gptjax.sft import sft
 from gptjax.trained import load_model
 from gptjax.training.checkpoint import Checkpointer
 from gptjax.training.metrics import JsonLines
@@ -72,9 +71,9 @@ LIKED = ("ba", "la")
 ROUNDING = 10 * tolerance(model_terms(GPTConfig(300, n_layer=2, n_head=4, d_model=32, context_length=48)))
 
 
-@pytest.fixture(autouse=True)
+@pytest.fixture(scope="module", autouse=True)
 def one_device():
-    with on_one_device():
+    with on_one_device(), one_program_for_equal_runs():
         yield
 
 
@@ -95,18 +94,30 @@ def ruled(tuned, alignment):
 
 
 @pytest.fixture(scope="module")
-def straight(config, tmp_path_factory):
-    """(workdir, the frozen models as they went into each judging) of the whole of WHOLE, uninterrupted."""
-    workdir, frozen, real = tmp_path_factory.mktemp("ppo") / "run", [], rollout.score
+def seen(config, tmp_path_factory):
+    """Of the whole of WHOLE, uninterrupted, by a reward model and a rule: the workdir; the frozen models as they went
+    into each judging; (scored, score) of each."""
+    workdir, frozen, finished = tmp_path_factory.mktemp("ppo") / "run", [], []
+    score, finish = rollout.score, rollout.compute_advantages
 
     def judging(policy, value, reference, reward, *args, **kwargs):
         frozen.append(jax.tree.map(np.array, (reference, reward)))
-        return real(policy, value, reference, reward, *args, **kwargs)
+        return score(policy, value, reference, reward, *args, **kwargs)
 
-    with on_one_device(), pytest.MonkeyPatch.context() as patch:
+    def finishing(scored, score, *args, **kwargs):
+        finished.append((jax.device_get(scored), np.asarray(score)))
+        return finish(scored, score, *args, **kwargs)
+
+    with pytest.MonkeyPatch.context() as patch:
         patch.setattr(stage.rollout, "score", judging)
-        assert ppo(config(**WHOLE), str(workdir)).finished
-    return workdir, frozen
+        patch.setattr(stage.rollout, "compute_advantages", finishing)
+        assert ppo(config(**WHOLE), str(workdir), share).finished
+    return types.SimpleNamespace(workdir=workdir, frozen=frozen, finished=finished)
+
+
+@pytest.fixture(scope="module")
+def straight(seen):
+    return seen.workdir
 
 
 def same_bits(a, b):
@@ -120,7 +131,7 @@ def same_bits(a, b):
 
 
 def test_every_figure_is_there(straight):
-    metrics = lines(straight[0])
+    metrics = lines(straight)
     assert [m["step"] for m in metrics] == [1, 2, 3, 4] and [m["episodes"] for m in metrics] == [16, 32, 48, 64]
     for m in metrics:
         assert METRICS - m.keys() == set()
@@ -136,7 +147,7 @@ def test_every_figure_is_there(straight):
 
 
 def test_the_first_kl_is_0_and_every_first_ratio_1(straight):
-    metrics = lines(straight[0])
+    metrics = lines(straight)
     assert metrics[0]["objective/kl"] == 0.0 and metrics[0]["objective/non_score_reward"] == 0.0
     assert all(m["objective/kl"] != 0 for m in metrics[1:])
     assert all(m["policy/first_ratio_deviation"] < ROUNDING for m in metrics)
@@ -144,8 +155,8 @@ def test_the_first_kl_is_0_and_every_first_ratio_1(straight):
     assert all(m["policy/ratio_max"] > 1.001 for m in metrics)  # there was something to get wrong
 
 
-def test_the_frozen_models_are_what_they_were(straight, tuned, reward_dir):
-    _, frozen = straight
+def test_the_frozen_models_are_what_they_were(seen, tuned, reward_dir):
+    frozen = seen.frozen
     assert len(frozen) == 4 + 3  # iterations and evaluations
     for later in frozen[1:]:
         assert same_bits(frozen[0], later) == []
@@ -157,7 +168,7 @@ def test_the_frozen_models_are_what_they_were(straight, tuned, reward_dir):
 
 def test_the_kl_coefficient_is_steered_once_an_iteration(straight):
     """Ziegler et al. 2019 §2.2 by hand; it falls where KL is under the target and rises where it is above."""
-    metrics = lines(straight[0])
+    metrics = lines(straight)
     expected = 0.1
     for m in metrics:
         assert m["kl_coef"] == approx(expected, terms=4 * 8)
@@ -168,7 +179,7 @@ def test_the_kl_coefficient_is_steered_once_an_iteration(straight):
 
 
 def test_what_the_checkpoint_holds(straight):
-    there = arrays(straight[0], 4)
+    there = arrays(straight, 4)
     roots = {k.split("]")[0] for k in there}
     names = {"policy", "policy_opt", "value", "value_opt", "kl_coefficient", "key", "prompt_position", "ptx_position"}
     assert {f"training['{n}'" for n in names} <= roots and any(r.startswith("params") for r in roots)
@@ -179,7 +190,7 @@ def test_what_the_checkpoint_holds(straight):
 
 
 def test_the_average_is_what_is_sampled(straight):
-    workdir, _ = straight
+    workdir = straight
     there = arrays(workdir, 4)
     model = load_model(workdir)
     wte = np.asarray(model.params["wte"])
@@ -190,7 +201,7 @@ def test_the_average_is_what_is_sampled(straight):
 
 def test_the_average_by_hand(straight, tuned):
     """average <- decay average + (1 - decay) policy, once an iteration, from the policy it began with."""
-    workdir, _ = straight
+    workdir = straight
     kept = Checkpointer(workdir).steps()
     assert kept == [3, 4]
     before, after = arrays(workdir, 3), arrays(workdir, 4)
@@ -200,7 +211,7 @@ def test_the_average_by_hand(straight, tuned):
 
 
 def test_evaluations_and_samples(straight):
-    workdir, _ = straight
+    workdir = straight
     evaluations, samples = lines(workdir, "evaluations"), lines(workdir, "samples")
     assert [e["step"] for e in evaluations] == [0, 2, 4]
     assert all({"score", "kl", "entropy", "length", "eos_rate", "lm_loss"} <= e.keys() for e in evaluations)
@@ -243,12 +254,6 @@ def assert_same_ppo(workdir, other, steps):
         assert without_times(lines(workdir, name)) == without_times(lines(other, name)), name
 
 
-def test_two_iterations_and_two_are_four(config, straight, tmp_path):
-    for steps in (2, 4):
-        assert ppo(config(**WHOLE | {"steps": steps}), str(tmp_path / "parts")).finished
-    assert_same_ppo(tmp_path / "parts", straight[0], 4)
-
-
 @contextlib.contextmanager
 def heard(number):
     """A signal that whoever started the tests may ignore."""
@@ -257,9 +262,58 @@ def heard(number):
     signal.signal(number, before)
 
 
-def test_a_full_disk_does_not_stop_it(config, straight, tmp_path, monkeypatch, capsys):
-    """The records of iterations 2 and 3 wait until there is room."""
-    real, check, at = os.pwrite, stage.check_iteration, [0]
+class Killed(BaseException):
+    """What no except clause stops, as kill -9 would not be."""
+
+
+def test_stopped_five_ways_it_is_the_same_run(config, straight, tmp_path, monkeypatch):
+    """Killed between a checkpoint and its evaluation; finished, and made longer, in episodes; killed between a
+    checkpoint and the next; told to stop by Ctrl-C. Neither an evaluation nor a line is missing, and none is twice."""
+    parts, begun, write = tmp_path / "parts", [], JsonLines.write
+    real = stage.check_iteration
+
+    def run(patched=None, **overrides):
+        c = config(**WHOLE | overrides)
+        with monkeypatch.context() as patch:
+            for place, name, value in (patched,) if patched else ():
+                patch.setattr(place, name, value)
+            return ppo(c, str(parts), share)
+
+    def write_no_evaluation(self, record):
+        if self.path.name == "evaluations.jsonl" and record["step"] == 2:
+            raise Killed
+        return write(self, record)
+
+    def kill_in_the_fourth(line, iteration, *args):
+        if iteration == 3:
+            raise Killed
+        return real(line, iteration, *args)
+
+    def interrupt_in_the_third(line, iteration, *args):
+        real(line, iteration, *args)
+        begun.append(iteration)
+        if iteration == 2:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    with pytest.raises(Killed):
+        run((JsonLines, "write", write_no_evaluation), steps=2)
+    assert Checkpointer(parts).steps()[-1] == 2 and [e["step"] for e in lines(parts, "evaluations")] == [0]
+    assert run(steps=2).finished
+    assert [e["step"] for e in lines(parts, "evaluations")] == [0, 2]
+    longer = {"steps": None, "episodes": 4 * 16}
+    with pytest.raises(Killed):
+        run((stage, "check_iteration", kill_in_the_fourth), checkpoint__every=2, **longer)
+    assert Checkpointer(parts).steps()[-1] == 2 and [m["step"] for m in lines(parts)] == [1, 2, 3]
+    with heard(signal.SIGINT):
+        assert not run((stage, "check_iteration", interrupt_in_the_third), checkpoint__every=10, **longer).finished
+    assert Checkpointer(parts).steps()[-1] == 3 and begun == [2]
+    assert run().finished
+    assert_same_ppo(parts, straight, 4)
+
+
+def test_a_full_disk_and_models_in_host_memory_change_no_bit(config, straight, tmp_path, monkeypatch, capsys):
+    """The records of iterations 2 and 3 wait until there is room; the frozen models come to the device to score."""
+    real, check, at, away = os.pwrite, stage.check_iteration, [0], []
 
     def pwrite(file, data, offset):
         if at[0] in (2, 3):
@@ -271,92 +325,28 @@ def test_a_full_disk_does_not_stop_it(config, straight, tmp_path, monkeypatch, c
         at[0] = iteration + 1
         return check(line, iteration, *args)
 
+    def offloaded(params):
+        away.append(memory.offloaded(params))
+        return away[-1]
+
     with monkeypatch.context() as patch:
         patch.setattr(os, "pwrite", pwrite)
         patch.setattr(stage, "check_iteration", checked)
-        assert ppo(config(**WHOLE), str(tmp_path / "run")).finished
-    assert_same_ppo(tmp_path / "run", straight[0], 4)
+        patch.setattr(stage, "offloaded", offloaded)
+        assert ppo(config(**WHOLE, offload=True), str(tmp_path / "run"), share).finished
+    assert_same_ppo(tmp_path / "run", straight, 4)
     said = [line for line in capsys.readouterr().err.splitlines() if line.startswith("warning: /")]
     assert len(said) == 2 and "cannot be written" in said[0] and "complete again" in said[1], said
+    assert len(away) == 2
 
 
-def test_ctrl_c_saves_and_the_run_goes_on(config, straight, tmp_path, monkeypatch):
-    real = stage.check_iteration
-
-    def check(line, iteration, *args):
-        real(line, iteration, *args)
-        if iteration == 2:
-            os.kill(os.getpid(), signal.SIGINT)
-
-    with monkeypatch.context() as patch, heard(signal.SIGINT):
-        patch.setattr(stage, "check_iteration", check)
-        c = config(**WHOLE)
-        c.checkpoint.every = 10
-        assert not ppo(c, str(tmp_path / "parts")).finished
-    assert Checkpointer(tmp_path / "parts").steps() == [3]
-    assert ppo(config(**WHOLE), str(tmp_path / "parts")).finished
-    assert_same_ppo(tmp_path / "parts", straight[0], 4)
-
-
-def test_a_run_cut_off_between_a_checkpoint_and_the_next(config, straight, tmp_path, monkeypatch):
-    """Lines of iterations that no checkpoint has are written anew, not twice."""
-    real = stage.check_iteration
-
-    class Killed(BaseException):
-        pass
-
-    def check(line, iteration, *args):
-        if iteration == 3:
-            raise Killed
-        return real(line, iteration, *args)
-
-    c = config(**WHOLE)
-    c.checkpoint.every = 2
-    with monkeypatch.context() as patch:
-        patch.setattr(stage, "check_iteration", check)
-        with pytest.raises(Killed):
-            ppo(c, str(tmp_path / "parts"))
-    assert ppo(c, str(tmp_path / "parts")).finished
-    assert_same_ppo(tmp_path / "parts", straight[0], 4)
-
-
-def test_a_run_cut_off_between_a_checkpoint_and_its_evaluation(config, straight, tmp_path, monkeypatch):
-    """The evaluation is made up for, as training/loop.py does it: else evaluations.jsonl has a hole for good."""
-    real = JsonLines.write
-
-    class Killed(BaseException):
-        pass
-
-    def write(self, record):
-        if self.path.name == "evaluations.jsonl" and record["step"] == 2:
-            raise Killed
-        return real(self, record)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(JsonLines, "write", write)
-        with pytest.raises(Killed):
-            ppo(config(**WHOLE), str(tmp_path / "parts"))
-    assert ppo(config(**WHOLE), str(tmp_path / "parts")).finished
-    assert [e["step"] for e in lines(tmp_path / "parts", "evaluations")] == [0, 2, 4]
-    assert_same_ppo(tmp_path / "parts", straight[0], 4)
-
-
-def test_other_prompts_are_not_gone_on_with(ruled, tmp_path, alignment):
-    source = tmp_path / "rows.jsonl"
-    shutil.copy(alignment["prompts"], source)
-    options = {"data__source": str(source), "eval__lm_batches": 0}
-    ppo(ruled(steps=1, **options), str(tmp_path / "run"), share)
-    source.write_text("".join(source.read_text().splitlines(keepends=True)[1:]))
-    with pytest.raises(InputError, match="has changed since the run began"):
-        ppo(ruled(steps=2, **options), str(tmp_path / "run"), share)
-
-
-def test_a_run_can_be_made_longer_in_episodes_as_in_steps(ruled, tmp_path):
-    for episodes in (16, 32):
-        c = ruled(episodes=episodes, eval__lm_batches=0)
-        c.steps = None
-        ppo(c, str(tmp_path / "run"), share)
-    assert len(lines(tmp_path / "run")) == 2
+def test_other_prompts_are_not_gone_on_with(config, straight, tmp_path, alignment, monkeypatch):
+    copy, source = shutil.copytree(straight, tmp_path / "run"), tmp_path / "rows.jsonl"
+    source.write_text("".join(alignment["prompts"].read_text().splitlines(keepends=True)[1:]))
+    without_one = lambda c, *args: load_prompts(dataclasses.replace(c, source=str(source)), *args)
+    monkeypatch.setattr(stage, "load_prompts", without_one)
+    with pytest.raises(InputError, match="prompts.jsonl has changed since the run began"):
+        ppo(config(**WHOLE | {"steps": 5}), str(copy), share)
 
 
 KILLED = """
@@ -404,72 +394,43 @@ def test_kill_9_and_gone_on_with(straight, tuned, reward_dir, alignment, tmp_pat
 LEARNS = {"steps": 15, "eval__every": 15, "eval__lm_batches": 0, "checkpoint__every": 15}
 
 
-@pytest.mark.parametrize("shared", [False, True])
-def test_a_planted_rule_is_learned(ruled, tmp_path, shared):
+@pytest.fixture(scope="module")
+def learned(ruled, tuned, tmp_path_factory):
+    """{what the rule gets: (workdir, [(prompts, responses) of each call])} of two runs by the planted rule alone:
+    'text' on a trunk that policy and value head share, 'tokens' with a value network."""
+    found, t = {}, template(tuned)
+    for on in ("text", "tokens"):
+        workdir, calls = tmp_path_factory.mktemp(on) / "run", []
+
+        def rule(prompts, responses, on=on, calls=calls):
+            calls.append((prompts, responses))
+            return share(prompts, responses if on == "text" else [t.decode(r) for r in responses])
+
+        assert ppo(ruled(shared_trunk=on == "text", reward_on=on, **LEARNS), str(workdir), rule).finished
+        found[on] = workdir, calls
+    return found
+
+
+@pytest.mark.parametrize("on", ["text", "tokens"])
+def test_a_planted_rule_is_learned(learned, on):
     """By the rule alone: the share of two of ten words goes from a fifth to most. With a value network, and with a
     value head on the policy's own trunk."""
-    assert ppo(ruled(shared_trunk=shared, **LEARNS), str(tmp_path / "run"), share).finished
-    score = [m["objective/score"] for m in lines(tmp_path / "run")]
+    workdir, _ = learned[on]
+    score = [m["objective/score"] for m in lines(workdir)]
     assert np.mean(score[:2]) < 0.3 and np.mean(score[-3:]) > 0.6
-    assert [m["policy/first_ratio_deviation"] < ROUNDING for m in lines(tmp_path / "run")] == [True] * 15
-    values = {k.split("']")[1] for k in arrays(tmp_path / "run", 15) if k.startswith("training['value']")}
-    assert (values == {"['head"}) is shared
-    assert not {"loss/ptx", "grad_norm/ptx", "grad_norm/cosine"} & lines(tmp_path / "run")[0].keys()
-    assert arrays(tmp_path / "run", 15)["training['ptx_position']"] == 0
+    assert [m["policy/first_ratio_deviation"] < ROUNDING for m in lines(workdir)] == [True] * 15
+    there = arrays(workdir, 15)
+    values = {k.split("']")[1] for k in there if k.startswith("training['value']")}
+    assert (values == {"['head"}) is (on == "text")
+    assert not {"loss/ptx", "grad_norm/ptx", "grad_norm/cosine"} & lines(workdir)[0].keys()
+    assert there["training['ptx_position']"] == 0
 
 
-def first_scores(c, workdir, **kwargs):
-    """(score of each of the first iteration's responses, prompts, responses): what finish was given."""
-    seen, real = [], rollout.compute_advantages
-
-    def finish(scored, score, *args, **options):
-        seen.append((np.asarray(score), jax.device_get(scored)))
-        return real(scored, score, *args, **options)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(stage.rollout, "compute_advantages", finish)
-        ppo(c, str(workdir), **kwargs)
-    return seen
-
-
-def test_a_reward_model_and_a_rule_are_summed(config, ruled, tmp_path):
-    options = {"steps": 1, "eval__lm_batches": 0, "rollout__missing_eos": None}
-    of_both = first_scores(config(**options), tmp_path / "both", reward_fn=share)[1]
-    of_model = first_scores(config(**options), tmp_path / "model")[1]
-    of_rule = first_scores(ruled(**options), tmp_path / "rule", reward_fn=share)[1]
-    for other in (of_model, of_rule):
-        assert other[1]["tokens"].tobytes() == of_both[1]["tokens"].tobytes()  # the same noise, the same responses
-    assert_close(of_both[0], of_model[0] + of_rule[0], terms=2, scale=np.abs(of_model[0]).max())
-    assert of_model[0].std() > 0.1 and of_rule[0].std() > 0.01
-    line = lines(tmp_path / "both")[0]
-    assert line["objective/score"] == approx(float(of_both[0].mean()), terms=16, scale=np.abs(of_both[0]).max())
-
-
-def test_scores_are_the_normalized_reward_models(config, reward_dir, tmp_path):
-    """What PPO sees is what load_reward_model gives of the same texts, left padding or not."""
-    seen = first_scores(config(steps=1, eval__lm_batches=0), tmp_path / "run")[1]
-    model = load_reward_model(reward_dir, mesh=make_mesh(MeshConfig(), jax.devices()[:1]))
-    tokens, real = seen[1]["tokens"], seen[1]["real"]
-    slots = tokens.shape[1] - RESPONSE
-    prompts = [r[:slots][m[:slots] > 0] for r, m in zip(tokens, real, strict=True)]
-    responses = [r[slots:][m[slots:] > 0] for r, m in zip(tokens, real, strict=True)]
-    assert len({len(p) for p in prompts}) > 1 and len({len(r) for r in responses}) > 1
-    assert_close(seen[0], model.score(prompts, responses), terms=model_terms(model.config))
-
-
-def test_what_a_callable_gets(ruled, alignment, tuned, tmp_path):
+def test_what_a_callable_gets(learned, alignment, tuned):
     """Texts, or ids: of one sampling the same, the prompt as it stands in the file, the response with its end."""
-    options, seen = {"steps": 1, "eval__lm_batches": 0}, {"text": [], "tokens": []}
-    for on in ("text", "tokens"):
-
-        def rule(prompts, responses, on=on):
-            seen[on].append((prompts, responses))
-            return np.zeros(len(responses))
-
-        ppo(ruled(reward_on=on, **options), str(tmp_path / on), rule)
     t = template(tuned)
     known = {json.loads(line)["prompt"] for line in alignment["prompts"].read_text().splitlines()}
-    texts, ids = seen["text"][1], seen["tokens"][1]  # of the iteration, between two evaluations
+    texts, ids = (learned[on][1][1] for on in ("text", "tokens"))  # of the first iteration, after an evaluation
     assert set(texts[0]) <= known and len(texts[0]) == 16
     assert ids[0] == [t.prompt(p) for p in texts[0]]
     assert all(type(i) is int for row in ids[1] for i in row) and texts[1] == [t.decode(r) for r in ids[1]]
@@ -477,63 +438,84 @@ def test_what_a_callable_gets(ruled, alignment, tuned, tmp_path):
     assert all(r[-1] == t.eos_id or len(r) == RESPONSE for r in ids[1]) and any(r[-1] == t.eos_id for r in ids[1])
 
 
-def test_prompts_come_in_the_order_of_the_stream(ruled, alignment, tuned, tmp_path):
+def test_prompts_come_in_the_order_of_the_stream(learned, alignment, tuned):
     """Iteration i takes places 16 i to 16 i + 15: no prompt is skipped or doubled, over epochs too."""
-    seen = []
-
-    def rule(prompts, responses):
-        seen.append(prompts)
-        return np.zeros(len(responses))
-
-    ppo(ruled(steps=3, eval__lm_batches=0, eval__every=3), str(tmp_path / "run"), rule)
     loaded = load_prompts(PromptConfig(str(alignment["prompts"])), template(tuned), 40)
     batches = PromptBatches(loaded, 16, (40,), 0, 0)
-    expected = [[loaded.texts[i] for i in batches.at(16 * n)["index"]] for n in range(3)]
-    assert seen[1:4] == expected
-    assert sorted(itertools.chain(*expected)) == sorted(2 * loaded.texts)
+    expected = [[loaded.texts[i] for i in batches.at(16 * n)["index"]] for n in range(15)]
+    assert [prompts for prompts, _ in learned["text"][1][1:16]] == expected
+    assert sorted(itertools.chain(*expected)) == sorted(10 * loaded.texts)
 
 
-def test_each_iteration_has_noise_of_its_own(ruled, tmp_path):
-    """One prompt, a rate of next to 0: the responses of 3 iterations of 16 differ, as samples do."""
-    seen, source = [], write(tmp_path / "rows.jsonl", 24 * [{"prompt": "ba ko mi"}])
+def test_scores_are_the_normalized_reward_models_and_the_rules_summed(seen, reward_dir, tuned):
+    """What PPO sees is what load_reward_model gives of the same texts, left padding or not, and what the rule does."""
+    scored, score = seen.finished[1]  # of the first iteration, after an evaluation
+    model = load_reward_model(reward_dir, mesh=make_mesh(MeshConfig(), jax.devices()[:1]))
+    tokens, real = scored["tokens"], scored["real"]
+    slots = tokens.shape[1] - RESPONSE
+    prompts = [r[:slots][m[:slots] > 0] for r, m in zip(tokens, real, strict=True)]
+    responses = [r[slots:][m[slots:] > 0] for r, m in zip(tokens, real, strict=True)]
+    assert len({len(p) for p in prompts}) > 1 and len({len(r) for r in responses}) > 1
+    of_model, of_rule = model.score(prompts, responses), share(prompts, map(template(tuned).decode, responses))
+    assert_close(scored["score"], of_model, terms=model_terms(model.config))
+    assert_close(score, scored["score"] + np.float32(of_rule), terms=2, scale=np.abs(of_model).max())
+    assert of_model.std() > 0.1 and np.std(of_rule) > 0.01
+    ended = np.array([template(tuned).eos_id in r for r in responses])
+    mean = float(np.where(ended, score, PPOConfig().rollout.missing_eos).mean())
+    line = lines(seen.workdir)[0]
+    assert line["objective/score"] == approx(mean, terms=16, scale=np.abs(score).max())
 
-    def rule(prompts, responses):
-        seen.append(responses)
-        return np.zeros(len(responses))
 
-    options = {"optimizer__learning_rate": 1e-12, "value_optimizer__learning_rate": 1e-12}
-    ppo(
-        ruled(steps=3, data__source=str(source), eval__lm_batches=0, eval__every=3, **options),
-        str(tmp_path / "run"),
-        rule,
-    )
-    assert len({tuple(r) for r in seen[1:4]}) == 3
-    assert all(len(set(r)) > 4 for r in seen[1:4])
-    assert all(m["objective/kl"] == pytest.approx(0, abs=1e-5) for m in lines(tmp_path / "run"))
+RECORDED = []  # (prompts, responses) of the calls of `recording`
 
 
-def test_a_response_without_an_end_gets_the_score_of_one(ruled, tmp_path):
-    """Scores of -7 that no rule gave, as many as responses did not end."""
-    ppo(
-        ruled(steps=1, rollout__missing_eos=-7.0, eval__lm_batches=0),
-        str(tmp_path / "run"),
-        lambda p, r: [1.0] * len(r),
-    )
-    line = lines(tmp_path / "run")[0]
-    assert 0 < line["response/eos_rate"] < 1
-    expected = line["response/eos_rate"] - 7 * (1 - line["response/eos_rate"])
-    assert line["objective/score"] == approx(expected, terms=16, scale=7)
+def recording(prompts, responses):
+    RECORDED.append((prompts, responses))
+    return [1.0] * len(responses)
 
 
 def gold(prompts, responses):
     return [float(len(r)) for r in responses]
 
 
-def test_a_named_callable_and_a_gold_score(ruled, tmp_path, monkeypatch):
+@pytest.fixture(scope="module")
+def still(ruled, tmp_path_factory):
+    """A run of one prompt, at a rate of next to 0, by a rule and a gold score that its config names: 1, and -7 for a
+    response without an end. Not all 24 evaluation prompts go through a forward pass at once."""
+    root = tmp_path_factory.mktemp("still")
+    source = write(root / "rows.jsonl", 24 * [{"prompt": "ba ko mi"}])
+    c = ruled(
+        steps=3, data__source=str(source), eval__lm_batches=0, eval__every=3, eval__prompts=24,
+        rollout__forward_rows=16, rollout__missing_eos=-7.0, optimizer__learning_rate=1e-12,
+        value_optimizer__learning_rate=1e-12, reward_fn="test_ppo:recording", eval__gold_fn="test_ppo:gold",
+    )  # fmt: skip
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(str(ROOT / "tests"))
+        RECORDED.clear()
+        assert ppo(c, str(root / "run")).finished
+    return root / "run"
+
+
+def test_each_iteration_has_noise_of_its_own(still):
+    """The responses of 3 iterations of 16 differ, as samples do."""
+    responses = [r for _, r in RECORDED]
+    assert [len(r) for r in responses] == [24, 16, 16, 16, 24]
+    assert len({tuple(r) for r in responses[1:4]}) == 3
+    assert all(len(set(r)) > 4 for r in responses[1:4])
+    assert all(m["objective/kl"] == pytest.approx(0, abs=1e-5) for m in lines(still))
+
+
+def test_a_response_without_an_end_gets_the_score_of_one(still):
+    """Scores of -7 that no rule gave, as many as responses did not end."""
+    assert any(0 < line["response/eos_rate"] < 1 for line in lines(still))
+    for line in lines(still):
+        expected = line["response/eos_rate"] - 7 * (1 - line["response/eos_rate"])
+        assert line["objective/score"] == approx(expected, terms=16, scale=7)
+
+
+def test_a_named_callable_and_a_gold_score(still, monkeypatch):
     monkeypatch.syspath_prepend(str(ROOT / "tests"))
-    c = ruled(steps=1, reward_fn="test_ppo:share", eval__gold_fn="test_ppo:gold", eval__lm_batches=0)
-    assert ppo(c, str(tmp_path / "run")).finished
-    last, samples = lines(tmp_path / "run", "evaluations")[-1], lines(tmp_path / "run", "samples")
+    last, samples = lines(still, "evaluations")[-1], lines(still, "samples")
     assert last["gold"] > 0 and all(s["gold"] == len(s["text"]) for s in samples)
     for name in ("nowhere:f", "test_ppo:nothing", "test_ppo", "test_ppo:METRICS"):
         with pytest.raises(InputError, match="reward function"):
@@ -547,12 +529,7 @@ VARIANT = WHOLE | {"steps": 2}
 
 @pytest.fixture(scope="module")
 def first_two(straight):
-    return without_times(lines(straight[0]))[:2]
-
-
-def test_offloaded_frozen_models_give_the_same_bits(config, first_two, tmp_path):
-    ppo(config(**VARIANT, offload=True), str(tmp_path / "run"))
-    assert without_times(lines(tmp_path / "run")) == first_two
+    return without_times(lines(straight))[:2]
 
 
 def nearly(found, expected, rel=1e-4):
@@ -563,19 +540,12 @@ def nearly(found, expected, rel=1e-4):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("options", [{"ppo__microbatch_size": 2}, {"rollout__forward_rows": 4}])
-def test_pieces_of_a_batch_give_the_same_figures(config, first_two, tmp_path, options):
-    ppo(config(**VARIANT, **options), str(tmp_path / "run"))
+def test_pieces_of_a_batch_give_the_same_figures(config, first_two, tmp_path):
+    ppo(config(**VARIANT, ppo__microbatch_size=2, rollout__forward_rows=4), str(tmp_path / "run"), share)
     nearly(without_times(lines(tmp_path / "run")), first_two)
 
 
-def test_fewer_rows_a_forward_pass_and_another_number_of_evaluation_prompts(config, tmp_path):
-    ppo(config(steps=1, rollout__forward_rows=16, eval__prompts=24, eval__lm_batches=0), str(tmp_path / "run"))
-
-
 MESHES = {
-    "data 8": {"mesh__data": 8}, "fsdp 8": {"mesh__data": 1, "mesh__fsdp": 8},
-    "data 2 fsdp 2 tensor 2": {"mesh__data": 2, "mesh__fsdp": 2, "mesh__tensor": 2},
     "stage 2 fsdp 2 tensor 2": {"mesh__data": 1, "mesh__stage": 2, "mesh__fsdp": 2, "mesh__tensor": 2},
     "data 2 fsdp 2 tensor 2, other rules": {
         "mesh__data": 2, "mesh__fsdp": 2, "mesh__tensor": 2, "mesh__rules__embed": "data,fsdp",
@@ -589,7 +559,7 @@ MESHES = {
 def test_a_mesh_of_8_gives_the_figures_of_one_device(config, first_two, tmp_path, monkeypatch, name):
     for module in (sys.modules["gptjax.run"], sys.modules["gptjax.trained"]):
         monkeypatch.setattr(module, "make_mesh", make_mesh)
-    ppo(config(**VARIANT, **MESHES[name]), str(tmp_path / "run"))
+    ppo(config(**VARIANT, **MESHES[name]), str(tmp_path / "run"), share)
     nearly(without_times(lines(tmp_path / "run")), first_two)
     assert lines(tmp_path / "run")[0]["objective/kl"] == 0.0
 
@@ -651,26 +621,26 @@ def refused(c, workdir, says, claimed=False, **kwargs):
 
 def test_a_reference_that_moved_on_is_refused(config, straight, tuned, tmp_path, monkeypatch):
     """Taken up again, a run must find the policy it began with."""
-    copy = shutil.copytree(straight[0], tmp_path / "run")
+    copy = shutil.copytree(straight, tmp_path / "run")
     real = stage.load_model
     monkeypatch.setattr(stage, "load_model", lambda *a, **k: dataclasses.replace(real(*a, **k), step=999))
     with pytest.raises(InputError, match="policy: .* is at step 999 now and was at"):
-        ppo(config(**WHOLE), str(copy))
+        ppo(config(**WHOLE), str(copy), share)
 
 
 def test_a_reference_trained_anew_to_the_same_step_is_refused(config, straight, tuned, tmp_path):
     """The same folder and step, other weights; the same weights in another folder are the same policy."""
-    run, policy = shutil.copytree(straight[0], tmp_path / "run"), shutil.copytree(tuned, tmp_path / "policy")
+    run, policy = shutil.copytree(straight, tmp_path / "run"), shutil.copytree(tuned, tmp_path / "policy")
     c = config(**WHOLE)
     c.policy = str(policy)
-    assert ppo(c, str(run)).finished  # moved
+    assert ppo(c, str(run), share).finished  # moved
     there = load_model(policy)
     shutil.rmtree(policy / "checkpoints")
     checkpointer = Checkpointer(policy)
     checkpointer.save_params(there.step, jax.tree.map(lambda x: 1.01 * x, there.params))
     checkpointer.close()
     with pytest.raises(InputError, match=f"(?s)began with other models.*policy: {policy} has other weights now"):
-        ppo(c, str(run))
+        ppo(c, str(run), share)
 
 
 @pytest.mark.parametrize("name", BAD)
@@ -745,35 +715,30 @@ def test_a_batch_that_does_not_divide_over_the_mesh(config, tmp_path, monkeypatc
     "rule, says",
     [
         (lambda p, r: [1.0] * (len(r) + 1), r"shape \(17,\) for 16 responses"),
-        (lambda p, r: [[1.0]] * len(r), r"shape \(16, 1\)"),
-        (lambda p, r: 1.0, r"shape \(\)"),
-        (lambda p, r: ["good"] * len(r), "gave no numbers"),
         (lambda p, r: [1.0, float("nan")] + [0.0] * (len(r) - 2), "gave nan for response 1"),
-        (lambda p, r: [float("inf")] * len(r), "gave inf for response 0"),
     ],
 )
 def test_callables_that_can_not_be(ruled, tmp_path, rule, says):
-    """The workdir is claimed by then: only a first sampling could tell."""
+    """The workdir is claimed by then: only a first sampling could tell. (All of them: test_update.py.)"""
     refused(ruled(eval__lm_batches=0), tmp_path / "run", says, claimed=True, reward_fn=rule)
-    mended = ruled(eval__lm_batches=0, steps=1)
-    if "17" in says:
-        assert ppo(mended, str(tmp_path / "run"), share).finished
 
 
 def test_a_rule_that_fails_midway_keeps_what_was_done(ruled, tmp_path):
-    """The lines of the iterations before it, and the checkpoint that was being written."""
+    """The lines of the iterations before it, and the checkpoint that was being written. It fails in the first
+    evaluation, is mended, and fails again."""
     calls = itertools.count()
 
     def rule(prompts, responses):
-        if next(calls) == 3:  # the evaluation before the first iteration is a call too
+        if next(calls) in (0, 4):  # the evaluation before the first iteration is a call too
             raise RuntimeError("the rule is out of order")
         return share(prompts, responses)
 
     c = ruled(eval__lm_batches=0, eval__every=4, steps=4)
-    with pytest.raises(RuntimeError, match="the rule is out of order"):
-        ppo(c, str(tmp_path / "run"), rule)
-    assert [m["step"] for m in lines(tmp_path / "run")] == [1, 2]
-    assert Checkpointer(tmp_path / "run").steps() == [1, 2]
+    for done in ([], [1, 2]):
+        with pytest.raises(RuntimeError, match="the rule is out of order"):
+            ppo(c, str(tmp_path / "run"), rule)
+        assert [m["step"] for m in lines(tmp_path / "run")] == done
+        assert Checkpointer(tmp_path / "run").steps() == done
     assert ppo(c, str(tmp_path / "run"), share).finished
     assert [m["step"] for m in lines(tmp_path / "run")] == [1, 2, 3, 4]
 
@@ -855,13 +820,13 @@ def test_ptx_without_a_text_leaves_no_workdir(config, tmp_path):
     refused(c, tmp_path / "run", "ppo.ptx_coefficient > 0 needs pre-training text.*nothing.txt")
 
 
-@pytest.mark.slow
-def test_a_reward_model_of_another_tokenizer(reward_dir, alignment, tmp_path):
-    (tmp_path / "text.txt").write_text("quick brown foxes jump over lazy dogs 0123 " * 200)
-    pretrain(pretrain_config(tmp_path / "text.txt", steps=1), str(tmp_path / "pretrained"))
-    c = sft_config(tmp_path / "pretrained", alignment["demonstrations"], steps=1, samples__count=0)
-    sft(c, str(tmp_path / "sft"))
-    c = ppo_config(tmp_path / "sft", reward_dir, alignment["prompts"])
+def test_a_reward_model_of_another_tokenizer(config, reward_dir, tmp_path):
+    other = shutil.copytree(reward_dir, tmp_path / "reward")
+    shutil.rmtree(other / "tokenizer")
+    text = "quick brown foxes jump over lazy dogs 0123 " * 20
+    chat_tokenizer(train_bpe([text], 290)).save(other / "tokenizer")
+    c = config()
+    c.reward = str(other)
     refused(c, tmp_path / "run", "another tokenizer")
 
 
@@ -917,14 +882,6 @@ def test_errors_of_best_of_n_name_its_own_flags(choose, tmp_path):
     assert named <= set(re.findall(r'flags.DEFINE_\w+\("([\w.]+)"', inspect.getsource(best_of_n_tool)))
 
 
-def test_best_of_n_leaves_out_what_it_is_told_to(choose, tmp_path, capsys):
-    rows = [{"q": "ba ko"}, {"q": "ba ko " * 30}, {"question": "ba"}]
-    source = write(tmp_path / "rows.jsonl", rows)
-    choose(source, drop_long=True, bad_rows="drop", **{"fields.prompt": "q"})
-    out, err = capsys.readouterr()
-    assert len(out.splitlines()) == 2 and "rows left out: 1 too long, 1 bad" in err
-
-
 def test_best_of_n_and_a_reward_model_it_does_not_fit(choose, alignment, tmp_path, monkeypatch):
     """Told before anything is sampled."""
     monkeypatch.setattr(reward_model, "load_reward_model", shortened(load_reward_model, 24))
@@ -939,13 +896,18 @@ def test_best_of_n_and_a_reward_model_it_does_not_fit(choose, alignment, tmp_pat
         choose(alignment["prompts"])
 
 
-def test_best_of_n_on_the_command_line(tuned, reward_dir, alignment):
+def test_best_of_n_on_the_command_line(tuned, reward_dir, alignment, tmp_path):
+    """It leaves out what it is told to."""
+    rows = [{"q": json.loads(line)["prompt"]} for line in alignment["prompts"].read_text().splitlines()]
+    source = write(tmp_path / "rows.jsonl", [{"q": "ba ko " * 30}, {"question": "ba"}, *rows])
     done = subprocess.run(
         [sys.executable, "-m", "gptjax.rlhf.best_of_n", f"--policy={tuned}", f"--reward={reward_dir}",
-         f"--prompts={alignment['prompts']}", "--n=4", "--limit=3", "--max_new_tokens=8"],
+         f"--prompts={source}", "--n=4", "--limit=3", "--max_new_tokens=8", "--fields.prompt=q", "--drop_long",
+         "--bad_rows=drop"],
         cwd=ROOT, env=one_device_environment(), capture_output=True, text=True, timeout=200,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
+    assert "rows left out: 1 too long, 1 bad" in done.stderr
     *rows, last = map(json.loads, done.stdout.splitlines())
     assert len(rows) == 3 and all(r.keys() == {"prompt", "response", "score"} for r in rows)
     assert last["n"] == 4 and last["kl"] == pytest.approx(np.log(4) - 3 / 4)

@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from alignment_runs import on_one_device, ppo_config, write
+from alignment_runs import on_one_device, one_program_for_equal_runs, ppo_config, write
 from runs import arrays, lines, without_times
 
 from gptjax import ppo as stage
@@ -11,6 +11,12 @@ from gptjax.rlhf import program
 
 ROWS = [{"prompt": "ba" if i % 7 else "ko mi ru te ko mi ru"} for i in range(24)]
 STEPS = 6
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_program():
+    with one_program_for_equal_runs():
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -23,7 +29,8 @@ def config(tuned, reward_dir, tmp_path_factory):
 
 
 def run(c, workdir):
-    """Runs it. Returns the widths that the update was traced at, and the responses of each iteration."""
+    """Runs it. Returns the widths that the update was traced at (of the first run: later ones share its program), and
+    the responses of each iteration."""
     traced, responses, make, sample = [], [], program.make_update, stage.rollout.sample
 
     def counted(*args):
@@ -81,8 +88,8 @@ def test_each_width_is_compiled_once_and_said(straight, config, tmp_path, capfd,
 def test_the_same_run_at_one_width(straight, config, tmp_path):
     """Left padding is nothing: the same responses, and figures that agree to rounding."""
     workdir, _, responses = straight
-    traced, at_one = run(config(data__buckets=1), tmp_path / "one")
-    assert traced == [16] and set(widths(tmp_path / "one")) == {16}
+    _, at_one = run(config(data__buckets=1), tmp_path / "one")
+    assert set(widths(tmp_path / "one")) == {16}
     assert len(responses) == len(at_one) == 2 * STEPS + 1  # iterations and evaluations
     for a, b in zip(responses, at_one, strict=True):
         np.testing.assert_array_equal(a, b)

@@ -26,7 +26,7 @@ from gptjax.rlhf.update import UpdateConfig, make_update, ppo_gradients, ptx_gra
 from gptjax.training.loop import NotFinite
 from gptjax.training.optimizer import OptimizerConfig, make_optimizer
 
-ROWS = 8
+ROWS, MICRO = 8, 2
 TERMS = model_terms(MODEL, ROWS)
 ADAM = make_optimizer(OptimizerConfig(weight_decay=0.0))
 SGD = optax.sgd(1.0)  # the step is the gradient
@@ -125,7 +125,7 @@ def test_without_a_learning_rate_nothing_moves():
 
 def test_the_first_losses_are_closed_forms():
     """The policy's is minus the mean of whitened advantages, 0; the value's half the mean squared error."""
-    _, found = gradients(ONE_STEP, N, policy(), scalar_params(5), micro_batched(experience(), ROWS))
+    _, found = gradients(ONE_STEP, N, policy(), scalar_params(5), micro_batched(experience(), MICRO))
     rounding = rounding_of_log_probs()
     assert float(found["loss/policy"]) == pytest.approx(0, abs=rounding)
     inside = np.asarray(experience().mask) > 0
@@ -167,28 +167,20 @@ def written_out(policy_, value, e):
 
 @functools.cache
 def whole(c):
-    """(gradients, statistics) of all eight rows at once."""
-    return gradients(c, N, policy(), scalar_params(5), micro_batched(stale(), ROWS))
+    """(gradients, statistics) of all eight rows, in ragged micro-batches (ONE_STEP) or at once."""
+    return gradients(c, N, policy(), scalar_params(5), micro_batched(stale(), MICRO if c is ONE_STEP else ROWS))
 
 
 @pytest.mark.parametrize("c", [ONE_STEP, BY_SEQUENCE], ids=["token", "sequence"])
 def test_the_gradient_is_that_of_the_formula(c):
-    """A mean over all actions, or over responses."""
+    """A mean over all actions, in ragged micro-batches whose sums are added up, not means of means; or over responses,
+    all at once."""
+    assert len(set(np.asarray(stale().mask).sum(1).tolist())) > 2
     found, statistics = whole(c)
     assert 0 < float(statistics["policy/clipfrac"]) < 1 and 0 < float(statistics["value/clipfrac"]) < 1
     count = np.asarray(stale().mask).sum() if c is ONE_STEP else ROWS
     expected = written_out(policy(), scalar_params(5), stale())
     close(found, jax.tree.map(lambda g: g / count, expected))
-
-
-def test_micro_batches_are_one_minibatch():
-    """Of ragged responses: sums are added up, not means of means."""
-    assert len(set(np.asarray(stale().mask).sum(1).tolist())) > 2
-    expected, figures = whole(ONE_STEP)
-    parts, found = gradients(ONE_STEP, N, policy(), scalar_params(5), micro_batched(stale(), 2))
-    close(parts, expected)
-    for name, value in figures.items():
-        assert float(found[name]) == approx(float(value), terms=TERMS, scale=0.01), name
 
 
 @pytest.mark.parametrize("garbage", [np.nan, 1e9])
@@ -203,26 +195,13 @@ def test_what_is_masked_out_changes_no_gradient(garbage):
     }
     tokens = np.where(np.asarray(e.real) == 0, 3, np.asarray(e.tokens)).astype(np.int32)
     other = dataclasses.replace(e, tokens=tokens, **dirty)
-    same(gradients(ONE_STEP, N, policy(), scalar_params(5), micro_batched(other, ROWS)), whole(ONE_STEP))
+    same(gradients(ONE_STEP, N, policy(), scalar_params(5), micro_batched(other, MICRO)), whole(ONE_STEP))
 
 
 def test_dropout_plays_no_part_in_the_update():
     dropping = dataclasses.replace(MODEL, dropout=0.5)
     n = dataclasses.replace(N, policy=dropping, value=dropping, reward=None)
-    same(gradients(ONE_STEP, n, policy(), scalar_params(5), micro_batched(stale(), ROWS)), whole(ONE_STEP))
-
-
-def test_the_gradient_is_cut_to_the_norm_of_each_network():
-    """And the step goes down it."""
-    step = jitted(ONE_STEP, "sgd", (0.01, 0.02))
-    state, metrics = step(fresh(SGD), stale(), None, (np.float32(10), np.float32(10)))
-    new, old = (state.policy, state.value), (policy(), scalar_params(5))
-    for a, b, g, limit in zip(new, old, whole(ONE_STEP)[0], (0.01, 0.02), strict=True):
-        norm = float(optax.tree.norm(g))
-        assert norm > limit
-        scale = 10 * limit / norm
-        close(jax.tree.map(jnp.subtract, b, a), jax.tree.map(lambda x, scale=scale: scale * x, g), stored=b)
-    assert float(metrics["grad_norm/value"]) == approx(norm, terms=TERMS)
+    same(gradients(ONE_STEP, n, policy(), scalar_params(5), micro_batched(stale(), MICRO)), whole(ONE_STEP))
 
 
 # --- the gradient is that of the objective ----------------------------------------------------------------
@@ -242,9 +221,13 @@ def problem():
         log_p = jnp.take_along_axis(jax.nn.log_softmax(logits), inside[..., None], 2)[..., 0]
         return (log_p * task.mask).sum(1).reshape(3, -1)
 
-    expected = jax.jit(jax.grad(lambda p: task.objective(log_pi(p))))(here)
-    assert_close(task.log_probs(here), log_pi(here), terms=model_terms(exact.MODEL))
-    return task, here, expected, np.exp(np.asarray(log_pi(here), np.float64)).reshape(-1)
+    def objective(p):
+        log_p = log_pi(p)
+        return task.objective(log_p), log_p
+
+    expected, log_p = jax.jit(jax.grad(objective, has_aux=True))(here)
+    assert_close(task.log_probs(here), log_p, terms=model_terms(exact.MODEL))
+    return task, here, expected, np.exp(np.asarray(log_p, np.float64)).reshape(-1)
 
 
 def estimate(problem):
@@ -294,31 +277,45 @@ def text(seed=0):
     return np.random.default_rng(seed).integers(0, MODEL.vocab_size, (1, 2, 4, 9), np.int32)
 
 
-def with_text(gamma, lr):
-    """The policy after one step of plain gradient descent on PPO's gradient plus gamma times the text's."""
-    step = lambda p, a, b: p - lr * (a + gamma * b)
-    return jax.tree.map(step, policy(), whole(ONE_STEP)[0][0], text_gradient()[0])
-
-
-@pytest.mark.parametrize("sizes", [dict(data=2, fsdp=4), dict(data=1, fsdp=2, tensor=2, seq=2)], ids=str)
-def test_eight_devices_are_one_device(sizes):
-    """One step with pre-training text, set up as gptjax/ppo.py does."""
+@pytest.mark.parametrize(
+    "sizes",
+    [pytest.param(dict(data=2, fsdp=4), marks=pytest.mark.slow), dict(data=1, fsdp=2, tensor=2, seq=2)],
+    ids=str,
+)
+def test_the_step_on_eight_devices_is_down_the_cut_sum_of_ppos_gradient_and_gamma_times_the_texts(sizes):
+    """One step of plain gradient descent, set up as gptjax/ppo.py does, in micro-batches of both: the gradients of one
+    device, each network's cut to a norm of its own."""
     mesh = make_mesh(MeshConfig(**sizes))
-    c, n = dataclasses.replace(ONE_STEP, ptx_coefficient=0.5), dataclasses.replace(N, mesh=mesh)
+    rows = 8 if "tensor" not in sizes else 4  # of a micro-batch
+    c = dataclasses.replace(ONE_STEP, ptx_coefficient=3.0, microbatch_size=rows)
+    n = dataclasses.replace(N, mesh=mesh)
     boxed = gpt.abstract_params(MODEL), heads.abstract_scalar_model(MODEL)
     _, shardings = state_shardings(*boxed, SGD, SGD, mesh)
-    update = jax.jit(make_update(c, n, SGD, SGD, 0.0, 0.0), donate_argnums=0, out_shardings=(shardings, None))
+    limits = 0.01, 0.02
+    update = jax.jit(make_update(c, n, SGD, SGD, *limits), donate_argnums=0, out_shardings=(shardings, None))
     with jax.set_mesh(mesh):
         state = jax.device_put(fresh(SGD), shardings)
         batch = jax.device_put(stale(), batch_sharding(mesh, 0))
-        ptx = jax.device_put({"tokens": text().reshape(1, 1, 8, 9)}, batch_sharding(mesh, 2))
-        state, metrics = host(update(state, batch, ptx, (np.float32(0.1), np.float32(0.1))))
-    moved = lambda new, old: jax.tree.map(lambda a, b: a - b, new, old)
-    expected = with_text(0.5, 0.1)
-    close(moved(state.policy, policy()), moved(expected, policy()), stored=policy())
-    close(state.value, jax.tree.map(lambda p, g: p - 0.1 * g, scalar_params(5), whole(ONE_STEP)[0][1]))
-    for name, value in whole(ONE_STEP)[1].items():
-        assert float(metrics[name]) == approx(float(value), terms=TERMS, scale=0.01), name
+        ptx = jax.device_put({"tokens": text().reshape(1, -1, rows, 9)}, batch_sharding(mesh, 2))
+        state, metrics = host(update(state, batch, ptx, (np.float32(10), np.float32(20))))
+    ((g_ppo, g_value), figures), (g_ptx, loss) = whole(ONE_STEP), text_gradient()
+    g_policy, norm = jax.tree.map(lambda a, b: a + 3 * b, g_ppo, g_ptx), lambda g: float(optax.tree.norm(g))
+    for new, old, g, limit, rate in (
+        (state.policy, policy(), g_policy, 0.01, 10), (state.value, scalar_params(5), g_value, 0.02, 20)
+    ):  # fmt: skip
+        assert norm(g) > limit
+        scale = rate * limit / norm(g)
+        down = jax.tree.map(lambda x, scale=scale: scale * x, g)
+        close(jax.tree.map(lambda a, b: np.asarray(a) - np.asarray(b), old, new), down, stored=old)
+    cosine = float(optax.tree.vdot(g_ppo, g_ptx)) / norm(g_ppo) / norm(g_ptx)
+    assert metrics["grad_norm/cosine"] == approx(cosine, terms=TERMS, scale=1)
+    for name, expected in (
+        ("loss/ptx", float(loss)), ("grad_norm/ppo", norm(g_ppo)), ("grad_norm/ptx", 3 * norm(g_ptx)),
+        ("grad_norm/policy", norm(g_policy)), ("grad_norm/value", norm(g_value)),
+    ):  # fmt: skip
+        assert metrics[name] == approx(expected, terms=TERMS), name
+    for name, value in figures.items():
+        assert metrics[name] == approx(float(value), terms=TERMS, scale=0.01), name
 
 
 def test_optimizer_moments_lie_where_their_parameters_do():
@@ -336,42 +333,32 @@ def test_optimizer_moments_lie_where_their_parameters_do():
 # --- PPO-ptx ----------------------------------------------------------------------------------------------
 
 
-@functools.cache
-def text_loss():
-    """(sum over all tokens of -log p, its gradient), written out."""
-
-    def loss(p):
-        x = text().reshape(-1, 9)
-        log_p = jax.nn.log_softmax(gpt.logits(p, MODEL, gpt.hidden(p, MODEL, x[:, :-1])))
-        return -jnp.take_along_axis(log_p, x[:, 1:, None], -1).sum()
-
-    return jax.jit(jax.value_and_grad(loss))(policy())
+@jax.jit
+@functools.partial(jax.value_and_grad, argnums=0)
+def text_loss(p, weights):
+    """Sum over all tokens of -log p, each sequence's times its weight: written out."""
+    x = text().reshape(-1, 9)
+    log_p = jax.nn.log_softmax(gpt.logits(p, MODEL, gpt.hidden(p, MODEL, x[:, :-1])))
+    return -(jnp.take_along_axis(log_p, x[:, 1:, None], -1).sum((1, 2)) * weights).sum()
 
 
-@pytest.mark.parametrize("normalize, shape, count", [("token", (2, 4, 9), 64), ("sequence", (1, 8, 9), 8)])
-def test_the_gradient_of_the_text_is_that_of_its_mean_loss(normalize, shape, count):
-    """Over tokens or sequences, in one micro-batch or two."""
-    gradient, value = of_text(UpdateConfig(ptx_normalize=normalize), N, policy(), {"tokens": text().reshape(shape)})
-    expected, d_expected = text_loss()
-    assert float(value) == approx(float(expected) / count, terms=TERMS)
-    close(gradient, jax.tree.map(lambda g: g / count, d_expected))
+@pytest.mark.parametrize("rows", [8, 6])
+@pytest.mark.parametrize("normalize, of_a_row", [("token", 8), ("sequence", 1)])
+def test_the_gradient_of_the_text_is_that_of_its_mean_loss(normalize, of_a_row, rows):
+    """Over tokens or sequences, in two micro-batches; rows that fill one count for nothing."""
+    tokens = text().copy()
+    tokens.reshape(-1, 9)[rows:] = -1
+    gradient, value = of_text(UpdateConfig(ptx_normalize=normalize), N, policy(), {"tokens": tokens[0]})
+    expected, d_expected = text_loss(policy(), np.float32(np.arange(8) < rows))
+    assert float(value) == approx(float(expected) / (rows * of_a_row), terms=TERMS)
+    close(gradient, jax.tree.map(lambda g: g / (rows * of_a_row), d_expected))
 
 
 def two_texts():
     return np.concatenate([text(), text(seed=1)])
 
 
-@pytest.mark.parametrize("normalize", ["token", "sequence"])
-def test_rows_that_fill_a_micro_batch_count_for_nothing(normalize):
-    six = text().reshape(-1, 9)[:6]
-    c = UpdateConfig(ptx_normalize=normalize)
-    gradient, value = of_text(c, N, policy(), {"tokens": six.reshape(1, 6, 9)})
-    eight = np.concatenate([six, np.full((2, 9), -1)]).astype(six.dtype)
-    filled, same = of_text(c, N, policy(), {"tokens": eight.reshape(2, 4, 9)})
-    assert float(same) == approx(float(value), terms=TERMS)
-    close(filled, gradient)
-
-
+@pytest.mark.slow
 def test_at_gamma_0_the_run_is_the_run_without_text():
     """Bit for bit, over 2 epochs x 2 minibatches of AdamW."""
     state, metrics = jitted(BASE)(fresh(), experience(), {"tokens": two_texts()}, RATES)
@@ -382,22 +369,7 @@ def test_at_gamma_0_the_run_is_the_run_without_text():
     assert float(metrics["grad_norm/policy"]) == figures["grad_norm/policy"]
 
 
-def test_the_step_is_ppos_gradient_plus_gamma_times_the_texts():
-    """In micro-batches of both."""
-    c = dataclasses.replace(ONE_STEP, ptx_coefficient=3.0, microbatch_size=4)
-    rates = np.float32(1), np.float32(1)
-    state, metrics = jitted(c, "sgd", (0.0, 0.0))(fresh(SGD), stale(), {"tokens": text()}, rates)
-    moved = lambda new: jax.tree.map(lambda a, b: a - b, new, policy())
-    close(moved(state.policy), moved(with_text(3.0, 1.0)), stored=policy())
-    (g_ppo, _), (g_ptx, loss) = whole(ONE_STEP)[0], text_gradient()
-    norm, dot = optax.tree.norm, optax.tree.vdot(g_ppo, g_ptx)
-    assert float(metrics["loss/ptx"]) == approx(float(loss), terms=TERMS)
-    assert float(metrics["grad_norm/ppo"]) == approx(float(norm(g_ppo)), terms=TERMS)
-    assert float(metrics["grad_norm/ptx"]) == approx(3 * float(norm(g_ptx)), terms=TERMS)
-    cosine = float(dot / norm(g_ppo) / norm(g_ptx))
-    assert float(metrics["grad_norm/cosine"]) == approx(cosine, terms=TERMS, scale=1)
-
-
+@pytest.mark.slow
 def test_each_minibatch_has_text_of_its_own():
     """At learning rates of 0, the loss of the two texts is their mean."""
     state, metrics = jitted(BASE)(fresh(), experience(), {"tokens": two_texts()}, ZERO)
