@@ -171,11 +171,10 @@ initialize = jax.jit(gpt.init, static_argnums=0)
 
 @pytest.mark.parametrize("config, residual_std", [(GPT2["124m"], 0.0040825), (GPT1, 0.02)], ids=["gpt2", "gpt1"])
 def test_published_initialization(config, residual_std):
-    """Weights N(0, .02), residual projections .02/sqrt(2 L) in GPT-2 and .02 in GPT-1, gains 1, biases 0, here at
-    the published depth; and the loss of such a model, here of the published width: ln V + d sigma^2 / 2, for logits of
-    variance d sigma^2 (not ln V)."""
-    deep = dataclasses.replace(config, d_model=192, vocab_size=5000)
-    for name, x in flatten_dict(jax.device_get(initialize(deep, jax.random.key(0))), sep="/").items():
+    """Weights N(0, .02), residual projections .02/sqrt(2 L) in GPT-2 and .02 in GPT-1, gains 1, biases 0: at the
+    published depth, narrower."""
+    c = dataclasses.replace(config, d_model=192, vocab_size=5000)
+    for name, x in flatten_dict(jax.device_get(initialize(c, jax.random.key(0))), sep="/").items():
         kind = name.split("/")[-1]
         if kind == "scale":
             assert (x == 1).all(), name
@@ -185,7 +184,11 @@ def test_published_initialization(config, residual_std):
             std = residual_std if "c_proj" in name else 0.02
             assert x.std() == pytest.approx(std, rel=0.02), name
             assert abs(x.mean()) < 4 * std / x.size**0.5, name
-    c = dataclasses.replace(config, n_layer=1, attention="cpu", dropout=0.0, vocab_size=5000)
+
+
+def test_the_loss_at_initialization():
+    """ln V + d sigma^2 / 2, for logits of variance d sigma^2 (not ln V), at the published width."""
+    c = dataclasses.replace(GPT2["124m"], n_layer=1, attention="cpu", dropout=0.0, vocab_size=5000)
     params = initialize(c, jax.random.key(0))
     tokens = np.random.default_rng(1).integers(0, c.vocab_size, (4, 65))
     batch = {"tokens": tokens, "weights": np.ones((4, 64), np.float32)}
@@ -320,7 +323,8 @@ def test_dense_and_banded_layers_alternate(only):
 @pytest.mark.parametrize("attention", ["reference", "cpu"])
 def test_a_window_of_the_whole_context_is_the_dense_program(attention):
     dense, params = dataclasses.replace(TINY, attention=attention), random_params(TINY)
-    program = lambda **change: forward.lower(params, dataclasses.replace(dense, **change), random_tokens(TINY)).as_text()
+    config = lambda **change: dataclasses.replace(dense, **change)
+    program = lambda **change: forward.lower(params, config(**change), random_tokens(TINY)).as_text()
     assert program(local_window=12) == program() != program(local_window=11)
 
 

@@ -182,7 +182,12 @@ def test_several_steps_in_a_dispatch_are_the_same_steps(born):
     assert int(results[3][0].step) == 6
     with jax.set_mesh(mesh):
         begun = jax.device_get(fresh().params)
-    moved = lambda state: jax.tree.map(lambda a, b: a - b, state.params, begun)
+
+    def moved(state):
+        found = jax.tree.map(lambda a, b: a - b, state.params, begun)
+        found["blocks"]["attn"]["c_attn"]["bias"][:, 1] = 0  # the keys': a gradient of 0 but for rounding, and Adam
+        return found
+
     assert_close(moved(results[1][0]), moved(results[3][0]), terms=TERMS, stored=begun)
     assert_close(results[1][1]["loss_sum"], results[3][1]["loss_sum"], terms=TERMS)
 
