@@ -129,10 +129,12 @@ def test_bfloat16_generates():
 # --- rows, seeds ------------------------------------------------------------------------------------------
 
 WARM = Sampling(temperature=3.0)
+SHALLOW = dataclasses.replace(TINY, n_layer=1)
 
 
-def run(prompts, sampling=WARM, config=TINY, **options):
-    return generate(random_params(config), config, prompts, **{"max_new_tokens": 10, "sampling": sampling, **options})
+def run(prompts, **options):
+    options = {"max_new_tokens": 10, "sampling": WARM, **options}
+    return generate(random_params(SHALLOW), SHALLOW, prompts, **options)
 
 
 def test_a_row_does_not_depend_on_its_neighbors_nor_on_how_far_it_is_padded():
@@ -340,9 +342,9 @@ def test_the_coldest_temperatures_are_greedy(temperature):
     for s in (Sampling(temperature), Sampling(temperature, top_k=5), Sampling(temperature, top_p=0.9)):
         tokens = jax.jit(lambda x, s=s: sample(x, jax.random.key(0), s))(logits)
         np.testing.assert_array_equal(tokens, logits.argmax(-1))
-    row, c = np.array([[3, 4]], np.int32), dataclasses.replace(TINY, n_layer=1)
+    row = np.array([[3, 4]], np.int32)
     _, count, log_probs = decode(
-        random_params(c), c, row, np.array([2]), np.array([3]), jax.random.split(jax.random.key(0), 1),
+        random_params(SHALLOW), SHALLOW, row, np.array([2]), np.array([3]), jax.random.split(jax.random.key(0), 1),
         new_tokens=3, sampling=Sampling(temperature),
     )  # fmt: skip
     assert count.tolist() == [3] and np.isfinite(log_probs).all()
