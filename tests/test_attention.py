@@ -88,20 +88,20 @@ def same(found, expected):
 # --- value and gradient -----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("packed", [False, True], ids=["one document", "packed"])
 @pytest.mark.parametrize(
-    "path, window",
+    "path, window, packed",
     [
-        *[("cpu", window) for window in (None, 1, 2, 63, 64, 65, 129, 130, 500)],
-        *[(path, window) for path in ("reference", "xla") for window in (None, 1, 64, 500)],
+        *[("cpu", window, True) for window in (1, 63, 65, 130)],
+        *[("cpu", window, False) for window in (None, 64, 129)],
+        ("reference", None, True), ("reference", 64, False), ("xla", None, False), ("xla", 64, True),
     ],
-)
+)  # fmt: skip
 def test_path_equals_the_oracle(path, window, packed):
     """130 positions: two whole blocks of the cpu path and two positions more; windows about a block's edge."""
     check(path, 2, 130, 2, 8, window, some_segments(2, 130) if packed else None)
 
 
-@pytest.mark.parametrize("time", [1, 2, 63, 64, 65, 128])
+@pytest.mark.parametrize("time", [1, 63, 65, 128])
 def test_cpu_path_at_odd_lengths(time):
     check("cpu", 2, time, 2, 8, None, some_segments(2, time))
 
@@ -109,24 +109,16 @@ def test_cpu_path_at_odd_lengths(time):
 @pytest.mark.parametrize(
     "time, d_head, window, packed",
     [
-        (256, 64, None, False),
         (256, 128, 100, False),
-        (256, 64, None, True),
-        (256, 128, 64, True),
-        (256, 64, 1, False),
-        (384, 64, 128, False),  # three blocks of 128
-        (384, 64, 129, True),
-        (384, 64, 384, False),
-        (130, 64, None, False),  # not whole blocks
-        (200, 64, 100, True),
+        (384, 64, 129, True),  # three blocks of 128
+        (200, 64, None, True),  # not whole blocks
     ],
 )
 def test_splash_equals_the_oracle(time, d_head, window, packed):
     check("splash", 2, time, 2, d_head, window, some_segments(2, time) if packed else None)
 
 
-@pytest.mark.parametrize("path", ["reference", "xla", "cpu", "splash"])
-@pytest.mark.parametrize("window", [None, 70])
+@pytest.mark.parametrize("path, window", [("reference", 70), ("xla", None), ("cpu", 70), ("splash", 70)])
 def test_bfloat16_is_as_close_as_its_eight_bits(path, window):
     arrays = [jnp.asarray(a, jnp.bfloat16) for a in inputs(2, 128, 2, 64)]
     segments = some_segments(2, 128)
@@ -140,7 +132,7 @@ def test_bfloat16_is_as_close_as_its_eight_bits(path, window):
         assert error.mean() < 3e-3, (name, error.mean())
 
 
-@settings(max_examples=8, deadline=None, derandomize=True)
+@settings(max_examples=5, deadline=None, derandomize=True)
 @given(data=st.data())
 def test_cpu_path_at_any_shape(data):
     time = data.draw(st.integers(1, 140), "time")
@@ -150,15 +142,20 @@ def test_cpu_path_at_any_shape(data):
     check("cpu", batch, time, heads, d_head, window, segments)
 
 
-@pytest.mark.parametrize("at_once", [1, 2, 4])
+@pytest.mark.parametrize("at_once", [1, 2])
 def test_cpu_path_with_few_rows_at_a_time(at_once, monkeypatch):
     """However many batch rows the cache is taken to hold, here of four: the loop's steps are put together again."""
     monkeypatch.setattr(cpu, "_CACHE_BYTES", at_once * 4 * 2 * 64 * 70)
     assert cpu._rows_at_once(4, 2, 70) == at_once
     q, k, v, d_out = inputs(4, 70, 2, 8)
     segments = some_segments(4, 70)
-    out, pull = jax.vjp(lambda q, k, v: cpu_attention(q, k, v, segments, 9), q, k, v)
-    same((out, *pull(d_out)), oracle(q, k, v, d_out, 9, segments))
+
+    @jax.jit
+    def run(q, k, v, d_out):
+        out, pull = jax.vjp(lambda q, k, v: cpu_attention(q, k, v, segments, 9), q, k, v)
+        return out, *pull(d_out)
+
+    same(run(q, k, v, d_out), oracle(q, k, v, d_out, 9, segments))
 
 
 @pytest.mark.parametrize("batch, expected", [(12, 4), (7, 1), (2, 2), (1, 1), (5, 5)])
@@ -194,7 +191,7 @@ def test_scores_far_apart_stay_finite():
 def test_a_band_of_the_whole_context_is_dense_bit_for_bit(path):
     arrays = inputs(2, 128, 2, 64)
     dense = value_and_gradients(path, None, None, *arrays)
-    for window in (128, 129, 4096):
+    for window in (128,) if path == "splash" else (128, 4096):
         for a, b in zip(value_and_gradients(path, window, None, *arrays), dense, strict=True):
             np.testing.assert_array_equal(a, b)
 
@@ -212,11 +209,10 @@ def gradients_of_each_output(path, window, segments, q, k, v):
 @pytest.mark.parametrize(
     "path, window, packed",
     [
-        *[(path, window, packed) for path in ("reference", "xla") for window, packed in ((None, False), (7, True))],
-        *[("cpu", window, packed) for window in (None, 1, 7, 65) for packed in (False, True)],
-        *[("splash", window, packed) for window, packed in ((None, False), (7, True), (65, False))],
+        ("reference", 7, True), ("xla", 7, True), ("cpu", None, True), ("cpu", 7, True), ("cpu", 65, False),
+        ("splash", 7, True),
     ],
-)
+)  # fmt: skip
 def test_nothing_leaks_through_a_mask(path, window, packed):
     """Gradients from what a position may not see are 0.0, and from what it may see they are not."""
     time = 128 if path == "splash" else 80
@@ -247,11 +243,10 @@ def test_causal_mask():
 
 def dropped_probabilities(rate, key, time=32, batch=16):
     """The probabilities themselves: q = 0 makes them 1/(t+1), v = identity reads them out."""
-    q = jnp.zeros((batch, time, 2, time))
-    v = jnp.broadcast_to(jnp.eye(time)[:, None, :], (batch, time, 2, time))
-    return np.asarray(
-        attention(q, q, v, path="auto", dropout=rate, dropout_keys=jax.random.split(key, batch))
-    ).swapaxes(1, 2)
+    q = np.zeros((batch, time, 2, time), np.float32)
+    v = np.broadcast_to(np.eye(time, dtype=np.float32)[:, None, :], (batch, time, 2, time))
+    run = jax.jit(lambda q, v, keys: attention(q, q, v, path="auto", dropout=rate, dropout_keys=keys))
+    return np.asarray(run(q, v, jax.random.split(key, batch))).swapaxes(1, 2)
 
 
 def test_dropout_drops_and_rescales_probabilities():
@@ -270,27 +265,32 @@ def test_dropout_drops_and_rescales_probabilities():
     np.testing.assert_allclose(p[:, :, -1].sum(-1).mean(), 1.0, atol=0.08)
 
 
-@pytest.mark.parametrize("path", ["auto", "reference", "xla", "cpu", "splash", "cudnn"])
-def test_every_path_drops_the_same(path):
-    q, k, v, d_out = inputs(2, 128, 2, 8)
-    options = dict(
-        window=40, segment_ids=some_segments(2, 128), dropout=0.5, dropout_keys=jax.random.split(jax.random.key(3), 2)
-    )
-    expected, expected_pull = jax.vjp(lambda q, k, v: reference_attention(q, k, v, **options), q, k, v)
-    found, pull = jax.vjp(lambda q, k, v: attention(q, k, v, path=path, **options), q, k, v)
-    np.testing.assert_array_equal(found, expected)
-    for a, b in zip(pull(d_out), expected_pull(d_out), strict=True):
-        np.testing.assert_array_equal(a, b)
-    assert np.abs(found - reference_attention(q, k, v, window=40, segment_ids=options["segment_ids"])).max() > 0.1
+def program(attend, q, k, v, d_out, **arrays):
+    """Attention and its gradient as they go to the compiler: the same text computes the same bits."""
+
+    def run(q, k, v, d_out, arrays):
+        out, pull = jax.vjp(lambda q, k, v: attend(q, k, v, **arrays), q, k, v)
+        return out, *pull(d_out)
+
+    return jax.jit(run).lower(q, k, v, d_out, arrays).as_text()
 
 
-@pytest.mark.parametrize(
-    "options", [dict(dropout=0.5), dict(dropout=0.0, dropout_keys=jax.random.split(jax.random.key(0), 1))]
-)
-def test_without_a_key_or_a_rate_nothing_is_dropped(options):
-    q, k, v, _ = inputs(1, 16, 2, 8)
+def test_every_path_drops_the_same():
+    arrays = inputs(2, 128, 2, 8)
+    more = dict(segment_ids=some_segments(2, 128), dropout_keys=jax.random.split(jax.random.key(3), 2))
+    expected = program(functools.partial(reference_attention, window=40, dropout=0.5), *arrays, **more)
+    for path in ("auto", "reference", "xla", "cpu", "splash", "cudnn"):
+        found = functools.partial(attention, path=path, window=40, dropout=0.5)
+        assert program(found, *arrays, **more) == expected, path
+    assert program(functools.partial(reference_attention, window=40), *arrays, **more) != expected
+
+
+def test_without_a_key_or_a_rate_nothing_is_dropped():
+    arrays, keys = inputs(1, 16, 2, 8), jax.random.split(jax.random.key(0), 1)
     for path in ("reference", "cpu"):
-        np.testing.assert_array_equal(attention(q, k, v, path=path, **options), attention(q, k, v, path=path))
+        expected = program(functools.partial(attention, path=path), *arrays)
+        assert program(functools.partial(attention, path=path, dropout=0.5), *arrays) == expected
+        assert program(functools.partial(attention, path=path, dropout=0.0), *arrays, dropout_keys=keys) == expected
 
 
 # --- which path -------------------------------------------------------------------------------------------
@@ -306,18 +306,21 @@ def test_resolve():
 @pytest.mark.parametrize("path", ["splash", "cudnn"])
 def test_shapes_and_dtypes_that_a_kernel_does_not_take_go_to_xla(path):
     """Splash wants at least 128 positions, cuDNN 16 bits."""
-    q, k, v, _ = inputs(2, 100, 2, 8)
-    segments = some_segments(2, 100)
-    options = dict(window=9, segment_ids=segments)
-    np.testing.assert_array_equal(attention(q, k, v, path=path, **options), attention(q, k, v, path="xla", **options))
+    arrays, segments = inputs(2, 100, 2, 8), some_segments(2, 100)
+    found, expected, other = (
+        program(functools.partial(attention, path=name, window=9), *arrays, segment_ids=segments)
+        for name in (path, "xla", "cpu")
+    )
+    assert found == expected != other
 
 
-@pytest.mark.parametrize("path", ["auto", "xla", "cpu"])
+@pytest.mark.parametrize("path", ["auto", "xla"])
 def test_attention_takes_window_and_segments_to_its_path(path):
     arrays = inputs(2, 70, 2, 8)
     segments = some_segments(2, 70)
-    for window, rows in ((None, None), (5, segments), (70, segments), (71, None)):
-        found = attention(*arrays[:3], path=path, window=window, segment_ids=rows)
+    for window, rows in ((5, segments), (70, segments), (71, None)):
+        run = jax.jit(functools.partial(attention, path=path, window=window, segment_ids=rows))
+        found = run(*arrays[:3])
         same([found], oracle(*arrays, window, rows)[:1])
 
 
@@ -333,7 +336,6 @@ def splash_over(mesh, arrays, window=None, segments=None):
 def test_splash_sharded_over_rows_and_heads():
     mesh = make_mesh(MeshConfig(data=2, fsdp=2, tensor=2))
     arrays, segments = inputs(4, 128, 2, 64), some_segments(4, 128)
-    same([splash_over(mesh, arrays)], oracle(*arrays)[:1])
     found = splash_over(mesh, arrays, 50, segments)
     same([found], oracle(*arrays, 50, segments)[:1])
 
@@ -341,8 +343,8 @@ def test_splash_sharded_over_rows_and_heads():
 def test_splash_with_the_context_cut_up():
     """Each device's queries begin elsewhere in the mask; values and gradients, dense, banded and of documents."""
     mesh = make_mesh(MeshConfig(data=1, fsdp=2, tensor=2, seq=2))
-    q, k, v, d_out = inputs(2, 512, 2, 64)
-    segments = some_segments(2, 512)
+    q, k, v, d_out = inputs(2, 256, 2, 64)
+    segments = some_segments(2, 256)
     for window, ids in ((None, None), (150, segments)):
 
         @jax.jit
@@ -360,6 +362,6 @@ def test_splash_on_one_mesh_after_another():
     """One process, two meshes: what is cached for the first must not be tied to its devices."""
     arrays = inputs(8, 128, 1, 64)
     expected = oracle(*arrays)[:1]
-    for devices in (8, 2, 1):
+    for devices in (8, 2):
         mesh = make_mesh(MeshConfig(data=1, fsdp=devices), jax.devices()[-devices:])
         same([splash_over(mesh, arrays)], expected)

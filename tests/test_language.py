@@ -1,5 +1,6 @@
 """The chunked cross-entropy against the plain one, what it holds in memory, and bits per byte."""
 
+import contextlib
 import functools
 import math
 import re
@@ -23,7 +24,7 @@ B, T, D, V = 3, 10, 8, 29
 # Roundings one after another: of the logits, the softmax, the product with the table, and the sum over all tokens of
 # at most 8 rows.
 TERMS = D + 2 * V + 8 * T
-CHUNKS = [1, 2, 3, 4, 7, 9, 10, 11, 1000]  # 3, 4, 7 and 9 do not divide 10
+CHUNKS = [1, 4, 9, 10, 1000]  # 4 and 9 do not divide 10
 
 
 def problem(batch=B, time=T, width=D, vocab=V, dtype=jnp.float32, seed=0):
@@ -51,6 +52,9 @@ def chunked(x, w, targets, weights, chunk):
     return jax.value_and_grad(cross_entropy_sum, (0, 1))(x, w, targets, weights, chunk)
 
 
+value_alone = jax.jit(cross_entropy_sum, static_argnums=4)  # without a gradient
+
+
 @jax.jit
 def plain(x, w, targets, weights):
     return jax.value_and_grad(lambda x, w: -(weights * log_probs(x, w, targets)).sum(), (0, 1))(x, w)
@@ -66,67 +70,61 @@ def test_chunked_equals_plain_and_the_oracle(chunk):
     for expected, (e_x, e_w) in (plain(*arguments), (lambda o: (o[0], o[1:]))(oracle(*arguments))):
         assert_close((value, d_x, d_w), (expected, e_x, e_w), terms=TERMS)
     assert value.dtype == jnp.float32 and d_x.shape == (B, T, D) and d_w.shape == (V, D)
+    assert_close(value_alone(*arguments, chunk), value, terms=TERMS)
 
 
-@pytest.mark.parametrize("sizes", [None, (2, 2, 2, 1), (1, 2, 2, 2)], ids=str)
-@pytest.mark.parametrize("packed", [False, True], ids=["one document", "packed"])
-def test_the_trained_loss_equals_the_plain_one(packed, sizes):
+@pytest.mark.parametrize("sizes", [None, (1, 2, 2, 2)], ids=str)
+def test_the_trained_loss_equals_the_plain_one(sizes):
     """causal_lm_loss beside lm_loss, the model and its gradient in both: weights of 0 and more, documents packed into a
-    row, one device or a mesh."""
+    row or a row of one document, one device or a mesh."""
     c = GPTConfig(vocab_size=61, n_layer=2, n_head=2, d_model=16, context_length=12, attention="xla", local_window=3)
     rng = np.random.default_rng(2)
     batch = {"tokens": rng.integers(0, 61, (8, 13)), "weights": rng.choice(np.array([0, 1, 0.5], np.float32), (8, 12))}
-    if packed:
-        segments = np.sort(rng.integers(0, 3, (8, 12)))
-        starts = (segments[:, None] < segments[..., None]).sum(-1)
-        batch |= {"segment_ids": segments, "positions": np.arange(12) - starts}
+    segments = np.sort(rng.integers(0, 3, (8, 12)))
+    starts = (segments[:, None] < segments[..., None]).sum(-1)
+    packed = {**batch, "segment_ids": segments, "positions": np.arange(12) - starts}
     gradients = lambda loss: jax.jit(jax.value_and_grad(loss, has_aux=True))
     params = random_params(c)
-    expected = gradients(lambda p, b: lm_loss(p, c, b))(params, batch)
+    plain = gradients(lambda p, b: lm_loss(p, c, b))
     if sizes is None:
-        loss = causal_lm_loss(c, jnp.float32, 5)
-        found = gradients(lambda p, b: loss(p, b, None))(params, batch)
+        run, context, placed = causal_lm_loss(c, jnp.float32, 5), contextlib.nullcontext(), params
     else:
         mesh = make_mesh(MeshConfig(**dict(zip(("data", "fsdp", "tensor", "seq"), sizes, strict=True))))
-        loss = causal_lm_loss(c, jnp.float32, 5, mesh)
-        with jax.set_mesh(mesh):
-            placed = jax.device_put(params, parameter_shardings(gpt.abstract_params(c), mesh))
-            found = gradients(lambda p, b: loss(p, b, None))(placed, batch)
-    (_, count), _ = found
-    assert count == batch["weights"].sum()
-    assert_close(found, expected, terms=model_terms(c, 8))
+        run, context = causal_lm_loss(c, jnp.float32, 5, mesh), jax.set_mesh(mesh)
+        placed = jax.device_put(params, parameter_shardings(gpt.abstract_params(c), mesh))
+    for rows in (packed, batch) if sizes is None else (packed,):
+        with context:
+            found = gradients(lambda p, b: run(p, b, None))(placed, rows)
+        (_, count), _ = found
+        assert count == batch["weights"].sum()
+        assert_close(found, plain(params, rows), terms=model_terms(c, 8))
 
 
-@pytest.mark.parametrize("chunk", [3, 1000])
-@pytest.mark.parametrize("temperature", [1.0, 0.7])
+@pytest.mark.parametrize("chunk, temperature", [(3, 0.7), (1000, 1.0)])
 def test_token_log_probs_equal_the_plain_ones(chunk, temperature):
     x, w, targets, weights = problem()
     run = lambda f: jax.jit(jax.value_and_grad(lambda x, w: (weights * f(x, w)).sum(), (0, 1)))(x, w)
     found = run(lambda x, w: token_log_probs(x, w, targets, temperature, chunk))
     expected = run(lambda x, w: log_probs(x, w, targets, temperature))
     assert_close(found, expected, terms=TERMS)
-    every = jnp.stack([log_probs(x, w, jnp.full((B, T), v), temperature) for v in range(V)], -1)
-    expected = log_probs(x, w, targets, temperature), -(jnp.exp(every) * every).sum(-1)
-    found = token_log_probs_and_entropy(x, w, targets, temperature, chunk)
+    plain = jax.jit(lambda targets: log_probs(x, w, targets, temperature))
+    every = np.stack([plain(np.full((B, T), v)) for v in range(V)], -1)
+    expected = plain(targets), -(np.exp(every) * every).sum(-1)
+    found = jax.jit(lambda x, w: token_log_probs_and_entropy(x, w, targets, temperature, chunk))(x, w)
     # the entropy is a difference of what log-probabilities are sums of
-    assert_close(found, expected, terms=TERMS, scale=float(jnp.abs(expected[0]).max()))
-
-
-@pytest.mark.parametrize("chunk", CHUNKS)
-def test_without_a_gradient_the_value_is_the_same(chunk):
-    arguments = problem()
-    assert_close(cross_entropy_sum(*arguments, chunk), oracle(*arguments)[0], terms=TERMS)
+    assert_close(found, expected, terms=TERMS, scale=float(np.abs(expected[0]).max()))
 
 
 def test_the_gradient_scales_with_what_comes_after():
     """Not a loss that is always last: d(f(loss)) = f'(loss) d(loss)."""
     x, w, targets, weights = problem()
     value, grads = chunked(x, w, targets, weights, 4)
-    scaled = jax.grad(lambda x, w: (cross_entropy_sum(x, w, targets, weights, 4) / 7) ** 2, (0, 1))(x, w)
+    square = lambda x, w: (cross_entropy_sum(x, w, targets, weights, 4) / 7) ** 2
+    scaled = jax.jit(jax.grad(square, (0, 1)))(x, w)
     assert_close(scaled, jax.tree.map(lambda g: g * (2 * value / 49), grads), terms=TERMS)
 
 
-@pytest.mark.parametrize("chunk", [1, 4, 10])
+@pytest.mark.parametrize("chunk", [4, 10])
 def test_weights_multiply(chunk):
     """Weight 0 removes a position from the loss and its gradient; weight 2 counts it twice."""
     x, w, targets, _ = problem()
@@ -136,7 +134,8 @@ def test_weights_multiply(chunk):
     assert (d_x[0, 3] == 0).all() and (d_x[2, 9] == 0).all()
     doubled, (dd_x, dd_w) = chunked(x, w, targets, 2 * base, chunk)
     assert_close((doubled, dd_w), (2 * value, 2 * d_w), terms=TERMS)
-    other = x.at[0, 3].set(50.0).at[2, 9].set(-3.0)  # what stands in a removed position does not matter
+    other = np.array(x)
+    other[0, 3], other[2, 9] = 50.0, -3.0  # what stands in a removed position does not matter
     value_2, (_, d_w_2) = chunked(other, w, targets, base, chunk)
     assert value_2 == value
     np.testing.assert_array_equal(d_w_2, d_w)
@@ -144,17 +143,19 @@ def test_weights_multiply(chunk):
     assert nothing == 0 and all((g == 0).all() for g in grads)
 
 
-@pytest.mark.parametrize("chunk", [3, 10])
+@pytest.mark.parametrize("chunk", [4, 10])
 def test_nan_in_a_position_of_weight_0_is_not_in_the_loss(chunk):
     """The value only: its gradient is 0 * NaN, and the train step then skips the whole step as not finite."""
-    x, w, targets, weights = problem()
-    weights = weights.at[1, 4].set(0)
-    expected = cross_entropy_sum(x, w, targets, weights, chunk)
-    assert cross_entropy_sum(x.at[1, 4].set(jnp.nan), w, targets, weights, chunk) == expected
-    assert jnp.isnan(cross_entropy_sum(x.at[1, 4].set(jnp.nan), w, targets, weights.at[1, 4].set(1), chunk))
+    x, w, targets, weights = map(np.array, problem())
+    weights[1, 4] = 0
+    expected = value_alone(x, w, targets, weights, chunk)
+    x[1, 4] = np.nan
+    assert value_alone(x, w, targets, weights, chunk) == expected
+    weights[1, 4] = 1
+    assert np.isnan(value_alone(x, w, targets, weights, chunk))
 
 
-@pytest.mark.parametrize("chunk", [3, 10])
+@pytest.mark.parametrize("chunk", [4, 10])
 def test_bfloat16_activations(chunk):
     """Products are rounded to 8 bits, sums are not; the loss and the head's gradient stay float32."""
     x, w, targets, weights = problem(dtype=jnp.bfloat16)
@@ -179,19 +180,20 @@ def test_large_logits_do_not_overflow():
         np.testing.assert_allclose(a, b, atol=rounding * np.abs(b).max())
 
 
-@pytest.mark.parametrize("vocab", [2, 29, 50257])
+@pytest.mark.parametrize("vocab", [2, 50257])
 def test_uniform_logits_cost_ln_v(vocab):
-    x, w = jnp.zeros((1, 4, 5)), jnp.ones((vocab, 5))
-    value = cross_entropy_sum(x, w, jnp.array([[0, 1, 0, vocab - 1]]), jnp.ones((1, 4)), 4)
+    x, w = np.zeros((1, 4, 5), np.float32), np.ones((vocab, 5), np.float32)
+    value = value_alone(x, w, np.array([[0, 1, 0, vocab - 1]]), np.ones((1, 4), np.float32), 4)
     assert value / 4 == np.float32(math.log(vocab))
 
 
 def test_log_probs():
     x, w, targets, _ = problem()
-    found = log_probs(x, w, targets)
+    run = jax.jit(log_probs)
+    found = run(x, w, targets)
     assert found.shape == (B, T) and found.dtype == jnp.float32
-    every = jnp.stack([log_probs(x, w, jnp.full((B, T), v)) for v in range(V)], -1)
-    assert_close(jnp.exp(every).sum(-1), np.ones((B, T)), terms=TERMS)
+    every = np.stack([run(x, w, np.full((B, T), v)) for v in range(V)], -1)
+    assert_close(np.exp(every).sum(-1), np.ones((B, T)), terms=TERMS)
     assert_close(-found.sum(), oracle(x, w, targets, jnp.ones((B, T)))[0], terms=TERMS)
 
 
@@ -217,8 +219,7 @@ def test_no_array_of_all_logits_is_ever_held(dtype):
 # --- sharding ---------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("chunk", [3, 1000])
-@pytest.mark.parametrize("sizes", [(8, 1, 1, 1), (1, 8, 1, 1), (2, 2, 2, 1), (1, 2, 2, 2)], ids=str)
+@pytest.mark.parametrize("sizes, chunk", [((8, 1, 1, 1), 3), ((2, 2, 2, 1), 1000), ((1, 2, 2, 2), 3)], ids=str)
 def test_sharded_over_eight_devices(sizes, chunk):
     """Neither the vocabulary nor the time divides."""
     mesh = make_mesh(MeshConfig(**dict(zip(("data", "fsdp", "tensor", "seq"), sizes, strict=True))))
@@ -232,8 +233,7 @@ def test_sharded_over_eight_devices(sizes, chunk):
     assert_close((value, d_x, d_w), (expected, e_x, e_w), terms=TERMS)
 
 
-@pytest.mark.parametrize("chunk", [3, 1000])
-def test_token_log_probs_and_entropy_over_eight_devices(chunk):
+def test_token_log_probs_and_entropy_over_eight_devices(chunk=3):
     mesh = make_mesh(MeshConfig(data=1, fsdp=2, tensor=2, seq=2))
     x, w, targets, weights = problem(batch=8)
 

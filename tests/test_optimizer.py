@@ -31,7 +31,7 @@ NOT_DECAYED = {
 def params():
     """Of a real model with an untied head, 3 layers stacked."""
     config = GPTConfig(17, n_layer=3, n_head=2, d_model=8, context_length=5, tied_head=False)
-    return gpt.init(config, jax.random.key(0))
+    return jax.device_get(jax.jit(gpt.init, static_argnums=0)(config, jax.random.key(0)))
 
 
 def paths(tree):
@@ -41,11 +41,16 @@ def paths(tree):
 def descend(c, params, gradients, rates):
     """Parameters after each gradient, as the train step applies updates."""
     tx = make_optimizer(c)
-    state, trail, update = tx.init(params), [], jax.jit(tx.update)
+    state, trail = jax.jit(tx.init)(params), []
+
+    @jax.jit
+    def step(g, state, params, rate):
+        updates, state = tx.update(g, state, params)
+        return jax.tree.map(lambda p, u: p + rate * u, params, updates), state
+
     for g, rate in zip(gradients, rates, strict=True):
-        updates, state = update(g, state, params)
-        params = jax.tree.map(lambda p, u, rate=rate: p + rate * u, params, updates)
-        trail.append(params)
+        params, state = step(g, state, params, np.float32(rate))
+        trail.append(jax.device_get(params))
     return trail
 
 
@@ -75,15 +80,20 @@ def test_gpt1_adam_is_not_adamw():
 def test_adamw_is_optax_adamw_with_a_schedule(params):
     rates = [1e-3, 3e-3, 2e-3, 5e-4, 0.0, 1e-2]
     c = OptimizerConfig(b1=0.9, b2=0.95, eps=1e-6, weight_decay=0.1)
-    keys = jax.random.split(jax.random.key(1), len(rates))
-    noise = jax.jit(lambda key: jax.tree.map(lambda p: 0.1 * jax.random.normal(key, p.shape), params))
-    gradients = [noise(key) for key in keys]
+    rng = np.random.default_rng(1)
+    noise = lambda p: np.float32(0.1) * rng.standard_normal(p.shape, np.float32)
+    gradients = [jax.tree.map(noise, params) for _ in rates]
     mask = jax.tree_util.tree_map_with_path(lambda path, _: parameter_path(path) in DECAYED, params)
     peer = optax.adamw(lambda t: jnp.asarray(rates)[t], b1=0.9, b2=0.95, eps=1e-6, weight_decay=0.1, mask=mask)
-    state, expected, update = peer.init(params), params, jax.jit(peer.update)
+    state, expected = jax.jit(peer.init)(params), params
+
+    @jax.jit
+    def step(g, state, params):
+        updates, state = peer.update(g, state, params)
+        return optax.apply_updates(params, updates), state
+
     for g, got in zip(gradients, descend(c, params, gradients, rates), strict=True):
-        updates, state = update(g, state, expected)
-        expected = optax.apply_updates(expected, updates)
+        expected, state = step(g, state, expected)
         assert_close(got, expected, terms=6 * 12)  # steps, and operations of each
 
 
@@ -108,7 +118,7 @@ def test_the_kernel_of_a_scalar_head_decays_and_its_bias_does_not():
 def test_decay_reaches_the_masked_parameters_and_no_other(params, name):
     c = OptimizerConfig(name=name, b1=0.9, b2=0.999, weight_decay=0.1)
     params = jax.tree.map(lambda p: p + 1.0, params)
-    after = paths(descend(c, params, [jax.tree.map(jnp.zeros_like, params)], [0.1])[0])
+    after = paths(descend(c, params, [jax.tree.map(np.zeros_like, params)], [0.1])[0])
     correction = 0.001**0.5 / 0.1 if name == "gpt1_adam" else 1.0
     for path, p in paths(params).items():
         shrunk = p * (1 - 0.1 * 0.1 * correction) if path in DECAYED else p
@@ -118,7 +128,7 @@ def test_decay_reaches_the_masked_parameters_and_no_other(params, name):
 
 def test_the_decayed_pattern_is_the_configs(params):
     c = OptimizerConfig(decayed=r"^wte$", weight_decay=0.5)
-    after = paths(descend(c, params, [jax.tree.map(jnp.zeros_like, params)], [1.0])[0])
+    after = paths(descend(c, params, [jax.tree.map(np.zeros_like, params)], [1.0])[0])
     changed = {path for path, p in paths(params).items() if not np.array_equal(p, after[path])}
     assert changed == {"wte"}
 
@@ -126,7 +136,7 @@ def test_the_decayed_pattern_is_the_configs(params):
 # --- clipping ---------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("clip, scale", [(1.0, 1.0), (2.5, 2.5), (100.0, 5.0), (0.0, 5.0)])
+@pytest.mark.parametrize("clip, scale", [(2.5, 2.5), (100.0, 5.0), (0.0, 5.0)])
 def test_the_gradient_is_cut_to_its_global_norm(clip, scale):
     """Gradient (3, 4) over two parameters: norm 5. Plain descent shows what the optimizer was given."""
 

@@ -131,15 +131,21 @@ def test_input_that_is_not_finite_is_skipped_too(toy, x):
     assert_same(new.opt_state, state.opt_state)
 
 
-@pytest.mark.parametrize("scale", [1.0, 2.0**10, 2.0**15])
-def test_the_gradient_does_not_depend_on_the_scale(scale):
+def test_the_gradient_does_not_depend_on_the_scale():
     descent = optax.scale(-1.0)
-    step = jax.jit(train_step(Objective(half_loss), descent, 0.0, half(scale), seed=0, dropout=False))
-    new, metrics = step(new_state({"kernel": jnp.float32(0.5)}, descent, half(scale)), toy_batch(0.75))
-    assert float(metrics["grad_norm"]) == 0.75 and float(new.params["kernel"]) == pytest.approx(0.5 - 0.075)
+    step = jax.jit(train_step(Objective(half_loss), descent, 0.0, half(), seed=0, dropout=False))
+    for scale in (1.0, 2.0**10, 2.0**15):
+        new, metrics = step(new_state({"kernel": jnp.float32(0.5)}, descent, half(scale)), toy_batch(0.75))
+        assert float(metrics["loss_scale"]) == scale
+        assert float(metrics["grad_norm"]) == 0.75 and float(new.params["kernel"]) == pytest.approx(0.5 - 0.075)
 
 
 # --- a GPT ------------------------------------------------------------------------------------------------
+
+
+@functools.cache
+def initial_params():
+    return jax.device_get(jax.jit(gpt.init, static_argnums=0)(MODEL, jax.random.key(0)))
 
 
 @functools.cache
@@ -147,10 +153,10 @@ def trainer(compute):
     """learning rate -> (state, metrics) of 20 steps of a GPT, jitted."""
     precision = PrecisionConfig(compute)
     tx = make_optimizer(OptimizerConfig(eps=1e-6))
-    params = gpt.init(MODEL, jax.random.key(0))
+    params = initial_params()
     step = train_step(Objective(causal_lm_loss(MODEL, precision.dtype, 16)), tx, 1.0, precision, seed=0, dropout=False)
-    tokens = jax.random.randint(jax.random.key(1), (STEPS, 1, 4, 17), 0, 8)
-    batches = {"tokens": tokens, "weights": jnp.ones((STEPS, 1, 4, 16))}
+    tokens = np.random.default_rng(1).integers(0, 8, (STEPS, 1, 4, 17))
+    batches = {"tokens": tokens, "weights": np.ones((STEPS, 1, 4, 16), np.float32)}
     state = new_state(params, tx, precision)
     return jax.jit(lambda rate: lax.scan(step, state, (batches, jnp.full(STEPS, rate))))
 

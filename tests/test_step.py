@@ -33,7 +33,7 @@ TERMS = model_terms(MODEL, ROWS)
 
 @pytest.fixture(scope="module")
 def params():
-    return gpt.init(MODEL, jax.random.key(0))
+    return jax.device_get(jax.jit(gpt.init, static_argnums=0)(MODEL, jax.random.key(0)))
 
 
 @pytest.fixture(scope="module")
@@ -58,9 +58,8 @@ def descend():
 
 def gradient(step, params, batch, rows):
     """(gradient, metrics) of a step over micro-batches of so many rows."""
-    state = new_state(params, KEEP, F32)
-    new, metrics = step(state, (jax.tree.map(jnp.asarray, micro_batches(batch, rows)), jnp.float32(1)))
-    return new.opt_state, metrics
+    new, metrics = step(new_state(params, KEEP, F32), (micro_batches(batch, rows), np.float32(1)))
+    return jax.device_get((new.opt_state, metrics))
 
 
 def assert_same(a, b):
@@ -86,25 +85,23 @@ def test_the_gradient_is_of_the_mean_over_all_weighted_tokens(descend, params, b
     assert float(metrics["grad_norm"]) == approx(float(optax.tree.norm(expected)), terms=TERMS)
 
 
-@pytest.mark.parametrize("rows", [2, 1])
-def test_micro_batches_are_one_big_batch(descend, params, batch, rows):
-    """With as unequal weights as can be: one micro-batch has none."""
-    whole, big = gradient(descend, params, batch, ROWS)
-    parts, small = gradient(descend, params, batch, rows)
-    assert not micro_batches(batch, rows)["weights"][-1].any()
+def test_micro_batches_are_one_big_batch_with_dropout_too(params, batch):
+    """With as unequal weights as can be, one micro-batch having none, and the dropout noise of one big batch."""
+    step = gradient_step(causal_lm_loss(DROPOUT, jnp.float32, 8), dropout=True)
+    whole, big = gradient(step, params, batch, ROWS)
+    parts, small = gradient(step, params, batch, 2)
+    assert not micro_batches(batch, 2)["weights"][-1].any()
     assert_close(parts, whole, terms=TERMS)
     for name in ("loss_sum", "count", "grad_norm"):
         assert float(small[name]) == approx(float(big[name]), terms=TERMS)
 
 
 def test_padded_rows_change_nothing(descend, params, batch):
+    """Whatever is in them; that those of weight 0 do not count: test_the_gradient_is_of_the_mean..."""
     whole, metrics = gradient(descend, params, batch, ROWS)
     other = {**batch, "tokens": batch["tokens"].copy()}
     other["tokens"][6:] = 63 - other["tokens"][6:]
-    assert_same(gradient(descend, params, other, ROWS)[0], whole)
-    without, fewer = gradient(descend, params, {k: v[:6] for k, v in batch.items()}, 6)
-    assert_close(without, whole, terms=TERMS)
-    assert float(fewer["count"]) == float(metrics["count"])
+    assert_same(gradient(descend, params, other, ROWS), (whole, metrics))
 
 
 def test_a_batch_without_any_weight_is_no_division_by_zero(descend, params, batch):
@@ -124,26 +121,20 @@ def test_every_step_and_row_has_its_own_dropout_key():
         more = {"draws": (micro["weights"][..., 0] * draws[:, None]).sum(0)}
         return params["a"] * 0 + draws.sum(), jnp.float32(1), more
 
-    state = new_state({"a": jnp.float32(0)}, KEEP, F32)
+    state = new_state({"a": np.float32(0)}, KEEP, F32)
     draws = {}
-    for seed in (0, 1):
+    for seed, n_micro in ((0, 1), (0, 2), (1, 2)):
         step = gradient_step(loss, seed=seed, dropout=True)
-        for n_micro in (1, 2, 4):
-            s, one_hot = state, jnp.eye(4).reshape(n_micro, 4 // n_micro, 4, 1)
-            for t in range(2):
-                s, metrics = step(s, ({"weights": one_hot}, jnp.float32(1)))
-                draws[seed, n_micro, t] = tuple(np.asarray(metrics["sums"]["draws"]).tolist())
-    for (seed, _, t), found in draws.items():
-        assert found == draws[seed, 1, t]
+        s, one_hot = state, np.eye(4, dtype=np.float32).reshape(n_micro, 4 // n_micro, 4, 1)
+        for t in range(2):
+            s, metrics = step(s, ({"weights": one_hot}, np.float32(1)))
+            draws[seed, n_micro, t] = np.asarray(metrics["sums"]["draws"]).tolist()
+    for t in range(2):
+        assert draws[0, 1, t] == draws[0, 2, t]
     assert len({d for found in draws.values() for d in found}) == 2 * 2 * 4
-
-
-def test_dropout_is_the_same_in_micro_batches_of_any_size(params, batch):
-    step = gradient_step(causal_lm_loss(DROPOUT, jnp.float32, 8), dropout=True)
-    whole, metrics = gradient(step, params, batch, ROWS)
-    parts, of_parts = gradient(step, params, batch, ROWS // 4)
-    assert_close(of_parts["loss_sum"], metrics["loss_sum"], terms=TERMS)
-    assert_close(parts, whole, terms=TERMS)
+    several = jax.jit(lambda s, batches: jax.lax.scan(step, s, batches)[1]["sums"]["draws"])  # in a dispatch
+    found = several(state, ({"weights": np.stack([one_hot] * 2)}, np.ones(2, np.float32)))
+    assert found.tolist() == [draws[1, 2, 0], draws[1, 2, 1]]
 
 
 def test_no_key_without_dropout():
@@ -160,12 +151,14 @@ def test_no_key_without_dropout():
 
 @pytest.fixture(scope="module")
 def born():
-    """(mesh, shardings, jitted train step, fresh state maker) of the model with dropout, AdamW, on one device."""
+    """(mesh, loss, jitted train step, fresh state maker) of the model, AdamW, on one device."""
     mesh = make_mesh(MeshConfig(data=1), jax.devices()[:1])
     tx = make_optimizer(OptimizerConfig())
-    _, shardings = state_shardings(gpt.abstract_params(DROPOUT), tx, F32, mesh)
-    step = train_step(Objective(causal_lm_loss(DROPOUT, jnp.float32, 8, mesh)), tx, 1.0, F32, seed=3, dropout=True)
-    return mesh, shardings, jit_train_step(step, shardings), lambda: init_state(DROPOUT, tx, F32, shardings, 0)
+    _, shardings = state_shardings(gpt.abstract_params(MODEL), tx, F32, mesh)
+    loss = causal_lm_loss(MODEL, jnp.float32, 8, mesh)
+    step = train_step(Objective(loss), tx, 1.0, F32, seed=3, dropout=False)
+    first = jax.device_get(init_state(MODEL, tx, F32, shardings, 0))
+    return mesh, loss, jit_train_step(step, shardings), lambda: jax.device_put(first, shardings)
 
 
 def stacked_batches(steps):
@@ -189,7 +182,12 @@ def test_several_steps_in_a_dispatch_are_the_same_steps(born):
     assert int(results[3][0].step) == 6
     with jax.set_mesh(mesh):
         begun = jax.device_get(fresh().params)
-    moved = lambda state: jax.tree.map(lambda a, b: a - b, state.params, begun)
+
+    def moved(state):
+        found = jax.tree.map(lambda a, b: a - b, state.params, begun)
+        found["blocks"]["attn"]["c_attn"]["bias"][:, 1] = 0  # the keys': a gradient of 0 but for rounding, and Adam
+        return found
+
     assert_close(moved(results[1][0]), moved(results[3][0]), terms=TERMS, stored=begun)
     assert_close(results[1][1]["loss_sum"], results[3][1]["loss_sum"], terms=TERMS)
 
@@ -224,42 +222,40 @@ def test_chunks_cover_every_step_and_stop_at_boundaries(start, stop, size, bound
 # --- what a NaN leaves alone ------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 @pytest.mark.parametrize("n_micro", [1, 3])
-def test_a_loss_that_is_not_finite_changes_no_parameter(bad, n_micro):
+def test_a_loss_that_is_not_finite_changes_no_parameter(n_micro):
     def loss(params, micro, key):
         return (params["kernel"] * micro["x"]).sum(), jnp.float32(1)
 
     tx = make_optimizer(OptimizerConfig())
     step = jax.jit(train_step(Objective(loss), tx, 1.0, F32, seed=0, dropout=False))
-    good = {"x": jnp.ones((n_micro, 1, 1)), "weights": jnp.ones((n_micro, 1, 1))}
-    state, metrics = step(new_state({"kernel": jnp.ones(3)}, tx, F32), (good, jnp.float32(0.1)))
+    good = {"x": np.ones((n_micro, 1, 1), np.float32), "weights": np.ones((n_micro, 1, 1), np.float32)}
+    state, metrics = step(new_state({"kernel": np.ones(3, np.float32)}, tx, F32), (good, np.float32(0.1)))
     assert bool(metrics["finite"])
-    new, metrics = step(state, ({**good, "x": good["x"].at[-1].set(bad)}, jnp.float32(0.1)))
-    assert not bool(metrics["finite"])
-    assert_same((new.params, new.opt_state, new.loss_scale), (state.params, state.opt_state, state.loss_scale))
-    assert int(new.step) == 2
+    for bad in (np.nan, np.inf):
+        x = good["x"].copy()
+        x[-1] = bad
+        new, metrics = step(state, ({**good, "x": x}, np.float32(0.1)))
+        assert not bool(metrics["finite"])
+        assert_same((new.params, new.opt_state, new.loss_scale), (state.params, state.opt_state, state.loss_scale))
+        assert int(new.step) == 2
 
 
 # --- it learns --------------------------------------------------------------------------------------------
 
 
-def test_it_overfits_one_batch():
-    mesh = make_mesh(MeshConfig(data=1), jax.devices()[:1])
-    tx = make_optimizer(OptimizerConfig(weight_decay=0.0))
-    _, shardings = state_shardings(gpt.abstract_params(MODEL), tx, F32, mesh)
-    loss = causal_lm_loss(MODEL, jnp.float32, 16, mesh)
-    run = jit_train_step(train_step(Objective(loss), tx, 1.0, F32, seed=0, dropout=False), shardings)
+def test_it_overfits_one_batch(born):
+    mesh, loss, run, fresh = born
     one = stacked_batches(1)
-    fifty = jax.tree.map(lambda x: np.repeat(x, 50, axis=0), one)
+    three = jax.tree.map(lambda x: np.repeat(x, 3, axis=0), one)
     with jax.set_mesh(mesh):
-        state = init_state(MODEL, tx, F32, shardings, 0)
+        state = fresh()
         evaluate = jit_eval_step(loss, mesh)
         row = jax.tree.map(lambda x: x[0, 0], one)
         total, count, _ = evaluate(state.params, row)
         assert float(total / count) == pytest.approx(np.log(64), abs=0.15) and int(count) == 4 * TIME
-        for _ in range(4):
-            state, metrics = run(state, fifty, np.full(50, 1e-2, np.float32))
+        for _ in range(67):
+            state, metrics = run(state, three, np.full(3, 1e-2, np.float32))
         total, count, _ = evaluate(state.params, row)
     assert float(total / count) < 0.05
     assert float(metrics["loss_sum"][-1] / metrics["count"][-1]) < 0.05
