@@ -24,11 +24,13 @@ from gptjax.training.precision import frozen
 VOCAB, EOS, PAD = 6, 5, 7
 Q, R = 5, 4  # slots of prompts and responses
 MODEL = GPTConfig(vocab_size=8, n_layer=2, n_head=2, d_model=16, context_length=16, attention="reference")
-N = RLSpec(policy=MODEL, value=MODEL, reward=MODEL, response=R, eos_id=EOS, pad_id=PAD, vocab=VOCAB)
+# Dropout is for training: sampling and scoring agree with definitions that have none.
+DROPPING = dataclasses.replace(MODEL, dropout=0.5)
+N = RLSpec(policy=DROPPING, value=DROPPING, reward=DROPPING, response=R, eos_id=EOS, pad_id=PAD, vocab=VOCAB)
 ROWS = 40
 LENGTHS = np.arange(ROWS, dtype=np.int32) % Q + 1  # every left padding, eight times
 TERMS = model_terms(MODEL, ROWS)
-TEMPERATURES = (0.7, 1.0, 1.5)
+TEMPERATURES = (0.7, 1.0)
 
 
 def at(temperature, **changes):
@@ -73,6 +75,11 @@ def hidden(params, tokens, config=MODEL):
     return gpt.hidden(params, config, tokens)
 
 
+@jax.jit
+def logits(params, tokens):
+    return gpt.logits(params, MODEL, gpt.hidden(params, MODEL, tokens))
+
+
 def without_padding(tokens, lengths):
     """Rows with the prompt's first token at position 0, as a model without any padding would see them."""
     rows = np.zeros((len(tokens), Q + R), np.int32)
@@ -85,8 +92,8 @@ def plain_log_probs(params, tokens, lengths, temperature):
     """log softmax(logits / T) over the sampled ids at each response token: the definition, nothing shared but the
     model itself."""
     rows = without_padding(tokens, lengths)
-    logits = np.asarray(gpt.logits(params, MODEL, hidden(params, rows)), np.float64)[..., :VOCAB] / temperature
-    log_p = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
+    x = np.asarray(logits(params, rows), np.float64)[..., :VOCAB] / temperature
+    log_p = x - np.log(np.exp(x).sum(-1, keepdims=True))
     out = np.zeros((len(rows), R))
     for b, n in enumerate(lengths):
         for t in range(R):
@@ -142,13 +149,15 @@ def test_after_end_of_sequence_there_is_padding_alone():
     assert 5 < ended < ROWS - 5
 
 
-def test_a_row_does_not_depend_on_its_neighbors():
-    """The same noise and text alone, and among other prompts."""
+def test_a_row_does_not_depend_on_its_neighbors_nor_on_more_left_padding():
+    """The same noise and text among other prompts and, alone, three slots further to the right."""
     prompts = left_padded(LENGTHS)
     among = prompts.copy()
     among[1:] = left_padded(LENGTHS, seed=9)[1:]
     tokens, mask, log_prob = rollout.sample(policy(), among, LENGTHS, jax.random.key(3), N)
-    alone = rollout.sample(policy(), prompts[:1], LENGTHS[:1], jax.random.key(3), N)
+    wider = np.pad(prompts[:1], ((0, 0), (3, 0)), constant_values=PAD)
+    alone = rollout.sample(policy(), wider, LENGTHS[:1], jax.random.key(3), N)
+    alone = alone[0][:, 3:], *alone[1:]
     for a, b, c in zip((tokens, mask, log_prob), alone, sampled(), strict=True):
         close(a[0], c[0])
         close(b[0], c[0])
@@ -199,19 +208,18 @@ def probabilities(temperature):
     return np.exp(np.asarray(log_pi(policy(), tokens, RESPONSE_MASK), np.float64))
 
 
-@pytest.mark.parametrize("temperature", [1.0, 0.7])
-def test_probabilities_of_all_responses_sum_to_1(temperature):
+def test_probabilities_of_all_responses_sum_to_1():
     assert len(WORDS) == 781
-    assert probabilities(temperature).sum() == approx(1, terms=TERMS)
+    for temperature in (1.0, 0.7):
+        assert probabilities(temperature).sum() == approx(1, terms=TERMS)
     assert np.abs(probabilities(0.7) - probabilities(1.0)).max() > 1e-3
 
 
-@pytest.mark.parametrize("temperature", [1.0, 0.7])
-def test_samples_have_the_enumerated_probabilities(temperature):
+def test_samples_have_the_enumerated_probabilities():
     """Chi-squared over all responses, those expected fewer than 8 times as one."""
     rows = 8192
     arguments = np.tile(PROMPT, (rows, 1)), np.full(rows, 3, np.int32), jax.random.key(1)
-    tokens = np.asarray(rollout.sample(policy(), *arguments, at(temperature))[0])
+    tokens = np.asarray(rollout.sample(policy(), *arguments, at(0.7))[0])
     number = {tuple(y): i for i, y in enumerate(RESPONSES.tolist())}
     observed = np.bincount([number[tuple(y)] for y in tokens[:, Q:].tolist()], minlength=len(WORDS))
 
@@ -222,8 +230,8 @@ def test_samples_have_the_enumerated_probabilities(temperature):
         assert len(e) > 20
         return chi2.sf(((o - e) ** 2 / e).sum(), len(e) - 1)
 
-    assert p_value(probabilities(temperature)) > 1e-3
-    assert p_value(probabilities(1.7 - temperature)) < 1e-9  # of the other temperature: the test can fail
+    assert p_value(probabilities(0.7)) > 1e-3
+    assert p_value(probabilities(1.0)) < 1e-9  # of the other temperature: the test can fail
 
 
 # --- judging ----------------------------------------------------------------------------------------------
@@ -235,23 +243,17 @@ def credit(j, score, beta=0.1, **changes):
 
 
 def test_the_first_kl_is_exactly_0():
+    """In bfloat16, the frozen copy's matrices held at 16 bits, too."""
     tokens, mask, _ = sampled()
-    same = rollout.score(policy(), scalar_params(5), jax.tree.map(np.copy, policy()), None, tokens, LENGTHS, mask, N)
+    reference = frozen(jax.tree.map(jnp.asarray, policy()), jnp.bfloat16)
+    assert reference["blocks"]["mlp"]["c_fc"]["kernel"].dtype == jnp.bfloat16
+    assert reference["wte"].dtype == jnp.float32
+    arguments = tokens, LENGTHS, mask, at(1.0, dtype=jnp.bfloat16)
+    same = rollout.score(policy(), scalar_params(5), reference, None, *arguments)
     np.testing.assert_array_equal(same["log_prob"], same["ref_log_prob"])
     assert "score" not in same
     _, metrics = credit(same, np.zeros(ROWS, np.float32))
     assert float(metrics["objective/kl"]) == 0.0 and float(metrics["objective/kl_k3"]) == 0.0
-
-
-def test_a_frozen_copy_computes_the_same_bits():
-    """In bfloat16 its matrices are held at 16 bits and the KL is still exactly 0."""
-    tokens, mask, _ = sampled()
-    n = at(1.0, dtype=jnp.bfloat16)
-    reference = frozen(jax.tree.map(jnp.asarray, policy()), jnp.bfloat16)
-    assert reference["blocks"]["mlp"]["c_fc"]["kernel"].dtype == jnp.bfloat16
-    assert reference["wte"].dtype == jnp.float32
-    found = rollout.score(policy(), scalar_params(5), reference, None, tokens, LENGTHS, mask, n)
-    np.testing.assert_array_equal(found["log_prob"], found["ref_log_prob"])
 
 
 def test_values_and_scores_are_the_scalar_models_at_each_token():
@@ -285,25 +287,16 @@ def test_what_is_scored_is_0_after_the_last_action():
     assert (real[:, :Q] == (np.arange(Q)[None] >= Q - LENGTHS[:, None])).all()
 
 
-def test_more_left_padding_changes_nothing():
-    tokens, mask, _ = sampled()
-    wider = np.pad(np.asarray(tokens), ((0, 0), (3, 0)), constant_values=PAD)
-    found = rollout.score(policy(), scalar_params(5), policy(1), scalar_params(6), wider, LENGTHS, mask, N)
-    for name in ("log_prob", "ref_log_prob", "entropy", "value", "score"):
-        close(found[name], scored()[name])
-    again = rollout.sample(policy(), wider[:, : Q + 3], LENGTHS, jax.random.key(3), N)
-    np.testing.assert_array_equal(again[0][:, 3:], tokens)
-
-
-def test_more_right_padding_changes_nothing():
-    tokens, mask, _ = sampled()
-    wide = lambda x, value: np.pad(np.asarray(x), ((0, 0), (0, 2)), constant_values=value)
-    arguments = wide(tokens, PAD), LENGTHS, wide(mask, 0)
-    n = dataclasses.replace(N, response=R + 2)
-    found = rollout.score(policy(), scalar_params(5), policy(1), scalar_params(6), *arguments, n)
+def test_more_padding_and_fewer_rows_at_a_time_change_nothing():
+    tokens, mask, _ = map(np.asarray, sampled())
+    wider = np.pad(tokens, ((0, 0), (3, 2)), constant_values=PAD)
+    mask = np.pad(mask, ((0, 0), (0, 2)))
+    models = policy(), scalar_params(5), policy(1), scalar_params(6)
+    found = rollout.score(*models, wider, LENGTHS, mask, dataclasses.replace(N, response=R + 2), rows=8)
     close(found["score"], scored()["score"])
-    for name in ("log_prob", "value"):
+    for name in ("log_prob", "ref_log_prob", "entropy", "value"):
         close(found[name][:, :R], scored()[name])
+        assert (np.asarray(found[name])[:, R:] == 0).all()
 
 
 def test_what_stands_in_pads_changes_nothing():
@@ -328,48 +321,30 @@ def test_the_score_depends_on_every_token_up_to_the_last():
         np.testing.assert_array_equal(moved, inside)
 
 
-def test_a_few_rows_at_a_time_is_all_at_once():
-    tokens, mask, _ = sampled()
-    models = policy(), scalar_params(5), policy(1), scalar_params(6)
-    found = rollout.score(*models, tokens, LENGTHS, mask, N, rows=8)
-    for name, expected in scored().items():
-        close(found[name], expected)
-
-
 def test_a_value_head_on_the_policys_trunk():
     tokens, mask, _ = sampled()
     head = scalar_params(5)["head"]
     shared = rollout.score(policy(), {"head": head}, policy(1), None, tokens, LENGTHS, mask, at(1.0, value=None))
-    apart = rollout.score(
-        policy(), {"trunk": heads.trunk(policy()), "head": head}, policy(1), None, tokens, LENGTHS, mask, N
-    )
+    own = {"trunk": heads.trunk(policy()), "head": head}
+    apart = rollout.score(policy(), own, policy(1), scalar_params(6), tokens, LENGTHS, mask, N)
     close(shared["value"], apart["value"])
-
-
-def test_dropout_plays_no_part():
-    """A config that has it samples and scores bit for bit as one that has not."""
-    dropping = dataclasses.replace(MODEL, dropout=0.5)
-    n = at(1.0, policy=dropping, value=dropping, reward=dropping)
-    tokens, mask, log_prob = rollout.sample(policy(), left_padded(LENGTHS), LENGTHS, jax.random.key(3), n)
-    jax.tree.map(np.testing.assert_array_equal, (tokens, mask, log_prob), sampled())
-    found = rollout.score(policy(), scalar_params(5), policy(1), scalar_params(6), tokens, LENGTHS, mask, n)
-    jax.tree.map(np.testing.assert_array_equal, found, scored())
 
 
 # --- the log-probabilities themselves ---------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("temperature, chunk", [(0.7, 3), (1.0, 1), (2.0, 100)])
+@pytest.mark.parametrize("temperature, chunk", [(0.7, 3), (1.0, 100)])
 def test_token_log_probs_and_entropy(temperature, chunk):
     """Value and gradient against log_softmax; 3 does not divide 7."""
     rng = np.random.default_rng(0)
     x, w = rng.standard_normal((3, 7, 8)).astype(np.float32), rng.standard_normal((11, 8)).astype(np.float32)
     targets, weights = rng.integers(0, 11, (3, 7)), rng.standard_normal((3, 7)).astype(np.float32)
     every = lambda x, w: jax.nn.log_softmax(x @ w.T / temperature)
+    entropy_of = jax.jit(lambda x, w: -(jnp.exp(every(x, w)) * every(x, w)).sum(-1))
     plain = lambda x, w: jnp.take_along_axis(every(x, w), targets[..., None], -1)[..., 0]
     log_prob, entropy = jax.jit(token_log_probs_and_entropy, static_argnums=(3, 4))(x, w, targets, temperature, chunk)
-    close(log_prob, plain(x, w))
-    close(entropy, -(jnp.exp(every(x, w)) * every(x, w)).sum(-1))
+    close(log_prob, jax.jit(plain)(x, w))
+    close(entropy, entropy_of(x, w))
     loss = lambda x, w: (weights * token_log_probs(x, w, targets, temperature, chunk)).sum()
     total, found = jax.jit(jax.value_and_grad(loss, (0, 1)))(x, w)
     value, expected = jax.jit(jax.value_and_grad(lambda x, w: (weights * plain(x, w)).sum(), (0, 1)))(x, w)
