@@ -114,12 +114,12 @@ def test_exported_scores_are_the_normalized_ones(reward_dir, model, tmp_path, ca
 def test_what_a_run_leaves(reward_dir):
     run, metrics = json.loads((reward_dir / "config.json").read_text()), lines(reward_dir)
     assert run["stage"] == "reward" and run["template"] == "chat"
-    assert [m["step"] for m in metrics] == list(range(1, 121))
+    assert [m["step"] for m in metrics] == list(range(1, 61))
     names = {"loss", "accuracy", "margin", "pairs", "grad_norm", "batch_prompts", "prompts_per_second"}
     assert names <= metrics[0].keys()
     assert metrics[-1]["accuracy"] > 0.9 > metrics[0]["accuracy"] and metrics[0]["batch_prompts"] == 16
     evaluations = lines(reward_dir, "evaluations")
-    assert [e["step"] for e in evaluations] == [0, 120]
+    assert [e["step"] for e in evaluations] == [0, 60]
     assert evaluations[-1]["accuracy"] == result(reward_dir)["accuracy"]
     rows = result(reward_dir)["calibration"]
     assert sum(r["pairs"] for r in rows) == result(reward_dir)["pairs"] and len(rows) == 10
@@ -148,7 +148,7 @@ def longer_wins(n, seed=4):
 def test_the_best_of_k_objective(tuned, tmp_path, capsys):
     """It learns; and what it has learned here length alone explains, of which there is a warning."""
     source = write(tmp_path / "rows.jsonl", longer_wins(120))
-    c = reward_config(tuned, source, objective="best", steps=80)
+    c = reward_config(tuned, source, objective="best", steps=40, batch_size=12)
     assert reward(c, str(tmp_path / "run")).finished
     found = result(tmp_path / "run")
     assert found["accuracy"] > 0.9 and found["longer_wins"] > 0.9
@@ -246,7 +246,7 @@ def test_a_longer_run_has_no_scale_until_it_is_finished(reward_dir, mesh, tmp_pa
     """reward.json of the shorter run tells of other weights: stopped on the way, the workdir is no reward model."""
     copy = shutil.copytree(reward_dir, tmp_path / "longer")
     monkeypatch.setattr(spine.loop, "run", lambda stage, state, *_: (state, False, 0.0))
-    c = reward_config(tuned, alignment["comparisons"], steps=240)
+    c = reward_config(tuned, alignment["comparisons"], steps=120)
     assert not reward(c, str(copy)).finished
     with pytest.raises(InputError, match="no reward.json"):
         load_reward_model(copy, mesh=mesh)
@@ -411,15 +411,16 @@ def test_bad_input_is_one_clear_error(tuned, tmp_path, name):
 
 @pytest.mark.slow
 def test_a_reward_model_of_another_tokenizer(reward_dir, tmp_path):
-    """A second line of runs, whose BPE was trained on another text, and its SFT scored by the first's."""
+    """A second line of runs, whose BPE was trained on another text, is not scored by the first's."""
     (tmp_path / "text.txt").write_text("quick brown foxes jump over lazy dogs 0123 " * 200)
     pretrain(pretrain_config(tmp_path / "text.txt", steps=1), str(tmp_path / "pretrained"))
-    c = sft_config(tmp_path / "pretrained", write(tmp_path / "d.jsonl", demonstrations(8)), steps=1, samples__count=0)
-    sft(c, str(tmp_path / "sft"))
     with pytest.raises(InputError, match="another tokenizer"):
         one_device = make_mesh(MeshConfig(), jax.devices()[:1])
-        load_reward_model(reward_dir, mesh=one_device, tokenizer=load_model(tmp_path / "sft").tokenizer)
-    c.selection, c.reward, c.samples.count = "reward", str(reward_dir), 2
+        load_reward_model(reward_dir, mesh=one_device, tokenizer=load_model(tmp_path / "pretrained").tokenizer)
+    c = sft_config(
+        tmp_path / "pretrained", write(tmp_path / "d.jsonl", demonstrations(8)), steps=1, selection="reward",
+        reward=str(reward_dir),
+    )  # fmt: skip
     with pytest.raises(InputError, match="another tokenizer"):
-        sft(c, str(tmp_path / "sft2"))
-    assert not (tmp_path / "sft2").exists()
+        sft(c, str(tmp_path / "sft"))
+    assert not (tmp_path / "sft").exists()
