@@ -172,5 +172,5 @@ def make_tuned(root, pretrained, source):
 
 def make_reward_model(root, tuned, source):
     with on_one_device():
-        assert reward.reward(reward_config(tuned, source), str(root / "reward")).finished
+        assert reward.reward(reward_config(tuned, source, steps=60), str(root / "reward")).finished
     return root / "reward"

@@ -49,13 +49,13 @@ def test_import_and_export_are_bitwise_and_the_workdir_is_complete(exported, tok
     jax.tree.map(np.testing.assert_array_equal, model.params, params)
     assert model.tokenizer.fingerprint == tokenizer.fingerprint
 
-    text = continue_texts(model, ["the cat"], max_new_tokens=8, sampling=Sampling(0.0), seed=0)[0]
     convert.export_weights(tmp_path / "w", tmp_path / "out")
     _, again = huggingface.read(tmp_path / "out")
     jax.tree.map(np.testing.assert_array_equal, again, params)
     convert.import_weights(tmp_path / "out", tmp_path / "w2")
     second = load_model(tmp_path / "w2")
-    assert continue_texts(second, ["the cat"], max_new_tokens=8, sampling=Sampling(0.0), seed=0)[0] == text
+    jax.tree.map(np.testing.assert_array_equal, second.params, params)
+    assert (second.config, second.tokenizer.fingerprint) == (model.config, tokenizer.fingerprint)
 
 
 def test_folders_with_glob_characters(exported, tmp_path):
@@ -205,8 +205,7 @@ def test_padded_rows_and_a_foreign_template_are_noted(exported, tmp_path, capsys
     assert f"note: config.json has vocab_size {rows} and the tokenizer {ids} ids" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("stage", ["sft", "ppo"])
-@pytest.mark.parametrize("template", ["chat", "plain"])
+@pytest.mark.parametrize("stage, template", [("sft", "plain"), ("ppo", "chat")])
 def test_a_fine_tuned_model_keeps_its_template(exported, tmp_path, capsys, stage, template):
     directory, config, params = exported
     convert.import_weights(directory, tmp_path / "w")
@@ -243,11 +242,12 @@ def test_a_fine_tuned_model_keeps_its_template(exported, tmp_path, capsys, stage
     assert back.tokenizer.fingerprint == tuned.fingerprint
 
 
-def test_invalid_prompts(exported, tmp_path, capsys):
+def test_invalid_prompts(exported, tmp_path, monkeypatch, capsys):
     directory, config, _ = exported
     convert.import_weights(directory, tmp_path / "w")
     model = load_model(tmp_path / "w")
     capsys.readouterr()
+    monkeypatch.setattr(sample, "generate", lambda params, config, ids, **options: ids)
 
     def write(prompt, n, model=model):
         return continue_texts(model, [prompt, prompt], max_new_tokens=n, sampling=Sampling(0.0), seed=0)

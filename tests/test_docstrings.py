@@ -17,9 +17,17 @@ GOOD = "Extract a member of the archive to a path."
 SEED = 3
 
 
+NAMED = ("textwrap.py", "queue.py", "asyncio/tasks.py")
+
+
 @pytest.fixture(scope="module")
 def examples():
-    return task.examples()
+    """Of a quarter of the standard library's files and of those that tests name."""
+    documents = list(sources.documents("stdlib"))
+    some = [d for i, d in enumerate(documents) if i % 4 == 0 or d.name in NAMED]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(task.sources, "documents", lambda source: some)
+        return task.examples()
 
 
 @pytest.fixture(scope="module")
@@ -62,7 +70,7 @@ def test_scores_lie_in_their_range(examples):
     assert gold_score(SIGNATURE, "") == gold_score(SIGNATURE, " \n") == -2
     assert gold_score(SIGNATURE, f"  {GOOD}\n") == 2
     texts = ["x", "....", "returns returns returns", "\u2192\n\u2192", "Return " * 50, "(" * 200]
-    scores = [gold_score(e.prompt, text) for e in examples[::500] for text in texts]
+    scores = [gold_score(e.prompt, text) for e in examples[::125] for text in texts]
     assert -2 <= min(scores) and max(scores) < 1.5
 
 
@@ -91,7 +99,7 @@ def test_rules_know_classes_adverbs_and_names(signature, summary, rule, value):
 
 def test_the_labeler_prefers_real_summaries_to_corrupted_ones(examples):
     rng = np.random.default_rng(0)
-    some = examples[::5]
+    some = examples[::2]
     others = [some[i].summary for i in rng.permutation(len(some))]
     corrupted = {
         0.75: others,
@@ -141,8 +149,13 @@ def test_the_ceiling_is_how_often_noisy_ranks_agree_with_the_score():
     assert pair_accuracy_ceiling(lists, 1e-3) == pytest.approx(1)
 
 
-def test_there_are_thousands_of_examples_and_all_are_one_line(examples):
-    assert len(examples) >= 5000
+@pytest.mark.slow
+def test_there_are_thousands_of_examples():
+    assert len(task.examples()) >= 5000
+
+
+def test_examples_are_one_line_each_and_differ(examples):
+    assert len(examples) >= 1000
     assert len({(e.prompt, e.summary) for e in examples}) == len(examples)
     for e in examples:
         assert e.prompt.endswith(":") and e.prompt.startswith(("def ", "async def ", "class ")) and len(e.prompt) <= 160
@@ -194,7 +207,7 @@ def test_no_file_is_in_two_parts_and_evaluation_is_what_pretraining_holds_out(ex
     assert total + len(parts["evaluation"]) + left_out == len(examples)
     for name, share in task.SHARES.items():
         assert abs(len(parts[name]) / total - share / 95) < 0.08  # a file has up to a tenth of the examples
-    assert len(parts["evaluation"]) > 100
+    assert len(parts["evaluation"]) > 25
     assert task.split(examples, SEED) == parts != task.split(examples, SEED + 1)
 
 

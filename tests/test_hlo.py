@@ -61,9 +61,9 @@ def test_one_collective(mesh, case):
     assert {c.kind for c in found.collectives} == {case.split(" ")[0]} and not found.endless
 
 
-@pytest.mark.parametrize("scan", [(5,), (3, 7)])
+@pytest.mark.parametrize("scan", [(3, 7)])
 def test_loops_multiply(mesh, scan):
-    """A ring step in a loop and in nested loops: the trip counts multiply."""
+    """A ring step in nested loops: the trip counts multiply."""
     step = lambda x: lax.ppermute(jnp.sin(x), "b", RING)
     found = traffic(compiled(mesh, step, P(("a", "b")), scan=scan))
     times = functools.reduce(lambda a, b: a * b, scan)
@@ -94,6 +94,7 @@ def test_the_costlier_branch_is_counted(mesh):
     assert traffic(compiled(mesh, branch, P(("a", "b")))).sent() == BYTES
 
 
+@pytest.mark.slow
 def test_the_sharded_matmul_of_fsdp(mesh):
     """Rows of x and of w sharded over all eight: w is gathered once, its gradient reduce-scattered on a TPU; the CPU's
     partitioner all-reduces it, which sends twice as much, and slices."""
@@ -135,6 +136,7 @@ def test_traffic_between_slices_is_separate():
     }  # fmt: skip
 
 
+@pytest.mark.slow
 def test_two_slices():
     """Data parallelism over two v5e-4 slices: fsdp gathers and reduces inside a slice, and each chip's shard of the
     gradient is all-reduced over the network."""

@@ -1,6 +1,7 @@
 """The optimizer's moments in host memory: the same steps, layer by layer; saved, resumed, refused."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -9,7 +10,7 @@ import pytest
 from numerics import approx, assert_close
 from runs import assert_same_run, lines, until_sigterm
 from test_resume import STOP, text, tiny  # noqa: F401 (a fixture)
-from test_sharding import F32, MODEL, OPTIMIZER, TERMS, train
+from test_sharding import F32, MESHES, MODEL, OPTIMIZER, TERMS, train
 
 from gptjax.errors import InputError
 from gptjax.model import gpt, heads
@@ -21,7 +22,7 @@ from gptjax.training.optimizer import OptimizerConfig, make_optimizer
 from gptjax.training.state import state_shardings
 
 AWAY = dataclasses.replace(OPTIMIZER, offload=True)
-MESH = MeshConfig(data=2, fsdp=2, tensor=2)
+MESH = MESHES["data 2 fsdp 2 tensor 2"]
 
 
 def on_host(opt_state):
@@ -29,9 +30,9 @@ def on_host(opt_state):
 
 
 @pytest.mark.parametrize("name", ["adamw", "gpt1_adam"])
-@pytest.mark.parametrize("finite", [True, False])
-def test_part_by_part_is_the_whole(name, finite):
-    """Layers, embedding, a scalar parameter: each is updated once, by its own moments and its own decay."""
+def test_part_by_part_is_the_whole(name):
+    """Layers, embedding, a scalar parameter: each is updated once, by its own moments and its own decay; where a step
+    is skipped, none is."""
     tx = make_optimizer(OptimizerConfig(name, offload=True, decayed="blocks/kernel|wte"))
     rng = np.random.default_rng(0)
     tree = lambda: {
@@ -41,30 +42,33 @@ def test_part_by_part_is_the_whole(name, finite):
     }  # fmt: skip
     params, first, second = jax.tree.map(jnp.float32, (tree(), tree(), tree()))
 
-    def optimize(params, opt, grads):
+    def optimize(finite, params, opt, grads):
         updates, new = tx.update(grads, opt, params)
         moved = jax.tree.map(lambda p, u: p + 0.1 * u, params, updates)
         return jax.tree.map(lambda new, old: jnp.where(finite, new, old), (moved, new), (params, opt))
 
-    def away(params, opt, grads):
-        return update_per_layer(tx, optimize, params, opt, grads)
+    def away(finite, params, opt, grads):
+        return update_per_layer(tx, functools.partial(optimize, finite), params, opt, grads)
 
     to_host = lambda x, moment: jax.device_put(x, x.sharding.with_memory_kind(MEMORY)) if moment else x
-    expected, state = (params, tx.init(params)), tx.init(params)
-    found = params, jax.tree.map(to_host, state, moments(tx, state))
-    for grads in (first, second):
-        expected, found = jax.jit(optimize)(*expected, grads), jax.jit(away)(*found, grads)
-    assert_close(found, expected, terms=2 * 8)
-    moved = jax.tree.map(lambda a, b: bool((a != b).any()), found[0], params)
-    assert set(jax.tree.leaves(moved)) == {finite}
-    assert int(found[1][0].count if name == "adamw" else found[1].count) == 2 * finite
+    whole, per_layer = jax.jit(optimize), jax.jit(away)
+    for finite in (True, False):
+        expected, state = (params, tx.init(params)), tx.init(params)
+        found = params, jax.tree.map(to_host, state, moments(tx, state))
+        for grads in (first, second):
+            expected, found = whole(finite, *expected, grads), per_layer(finite, *found, grads)
+        assert_close(found, expected, terms=2 * 8)
+        moved = jax.tree.map(lambda a, b: bool((a != b).any()), found[0], params)
+        assert set(jax.tree.leaves(moved)) == {finite}
+        assert int(found[1][0].count if name == "adamw" else found[1].count) == 2 * finite
 
 
 def test_training_with_the_moments_on_the_host():
-    """On 8 devices: losses and gradient norms are the same bits, parameters to a fused multiplication's rounding."""
-    _, _, state, metrics = train(MESH, jax.devices())
-    _, _, away, found = train(MESH, jax.devices(), AWAY)
-    jax.tree.map(np.testing.assert_array_equal, found, metrics)
+    """On 8 devices. Two programs, whose sums may be fused in another way, so to rounding."""
+    _, _, state, metrics = train(MESH)
+    _, _, away, found = train(MESH, AWAY)
+    np.testing.assert_array_equal(found["count"], metrics["count"])
+    assert_close(found, metrics, terms=TERMS)
     assert_close(away.params, state.params, terms=3)
     assert on_host(away.opt_state) == {"pinned_host"} and on_host(state.opt_state) == {"device"}
     assert int(away.opt_state[0].count) == 3

@@ -28,7 +28,6 @@ TERMS = model_terms(MODEL, 3 * ROWS)  # comparisons have three texts per row
 DROPPED = dataclasses.replace(MODEL, norm="post", dropout=0.2, local_window=5, tied_head=False)
 MESHES = {
     "data 2 seq 2 tensor 2": MeshConfig(data=2, seq=2, tensor=2),
-    "fsdp 2 tensor 4": MeshConfig(data=1, fsdp=2, tensor=4),
     "stage 2 fsdp 2 tensor 2": MeshConfig(data=1, stage=2, fsdp=2, tensor=2),
     "stage 2 fsdp 2 tensor 2, other rules": MeshConfig(
         data=1, stage=2, fsdp=2, tensor=2, rules=Rules(embed="none", residual="none", heads="none", norm="tensor")
@@ -103,8 +102,17 @@ def expected(stage):
     return gradient(stage, alone())
 
 
-@pytest.mark.parametrize("mesh", MESHES)
-@pytest.mark.parametrize("stage", STAGES)
+def slow(*values):
+    return pytest.param(*values, marks=pytest.mark.slow)
+
+
+@pytest.mark.parametrize("stage, mesh", [
+    ("dropout", "data 2 seq 2 tensor 2"),
+    ("reward", "stage 2 fsdp 2 tensor 2, other rules"),
+    slow("dropout", "stage 2 fsdp 2 tensor 2"),
+    slow("reward", "data 2 seq 2 tensor 2"),
+    slow("sft", "stage 2 fsdp 2 tensor 2, other rules"),
+])  # fmt: skip
 def test_a_stage_on_eight_devices_is_one_device(stage, mesh):
     total, count, grads = expected(stage)
     with use_rules(MESHES[mesh].rules):
@@ -114,18 +122,20 @@ def test_a_stage_on_eight_devices_is_one_device(stage, mesh):
     assert_close(found_grads, grads, terms=TERMS, scale=0.01 * largest)  # the keys' bias: 0 up to rounding
 
 
-def test_sampling_on_a_mesh_is_sampling_on_one_device():
-    """Prompts whose length is not divisible, then one token at a time; under other rules too."""
+@functools.cache
+def texts(mesh=None, rules=Rules()):
+    """Of prompts whose length is not divisible, then one token at a time."""
     params = jax.tree.map(lambda a: 5 * a, init(MODEL, jax.random.key(0)))
-    options = {"max_new_tokens": 7, "sampling": Sampling(0.8), "seed": 3}
-    prompts = [[1, 2, 3], [4], [5, 6, 7, 8, 9]]
-    texts = []
-    on = make_mesh(MESHES["data 2 seq 2 tensor 2"])
-    for mesh, rules in ((alone(), Rules()), (on, Rules()), (on, Rules(embed="fsdp,seq", residual="seq", heads="none"))):
-        with jax.set_mesh(mesh), use_rules(rules):
-            placed = jax.device_put(params, parameter_shardings(gpt.abstract_params(MODEL), mesh))
-            texts.append(generate(placed, MODEL, prompts, mesh=mesh, **options))
-    assert texts[0] == texts[1] == texts[2] and len(set(map(tuple, texts[0]))) == 3
+    mesh = make_mesh(MESHES[mesh]) if mesh else alone()
+    with jax.set_mesh(mesh), use_rules(rules):
+        placed = jax.device_put(params, parameter_shardings(gpt.abstract_params(MODEL), mesh))
+        prompts = [[1, 2, 3], [4], [5, 6, 7, 8, 9]]
+        return generate(placed, MODEL, prompts, mesh=mesh, max_new_tokens=7, sampling=Sampling(0.8), seed=3)
+
+
+@pytest.mark.parametrize("rules", [Rules(), slow(Rules(embed="fsdp,seq", residual="seq", heads="none"))])
+def test_sampling_on_a_mesh_is_sampling_on_one_device(rules):
+    assert texts("data 2 seq 2 tensor 2", rules) == texts() and len(set(map(tuple, texts()))) == 3
 
 
 # --- communication -----------------------------------------------------------------------------------------
@@ -162,8 +172,9 @@ def program(sizes, model, backward):
         return f.lower(params, tokens).compile().as_text()
 
 
-@pytest.mark.parametrize("backward", [False, True])
-@pytest.mark.parametrize("sizes", [{"fsdp": 2, "tensor": 4}, {"fsdp": 2, "tensor": 2, "seq": 2}], ids=str)
+@pytest.mark.parametrize(
+    "sizes, backward", [({"fsdp": 2, "tensor": 4}, True), ({"fsdp": 2, "tensor": 2, "seq": 2}, False)], ids=str
+)
 def test_tensor_parallel_sub_layers_communicate_one_sum(sizes, backward):
     """Korthikanti et al. 2022: in a layer (the body of the loop) one gather and one sum per sub-layer, once forward and
     once backward. XLA:CPU writes a reduce-scatter as all-reduce and slice."""
@@ -182,7 +193,7 @@ def test_tensor_parallel_sub_layers_communicate_one_sum(sizes, backward):
             assert shape == stream or shape in keys, shape
 
 
-@pytest.mark.parametrize("remat, times", [("none", 2), ("full", 3)])
+@pytest.mark.parametrize("remat, times", [("none", 2), slow("full", 3)])
 def test_parameters_are_gathered_layer_by_layer(remat, times):
     """FSDP: in forward and backward, and once more where the backward pass recomputes the layer; never the whole stack
     of layers, and no activation."""

@@ -40,7 +40,8 @@ def test_saved_arrays_are_those_of_remat():
 
 
 RECORDED = recorded()
-QUICK = [i for i, r in enumerate(RECORDED) if r[0] in ("gpt2:124m", "gpt2:355m")]
+# Of the smaller models: every remat, data, fsdp, tensor, and stages with rounds.
+QUICK = [0, 2, 3, 5, 6, 14, 17]
 
 
 def ratios(lines):
@@ -50,17 +51,19 @@ def ratios(lines):
 
 
 def test_the_estimated_peak_agrees_with_the_compiler_within_10_percent():
-    """Recorded lines of the smaller models: every remat, data, fsdp, tensor and stage. The median is much closer, so a
+    """Recorded lines of the smaller models. The median is much closer, so a
     missing term would show even if it costs less than 10 %."""
     lines = [RECORDED[i] for i in QUICK]
     assert {s["model.remat"] for _, _, s, _ in lines} == {"none", "dots", "full", "offload"}
+    for axis in ("data", "fsdp", "tensor", "stage"):
+        assert any(s.get(f"mesh.{axis}", 1) > 1 for _, _, s, _ in lines)
     assert statistics.median(abs(r - 1) for r in ratios(lines)) < 0.02
 
 
 @pytest.mark.slow
 def test_the_estimated_peak_agrees_for_larger_models():
-    lines = [RECORDED[i] for i in set(range(len(RECORDED))) - set(QUICK)]
-    assert len(lines) > 35 and any(s.get("mesh.seq", 1) > 1 for _, _, s, _ in lines)
+    lines = [RECORDED[i] for i in sorted(set(range(len(RECORDED))) - set(QUICK))][::2]
+    assert len(lines) > 20 and any(s.get("mesh.seq", 1) > 1 for _, _, s, _ in lines)
     assert statistics.median(abs(r - 1) for r in ratios(lines)) < 0.02
 
 
@@ -68,7 +71,6 @@ def test_the_estimated_peak_agrees_for_larger_models():
 @pytest.mark.parametrize(
     "preset, topology, settings",
     [
-        ("gpt2:124m", "v5e:2x2", {"model.remat": "dots", "mesh.fsdp": 4, "microbatch_size": 16, "batch_size": 32}),
         ("gpt2:355m", "v5e:2x2", {"model.remat": "full", "mesh.fsdp": 2, "mesh.tensor": 2, "microbatch_size": 8,
                                   "batch_size": 16}),
         ("gpt3:350m", "v5e:2x2", {"model.remat": "dots", "mesh.fsdp": 2, "mesh.stage": 2, "microbatch_size": 16,
@@ -88,5 +90,6 @@ def test_the_estimate_agrees_with_a_compilation(preset, topology, settings):
 
 def test_an_attention_path_of_another_platform_counts_as_on_a_tpu():
     of = lambda path: describe(changed(preset_config("gpt2:124m"), {"model.attention": path}))["peak_per_tpu_chip"]
-    assert of("cudnn") == of("cpu") == of("auto")
-    assert sum(of("xla").values()) > sum(of("auto").values())
+    as_on_a_tpu = of("auto")
+    assert of("cudnn") == of("cpu") == as_on_a_tpu
+    assert sum(of("xla").values()) > sum(as_on_a_tpu.values())

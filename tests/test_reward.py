@@ -114,12 +114,12 @@ def test_exported_scores_are_the_normalized_ones(reward_dir, model, tmp_path, ca
 def test_what_a_run_leaves(reward_dir):
     run, metrics = json.loads((reward_dir / "config.json").read_text()), lines(reward_dir)
     assert run["stage"] == "reward" and run["template"] == "chat"
-    assert [m["step"] for m in metrics] == list(range(1, 121))
+    assert [m["step"] for m in metrics] == list(range(1, 61))
     names = {"loss", "accuracy", "margin", "pairs", "grad_norm", "batch_prompts", "prompts_per_second"}
     assert names <= metrics[0].keys()
     assert metrics[-1]["accuracy"] > 0.9 > metrics[0]["accuracy"] and metrics[0]["batch_prompts"] == 16
     evaluations = lines(reward_dir, "evaluations")
-    assert [e["step"] for e in evaluations] == [0, 120]
+    assert [e["step"] for e in evaluations] == [0, 60]
     assert evaluations[-1]["accuracy"] == result(reward_dir)["accuracy"]
     rows = result(reward_dir)["calibration"]
     assert sum(r["pairs"] for r in rows) == result(reward_dir)["pairs"] and len(rows) == 10
@@ -141,24 +141,18 @@ def test_validation_loss_by_hand(reward_dir, model, alignment):
     assert lines(reward_dir, "evaluations")[-1]["loss"] == approx(np.mean(losses), terms=model_terms(model.config))
 
 
-def test_each_completion_is_forwarded_once(tuned, alignment, tmp_path, monkeypatch):
-    """Not K - 1 times, as pairs would: rows x K texts in the step's one forward pass."""
-    shapes, real = [], stage.score_at_end
-
-    def counting(params, tokens, *args, **kwargs):
-        shapes.append(tokens.shape)
-        return real(params, tokens, *args, **kwargs)
-
-    monkeypatch.setattr(stage, "score_at_end", counting)
-    reward(reward_config(tuned, alignment["comparisons"], steps=1, eval__batches=1), str(tmp_path / "run"))
-    assert shapes and {s[0] for s in shapes} == {16 * 4}
+def longer_wins(n, seed=4):
+    return comparisons(n, seed, rank=lambda text: -len(text.split()))
 
 
-def test_the_best_of_k_objective(tuned, alignment, tmp_path):
-    """Its loss before the first step, of a batch, by hand; and it learns."""
-    c = reward_config(tuned, alignment["comparisons"], objective="best", steps=80)
+def test_the_best_of_k_objective(tuned, tmp_path, capsys):
+    """It learns; and what it has learned here length alone explains, of which there is a warning."""
+    source = write(tmp_path / "rows.jsonl", longer_wins(120))
+    c = reward_config(tuned, source, objective="best", steps=40, batch_size=12)
     assert reward(c, str(tmp_path / "run")).finished
-    assert result(tmp_path / "run")["accuracy"] > 0.9
+    found = result(tmp_path / "run")
+    assert found["accuracy"] > 0.9 and found["longer_wins"] > 0.9
+    assert "length alone agrees with" in capsys.readouterr().out
     first, last = lines(tmp_path / "run", "evaluations")
     assert last["loss"] < first["loss"] and last["loss"] > 0
 
@@ -209,57 +203,53 @@ def test_demonstrations_score_0_on_average(reward_dir, model, mesh, alignment, t
     assert result(reward_dir)["gain"] == 1.0 and len(rows) > len(demos)
 
 
-def test_the_selected_checkpoint_is_the_one_that_is_zeroed(tuned, alignment, mesh, tmp_path, monkeypatch):
-    """Planted validation losses, the lowest at step 2: the scale is fitted on its weights, and they are opened."""
+def test_the_scale_is_of_the_selected_checkpoint(pretrained, alignment, mesh, tmp_path, monkeypatch, capsys):
+    """Planted validation losses, the lowest at step 2: mean 0 and deviation 1 are of its weights, and they are opened.
+    On a trunk without demonstrations they are named, and those that do not fit the context are counted. A step forwards
+    each completion once, not K - 1 times, as pairs would: rows x K texts."""
     from gptjax.data.demonstrations import DemonstrationConfig, load_demonstrations
 
     def planted(*args):
         seen = iter([9.0, 1.0, 2.0, 3.0])
         return lambda state: Evaluation({"loss": next(seen), "accuracy": 0.5, "margin": 0.0, "pairs": 1})
 
+    def counting(params, tokens, *args, **kwargs):
+        shapes.append(tokens.shape)
+        return real(params, tokens, *args, **kwargs)
+
+    shapes, real = [], stage.score_at_end
     monkeypatch.setattr(stage, "ranking", planted)
+    monkeypatch.setattr(stage, "score_at_end", counting)
+    named = tmp_path / "d.jsonl"
+    named.write_text(alignment["demonstrations"].read_text() + json.dumps({"prompt": "ba " * 99, "response": "ko"}))
     c = reward_config(
-        tuned, alignment["comparisons"], steps=6, selection="loss", eval__every=2, checkpoint__every=2,
-        checkpoint__keep_last=1,
+        pretrained, alignment["comparisons"], steps=6, selection="loss", eval__every=2, checkpoint__every=2,
+        checkpoint__keep_last=1, normalize="mean_std", demonstrations=str(named),
     )  # fmt: skip
     assert reward(c, str(tmp_path / "run")).finished
-    opened = load_reward_model(tmp_path / "run", mesh=mesh)
-    assert opened.step == result(tmp_path / "run")["step"] == 2
-    source = DemonstrationConfig(source=str(alignment["demonstrations"]), validation="0.15")
+    assert re.search(r"demonstrations left out: 1 too long; .*d.jsonl:\d+: ", capsys.readouterr().out)
+    assert shapes and {s[0] for s in shapes} == {16 * 4}
+    opened, found = load_reward_model(tmp_path / "run", mesh=mesh), result(tmp_path / "run")
+    assert opened.step == found["step"] == 2 and abs(found["mean_after"]) < 1e-4
+    source = DemonstrationConfig(source=str(named), drop_long=True)
     demos = load_demonstrations(source, template_of(opened), 48, 0).train
+    assert len(demos) == found["demonstrations"]
     scored = opened.score([d.ids[: d.prompt] for d in demos], [d.ids[d.prompt :] for d in demos])
-    assert abs(scored.mean()) < 1e-4
+    assert abs(scored.mean()) < 1e-4 and scored.std() == pytest.approx(1, abs=1e-3)
+    unscaled = raw(tmp_path / "run", mesh, tmp_path)
+    rows = [{**r, "response": r["completions"][0]} for r in comparisons(10, seed=5)]
+    expected = found["gain"] * scores(unscaled, rows, "response") + found["bias"]
+    assert_close(scores(opened, rows, "response"), expected, terms=4 * opened.config.d_model, scale=abs(found["bias"]))
 
 
 def test_a_longer_run_has_no_scale_until_it_is_finished(reward_dir, mesh, tmp_path, monkeypatch, tuned, alignment):
     """reward.json of the shorter run tells of other weights: stopped on the way, the workdir is no reward model."""
     copy = shutil.copytree(reward_dir, tmp_path / "longer")
     monkeypatch.setattr(spine.loop, "run", lambda stage, state, *_: (state, False, 0.0))
-    c = reward_config(tuned, alignment["comparisons"], steps=240)
+    c = reward_config(tuned, alignment["comparisons"], steps=120)
     assert not reward(c, str(copy)).finished
     with pytest.raises(InputError, match="no reward.json"):
         load_reward_model(copy, mesh=mesh)
-
-
-@pytest.mark.parametrize("kind", ["mean_std", "none"])
-def test_other_normalizations(tuned, alignment, mesh, tmp_path, kind):
-    c = reward_config(tuned, alignment["comparisons"], normalize=kind, steps=2, eval__batches=1)
-    reward(c, str(tmp_path / "run"))
-    found = result(tmp_path / "run")
-    model = load_reward_model(tmp_path / "run", mesh=mesh)
-    unscaled = raw(tmp_path / "run", mesh, tmp_path)
-    rows = [{**r, "response": r["completions"][0]} for r in comparisons(10, seed=5)]
-    expected = found["gain"] * scores(unscaled, rows, "response") + found["bias"]
-    assert_close(scores(model, rows, "response"), expected, terms=4 * model.config.d_model, scale=abs(found["bias"]))
-    if kind == "none":
-        assert (found["gain"], found["bias"]) == (1.0, 0.0)
-        return
-    from gptjax.data.demonstrations import DemonstrationConfig, load_demonstrations
-
-    source = DemonstrationConfig(source=str(alignment["demonstrations"]), validation="0.15")
-    demos = load_demonstrations(source, template(tuned), 48, 0).train
-    of_demos = model.score([d.ids[: d.prompt] for d in demos], [d.ids[d.prompt :] for d in demos])
-    assert abs(of_demos.mean()) < 1e-4 and of_demos.std() == pytest.approx(1, abs=1e-3)
 
 
 def test_the_score_is_read_at_end_of_text_and_nothing_after_it_counts(model):
@@ -290,11 +280,12 @@ def test_scoring_more_than_one_batch_keeps_the_order(model):
 # --- length -----------------------------------------------------------------------------------------------
 
 
-def test_fewer_comparisons_than_a_batch_train_and_are_warned_of(tuned, alignment, tmp_path, capsys):
+def test_fewer_comparisons_than_a_batch_train_and_are_warned_of(tuned, tmp_path, capsys):
     """One step of a decay to 0: it is taken at the peak, moves the trunk, and what it is worth is said."""
     from gptjax.model import heads
 
-    c = reward_config(tuned, alignment["comparisons"], steps=None, epochs=1.0, batch_size=256, model__dropout=0.0)
+    source = write(tmp_path / "rows.jsonl", comparisons(20))
+    c = reward_config(tuned, source, steps=None, epochs=1.0, batch_size=16, model__dropout=0.0)
     c.optimizer.learning_rate = 1e-3
     c.schedule.final_fraction = 0.0
     assert reward(c, str(tmp_path / "run")).finished
@@ -309,17 +300,6 @@ def test_fewer_comparisons_than_a_batch_train_and_are_warned_of(tuned, alignment
 
 def one_mesh():
     return make_mesh(MeshConfig(), jax.devices()[:1])
-
-
-def longer_wins(n, seed=4):
-    return comparisons(n, seed, rank=lambda text: -len(text.split()))
-
-
-def test_a_warning_where_length_alone_explains_it(tuned, tmp_path, capsys):
-    source = write(tmp_path / "rows.jsonl", longer_wins(60))
-    reward(reward_config(tuned, source, steps=60), str(tmp_path / "run"))
-    assert result(tmp_path / "run")["longer_wins"] > 0.9
-    assert "length alone agrees with" in capsys.readouterr().out
 
 
 def test_no_such_warning_elsewhere(reward_dir, mesh):
@@ -343,6 +323,7 @@ def test_counts_say_what_they_count(tuned, tmp_path, capsys):
         data__validation=str(write(tmp_path / "held_out.jsonl", held_out)),
     )  # fmt: skip
     reward(c, str(tmp_path / "run"))
+    assert (result(tmp_path / "run")["gain"], result(tmp_path / "run")["bias"]) == (1.0, 0.0)
     out = capsys.readouterr().out
     dropped = "dropped: 1 all ties, 1 bad (dropped_rows.jsonl)"
     assert f"11 comparisons of up to 3 completions, {dropped}; 2 held out; 19 pairs; " in out
@@ -360,19 +341,19 @@ def test_a_stopped_run_ends_where_an_uninterrupted_one_does(tuned, alignment, tm
     c = reward_config(
         tuned,
         alignment["comparisons"],
-        steps=8,
+        steps=4,
         model__dropout=0.1,
-        eval__every=4,
-        checkpoint__every=4,
+        eval__every=2,
+        checkpoint__every=2,
         eval__batches=1,
     )
     assert reward(c, str(tmp_path / "straight")).finished
-    assert not until_sigterm(reward, c, tmp_path / "parts", stop=3).finished
-    assert Checkpointer(tmp_path / "parts").steps() == [3]
+    assert not until_sigterm(reward, c, tmp_path / "parts", stop=1).finished
+    assert Checkpointer(tmp_path / "parts").steps() == [1]
     with pytest.raises(InputError, match="no reward.json: let its training finish"):
         load_reward_model(tmp_path / "parts", mesh=make_mesh(MeshConfig(), jax.devices()[:1]))
     assert reward(c, str(tmp_path / "parts")).finished
-    assert_same_run(tmp_path / "parts", tmp_path / "straight", 8)
+    assert_same_run(tmp_path / "parts", tmp_path / "straight", 4)
     assert result(tmp_path / "parts") == result(tmp_path / "straight")
 
 
@@ -390,18 +371,11 @@ def test_workdirs_that_are_no_reward_model(tuned, pretrained, reward_dir, mesh, 
     load_reward_model(reward_dir, mesh=mesh, tokenizer=Tokenizer.load(tuned / "tokenizer"))
 
 
-def test_a_trunk_without_demonstrations(pretrained, alignment, tmp_path, capsys):
-    """Straight from pre-training there are none to set the zero by, unless they are named; those that do not fit the
-    context are counted."""
+def test_a_trunk_without_demonstrations(pretrained, alignment, tmp_path):
+    """Straight from pre-training there are none to set the zero by, unless they are named."""
     with pytest.raises(InputError, match="--config.demonstrations=PATH, or --config.normalize=none"):
         reward(reward_config(pretrained, alignment["comparisons"]), str(tmp_path / "run"))
     assert not (tmp_path / "run").exists()
-    demos = tmp_path / "d.jsonl"
-    demos.write_text(alignment["demonstrations"].read_text() + json.dumps({"prompt": "ba " * 99, "response": "ko"}))
-    c = reward_config(pretrained, alignment["comparisons"], steps=1, demonstrations=str(demos), eval__batches=1)
-    assert reward(c, str(tmp_path / "run")).finished
-    assert re.search(r"demonstrations left out: 1 too long; .*d.jsonl:\d+: ", capsys.readouterr().out)
-    assert abs(result(tmp_path / "run")["mean_after"]) < 1e-4
 
 
 ROW = {"prompt": "ba", "completions": ["ko", "mi"], "ranks": [0, 1]}
@@ -437,15 +411,16 @@ def test_bad_input_is_one_clear_error(tuned, tmp_path, name):
 
 @pytest.mark.slow
 def test_a_reward_model_of_another_tokenizer(reward_dir, tmp_path):
-    """A second line of runs, whose BPE was trained on another text, and its SFT scored by the first's."""
+    """A second line of runs, whose BPE was trained on another text, is not scored by the first's."""
     (tmp_path / "text.txt").write_text("quick brown foxes jump over lazy dogs 0123 " * 200)
     pretrain(pretrain_config(tmp_path / "text.txt", steps=1), str(tmp_path / "pretrained"))
-    c = sft_config(tmp_path / "pretrained", write(tmp_path / "d.jsonl", demonstrations(8)), steps=1, samples__count=0)
-    sft(c, str(tmp_path / "sft"))
     with pytest.raises(InputError, match="another tokenizer"):
         one_device = make_mesh(MeshConfig(), jax.devices()[:1])
-        load_reward_model(reward_dir, mesh=one_device, tokenizer=load_model(tmp_path / "sft").tokenizer)
-    c.selection, c.reward, c.samples.count = "reward", str(reward_dir), 2
+        load_reward_model(reward_dir, mesh=one_device, tokenizer=load_model(tmp_path / "pretrained").tokenizer)
+    c = sft_config(
+        tmp_path / "pretrained", write(tmp_path / "d.jsonl", demonstrations(8)), steps=1, selection="reward",
+        reward=str(reward_dir),
+    )  # fmt: skip
     with pytest.raises(InputError, match="another tokenizer"):
-        sft(c, str(tmp_path / "sft2"))
-    assert not (tmp_path / "sft2").exists()
+        sft(c, str(tmp_path / "sft"))
+    assert not (tmp_path / "sft").exists()

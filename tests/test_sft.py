@@ -3,10 +3,8 @@
 import dataclasses
 import functools
 import json
-import os
 import shutil
-import subprocess
-import sys
+import types
 
 import jax
 import jax.numpy as jnp
@@ -20,10 +18,10 @@ from alignment_runs import (
     template,
     write,
 )
-from conftest import ROOT
 from numerics import approx, assert_close, model_terms
 from runs import assert_same_run, lines, until_sigterm
 
+from gptjax import sample
 from gptjax import sft as stage
 from gptjax.data import lm
 from gptjax.data.chat import Template, chat_tokenizer
@@ -31,8 +29,6 @@ from gptjax.data.corpus import pretraining_text
 from gptjax.data.demonstrations import DemonstrationConfig, PackedRows, load_demonstrations
 from gptjax.data.tokenizer import Tokenizer
 from gptjax.errors import InputError
-from gptjax.generation.decode import generate
-from gptjax.generation.sampling import Sampling
 from gptjax.model import gpt, heads
 from gptjax.model.spec import GPTConfig
 from gptjax.parallel.sharding import batch_sharding
@@ -122,6 +118,7 @@ def packed_batch(demos, packing, pad_id):
 # --- what is learned from ---------------------------------------------------------------------------------
 
 
+@functools.cache
 def mean_loss(config):
     loss = sft_loss(config, jnp.float32, 16)
 
@@ -132,21 +129,15 @@ def mean_loss(config):
     return jax.jit(jax.value_and_grad(mean))
 
 
-def test_packed_is_unpacked(start, some):
+def test_loss_and_gradient_are_those_of_the_responses_alone(start, some):
+    """Packed, against one text a row: so the prompt's tokens give exactly nothing, nor do a row's other texts, and the
+    state before a token is what foretells it."""
     params, config, _, t = start
     demos = some[:12]
-    results = [mean_loss(config)(params, packed_batch(demos, packing, t.pad_id)) for packing in (True, False)]
-    assert len(PackedRows(demos, CONTEXT, True, t.pad_id)) < len(demos) / 2
-    assert_close(*results, terms=TERMS, scale=1e-3)
-
-
-def test_loss_and_gradient_are_those_of_the_responses_alone(start, some):
-    """So the prompt's tokens give exactly nothing, and the state before a token is what foretells it."""
-    params, config, _, t = start
-    demos = some[:6]
-    value, gradient = mean_loss(config)(params, packed_batch(demos, True, t.pad_id))
+    batch = packed_batch(demos, True, t.pad_id)
+    assert len(batch["tokens"]) < len(demos) / 2
     expected, expected_gradient = by_hand(params, config, demos)
-    assert_close((value, gradient), (expected, expected_gradient), terms=TERMS, scale=1e-3)
+    assert_close(mean_loss(config)(params, batch), (expected, expected_gradient), terms=TERMS, scale=1e-3)
     whole, _ = by_hand(params, config, demos, loss_on="all")
     assert abs(whole - expected) > 1e-2  # there was something to get wrong
 
@@ -172,7 +163,7 @@ def test_one_example_has_no_gradient_on_another(start, some):
 
 
 @pytest.mark.parametrize("options", [
-    {}, {"data__loss_on": "all"}, {"lm_weight": 0.5}, {"data__packing": False, "microbatch_size": 1},
+    {"data__loss_on": "all"}, {"lm_weight": 0.5, "data__packing": False, "microbatch_size": 1},
 ])  # fmt: skip
 def test_the_first_step_by_hand(pretrained, alignment, start, some, tmp_path, monkeypatch, options):
     """metrics.jsonl's loss, count and gradient norm of a whole run's first step; 4 rows of ragged demonstrations."""
@@ -191,23 +182,6 @@ def test_the_first_step_by_hand(pretrained, alignment, start, some, tmp_path, mo
     assert line["loss"] == approx(float(value), terms=TERMS)
     norm = float(jnp.sqrt(sum((g**2).sum() for g in jax.tree.leaves(gradient))))
     assert line["grad_norm"] == approx(norm, terms=TERMS)
-
-
-@pytest.mark.slow
-def test_one_row_at_a_time_and_four_are_one_step(pretrained, alignment, tmp_path):
-    for size in (1, 4):
-        settings = {"batch_size": 4, "steps": 3, "samples__count": 0, "data__packing": False, "microbatch_size": size,
-                    "optimizer__eps": 1e-4, "optimizer__learning_rate": 1e-3}  # fmt: skip
-        sft(sft_config(pretrained, alignment["demonstrations"], **settings), str(tmp_path / str(size)))
-    a, b = lines(tmp_path / "1"), lines(tmp_path / "4")
-    for x, y in zip(a, b, strict=True):
-        assert x["batch_tokens"] == y["batch_tokens"]
-        assert (x["loss"], x["grad_norm"]) == (
-            approx(y["loss"], terms=TERMS),
-            approx(y["grad_norm"], terms=TERMS),
-        )
-    assert len({x["batch_tokens"] for x in a}) > 1
-    assert_close(load_model(tmp_path / "1").params, load_model(tmp_path / "4").params, terms=TERMS)
 
 
 def test_weights_of_the_auxiliary_term_are_of_the_whole_batch():
@@ -281,64 +255,45 @@ def test_a_mix_of_another_text(pretrained, alignment, tmp_path, monkeypatch):
 
 # --- stopped and gone on with -----------------------------------------------------------------------------
 
-RESUMED = {"model__dropout": 0.2, "mix__fraction": 0.3, "eval__every": 5, "checkpoint__every": 5, "lm_weight": 0.5,
-           "samples__count": 2}  # fmt: skip
 
+def test_a_stopped_run_ends_where_an_uninterrupted_one_does(pretrained, alignment, tmp_path, capsys):
+    """With all that it draws at random. Its base is gone by then, other demonstrations are refused, and it is made
+    longer."""
+    base = shutil.copytree(pretrained, tmp_path / "base")
+    source, parts, straight = tmp_path / "rows.jsonl", tmp_path / "parts", tmp_path / "straight"
+    source.write_text(rows := alignment["demonstrations"].read_text())
 
-@pytest.fixture(scope="module")
-def straight(pretrained, alignment, tmp_path_factory):
-    workdir = tmp_path_factory.mktemp("straight") / "run"
-    with on_one_device():
-        sft(sft_config(pretrained, alignment["demonstrations"], steps=10, **RESUMED), str(workdir))
-    return workdir
+    def config(steps):
+        return sft_config(
+            base, source, steps=steps, model__dropout=0.2, mix__fraction=0.3, mix__source=str(alignment["text"]),
+            lm_weight=0.5, samples__count=2, eval__every=2, checkpoint__every=2, schedule__kind="constant",
+        )  # fmt: skip
 
-
-def test_a_stopped_run_ends_where_an_uninterrupted_one_does(pretrained, alignment, straight, tmp_path):
-    config = sft_config(pretrained, alignment["demonstrations"], steps=10, **RESUMED)
-    assert not until_sigterm(sft, config, tmp_path / "parts", stop=6).finished
-    assert Checkpointer(tmp_path / "parts").steps()[-1] == 6
-    assert sft(config, str(tmp_path / "parts")).finished
-    assert_same_run(tmp_path / "parts", straight, 10)
-    shown = lines(tmp_path / "parts", "samples")
-    assert shown == lines(straight, "samples") and {s["step"] for s in shown} == {0, 10}
-
-
-def test_a_finished_run_can_be_made_longer(pretrained, alignment, tmp_path):
-    constant = {"schedule__kind": "constant", "samples__count": 0, "checkpoint__every": 2, "eval__every": 2}
-    for name, steps in (("parts", 2), ("parts", 4), ("straight", 4)):
-        sft(sft_config(pretrained, alignment["demonstrations"], steps=steps, **constant), str(tmp_path / name))
-    assert_same_run(tmp_path / "parts", tmp_path / "straight", 4)
-
-
-def test_a_base_that_is_gone_is_not_needed_any_more(pretrained, alignment, tmp_path, capsys):
-    base, options = shutil.copytree(pretrained, tmp_path / "base"), {"samples__count": 2}
-    sft(sft_config(base, alignment["demonstrations"], steps=2, **options), str(tmp_path / "run"))
-    weights = read_config(tmp_path / "run")["origin"]["init_from_weights"]
+    assert sft(config(6), str(straight)).finished
+    assert not until_sigterm(sft, config(4), parts, stop=3).finished
+    assert Checkpointer(parts).steps()[-1] == 3
+    weights = read_config(parts)["origin"]["init_from_weights"]
     assert len(weights) == 64
     shutil.rmtree(base)
     with pytest.raises(InputError, match=f"{base} is not a workdir: there is no such folder"):
-        sft(sft_config(base, alignment["demonstrations"], steps=4, **options), str(tmp_path / "new"))
-    assert sft(sft_config(base, alignment["demonstrations"], steps=4, **options), str(tmp_path / "run")).finished
-    assert "continues from its own checkpoint" in capsys.readouterr().out
-    assert read_config(tmp_path / "run")["origin"]["init_from_weights"] == weights
-
-
-def test_other_demonstrations_are_not_gone_on_with(pretrained, alignment, tmp_path):
-    source = write(tmp_path / "rows.jsonl", demonstrations(20))
-    options = {"schedule__kind": "constant", "samples__count": 0}
-    sft(sft_config(pretrained, source, steps=1, **options), str(tmp_path / "run"))
+        sft(config(4), str(tmp_path / "new"))
     write(source, demonstrations(20, seed=9))
     with pytest.raises(InputError, match="has changed since the run began"):
-        sft(sft_config(pretrained, source, steps=2, **options), str(tmp_path / "run"))
+        sft(config(4), str(parts))
+    source.write_text(rows)
+    capsys.readouterr()
+    assert sft(config(6), str(parts)).finished
+    assert "continues from its own checkpoint" in capsys.readouterr().out
+    assert read_config(parts)["origin"]["init_from_weights"] == weights
+    assert_same_run(parts, straight, 6)
+    shown = lines(parts, "samples")
+    assert shown == lines(straight, "samples") and {s["step"] for s in shown} == {0, 6}
 
 
 # --- which checkpoint later stages use --------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("selection, expected", [("loss", 2), ("last", 6)])
-def test_the_selected_checkpoint_is_the_one_that_is_loaded(
-    pretrained, alignment, tmp_path, monkeypatch, selection, expected
-):
+def test_the_selected_checkpoint_is_the_one_that_is_loaded(pretrained, alignment, tmp_path, monkeypatch):
     """Planted validation losses: the lowest at step 2, whose checkpoint newer ones would long have displaced."""
 
     def planted(*args):
@@ -347,37 +302,30 @@ def test_the_selected_checkpoint_is_the_one_that_is_loaded(
 
     monkeypatch.setattr(stage, "response_loss", planted)
     c = sft_config(
-        pretrained, alignment["demonstrations"], steps=6, selection=selection, eval__every=2, checkpoint__every=2,
+        pretrained, alignment["demonstrations"], steps=6, selection="loss", eval__every=2, checkpoint__every=2,
         checkpoint__keep_last=1, samples__count=0,
     )  # fmt: skip
     assert sft(c, str(tmp_path / "run")).finished
-    model = load_model(tmp_path / "run")
-    assert model.step == expected
-    if selection == "loss":
-        assert not np.array_equal(model.params["wte"], load_model(tmp_path / "run", step=6).params["wte"])
+    best = load_model(tmp_path / "run")
+    config = tmp_path / "run" / "config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"selection": "last"}))
+    last = load_model(tmp_path / "run")
+    assert (best.step, last.step) == (2, 6)
+    assert not np.array_equal(best.params["wte"], last.params["wte"])
 
 
 def test_selection_by_the_reward_model(pretrained, alignment, reward_dir, tmp_path, capsys):
-    """The step whose responses to validation prompts score highest is the one later stages open."""
+    """The step whose responses to validation prompts score highest is the one later stages open; prompts leave room for
+    less than samples.max_new_tokens, which does not stop the run."""
     c = sft_config(
-        pretrained, alignment["demonstrations"], steps=12, selection="reward", reward=str(reward_dir), eval__every=3,
-        checkpoint__every=3, optimizer__learning_rate=1e-2,
+        pretrained, alignment["demonstrations"], steps=9, selection="reward", reward=str(reward_dir), eval__every=3,
+        checkpoint__every=3, optimizer__learning_rate=1e-2, samples__max_new_tokens=CONTEXT,
     )  # fmt: skip
     assert sft(c, str(tmp_path / "run")).finished
     rewards = {e["step"]: e["reward"] for e in lines(tmp_path / "run", "evaluations")}
-    assert set(rewards) == {0, 3, 6, 9, 12} and len(set(rewards.values())) == 5
+    assert set(rewards) == {0, 3, 6, 9} and len(set(rewards.values())) == 4
     del rewards[0]  # there is no checkpoint of step 0
     assert load_model(tmp_path / "run").step == max(rewards, key=rewards.get)
-
-
-def test_a_reward_model_and_a_long_prompt(pretrained, reward_dir, tmp_path):
-    """A prompt that leaves room for less than samples.max_new_tokens (64 by default): the run is not to stop."""
-    rows = [{"prompt": "ba ko mi ru te fo la ni " * 2 + str(i), "response": "ba"} for i in range(12)]
-    c = sft_config(
-        pretrained, write(tmp_path / "rows.jsonl", rows), steps=1, selection="reward", reward=str(reward_dir),
-        samples__max_new_tokens=64, data__validation="0.5",
-    )  # fmt: skip
-    assert sft(c, str(tmp_path / "run")).finished
 
 
 def test_a_reward_model_too_short_for_the_samples(pretrained, alignment, reward_dir, tmp_path, monkeypatch):
@@ -401,7 +349,8 @@ def test_a_reward_model_too_short_for_the_samples(pretrained, alignment, reward_
 # --- what it comes to -------------------------------------------------------------------------------------
 
 
-def test_a_handful_of_demonstrations_is_learnt_by_heart(pretrained, tmp_path):
+def test_a_handful_of_demonstrations_is_learnt_by_heart(pretrained, tmp_path, monkeypatch, capsys):
+    """And gptjax.sample puts a prompt in the template and prints the response alone, up to end-of-text."""
     rows = demonstrations(8, seed=5, longest=4)
     c = sft_config(
         pretrained, write(tmp_path / "rows.jsonl", rows), steps=150, batch_size=2, samples__count=0,
@@ -409,13 +358,14 @@ def test_a_handful_of_demonstrations_is_learnt_by_heart(pretrained, tmp_path):
     )  # fmt: skip
     assert sft(c, str(tmp_path / "run")).finished
     model, t = load_model(tmp_path / "run"), template(tmp_path / "run")
-    with jax.set_mesh(model.mesh):
-        out = generate(
-            model.params, model.config, [t.prompt(r["prompt"]) for r in rows], max_new_tokens=12, keep_eot=True,
-            sampling=Sampling(0.0), eot_id=t.eos_id, vocab=t.vocab_size, mesh=model.mesh,
-        )  # fmt: skip
-    assert [o[-1] for o in out] == [t.eos_id] * 8
-    assert [t.decode(o) for o in out] == [r["response"] for r in rows]
+    assert t.eos_id in model.tokenizer.stop_ids
+    capsys.readouterr()
+    flags = {"workdir": str(tmp_path / "run"), "prompt": [r["prompt"] for r in rows], "n": 1, "max_new_tokens": 12,
+             "step": None, "temperature": 0.0, "top_k": 0, "top_p": 1.0, "seed": 0, "raw": False,
+             "speed": False}  # fmt: skip
+    monkeypatch.setattr(sample, "FLAGS", types.SimpleNamespace(**flags), raising=False)
+    sample.main(None)
+    assert capsys.readouterr().out == "".join(f"--- {i} ---\n{r['response']}\n" for i, r in enumerate(rows))
 
 
 def test_what_a_run_leaves(tuned, capsys):
@@ -437,21 +387,6 @@ def test_validation_is_of_the_held_out_prompts(tuned, alignment, start):
     model = load_model(tuned)
     expected, _ = by_hand(jax.device_get(model.params), model.config, held_out)
     assert lines(tuned, "evaluations")[-1]["loss"] == approx(float(expected), terms=TERMS)
-
-
-def test_sample_on_the_workdir(tuned):
-    done = subprocess.run(
-        [sys.executable, "-m", "gptjax.sample", f"--workdir={tuned}", "--prompt=ba ko", "--max_new_tokens=6",
-         "--temperature=0"], cwd=ROOT, capture_output=True, text=True, timeout=120, env=os.environ,
-    )  # fmt: skip
-    model, t = load_model(tuned), template(tuned)
-    with jax.set_mesh(model.mesh):
-        [expected] = generate(
-            model.params, model.config, [t.prompt("ba ko")], max_new_tokens=6, sampling=Sampling(0.0), eot_id=t.eos_id,
-            vocab=t.vocab_size, mesh=model.mesh,
-        )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    assert expected and done.stdout == t.decode(expected) + "\n"  # the response, to a prompt in the template
 
 
 # --- bad input --------------------------------------------------------------------------------------------

@@ -1,6 +1,7 @@
 """Sharded = unsharded on 8 virtual devices, state that is really sharded, and meshes that do not fit."""
 
 import dataclasses
+import functools
 
 import flax.linen as nn
 import jax
@@ -41,12 +42,9 @@ OPTIMIZER = OptimizerConfig(eps=1e-2)
 STEPS = 3
 TERMS = model_terms(MODEL, 16)
 MESHES = {
-    "data 8": MeshConfig(data=8),
-    "fsdp 8": MeshConfig(data=1, fsdp=8),
     "data 2 fsdp 2 tensor 2": MeshConfig(data=2, fsdp=2, tensor=2),
-    "fsdp 2 tensor 4": MeshConfig(data=1, fsdp=2, tensor=4),
+    "data 8": MeshConfig(data=8),
     "seq 4 tensor 2": MeshConfig(data=1, seq=4, tensor=2),
-    "fsdp 2 seq 2 tensor 2": MeshConfig(data=1, fsdp=2, seq=2, tensor=2),
 }
 
 
@@ -57,9 +55,13 @@ WIDE = MeshConfig(
 WHOLE = MeshConfig(data=2, fsdp=2, tensor=2, rules=Rules(embed="data,fsdp", heads="none", residual="none"))
 
 
-def train(config, devices, optimizer=OPTIMIZER):
+ALONE = MeshConfig(data=1)
+
+
+@functools.cache
+def train(config, optimizer=OPTIMIZER):
     with use_rules(config.rules):
-        return _train(config, devices, optimizer)
+        return _train(config, jax.devices()[: 1 if config == ALONE else 8], optimizer)
 
 
 def _train(config, devices, optimizer):
@@ -86,12 +88,16 @@ def _train(config, devices, optimizer):
 
 @pytest.fixture(scope="module")
 def alone():
-    return train(MeshConfig(data=1), jax.devices()[:1])
+    return train(ALONE)
 
 
-@pytest.fixture(scope="module", params=MESHES)
+def slow(value):
+    return pytest.param(value, marks=pytest.mark.slow)
+
+
+@pytest.fixture(scope="module", params=["data 2 fsdp 2 tensor 2", slow("data 8"), slow("seq 4 tensor 2")])
 def spread(request):
-    return request.param, *train(MESHES[request.param], jax.devices())
+    return request.param, *train(MESHES[request.param])
 
 
 def leaves(tree):
@@ -170,10 +176,10 @@ RULED = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("name", RULED)
+@pytest.mark.parametrize("name", ["wide", slow("whole")])
 def test_other_rules_only_change_the_layout(alone, name):
     config, shapes = RULED[name]
-    ruled = train(config, jax.devices())
+    ruled = train(config)
     test_sharded_is_unsharded(alone, (name, *ruled))
     test_sharded_initialization_is_unsharded_initialization(alone, (name, *ruled))
     adam = ruled[2].opt_state[0]
