@@ -2,15 +2,20 @@
 
 import contextlib
 import dataclasses
+import io
 import json
 import os
+import runpy
 import signal
+import sys
 import types
+import warnings
 
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
+from absl import app, flags
 
 from gptjax import pretrain as stage
 from gptjax.evals import lm as evaluation
@@ -23,6 +28,28 @@ def one_device_environment(**more) -> dict:
     """Environment of a process that has one CPU device, not the 8 of conftest.py."""
     flags = os.environ.get("XLA_FLAGS", "").replace("--xla_force_host_platform_device_count=8", "")
     return {**os.environ, "XLA_FLAGS": flags, **more}
+
+
+def main_of(module, *arguments) -> tuple[int, str, str]:
+    """(exit code, stdout, stderr) of `python -m module *arguments`, run in this process: without the imports."""
+    app.define_help_flags()
+    before, out, err = set(flags.FLAGS), io.TextIOWrapper(io.BytesIO()), io.TextIOWrapper(io.BytesIO())
+    with pytest.MonkeyPatch.context() as patch, warnings.catch_warnings():
+        warnings.simplefilter("ignore", RuntimeWarning)  # the module has been imported before
+        for name, value in (("argv", [module, *arguments]), ("stdout", out), ("stderr", err)):
+            patch.setattr(sys, name, value)
+        try:
+            runpy.run_module(module, run_name="__main__", alter_sys=True)
+            code = 0
+        except SystemExit as ended:
+            code = ended.code or 0
+        finally:
+            for name in set(flags.FLAGS) - before:
+                delattr(flags.FLAGS, name)
+            flags.FLAGS.unparse_flags()
+    for stream in (out, err):
+        stream.seek(0)
+    return code, out.read(), err.read()
 
 
 def until_sigterm(run, config, workdir, stop):
