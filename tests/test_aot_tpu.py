@@ -88,10 +88,15 @@ def arrays(text):
     return [tuple(map(int, dims.split(","))) for dims in re.findall(r"\b(?:bf16|f32|f16)\[([\d,]+)\]", text)]
 
 
-def test_gpt2_124m_train_step_on_eight_v5e_chips(chips):
+@pytest.mark.parametrize(
+    "model",
+    [GPTConfig(5000, 2, 3, 384, 256), pytest.param(GPT2["124m"], marks=pytest.mark.slow)],
+    ids=["small", "gpt2-124m"],
+)
+def test_train_step_on_eight_v5e_chips(chips, model):
     """bf16, Splash, FSDP over 8, two micro-batches of 8 sequences a chip, 'dots' remat."""
     mesh = make_mesh(MeshConfig(data=1, fsdp=8), chips)
-    model = dataclasses.replace(GPT2["124m"], remat="dots")
+    model = dataclasses.replace(model, remat="dots")
     rows, time, vocab = 64, model.context_length, model.vocab_size
     compiled = compiled_train_step(model, mesh, micro=2, rows=rows)
 
@@ -152,7 +157,8 @@ def test_sampling_from_a_prompt_long_enough_for_splash(chips, rows, caller, monk
     sizes = MeshConfig(data=1, fsdp=8)
     mesh = make_mesh(sizes, chips)
     model = GPTConfig(512, 2, 2, 128, 256, attention=resolve("auto", "tpu"))
-    options = {"max_new_tokens": 16, "sampling": Sampling(0.8, top_p=0.95), "eot_id": 3, "dtype": jnp.bfloat16}
+    options = {"max_new_tokens": 128, "sampling": Sampling(0.8, top_p=0.95), "eot_id": 3, "dtype": jnp.bfloat16,
+               "seed": 0, "vocab": 512}  # fmt: skip
     if caller == "sample.py":
         options["mesh"] = mesh
     else:  # the options are those that its evaluator gives

@@ -124,7 +124,7 @@ def test_any_flipped_bit_shows(at):
         assert digest(bits) != digest(other), bit
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=25, deadline=None)
 @given(arrays, st.integers(0, 39), st.integers(0, 39))
 def test_swapped_elements_show(bits, i, j):
     other = bits.copy()
@@ -156,9 +156,7 @@ def test_every_dtype_has_a_digest(dtype):
     assert digest(np.zeros((), dtype)) == digest(np.zeros((), dtype))
 
 
-@pytest.mark.parametrize(
-    "mesh", [dict(data=8), dict(data=1, fsdp=8), dict(data=2, fsdp=2, tensor=2), dict(data=1, tensor=8)]
-)
+@pytest.mark.parametrize("mesh", [dict(data=1, fsdp=8), dict(data=2, fsdp=2, tensor=2)])
 def test_a_digest_does_not_depend_on_the_sharding(mesh, one_device):
     state = make_state(3, one_device)
     assert digests(state) == digests(make_state(3, shardings(MeshConfig(**mesh))))
@@ -237,7 +235,7 @@ def test_a_save_that_was_killed_is_no_checkpoint(workdir, one_device, capsys):
     assert int(state.step) == 2 and "damaged" not in capsys.readouterr().err
 
 
-@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=12, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
 def test_whatever_byte_changes_no_wrong_value_is_restored(written, tmp_path_factory, one_device, data):
     workdir = tmp_path_factory.mktemp("byte")
@@ -341,10 +339,8 @@ def test_other_data_and_too_few_steps_are_refused(workdir, one_device, given, ma
 @pytest.mark.parametrize(
     "saved, wanted",
     [
-        (dict(data=1, fsdp=8), dict(data=8)),
-        (dict(data=8), dict(data=1, fsdp=4, tensor=2)),
         (dict(data=2, fsdp=2, tensor=2), dict(data=1, fsdp=8)),
-        (dict(data=1, fsdp=8), None),
+        (dict(data=8), None),
     ],
 )
 def test_restored_onto_another_mesh_bitwise(tmp_path, one_device, saved, wanted):
@@ -375,20 +371,12 @@ def keep(workdir, config, losses, where):
     return history
 
 
-def test_the_newest_ones_and_an_older_best(tmp_path, one_device):
-    history = keep(tmp_path, CheckpointConfig(keep_last=2), [3.0, 1.0, 2.0, 5.0, 4.0, 1.5], one_device)
-    assert history[-1] == [2, 5, 6]
-    assert json.loads((tmp_path / "checkpoints" / "best.json").read_text()) == {"step": 2, "loss": 1.0}
-
-
-def test_a_new_best_replaces_the_old_one(tmp_path, one_device):
-    history = keep(tmp_path, CheckpointConfig(keep_last=1), [3.0, 1.0, 2.0, 0.5, 4.0, 4.0], one_device)
-    assert history[3] == [2, 4] and history[-1] == [4, 6]
-
-
-def test_milestones_are_kept_for_good(tmp_path, one_device):
-    config = CheckpointConfig(keep_last=1, keep_best=False, keep_every=3)
-    assert keep(tmp_path, config, [1.0] + [2.0] * 6, one_device)[-1] == [3, 6, 7]
+def test_the_newest_an_older_best_and_milestones_are_kept(tmp_path, one_device):
+    """And a new best replaces the old one."""
+    config = CheckpointConfig(keep_last=1, keep_every=3)
+    history = keep(tmp_path, config, [3.0, 1.0, 2.0, 0.5, 4.0, 4.0, 4.0], one_device)
+    assert history[3] == [2, 3, 4] and history[-1] == [3, 4, 6, 7]
+    assert json.loads((tmp_path / "checkpoints" / "best.json").read_text()) == {"step": 4, "loss": 0.5}
 
 
 def test_the_best_is_remembered_by_the_next_process(tmp_path, one_device):
@@ -409,7 +397,7 @@ def test_half_a_record_of_the_best_is_no_record(workdir, one_device):
     checkpointer.close()
 
 
-@settings(max_examples=6, deadline=None)
+@settings(max_examples=3, deadline=None)
 @given(
     losses=st.lists(st.one_of(st.none(), st.integers(0, 4).map(float)), min_size=1, max_size=6),
     last=st.integers(1, 3), best=st.booleans(), every=st.integers(0, 3),
@@ -433,8 +421,10 @@ def test_bad_policies(fields):
 # --- a full disk ------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("where", ["save", "wait_until_finished"])
-@pytest.mark.parametrize("error", [ValueError(DISK_FULL), OSError(28, "No space left on device")])
+@pytest.mark.parametrize(
+    "where, error",
+    [("save", ValueError(DISK_FULL)), ("wait_until_finished", OSError(28, "No space left on device"))],
+)
 def test_a_full_disk_is_told_and_the_older_checkpoints_stay(workdir, one_device, capsys, monkeypatch, where, error):
     checkpointer = Checkpointer(workdir)
     assert checkpointer.save(3, make_state(3, one_device)) and checkpointer.wait()
@@ -524,7 +514,7 @@ def test_leftovers_that_are_still_written_into_end_nothing(monkeypatch):
 # --- where they lie, and the first one read back ----------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["a[1]", "[2026] thesis/run", "st*r", "q?", "a b#%20{c}:d", "ü"])
+@pytest.mark.parametrize("name", ["[2026] thesis/run", "st*r", "q? b#%20{c}:dü"])
 def test_folders_with_characters_of_patterns_keep_their_checkpoints(tmp_path, one_device, name):
     (tmp_path / "star" / "checkpoints" / "9.orbax-checkpoint-tmp").mkdir(parents=True)  # what st*r matches too
     checkpointer = Checkpointer(tmp_path / name, CheckpointConfig())

@@ -11,10 +11,11 @@ import types
 
 import jax
 import pytest
+from alignment_runs import on_one_device
 from conftest import ROOT
 from ml_collections import config_flags
 from numerics import approx, model_terms
-from runs import lines, one_device_environment
+from runs import lines, main_of, one_device_environment, shared_programs
 
 from gptjax import command_line
 from gptjax.config import config_dict
@@ -43,6 +44,12 @@ def words(seed=0, count=3000):
     return "".join(rng.choice(known) + rng.choice(" \n") for _ in range(count))
 
 
+@pytest.fixture(scope="module", autouse=True)
+def programs():
+    with shared_programs():
+        yield
+
+
 @pytest.fixture(scope="module")
 def text(tmp_path_factory):
     path = tmp_path_factory.mktemp("text") / "words.txt"
@@ -50,16 +57,14 @@ def text(tmp_path_factory):
     return path
 
 
-def command(name, *options, code=0):
-    """stdout of `python -m gptjax.<name>` on one device; with code 2, its one line of stderr."""
+def command(name, *options):
+    """stdout of `python -m gptjax.<name>` on one device, a process of its own."""
     done = subprocess.run(
         [sys.executable, "-m", f"gptjax.{name}", *options], cwd=ROOT, env=one_device_environment(),
         capture_output=True, text=True, timeout=120,
     )  # fmt: skip
-    assert done.returncode == code, done.stderr
-    if code:
-        assert "Traceback" not in done.stderr and done.stderr.strip().splitlines()[-1].startswith("error: ")
-    return done.stderr if code else done.stdout
+    assert done.returncode == 0, done.stderr
+    return done.stdout
 
 
 @pytest.fixture(scope="module")
@@ -147,47 +152,47 @@ def test_the_report_of_a_run_with_a_validation_loss_that_is_not_finite(trained, 
 
 # --- sample -----------------------------------------------------------------------------------------------
 
+NUCLEUS = Sampling(0.8, top_p=0.95)
+
 
 @pytest.fixture(scope="module")
 def model(trained):
     return load_model(trained[0])
 
 
-def continued(model, prompts, temperature, seed, n=12):
-    return continue_texts(model, prompts, max_new_tokens=n, sampling=Sampling(temperature), seed=seed)
+def continued(model, prompts, sampling=NUCLEUS, seed=0):
+    return continue_texts(model, prompts, max_new_tokens=12, sampling=sampling, seed=seed)
 
 
-def test_sample_is_greedy_and_repeats_itself(trained, model):
-    """The command line, on one device, and this process, on eight, write the same."""
-    options = (f"--workdir={trained[0]}", "--prompt=ab", "--max_new_tokens=12", "--temperature=0")
-    printed = command("sample", *options)
-    assert printed == "ab" + continued(model, ["ab"], 0.0, 0)[0] + "\n"
-    assert len(printed) == 2 + 12 + 1
-    assert continued(model, ["ab"], 0.0, 1) == continued(model, ["ab"], 0.0, 2)
+def test_sample_prints_what_continue_texts_returns(trained, model):
+    """The command line, on one device, and this process, on eight, write the same; in either a seed repeats."""
+    options = (f"--workdir={trained[0]}", "--prompt=ab", "--prompt=c", "--n=2", "--max_new_tokens=12",
+               "--temperature=0.8", "--top_p=0.95", "--seed=3")  # fmt: skip
+    prompts = ["ab", "ab", "c", "c"]
+    texts = [prompt + text for prompt, text in zip(prompts, continued(model, prompts, seed=3), strict=True)]
+    assert [len(text) for text in texts] == [14, 14, 13, 13] and len(set(texts)) == 4
+    assert command("sample", *options) == "".join(f"--- {i} ---\n{text}\n" for i, text in enumerate(texts))
 
 
-def test_a_seed_repeats_and_another_differs(trained, model):
-    options = (f"--workdir={trained[0]}", "--prompt=ab", "--max_new_tokens=12", "--temperature=0.8", "--top_p=0.95")
-    assert command("sample", *options, "--seed=3") == command("sample", *options, "--seed=3")
-    texts = {seed: tuple(continued(model, ["ab", "c"], 1.0, seed)) for seed in range(4)}
-    assert texts[2] == tuple(continued(model, ["ab", "c"], 1.0, 2))
+def test_a_seed_repeats_and_another_differs_unless_greedy(model):
+    prompts = ["ab", "ab", "c", "c"]
+    texts = {seed: tuple(continued(model, prompts, seed=seed)) for seed in range(4)}
+    assert texts[2] == tuple(continued(model, prompts, seed=2))
     assert len(set(texts.values())) == 4
-
-
-def test_several_prompts_and_samples(trained):
-    printed = command("sample", f"--workdir={trained[0]}", "--prompt=ab", "--prompt=c", "--n=2", "--max_new_tokens=4")
-    assert [line for line in printed.splitlines() if line.startswith("---")] == [f"--- {i} ---" for i in range(4)]
+    greedy = [continued(model, prompts, Sampling(0.0), seed) for seed in (1, 2)]
+    assert greedy[0] == greedy[1] and greedy[0][0] == greedy[0][1]
 
 
 def test_prompts_that_can_not_be(trained, model):
     with pytest.raises(InputError, match="Prompt 0 has 33 tokens and the model's context is 32"):
-        continued(model, ["a" * 33], 0.0, 0)
+        continued(model, ["a" * 33])
     with pytest.raises(InputError, match="no end-of-text"):
-        continued(model, [""], 0.0, 0)
+        continued(model, [""])
     with pytest.raises(InputError, match="'z'"):
-        continued(model, ["z"], 0.0, 0)
-    assert "33 tokens" in command("sample", f"--workdir={trained[0]}", f"--prompt={'a' * 33}", code=2)
-    assert len(continued(model, ["a" * 32], 0.0, 0)[0]) == 1  # the last position predicts once more
+        continued(model, ["z"])
+    code, out, err = main_of("gptjax.sample", f"--workdir={trained[0]}", f"--prompt={'a' * 33}")
+    assert code == 2 and err.startswith("error: ") and "33 tokens" in err and not out
+    assert len(continued(model, ["a" * 32])[0]) == 1  # the last position predicts once more
 
 
 def test_workdirs_that_can_not_be(trained, tmp_path):
@@ -223,19 +228,34 @@ def test_evaluate_of_another_text_and_an_older_step(trained, model, tmp_path):
     assert results[0]["tokens"] == results[1]["tokens"] == 319 and results[0]["tokens_unscored"] == 1
     assert score(model, other, 8, stride=8)["tokens"] == 319
     assert results[0]["loss"] == approx(results[1]["loss"], terms=TERMS)
-    printed = command("evaluate", f"--workdir={trained[0]}", f"--source={path}", "--step=15")
+    code, printed, _ = main_of("gptjax.evaluate", f"--workdir={trained[0]}", f"--source={path}", "--step=15")
+    assert code == 0
     assert re.search(r"step\s+15\b", printed) and "perplexity" in printed
     assert len(pretraining_text(trained[0]).parts[0].validation) == lines(trained[0], "evaluations")[0]["tokens"] + 1
     path.write_text("abc")  # shorter than a context
-    result = json.loads(command("evaluate", f"--workdir={trained[0]}", f"--source={path}", "--per_document", "--json"))
+    options = (f"--workdir={trained[0]}", f"--source={path}", "--per_document", "--json")
+    result = json.loads(main_of("gptjax.evaluate", *options)[1])
     assert (result["tokens"], result["tokens_unscored"]) == (2, 1)
 
 
 # --- describe ---------------------------------------------------------------------------------------------
 
 
-def test_describe_json():
-    d = json.loads(command("describe", "--config=configs/gpt3.py:175b", "--json"))
+@pytest.fixture
+def described(monkeypatch):
+    """described(options) -> what `python -m gptjax.describe` prints."""
+    monkeypatch.chdir(ROOT)
+
+    def described(*options):
+        code, out, err = main_of("gptjax.describe", *options)
+        assert (code, err) == (0, "")
+        return out
+
+    return described
+
+
+def test_describe_json(described):
+    d = json.loads(described("--config=configs/gpt3.py:175b", "--json"))
     assert {"params", "params_non_embedding", "flops_per_token", "tokens", "pf_days", "bytes_per_device"} <= d.keys()
     assert d["params"] == 174_604_259_328 and d["tokens"] == 300_000_000_000
     assert {"causal_halved", "palm", "6n"} <= d["flops_per_token"].keys()
@@ -250,18 +270,18 @@ def test_describe_json():
     assert d["bytes_per_device"]["optimizer"] == pytest.approx(2 * d["bytes_per_device"]["params"], rel=0.01)
 
 
-def test_describe_goes_by_the_rules():
+def test_describe_goes_by_the_rules(described):
     flags = ("--config=configs/gpt2.py:124m", "--config.mesh.fsdp=4", "--json")
     cut, whole = (
-        json.loads(command("describe", *flags, *more))["bytes_per_device"]
+        json.loads(described(*flags, *more))["bytes_per_device"]
         for more in ((), ("--config.mesh.rules.embed=none",))
     )
     assert whole["params"] == 4 * 124_439_808
     assert cut["params"] < 0.26 * whole["params"] and cut["optimizer"] < 0.26 * whole["optimizer"]
 
 
-def test_describe_is_a_table_too():
-    printed = command("describe", "--config=configs/gpt1.py")
+def test_describe_is_a_table_too(described):
+    printed = described("--config=configs/gpt1.py")
     assert "116,534,784" in printed and "per device" in printed
 
 
@@ -273,7 +293,7 @@ def tiny(source, **overrides):
     c.model.update(n_layer=2, n_head=4, d_model=32, context_length=32, vocab_size=320)  # one program for any source
     c.data.update(source=str(source), tokenizer="char")
     c.steps, c.batch_size, c.log.tensorboard = 2, 8, False
-    c.eval.batches = 1
+    c.eval.batches, c.samples.max_new_tokens = 1, 4
     c.update_from_flattened_dict({k.replace("__", "."): v for k, v in overrides.items()})
     return c
 
@@ -299,24 +319,23 @@ def directory(folder):
     return folder, {}
 
 
-def subwords(folder):
-    """A directory with a BPE, whose end-of-text keeps documents apart."""
-    return directory(folder)[0], {"data__tokenizer": "bpe:300", "data__isolate_documents": True}
-
-
 def mixture(folder):
+    """Directories with a BPE, whose end-of-text keeps documents apart."""
     for name in ("one", "two"):
         (folder / name).mkdir()
         directory(folder / name)
-    return folder, {"data__mixture": {"one": 3.0, "two": 1.0}, "data__tokenizer": "bpe:300"}
+    weights = {"one": 3.0, "two": 1.0}
+    return folder, {"data__mixture": weights, "data__tokenizer": "bpe:300", "data__isolate_documents": True}
 
 
-@pytest.mark.parametrize("kind", [json_lines, parquet, directory, subwords, mixture])
+@pytest.mark.parametrize("kind", [json_lines, parquet, directory, mixture])
 def test_every_kind_of_source_trains(tmp_path, kind):
-    """On 8 devices, parameters cut up over them, with samples: the prompts need not divide over the devices."""
+    """On 8 devices, parameters cut up over them, with samples: the prompts need not divide over the devices.
+
+    The model has more ids than the tokenizer and is untrained: only those that have a text are sampled."""
     (tmp_path / "data").mkdir()
     source, options = kind(tmp_path / "data")
-    more = {"mesh__data": 1, "mesh__fsdp": 8, "samples__prompts": ("ab", "c", "def"), "samples__max_new_tokens": 4}
+    more = {"mesh__data": 1, "mesh__fsdp": 8, "samples__prompts": ("ab", "c", "def")}
     assert pretrain(tiny(source, **options, **more), str(tmp_path / "run")).finished
     assert [m["step"] for m in lines(tmp_path / "run", "metrics")] == [1, 2]
     assert len(lines(tmp_path / "run", "samples")) == 6
@@ -366,6 +385,7 @@ BAD = {
 
 @pytest.mark.parametrize("name", BAD)
 def test_bad_input_is_one_clear_error(tmp_path, name):
+    """Once it is mended, the same workdir goes on."""
     make, options, says = BAD[name]
     folder = tmp_path / "data"
     folder.mkdir()
@@ -375,18 +395,10 @@ def test_bad_input_is_one_clear_error(tmp_path, name):
     with pytest.raises(InputError, match=f"(?is){says}"):
         pretrain(config, str(tmp_path / "run"))
     good = tmp_path / "data" / "good.txt"
-    good.write_text("abc def " * 500)  # mended, the same workdir can be used
-    if name in ("missing", "too short"):
-        assert pretrain(tiny(good), str(tmp_path / "run")).finished
-
-
-def test_a_forgotten_length_costs_nothing(tmp_path):
-    """Once steps are given, the same workdir goes on."""
-    path = tmp_path / "text.txt"
-    path.write_text("abc def " * 500)
-    with pytest.raises(InputError, match="--config.steps"):
-        pretrain(tiny(path, steps=None), str(tmp_path / "run"))
-    assert pretrain(tiny(path, steps=1), str(tmp_path / "run")).finished
+    good.write_text("abc def " * 500)
+    if name in ("missing", "too short", "no length"):
+        with on_one_device():
+            assert pretrain(tiny(good, steps=1), str(tmp_path / "run")).finished
 
 
 def test_a_prompt_for_samples_that_can_not_be_is_refused_before_training(tmp_path):
@@ -407,7 +419,8 @@ def test_a_prompt_of_the_config_file_that_can_not_be_is_skipped(tmp_path, monkey
     monkeypatch.setattr(config_flags, "get_override_values", lambda flag: given)
     monkeypatch.setattr(command_line, "flags", types.SimpleNamespace(FLAGS={"config": None}))
     config = tiny(path, steps=1, samples__prompts=("\n", "a", "b" * 33))
-    assert pretrain(config, str(tmp_path / "run")).finished
+    with on_one_device():
+        assert pretrain(config, str(tmp_path / "run")).finished
     assert {s["prompt"] for s in lines(tmp_path / "run", "samples")} == {"a"}
     said = [line for line in capsys.readouterr().out.splitlines() if line.startswith("warning: no sample")]
     assert len(said) == 2 and "'\\n'" in said[0] and "33 tokens" in said[1]
@@ -423,17 +436,19 @@ def test_a_tokenizer_too_large_for_its_dtype(tmp_path):
         prepare(str(path), "bpe:70000", tmp_path / "shards", token_dtype="uint16")
 
 
-def test_shards_that_do_not_match_their_manifest(trained, text, tmp_path):
+def test_shards_that_do_not_match_their_manifest(text, tmp_path):
     workdir = tmp_path / "run"
-    assert pretrain(tiny(text), str(workdir)).finished
-    (shard,) = (workdir / "data").glob("*/train-00000.bin")
-    content = bytearray(shard.read_bytes())
-    content[100] ^= 1
-    shard.write_bytes(content)
-    with pytest.raises(InputError, match="train-00000.bin does not have .*hash: delete .*/data/[0-9a-f]{16}, and it"):
-        pretrain(tiny(text, steps=4), str(workdir))
-    shutil.rmtree(workdir / "data")  # as the message says
-    assert pretrain(tiny(text, steps=4), str(workdir)).finished
+    with on_one_device():
+        assert pretrain(tiny(text), str(workdir)).finished
+        (shard,) = (workdir / "data").glob("*/train-00000.bin")
+        content = bytearray(shard.read_bytes())
+        content[100] ^= 1
+        shard.write_bytes(content)
+        said = "train-00000.bin does not have .*hash: delete .*/data/[0-9a-f]{16}, and it"
+        with pytest.raises(InputError, match=said):
+            pretrain(tiny(text, steps=4), str(workdir))
+        shutil.rmtree(workdir / "data")  # as the message says
+        assert pretrain(tiny(text, steps=4), str(workdir)).finished
     assert [m["step"] for m in lines(workdir, "metrics")] == [1, 2, 3, 4]
 
 
@@ -445,33 +460,23 @@ def test_another_runs_workdir(trained, text):
 
 
 def test_weights_of_another_run_to_start_from(trained, text, tmp_path):
-    """init_from: the first loss is the other run's last, and a model of another shape is refused."""
-    same = {"init_from": str(trained[0]), "model__vocab_size": 10}
-    assert pretrain(tiny(text, eval__batches=0, steps=1, **same), str(tmp_path / "run")).finished
-    first = lines(tmp_path / "run", "evaluations")[0]
-    assert first["step"] == 0
-    assert first["loss"] == approx(lines(trained[0], "evaluations")[-1]["loss"], terms=TERMS)
-    with pytest.raises(InputError, match=r"model.n_layer=2, this run 3"):
-        pretrain(tiny(text, model__n_layer=3, **same), str(tmp_path / "other"))
-
-
-def test_a_run_goes_on_without_the_weights_it_began_with(trained, text, tmp_path):
+    """init_from: the first loss is the other run's last, a model of another shape is refused, and once the run has a
+    checkpoint it goes on without the other one."""
     base = shutil.copytree(trained[0], tmp_path / "[2026]" / "base")
-    same = {"init_from": str(base), "model__vocab_size": 10}
-    pretrain(tiny(text, steps=1, **same), str(tmp_path / "[2026]" / "run"))
-    origin = read_config(tmp_path / "[2026]" / "run")["origin"]
-    assert origin["init_from_step"] == STEPS and len(origin["init_from_weights"]) == 64
-    shutil.rmtree(base)
-    assert pretrain(tiny(text, steps=2, **same), str(tmp_path / "[2026]" / "run")).finished
-    assert read_config(tmp_path / "[2026]" / "run")["origin"] == origin
+    same, run = {"init_from": str(base), "model__vocab_size": 10, "eval__batches": 0}, tmp_path / "[2026]" / "run"
+    with on_one_device():
+        assert pretrain(tiny(text, steps=1, **same), str(run)).finished
+        first = lines(run, "evaluations")[0]
+        assert first["step"] == 0
+        assert first["loss"] == approx(lines(trained[0], "evaluations")[-1]["loss"], terms=TERMS)
+        with pytest.raises(InputError, match=r"model.n_layer=2, this run 3"):
+            pretrain(tiny(text, model__n_layer=3, **same), str(tmp_path / "other"))
+        origin = read_config(run)["origin"]
+        assert origin["init_from_step"] == STEPS and len(origin["init_from_weights"]) == 64
+        shutil.rmtree(base)
+        assert pretrain(tiny(text, steps=2, **same), str(run)).finished
+    assert read_config(run)["origin"] == origin
 
 
 def test_eight_devices_are_what_these_tests_run_on():
     assert jax.device_count() == 8
-
-
-def test_a_tokenizer_smaller_than_the_model_samples_only_what_it_can_decode(text, tmp_path):
-    """An untrained model gives every id a chance; those beyond the tokenizer have no text."""
-    config = tiny(text, steps=1, samples__prompts=(text.read_text()[:3],))
-    assert pretrain(config, str(tmp_path / "run")).finished
-    assert {s["step"] for s in lines(tmp_path / "run", "samples")} == {0, 1}

@@ -4,7 +4,6 @@ import errno
 import json
 import os
 import random
-import re
 import shutil
 import signal
 import subprocess
@@ -17,7 +16,7 @@ import numpy as np
 import pytest
 from conftest import ROOT
 from numerics import approx, assert_close, model_terms
-from runs import arrays, assert_same_run, lines, one_device_environment, until_sigterm
+from runs import arrays, assert_same_run, lines, one_device_environment, shared_programs, until_sigterm
 
 from gptjax import pretrain as stage
 from gptjax import run as spine
@@ -28,11 +27,9 @@ from gptjax.parallel.mesh import make_mesh
 from gptjax.pretrain import PretrainConfig, pretrain
 from gptjax.trained import load_model
 from gptjax.training import checkpoint, files, stopping, supervised
-from gptjax.training import step as step_module
 from gptjax.training.checkpoint import CheckpointConfig, Checkpointer
 from gptjax.training.loop import TrainingDiverged
-from gptjax.training.schedule import Schedule
-from gptjax.training.stage import Evaluation
+from gptjax.training.schedule import Schedule, ScheduleConfig
 
 STEPS, STOP = 25, 13
 TERMS = model_terms(GPTConfig(100, n_layer=2, n_head=4, d_model=32, context_length=32), rows=8)  # of tiny()
@@ -49,33 +46,59 @@ def text(tmp_path_factory):
 
 
 def tiny(text, **overrides):
-    """A PretrainConfig of 27k parameters; overrides by dotted key, with __ for the dot."""
+    """A PretrainConfig of 27k parameters, with dropout; overrides by dotted key, with __ for the dot."""
     c = config_dict(PretrainConfig)
-    c.model.update(n_layer=2, n_head=4, d_model=32, context_length=32)
+    c.model.update(n_layer=2, n_head=4, d_model=32, context_length=32, dropout=0.2)
     c.data.update(source=str(text), tokenizer="char")
     c.steps, c.batch_size = STEPS, 8
     c.eval.update(every=10, batches=2)
     c.checkpoint.every = 5
     c.log.tensorboard = False
-    c.optimizer.learning_rate = 3e-3
+    c.optimizer.learning_rate, c.optimizer.eps = 3e-3, 1e-4
     c.update_from_flattened_dict({k.replace("__", "."): v for k, v in overrides.items()})
     return c
 
 
+@pytest.fixture(scope="module", autouse=True)
+def programs():
+    with shared_programs():
+        yield
+
+
+def on_one_device(patch):
+    """pretrain() in this process, which has 8 virtual devices, on the first of them."""
+    patch.setattr(spine, "make_mesh", lambda config: make_mesh(config, jax.devices()[:1]))
+
+
 @pytest.fixture
 def one_device(monkeypatch):
-    """pretrain() in this process, which has 8 virtual devices, on the first of them."""
-    monkeypatch.setattr(spine, "make_mesh", lambda config: make_mesh(config, jax.devices()[:1]))
+    on_one_device(monkeypatch)
 
 
 @pytest.fixture(scope="module")
-def uninterrupted(text, tmp_path_factory):
+def finished_run(tmp_path_factory):
+    """finished_run(config) -> workdir of that run on one device, from start to end."""
+
+    def run(config):
+        workdir = tmp_path_factory.mktemp("run")
+        with pytest.MonkeyPatch.context() as patch:
+            on_one_device(patch)
+            assert pretrain(config, str(workdir)).finished
+        return workdir
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(text, finished_run):
     """Workdir of tiny(text) on one device."""
-    workdir = tmp_path_factory.mktemp("uninterrupted")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(spine, "make_mesh", lambda config: make_mesh(config, jax.devices()[:1]))
-        assert pretrain(tiny(text), str(workdir)).finished
-    return workdir
+    return finished_run(tiny(text))
+
+
+@pytest.fixture(scope="module")
+def float16_run(text, finished_run):
+    """Workdir of tiny(text, **FLOAT16) on one device."""
+    return finished_run(tiny(text, **FLOAT16))
 
 
 def interrupted(config, workdir, stop=STOP):
@@ -85,86 +108,87 @@ def interrupted(config, workdir, stop=STOP):
     return Checkpointer(workdir).steps()[-1]
 
 
+@pytest.fixture(scope="module")
+def stopped_at_13(text, tmp_path_factory):
+    """Workdir of tiny(text) on one device, stopped after step 13."""
+    workdir = tmp_path_factory.mktemp("stopped_at_13")
+    with pytest.MonkeyPatch.context() as patch:
+        on_one_device(patch)
+        assert interrupted(tiny(text), workdir) == STOP
+    return workdir
+
+
+def copy(workdir, to):
+    return shutil.copytree(workdir, to, dirs_exist_ok=True)
+
+
 # --- interrupted and resumed -------------------------------------------------------------------------------
 
-CASES = {
-    "dropout": {"model__dropout": 0.2},
-    "float16": {"precision__compute": "float16", "precision__growth_interval": 4, "precision__initial_scale": 2.0**22},
-    "ramp": {
-        "schedule__ramp_tokens": 3000.0, "schedule__ramp_start_batch_tokens": 128.0, "microbatch_size": 4,
-        "schedule__warmup_tokens": 1000.0,
-    },
-    "5 steps a dispatch": {"steps_per_dispatch": 5, "checkpoint__every": 7, "eval__every": 14, "model__dropout": 0.2},
+FLOAT16 = {  # with dropout, a ramp of the batch size, a warmup and micro-batches
+    "precision__compute": "float16", "precision__growth_interval": 4, "precision__initial_scale": 2.0**22,
+    "schedule__ramp_tokens": 3000.0, "schedule__ramp_start_batch_tokens": 128.0, "microbatch_size": 4,
+    "schedule__warmup_tokens": 1000.0,
 }  # fmt: skip
 
 
-def slow(*values):
-    return pytest.param(*values, marks=pytest.mark.slow)
+def test_13_steps_and_12_are_25(text, tmp_path, one_device, uninterrupted, stopped_at_13):
+    """With dropout."""
+    parts = copy(stopped_at_13, tmp_path)
+    assert [line["step"] for line in lines(parts)] == list(range(1, STOP + 1))
+    assert pretrain(tiny(text), str(parts)).finished
+    assert_same_run(parts, uninterrupted, STEPS)
 
 
-@pytest.mark.parametrize("case", ["float16", "ramp", slow("dropout"), slow("5 steps a dispatch")])
-def test_13_steps_and_12_are_25(text, tmp_path, monkeypatch, one_device, case):
-    config = tiny(text, **CASES[case])
-    assert pretrain(config, str(tmp_path / "straight")).finished
-    stopped = interrupted(config, tmp_path / "parts")
-    assert stopped == (14 if "5 steps" in case else STOP)  # between two device calls
-    assert [line["step"] for line in lines(tmp_path / "parts")] == list(range(1, stopped + 1))
-    assert pretrain(config, str(tmp_path / "parts")).finished
-    assert_same_run(tmp_path / "parts", tmp_path / "straight", STEPS)
+def test_13_steps_and_12_are_25_with_float16_and_a_ramp(text, tmp_path, one_device, float16_run):
+    config = tiny(text, **FLOAT16)
+    assert interrupted(config, tmp_path) == STOP
+    assert [line["step"] for line in lines(tmp_path)] == list(range(1, STOP + 1))
+    assert pretrain(config, str(tmp_path)).finished
+    assert_same_run(tmp_path, float16_run, STEPS)
 
-    metrics = lines(tmp_path / "straight")
+    metrics = lines(float16_run)
     assert metrics[-1]["tokens_seen"] == sum(m["batch_tokens"] for m in metrics)
-    if case == "float16":  # its scale went both ways on both sides of the stop
-        scales = [m["loss_scale"] for m in metrics]
-        for part in (scales[:STOP], scales[STOP:]):
-            assert any(a < b for a, b in zip(part, part[1:], strict=False))
-        assert any(m["skipped"] for m in metrics) and not all(m["skipped"] for m in metrics)
-    if case == "ramp":
-        sizes = [m["batch_tokens"] for m in metrics]
-        assert sizes[0] == 4 * 32 and sizes[-1] == 8 * 32 and set(sizes) == {n * 32 for n in (4, 5, 6, 7, 8)}
-        assert all(b >= a - 32 for a, b in zip(sizes, sizes[1:], strict=False))  # rounded to whole sequences
+    scales = [m["loss_scale"] for m in metrics]  # the scale went both ways on both sides of the stop
+    for part in (scales[:STOP], scales[STOP:]):
+        assert any(a < b for a, b in zip(part, part[1:], strict=False))
+    assert any(m["skipped"] for m in metrics) and not all(m["skipped"] for m in metrics)
+    sizes = [m["batch_tokens"] for m in metrics]
+    assert sizes[0] == 4 * 32 and sizes[-1] == 8 * 32 and set(sizes) == {n * 32 for n in (4, 5, 6, 7, 8)}
+    assert all(b >= a - 32 for a, b in zip(sizes, sizes[1:], strict=False))  # rounded to whole sequences
 
 
-def test_one_and_five_steps_a_dispatch_are_the_same_run(text, tmp_path, one_device):
-    """To rounding: one device call of several steps is a loop, which XLA may fuse otherwise than a single step."""
-    for n in (1, 5):
-        pretrain(tiny(text, model__dropout=0.2, steps_per_dispatch=n), str(tmp_path / str(n)))
-    for a, b in zip(lines(tmp_path / "1"), lines(tmp_path / "5"), strict=True):
+def test_several_steps_a_dispatch(text, tmp_path, one_device, uninterrupted, finished_run):
+    """Bitwise the same however it is interrupted; to rounding the run of one step a dispatch: one device call of
+    several steps is a loop, which XLA may fuse otherwise than a single step."""
+    config = tiny(text, steps_per_dispatch=4)
+    straight = finished_run(config)
+    assert interrupted(config, tmp_path) == 14  # device calls are of 4, 1, 4, 1, 4 steps
+    assert pretrain(config, str(tmp_path)).finished
+    assert_same_run(tmp_path, straight, STEPS)
+    for a, b in zip(lines(uninterrupted), lines(straight), strict=True):
         assert (a["step"], a["tokens_seen"], a["learning_rate"]) == (b["step"], b["tokens_seen"], b["learning_rate"])
         assert a["loss"] == approx(b["loss"], terms=TERMS)
 
 
-def test_a_finished_run_started_again_changes_nothing(text, tmp_path, one_device):
-    config = tiny(text, steps=5)
-    pretrain(config, str(tmp_path / "run"))
-    before = {name: lines(tmp_path / "run", name) for name in ("metrics", "evaluations")}
-    assert pretrain(config, str(tmp_path / "run")).finished
-    assert {name: lines(tmp_path / "run", name) for name in before} == before
-
-
-def test_a_finished_run_can_be_made_longer(text, tmp_path, one_device):
-    constant = {"schedule__kind": "constant"}
-    pretrain(tiny(text, steps=10, **constant), str(tmp_path / "parts"))
-    pretrain(tiny(text, steps=25, **constant), str(tmp_path / "parts"))
-    pretrain(tiny(text, steps=25, **constant), str(tmp_path / "straight"))
-    assert_same_run(tmp_path / "parts", tmp_path / "straight", STEPS)
-
-
-def test_a_run_whose_schedule_was_another_is_told(text, tmp_path, one_device, capsys):
+def test_a_finished_run_started_again_changes_nothing_and_a_longer_one_is_told_of_another_schedule(
+    text, tmp_path, one_device, uninterrupted, capsys
+):
     """By the rate in its metrics: of an earlier version (whose decay ended one step sooner), or of another length."""
-    pretrain(tiny(text, steps=3), str(tmp_path / "run"))
-    said = r"the learning rate of step 3 was 0.0003; by the schedule as it is now it would have been 0.002325"
-    assert "the learning rate of step" not in capsys.readouterr().out
-    path = tmp_path / "run" / "metrics.jsonl"
-    rows = lines(tmp_path / "run")
-    pretrain(tiny(text, steps=3), str(tmp_path / "run"))  # finished: nothing to tell
-    assert "the learning rate of step" not in capsys.readouterr().out
-    path.write_text("".join(json.dumps(r | {"learning_rate": 3e-4}) + "\n" for r in rows))
-    pretrain(tiny(text, steps=6), str(tmp_path / "run"))
-    assert re.search(said, capsys.readouterr().out)
+    run = copy(uninterrupted, tmp_path)
+    assert pretrain(tiny(text), str(run)).finished
+    for name in ("metrics", "evaluations"):
+        assert lines(run, name) == lines(uninterrupted, name)
+    assert "the learning rate of step" not in capsys.readouterr().out  # finished: nothing to tell
+    rows = [json.dumps(r | {"learning_rate": 3e-4}) + "\n" for r in lines(run)]
+    (run / "metrics.jsonl").write_text("".join(rows))
+    pretrain(tiny(text, steps=STEPS + 1), str(run))
+    now = Schedule(ScheduleConfig(), batch_size=8, context_length=32, learning_rate=3e-3, steps=STEPS + 1)
+    said = "the learning rate of step 25 was 0.0003; by the schedule as it is now it would have been "
+    assert said + f"{now.learning_rate(STEPS - 1):.4g}" in capsys.readouterr().out
 
 
-def test_a_run_goes_on_with_its_own_tokens_whatever_became_of_the_source(text, tmp_path, one_device):
+def test_a_finished_run_can_be_made_longer_whatever_became_of_its_source(text, tmp_path, one_device):
+    """It goes on with its own tokens."""
     source = tmp_path / "source.txt"
     shutil.copy(text, source)
     for steps, name in ((5, "parts"), (10, "straight")):
@@ -174,48 +198,56 @@ def test_a_run_goes_on_with_its_own_tokens_whatever_became_of_the_source(text, t
     assert_same_run(tmp_path / "parts", tmp_path / "straight", 10)
 
 
-def test_another_seed_is_another_run(text, tmp_path, one_device):
+def test_another_seed_is_another_run(text, tmp_path, monkeypatch, one_device):
+    """Other initial parameters and other batches. The noise of dropout: tests/test_step.py."""
+    batches = []
+
+    def call(self, state, batch, rates):
+        batches.append(jax.device_get(batch["tokens"]))
+        raise Broken
+
+    monkeypatch.setattr(supervised.Dispatch, "__call__", call)
     for seed in (0, 1):
-        pretrain(tiny(text, steps=2, seed=seed), str(tmp_path / str(seed)))
-    a, b = (lines(tmp_path / str(seed)) for seed in (0, 1))
-    assert a[0]["loss"] != b[0]["loss"]
+        with pytest.raises(Broken):
+            pretrain(tiny(text, seed=seed), str(tmp_path / str(seed)))
+    a, b = (lines(tmp_path / str(seed), "evaluations")[0] for seed in (0, 1))
+    assert a["loss"] != b["loss"] and (batches[0] != batches[1]).any()
 
 
-@pytest.mark.parametrize(
-    "first, then",
-    [
-        slow("fsdp 8", "one device"), slow("one device", "fsdp 8"), slow("stage 2 fsdp 4", "one device"),
-        slow("one device", "stage 2 fsdp 4"), ("fsdp 8", "fsdp 4 seq 2, other rules"),
-    ],
-)  # fmt: skip
-def test_taken_up_on_another_mesh(text, tmp_path, monkeypatch, first, then):
-    """1e-5 of the run on one device. Adam's eps is raised: it would blow up the rounding of gradients that are 0."""
-    meshes = {
-        "one device": {"mesh__data": 1, "mesh__fsdp": 1},
-        "fsdp 8": {"mesh__data": 1, "mesh__fsdp": 8},
-        "stage 2 fsdp 4": {"mesh__data": 1, "mesh__stage": 2, "mesh__fsdp": 4},
-        "fsdp 4 seq 2, other rules": {"mesh__data": 1, "mesh__fsdp": 4, "mesh__seq": 2,
-                                      "mesh__rules__embed": "fsdp,seq", "mesh__rules__residual": "none"},
-    }  # fmt: skip
+MESHES = {
+    "stage 2 fsdp 4": {"mesh__data": 1, "mesh__stage": 2, "mesh__fsdp": 4},
+    "fsdp 8": {"mesh__data": 1, "mesh__fsdp": 8},
+    "fsdp 4 seq 2, other rules": {"mesh__data": 1, "mesh__fsdp": 4, "mesh__seq": 2,
+                                  "mesh__rules__embed": "fsdp,seq", "mesh__rules__residual": "none"},
+}  # fmt: skip
 
-    def run(mesh, workdir, how):
-        with monkeypatch.context() as patch:
-            if mesh == "one device":
-                patch.setattr(spine, "make_mesh", lambda config: make_mesh(config, jax.devices()[:1]))
-            return how(tiny(text, optimizer__eps=1e-4, **meshes[mesh]), workdir)
 
-    straight = lambda config, workdir: pretrain(config, str(workdir))
-    run("one device", tmp_path / "straight", straight)
-    assert run(first, tmp_path / "parts", interrupted) == STOP
-    assert run(then, tmp_path / "parts", straight).finished
-    a, b = lines(tmp_path / "parts"), lines(tmp_path / "straight")
+def assert_same_run_to_rounding(workdir, other):
+    """Adam's eps is raised in tiny(): it would blow up the rounding of gradients that are 0."""
+    a, b = lines(workdir), lines(other)
     assert [m["step"] for m in a] == list(range(1, STEPS + 1))
     losses = lambda rows: np.array([m["loss"] for m in rows])
     assert_close(losses(a), losses(b), terms=TERMS)
-    expected = arrays(tmp_path / "straight", STEPS)
-    for path, value in arrays(tmp_path / "parts", STEPS).items():
+    expected = arrays(other, STEPS)
+    for path, value in arrays(workdir, STEPS).items():
         if path.startswith("params"):
             assert_close(value, expected[path], terms=TERMS, err_msg=path)
+
+
+def test_taken_up_on_another_mesh_and_back(text, tmp_path, monkeypatch, uninterrupted, stopped_at_13):
+    """13 steps on one device, 6 with parameters and sequences cut up over 8, 6 on one device again."""
+    parts = copy(stopped_at_13, tmp_path)
+    assert interrupted(tiny(text, **MESHES["fsdp 4 seq 2, other rules"]), parts, stop=19) == 19
+    on_one_device(monkeypatch)
+    assert pretrain(tiny(text), str(parts)).finished
+    assert_same_run_to_rounding(parts, uninterrupted)
+
+
+@pytest.mark.slow
+def test_a_pipelined_run_taken_up_without_the_pipeline(text, tmp_path, uninterrupted):
+    assert interrupted(tiny(text, **MESHES["stage 2 fsdp 4"]), tmp_path) == STOP
+    assert pretrain(tiny(text, **MESHES["fsdp 8"]), str(tmp_path)).finished
+    assert_same_run_to_rounding(tmp_path, uninterrupted)
 
 
 # --- divergence -------------------------------------------------------------------------------------------
@@ -240,40 +272,29 @@ def test_a_loss_that_becomes_nan_stops_the_run(text, tmp_path, monkeypatch, one_
 
 def test_a_huge_learning_rate_before_any_checkpoint(text, tmp_path, one_device):
     with pytest.raises(TrainingDiverged, match="no checkpoint had been written yet"):
-        pretrain(tiny(text, optimizer__learning_rate=1e30, optimizer__clip_norm=0.0), str(tmp_path / "run"))
+        pretrain(tiny(text, optimizer__learning_rate=1e30), str(tmp_path / "run"))
 
 
 def test_float16_whose_loss_stays_nan_stops_too(text, tmp_path, monkeypatch, one_device):
     """Halving the scale mends an overflow, never a NaN: to skip every step up to the last is no training."""
-    real = stage.causal_lm_loss
-
-    def planted(*args, **kwargs):
-        loss = real(*args, **kwargs)
-
-        def nan(*inputs):
-            total, count = loss(*inputs)
-            return total * float("nan"), count
-
-        return nan
-
-    monkeypatch.setattr(stage, "causal_lm_loss", planted)
-    monkeypatch.setattr(stage, "text_loss", lambda *_: lambda state: Evaluation({}))
-    config = tiny(text, precision__compute="float16", precision__initial_scale=2.0, steps=60)
-    with pytest.raises(TrainingDiverged, match="step"):
-        pretrain(config, str(tmp_path / "run"))
+    monkeypatch.setattr(Schedule, "learning_rate", lambda self, t: float("inf"))  # the first step not skipped ends it
+    with pytest.raises(TrainingDiverged, match="The loss became nan .* at step"):
+        pretrain(tiny(text, **FLOAT16, steps=60), str(tmp_path / "run"))
+    skipped = [m["skipped"] for m in lines(tmp_path / "run")]
+    assert skipped[-20:] == [1] * 20
 
 
-def test_a_float16_run_whose_last_step_is_skipped_has_a_report(text, tmp_path, monkeypatch, one_device):
+def test_a_float16_run_whose_last_step_is_skipped_has_a_report(tmp_path, float16_run):
     """metrics.jsonl has null for a loss that is not finite, as JSON has no NaN."""
     from gptjax import report
 
-    pretrain(tiny(text, steps=2, precision__compute="float16"), str(tmp_path / "run"))
-    records = lines(tmp_path / "run")
+    run = copy(float16_run, tmp_path)
+    records = lines(run)
     records[-1] |= {"loss": None, "bits_per_byte": None, "grad_norm": None, "skipped": 1}
-    (tmp_path / "run" / "metrics.jsonl").write_text("".join(json.dumps(r) + "\n" for r in records))
-    (tmp_path / "run" / "evaluations.jsonl").write_text('{"step": 0, "loss": 3.0}\n{"step": 2, "loss": null}\n')
-    (tmp_path / "run" / "samples.jsonl").write_text('{"step": 0, "prompt": "a", "text": "b", "score": null}\n')
-    assert "training curves" in report.write(tmp_path / "run").read_text()
+    (run / "metrics.jsonl").write_text("".join(json.dumps(r) + "\n" for r in records))
+    (run / "evaluations.jsonl").write_text('{"step": 0, "loss": 3.0}\n{"step": 25, "loss": null}\n')
+    (run / "samples.jsonl").write_text('{"step": 0, "prompt": "a", "text": "b", "score": null}\n')
+    assert "training curves" in report.write(run).read_text()
 
 
 # --- a full disk ------------------------------------------------------------------------------------------
@@ -300,21 +321,17 @@ def fill_disk(patch, *steps):
     patch.setattr(Checkpointer, "manager", property(manager))
 
 
-def test_a_full_disk_does_not_stop_training(text, tmp_path, monkeypatch, capsys, one_device):
+def test_a_full_disk_stops_training_only_at_the_last_checkpoint(
+    text, tmp_path, monkeypatch, capsys, one_device, uninterrupted
+):
     with monkeypatch.context() as patch:
-        fill_disk(patch, 10, 15)
-        assert pretrain(tiny(text), str(tmp_path / "run")).finished
-    assert capsys.readouterr().err.count("is full") == 2
-    assert [m["step"] for m in lines(tmp_path / "run")] == list(range(1, STEPS + 1))
-    assert Checkpointer(tmp_path / "run").steps()[-2:] == [20, 25]
-
-
-def test_the_last_checkpoint_does_not_fit(text, tmp_path, monkeypatch, one_device, uninterrupted):
-    with monkeypatch.context() as patch:
-        fill_disk(patch, STEPS)
+        fill_disk(patch, 10, 15, STEPS)
         with pytest.raises(InputError, match="free some disk space and give the same command again.* step 20"):
             pretrain(tiny(text), str(tmp_path / "run"))
+    assert capsys.readouterr().err.count("is full") == 3
+    assert [m["step"] for m in lines(tmp_path / "run")] == list(range(1, STEPS + 1))
     assert pretrain(tiny(text), str(tmp_path / "run")).finished
+    assert Checkpointer(tmp_path / "run").steps()[-2:] == [20, 25]
     assert_same_run(tmp_path / "run", uninterrupted, STEPS)
 
 
@@ -390,30 +407,25 @@ def test_the_best_checkpoint_that_did_not_fit_is_not_the_best(text, tmp_path, mo
 # --- asked to stop ----------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("step", [0, 10, STEPS])
-def test_a_long_evaluation_is_left_and_made_up_for(text, tmp_path, monkeypatch, one_device, uninterrupted, step):
+def test_a_long_evaluation_is_left_and_made_up_for(text, tmp_path, monkeypatch, one_device, uninterrupted):
     """Ctrl-C in the middle of one, at the start, between checkpoints and at the end: the run goes on as if never."""
-    real, asked = stage.text_loss, []
+    config, asked, at = tiny(text, checkpoint__every=7), [], [0]
+    real, compute = stage.text_loss, supervised.Dispatch.__call__
 
     def evaluator(*args):
         evaluate = real(*args)
 
         def stopped(state):
-            if Evaluated.at == step and not asked:
+            if at[0] == step and step not in asked:
                 asked.append(step)
                 os.kill(os.getpid(), signal.SIGINT)
             return evaluate(state)
 
         return stopped
 
-    class Evaluated:
-        at = 0
-
-    compute = supervised.Dispatch.__call__
-
     def call(self, state, batch, rates):
         result = compute(self, state, batch, rates)
-        Evaluated.at = int(result[0].step)
+        at[0] = int(result[0].step)
         return result
 
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -421,13 +433,15 @@ def test_a_long_evaluation_is_left_and_made_up_for(text, tmp_path, monkeypatch, 
         with monkeypatch.context() as patch:
             patch.setattr(stage, "text_loss", evaluator)
             patch.setattr(supervised.Dispatch, "__call__", call)
-            assert not pretrain(tiny(text, checkpoint__every=7), str(tmp_path / "run")).finished
+            for step in (0, 10, STEPS):
+                assert not pretrain(config, str(tmp_path)).finished
+                assert asked[-1] == step and Checkpointer(tmp_path).steps()[-1:] == [step][: step > 0]
+                assert step not in [e["step"] for e in lines(tmp_path, "evaluations")]
     finally:
         signal.signal(signal.SIGINT, before)
-    assert asked == [step] and Checkpointer(tmp_path / "run").steps()[-1:] == [step][: step > 0]
-    assert step not in [e["step"] for e in lines(tmp_path / "run", "evaluations")]
-    assert pretrain(tiny(text, checkpoint__every=7), str(tmp_path / "run")).finished
-    assert_same_run(tmp_path / "run", uninterrupted, STEPS)
+    assert asked == [0, 10, STEPS]
+    assert pretrain(config, str(tmp_path)).finished
+    assert_same_run(tmp_path, uninterrupted, STEPS)
 
 
 class Broken(Exception):
@@ -455,7 +469,7 @@ def test_an_exception_keeps_the_lines_and_the_checkpoint_being_written(text, tmp
 
 def test_compiling_is_not_training_time(text, tmp_path, monkeypatch, one_device):
     """So says the report: "compiling, evaluating and saving not counted"."""
-    real = step_module.jit_train_step
+    real = supervised.Dispatch.__init__
 
     class Slow:
         def __init__(self, step):
@@ -465,7 +479,7 @@ def test_compiling_is_not_training_time(text, tmp_path, monkeypatch, one_device)
             time.sleep(1.0)
             return self.step.lower(*args)
 
-    monkeypatch.setattr(step_module, "jit_train_step", lambda *args: Slow(real(*args)))
+    monkeypatch.setattr(supervised.Dispatch, "__init__", lambda self, step: real(self, Slow(step)))
     pretrain(tiny(text, steps=2), str(tmp_path / "run"))
     assert lines(tmp_path / "run")[0]["seconds"] < 1.0
 
@@ -502,28 +516,41 @@ class Process:
     """`python -m gptjax.pretrain` on one device, always the same run."""
 
     def __init__(self, text, workdir):
-        options = {
+        self.workdir = workdir
+        self.options = {
             "steps": LONG, "batch_size": 8, "steps_per_dispatch": 1, "model.n_layer": 2, "model.unroll": 1,
             "model.d_model": 32, "model.context_length": 32, "model.dropout": 0.1, "eval.every": 60, "eval.batches": 2,
-            "checkpoint.every": 10, "log.tensorboard": False, "samples.max_new_tokens": 4, "data.source": text,
+            "checkpoint.every": 10, "log.tensorboard": False, "samples.max_new_tokens": 4, "data.source": str(text),
         }  # fmt: skip
-        self.workdir = workdir
-        self.command = [
-            sys.executable, "-m", "gptjax.pretrain", "--config=configs/shakespeare_char.py", f"--workdir={workdir}",
-            *(f"--config.{k}={v}" for k, v in options.items()),
-        ]  # fmt: skip
-        self.environment = one_device_environment()
 
     def start(self):
-        return subprocess.Popen(
-            self.command, cwd=ROOT, env=self.environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
-        )
+        command = (
+            "-m", "gptjax.pretrain", "--config=configs/shakespeare_char.py", f"--workdir={self.workdir}",
+            *(f"--config.{k}={v}" for k, v in self.options.items()),
+        )  # fmt: skip
+        return self._start(*command)
 
-    def finish(self):
-        process = self.start()
+    def finish(self, *before):
+        """What it printed to its end. before: workdirs of the same run that this process finishes first."""
+        script = (
+            "import json, sys\n"
+            "from configs.shakespeare_char import get_config\n"
+            "from gptjax.pretrain import pretrain\n"
+            "config = get_config()\n"
+            "config.update_from_flattened_dict(json.loads(sys.argv[1]))\n"
+            "for workdir in sys.argv[2:]:\n"
+            "    assert pretrain(config, workdir).finished\n"
+        )
+        process = self._start("-c", script, json.dumps(self.options), *map(str, before), str(self.workdir))
         output = process.communicate(timeout=120)[0]
         assert process.returncode == 0, output
         return output
+
+    def _start(self, *arguments):
+        return subprocess.Popen(
+            [sys.executable, *arguments], cwd=ROOT, env=one_device_environment(), text=True, stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+        )  # fmt: skip
 
     def signal_when(self, condition, number):
         """(whether it was still running, its exit code, output): sends a signal once condition(names) holds for
@@ -542,22 +569,22 @@ class Process:
 
 
 @pytest.fixture(scope="module")
-def straight(text, tmp_path_factory):
-    """The run without any interruption."""
-    workdir = tmp_path_factory.mktemp("straight")
-    Process(text, workdir).finish()
-    return workdir
-
-
-@pytest.fixture(scope="module")
-def stopped(text, tmp_path_factory, straight):
-    """A workdir whose run was sent SIGINT, as by Ctrl-C, after step 20, and what it printed."""
+def stopped(text, tmp_path_factory):
+    """A workdir whose run was sent SIGINT, as by Ctrl-C, after step 20; its exit code; what it printed."""
     workdir = tmp_path_factory.mktemp("stopped")
     heard = signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background may ignore it
     running, code, output = Process(text, workdir).signal_when(lambda names: "20" in names, signal.SIGINT)
     signal.signal(signal.SIGINT, heard)
     assert running
     return workdir, code, output
+
+
+@pytest.fixture(scope="module")
+def resumed(text, tmp_path_factory, stopped):
+    """(a copy of `stopped`'s workdir that a second process finished, what that printed, the workdir of the run without
+    any interruption, by the same process)."""
+    straight, again = tmp_path_factory.mktemp("straight"), copy(stopped[0], tmp_path_factory.mktemp("resumed"))
+    return again, Process(text, again).finish(straight), straight
 
 
 def test_ctrl_c_saves_and_a_second_one_ends_at_once(text, tmp_path):
@@ -594,23 +621,18 @@ def test_ctrl_c_before_the_first_step_is_one_line(tmp_path):
     assert (done.returncode, done.stdout, done.stderr) == (130, "", "interrupted\n")
 
 
-def copy(workdir, to):
-    shutil.copytree(workdir, to, dirs_exist_ok=True)
-    return to
-
-
-def test_ctrl_c_saves_exits_cleanly_and_goes_on(text, tmp_path, straight, stopped):
+def test_ctrl_c_saves_exits_cleanly_and_goes_on(stopped, resumed):
     workdir, code, output = stopped
     steps = Checkpointer(workdir).steps()
     assert code == 0 and 20 <= steps[-1] < LONG and "Traceback" not in output
     assert f"asked to stop: saved step {steps[-1]}" in output
-    again = copy(workdir, tmp_path)
-    assert f"resuming from step {steps[-1]} of {LONG}" in Process(text, again).finish()
+    again, output, straight = resumed
+    assert f"resuming from step {steps[-1]} of {LONG}" in output
     assert_same_run(again, straight, LONG)
 
 
-def test_a_corrupted_newest_checkpoint_goes_on_from_the_older_one(text, tmp_path, straight, stopped):
-    again = copy(stopped[0], tmp_path)
+def test_a_corrupted_newest_checkpoint_goes_on_from_the_older_one(text, tmp_path, one_device, uninterrupted, capsys):
+    again = copy(uninterrupted, tmp_path)
     older, newest = Checkpointer(again).steps()[-2:]
     path = max(
         (again / "checkpoints" / str(newest) / "params").rglob("*"), key=lambda p: p.is_file() and p.stat().st_size
@@ -619,13 +641,14 @@ def test_a_corrupted_newest_checkpoint_goes_on_from_the_older_one(text, tmp_path
     for at in range(len(content) // 2, len(content) // 2 + 4):
         content[at] ^= 0xFF
     path.write_bytes(content)
-    output = Process(text, again).finish()
-    assert f"checkpoint {newest} is damaged" in output and f"resuming from step {older} " in output
-    assert_same_run(again, straight, LONG)
+    assert pretrain(tiny(text), str(again)).finished
+    said = capsys.readouterr()
+    assert f"checkpoint {newest} is damaged" in said.err and f"resuming from step {older} " in said.out
+    assert_same_run(again, uninterrupted, STEPS)
 
 
 @pytest.mark.slow
-def test_kill_9_in_the_middle_of_a_save(text, tmp_path, straight):
+def test_kill_9_in_the_middle_of_a_save(text, tmp_path, resumed):
     run = Process(text, tmp_path)
     saving = lambda names: any(n.endswith("-tmp") and n.split(".")[0] >= "30" for n in names if n[0] in "3456789")
     for _ in range(3):  # the save may end between the look and the blow: then the next start tries again
@@ -639,4 +662,4 @@ def test_kill_9_in_the_middle_of_a_save(text, tmp_path, straight):
     assert whole < int(left[0].name.split(".")[0])
     assert f"resuming from step {whole} of {LONG}" in run.finish()
     assert not list((tmp_path / "checkpoints").glob("*tmp*"))
-    assert_same_run(tmp_path, straight, LONG)
+    assert_same_run(tmp_path, resumed[-1], LONG)
