@@ -34,7 +34,7 @@ from gptjax.objectives.finetune import finetune_loss
 from gptjax.parallel import pipeline
 from gptjax.parallel.mesh import check_fits
 from gptjax.parallel.sharding import batch_sharding, shared
-from gptjax.ranges import BelowOne, Count
+from gptjax.ranges import BelowOne, Count, Layers
 from gptjax.run import Claim, require, run
 from gptjax.trained import load_base, origin
 from gptjax.training.checkpoint import check_selection
@@ -62,7 +62,7 @@ class FinetuneConfig(TrainConfig):
     model: ModelOptions = ModelOptions()
     data: LabeledConfig = LabeledConfig()
     optimizer: OptimizerConfig = OptimizerConfig(learning_rate=6.25e-5, b2=0.999, weight_decay=0.01)
-    transfer: int | None = None
+    transfer: Layers | None = None
     lm_weight: float = 0.5
     head_dropout: BelowOne = 0.1
     selection: str = "last"

@@ -12,8 +12,7 @@ from alignment_runs import on_one_device, overridden
 from numerics import assert_close, model_terms
 from runs import assert_same_run, lines, until_sigterm
 
-from gptjax import finetune as stage
-from gptjax.config import config_dict
+from gptjax.config import build, config_dict
 from gptjax.errors import InputError
 from gptjax.finetune import FinetuneConfig, each_seed, finetune
 from gptjax.model import gpt, heads
@@ -302,8 +301,9 @@ def test_other_rows_are_refused_on_resume(pretrained, rows, learned, tmp_path):
 
 
 def test_the_presets_build():
-    from configs import gpt1_finetune  # noqa: F401
+    from configs import gpt1_finetune
 
+    assert gpt1_finetune.PRESETS["finetune"] == list(gpt1_finetune.TASKS)
     for task in gpt1_finetune.TASKS:
-        c = gpt1_finetune.get_config(task)
-        assert stage.FinetuneConfig and c.epochs == 3.0 and c.optimizer.name == "gpt1_adam"
+        c = build(FinetuneConfig, gpt1_finetune.get_config(task))
+        assert c.epochs == 3.0 and c.optimizer.name == "gpt1_adam" and c.data.columns != ""

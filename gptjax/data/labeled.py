@@ -32,6 +32,7 @@ from gptjax.data.rows import (
 from gptjax.data.tokenizer import Tokenizer
 from gptjax.data.transforms import TASKS, Marks, sequences
 from gptjax.errors import InputError
+from gptjax.ranges import Count
 
 FIELDS = {
     "classification": ("text", "label"),
@@ -77,7 +78,7 @@ class LabeledConfig:
     form: str = "rows"
     columns: str | None = None
     format: str | None = None
-    max_length: int | None = None
+    max_length: Count | None = None
     bad_rows: str = "stop"
     drop_long: bool = False
 
@@ -100,7 +101,7 @@ class LabeledConfig:
             listed = names_of(getattr(self, name)) or ("", " ")
             if len(set(listed)) < max(2, len(listed)):
                 raise InputError(f"data.{name}={getattr(self, name)!r}: give at least two with commas, each once.")
-        check_config(self, _ALL_FIELDS)
+        check_config(self, _ALL_FIELDS, FIELDS[self.task])
 
     @property
     def score_range(self) -> tuple[int, int] | None:

@@ -160,8 +160,8 @@ class LeftOut:
             path.unlink(missing_ok=True)
 
 
-def check_config(c: Any, names: Sequence[str]) -> None:
-    """Checks what the three data configs share. names: our field names.
+def check_config(c: Any, names: Sequence[str], used: Sequence[str] | None = None) -> None:
+    """Checks what the data configs share. names: our field names; used: those that are read, by default all.
 
     InputError: `fields` for an unknown name, or one field for two names; max_length below 1; a validation fraction
     outside (0, 1); an unknown bad_rows.
@@ -172,7 +172,7 @@ def check_config(c: Any, names: Sequence[str]) -> None:
         if not isinstance(field, str):
             raise InputError(f"data.fields.{name}={field!r} is not the name of a field: give text.")
     by_field: dict[str, str] = {}
-    for name in names:
+    for name in names if used is None else used:
         field = c.fields.get(name, name)
         if field in by_field:
             implicit = " The prompt needs no field if chosen and rejected begin with it." if "chosen" in names else ""
