@@ -48,6 +48,7 @@ WHOLE, NON_NEGATIVE = Range(0, INT_MAX), Range()
 Count = Annotated[int, Range(1, INT_MAX)]
 Seed = Annotated[int, Range(0, 2**32 - 1)]
 Axis = Annotated[int, Range(1, INT_MAX, also=(-1,))]  # -1 = all the devices that are left
+Layers = Annotated[int, Range(0, INT_MAX, also=(-1,))]  # -1 = nothing at all
 Positive = Annotated[float, Range(open_low=True)]
 Real = Annotated[float, Range(-FLOAT_MAX)]
 Share = Annotated[float, Range(0, 1)]

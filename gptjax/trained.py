@@ -52,7 +52,8 @@ def load_model(workdir, *, step: int | str | None = None, mesh: jax.sharding.Mes
     workdir = paths.local(workdir)
     run = run_config.read_config(workdir)
     if run["kind"] != "lm":
-        raise InputError(f"{workdir} is a reward model, which scores texts and writes none: give another workdir.")
+        what = {"scalar": "a reward model, which scores texts", "classifier": "a classifier, which labels texts"}
+        raise InputError(f"{workdir} is {what[run['kind']]} and writes none: give another workdir.")
     config = configs.build(GPTConfig, run["model"], "model")
     without = run.get("without_tokenizer", False)
     if without and needs_tokenizer:

@@ -18,7 +18,8 @@ from typing import NamedTuple
 
 PACKAGE = Path(__file__).resolve().parent
 CONFIGS = PACKAGE.parent / "configs"
-_ORDER = ("pretrain", "sft", "reward", "dpo", "ppo")  # each begins with what the one before made; others follow by name
+# Each begins with what one before it made; others follow by name.
+_ORDER = ("pretrain", "finetune", "sft", "reward", "dpo", "ppo")
 _GUARD = ast.unparse(ast.parse('__name__ == "__main__"'))
 
 

@@ -21,7 +21,9 @@ from gptjax import pretrain as stage
 from gptjax.evals import lm as evaluation
 from gptjax.training.supervised import Dispatch
 
-TIMED = ("tokens_per_second", "prompts_per_second", "mfu", "seconds", "time/")  # never the same twice
+TIMED = (  # never the same twice
+    "tokens_per_second", "prompts_per_second", "examples_per_second", "mfu", "seconds", "time/",
+)  # fmt: skip
 
 
 def one_device_environment(**more) -> dict:

@@ -31,7 +31,7 @@ STABLE = {
     "model.context_length", "model.dropout", "optimizer.learning_rate", "precision.compute", "mesh.data", "mesh.fsdp",
     "mesh.tensor", "mesh.stage", "mesh.seq", "checkpoint.every", "eval.every",
 }  # fmt: skip
-ALIGNMENT = {"nplus", "ziegler", "dpo", "grpo"}  # tests/test_presets.py
+ALIGNMENT = {"nplus", "ziegler", "dpo", "grpo", "gpt1_finetune"}  # tests/test_presets.py
 FILES = sorted({path.stem for path in (ROOT / "configs").glob("*.py")} - ALIGNMENT)
 PRESETS = [
     ("gpt1", None), *(("gpt2", s) for s in ("124m", "355m", "774m", "1558m")),

@@ -298,7 +298,8 @@ def test_every_module_that_runs_is_listed():
     names = {".".join(p.relative_to(ROOT).with_suffix("").parts).removesuffix(".__main__") for p in guarded}
     commands = usage.commands()
     assert {c.name for c in commands} == names - {"gptjax"} and "gptjax.aot" in names
-    assert [c.name for c in commands][:5] == [f"gptjax.{s}" for s in ("pretrain", "sft", "reward", "dpo", "ppo")]
+    stages = ("pretrain", "finetune", "sft", "reward", "dpo", "ppo")
+    assert [c.name for c in commands][:6] == [f"gptjax.{s}" for s in stages]
     assert all(10 < len(c.about) <= 120 for c in commands)
 
 

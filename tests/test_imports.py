@@ -20,7 +20,7 @@ LAYERS = (
     ("evals",),
     ("rlhf",),
     ("run",),
-    ("pretrain", "sft", "reward", "dpo", "ppo"),
+    ("pretrain", "finetune", "sft", "reward", "dpo", "ppo"),
     ("sample", "evaluate", "describe", "convert"),
     ("aot",),
     ("__main__",),

@@ -11,6 +11,7 @@ from gptjax import ranges
 from gptjax.config import build, config_dict
 from gptjax.dpo import DPOConfig
 from gptjax.errors import InputError
+from gptjax.finetune import FinetuneConfig
 from gptjax.ppo import PPOConfig
 from gptjax.pretrain import PretrainConfig
 from gptjax.reward import RewardConfig
@@ -18,7 +19,8 @@ from gptjax.sft import SFTConfig
 from gptjax.training.metrics import LogConfig
 
 STAGES = {
-    "pretrain": PretrainConfig, "sft": SFTConfig, "reward": RewardConfig, "dpo": DPOConfig, "ppo": PPOConfig
+    "pretrain": PretrainConfig, "sft": SFTConfig, "reward": RewardConfig, "dpo": DPOConfig, "ppo": PPOConfig,
+    "finetune": FinetuneConfig,
 }  # fmt: skip
 MODEL = {"vocab_size": 16, "n_layer": 1, "n_head": 1, "d_model": 8, "context_length": 8}
 DIGITS_20 = 12_345_678_901_234_567_890
@@ -28,13 +30,14 @@ ZERO = {
     "seed", "model.dropout", "samples.temperature", "samples.count", "mix.fraction", "lm_weight", "rollout.top_k",
     "optimizer.weight_decay", "value_optimizer.weight_decay", "optimizer.clip_norm", "value_optimizer.clip_norm",
     "optimizer.b1", "optimizer.b2", "value_optimizer.b1", "value_optimizer.b2",  # no memory
-    "schedule.warmup_tokens", "schedule.ramp_tokens", "schedule.final_fraction", "rate.warmup", "rate.warmup_start",
+    "schedule.warmup_tokens", "schedule.warmup_fraction", "head_dropout", "transfer",
+    "schedule.ramp_tokens", "schedule.final_fraction", "rate.warmup", "rate.warmup_start",
     "checkpoint.keep_every", "eval.batches", "eval.lm_batches", "eval.samples",
     "log.profile_start", "log.profile_steps",
     "rollout.missing_eos", "rollout.gamma", "rollout.lam", "kl.coefficient",
     "ppo.value_coefficient", "ppo.ptx_coefficient", "ppo.ema_decay",
 }  # fmt: skip
-MINUS_ONE = {"mesh.data", "mesh.fsdp", "mesh.tensor", "mesh.stage", "mesh.seq", "rollout.missing_eos"}
+MINUS_ONE = {"mesh.data", "mesh.fsdp", "mesh.tensor", "mesh.stage", "mesh.seq", "rollout.missing_eos", "transfer"}
 
 
 def numbers(cls, path=""):

@@ -245,7 +245,7 @@ def test_ppo_takes_no_iteration_at_a_rate_of_0():
 @pytest.mark.parametrize(
     "fields, says",
     [
-        ({"kind": "cosin"}, "cosine, linear or constant"),
+        ({"kind": "cosin"}, "cosine, linear, constant or gpt1_linear"),
         ({"warmup_tokens": -1.0}, "warmup_tokens"),
         ({"ramp_tokens": -1.0}, "ramp_tokens"),
         ({"final_fraction": 1.5}, "final_fraction"),

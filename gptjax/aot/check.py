@@ -20,6 +20,7 @@ from gptjax.cost.topology import Topology
 from gptjax.describe import with_vocabulary
 from gptjax.dpo import DPOConfig
 from gptjax.errors import InputError
+from gptjax.finetune import FinetuneConfig
 from gptjax.model.spec import GPT1, GPT2, GPT3, GPTConfig
 from gptjax.parallel.mesh import AXES, MeshConfig, batch_shards
 from gptjax.ppo import PPOConfig
@@ -58,7 +59,7 @@ def build_program(config: dict, topology: Topology, request: Request) -> program
         return make(c, request.policy, request.reward, topologies.topology_mesh(c.mesh, topology))
     for key, kind, make in (
         ("mix", SFTConfig, programs.sft_program), ("objective", RewardConfig, programs.reward_program),
-        ("beta", DPOConfig, programs.dpo_program),
+        ("beta", DPOConfig, programs.dpo_program), ("transfer", FinetuneConfig, programs.finetune_program),
     ):  # fmt: skip
         if key in config:  # no other stage has it
             c = configs.build(kind, config)
@@ -83,7 +84,8 @@ def adjusted(config: dict, topology: Topology, request: Request) -> tuple[dict, 
     if request.program.startswith("ppo") != of_ppo:
         suits = "ppo_collect or --program=ppo_update" if of_ppo else "train or --program=decode"
         raise InputError(f"program={request.program} is not of this config: give --program={suits}.")
-    if not {"mix", "objective", "beta"}.isdisjoint(config) and (request.program != "train" or request.policy is None):
+    begins_with_another = not {"mix", "objective", "beta", "transfer"}.isdisjoint(config)
+    if begins_with_another and (request.program != "train" or request.policy is None):
         raise InputError(
             "This config is of a stage that begins with another's model: give --program=train and --policy, one of "
             f"{', '.join(PRESETS)}."

@@ -4,6 +4,7 @@ Nothing is allocated: states, batches and frozen models are jax.ShapeDtypeStruct
 """
 
 import dataclasses
+import functools
 import math
 from typing import Any
 
@@ -11,13 +12,16 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec
 
-from gptjax import dpo, pretrain, reward, sft
+from gptjax import dpo, finetune, pretrain, reward, sft
 from gptjax.cost.memory import cache_bytes, training_peak
 from gptjax.cost.roofline import Work, train_work
 from gptjax.data import comparisons
+from gptjax.data.labeled import names_of
 from gptjax.data.prompts import bucket_widths
+from gptjax.data.transforms import NEW_TOKENS
 from gptjax.dpo import DPOConfig
 from gptjax.errors import InputError
+from gptjax.finetune import FinetuneConfig
 from gptjax.generation.decode import decode
 from gptjax.generation.sampling import Sampling
 from gptjax.model import gpt, heads
@@ -116,6 +120,25 @@ def dpo_program(c: DPOConfig, base: GPTConfig, mesh, completions: int = comparis
     return _step_program(
         c, model, dpo.program, mesh, time, shapes, sequences=rows * completions, chunk=c.loss_chunk
     )
+
+
+def finetune_program(c: FinetuneConfig, base: GPTConfig, mesh, choices: int = 4) -> Program:
+    """The same of fine-tuning on a labeled task (finetune.py) on a model like `base`. choices: of a choice whose config
+    does not list its labels."""
+    model = c.model.apply(base, vocab_size=base.vocab_size + NEW_TOKENS)
+    time, low_high = c.data.max_length or model.context_length, c.data.score_range
+    labels = low_high[1] - low_high[0] + 1 if low_high else len(names_of(c.data.labels) or range(choices))
+    choice = c.data.task == "choice"
+    n = labels if choice else 2 if c.data.task == "similarity" else 1
+    shapes = {
+        "tokens": ((n, time), jnp.int32), "lengths": ((n,), jnp.int32), "valid": ((n,), jnp.float32),
+        "target": ((labels,), jnp.float32), "weights": ((), jnp.float32),
+    }  # fmt: skip
+    program = functools.partial(finetune.program, outputs=1 if choice else labels)
+    return _step_program(
+        c, model, lambda c, model, mesh: program(c, model, mesh=mesh), mesh, time, shapes,
+        sequences=c.microbatch_rows * n, chunk=c.loss_chunk,
+    )  # fmt: skip
 
 
 def _comparison_shapes(completions: int, time: int) -> dict:

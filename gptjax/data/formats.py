@@ -1,10 +1,13 @@
-"""Reading one file according to its name: text, JSON lines, a JSON list, Parquet, ArrayRecord."""
+"""Reading one file according to its name: text, JSON lines, a JSON list, CSV, TSV, Parquet, ArrayRecord."""
 
 from __future__ import annotations
 
 import codecs
+import csv
+import io
 import itertools
 import os
+import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from typing import Any, BinaryIO, NamedTuple
@@ -16,6 +19,7 @@ from gptjax.errors import InputError
 _JSON_LINES = (".jsonl", ".ndjson")
 _JSON = (".json",)  # a list, or one row per line, as in C4's .json.gz
 _PARQUET = (".parquet",)
+_TABLES = {".csv": "csv", ".tsv": "tsv", ".tab": "tsv"}
 _ARRAY_RECORD = (".arrayrecord", ".array_record")
 _SNIFFED = 8192  # bytes that are searched for a NUL, which marks a binary file, as in git
 _RECORDS = 256  # ArrayRecord records read at a time
@@ -37,6 +41,14 @@ class File(NamedTuple):
     name: str
     size: int
     stamp: str  # modification time or ETag, depending on the file system
+
+
+class Table(NamedTuple):
+    """How tables of text are read. format: 'csv' or 'tsv' whatever the files' names; None = by the name. columns: names
+    of the columns of files without a header; None = the first line has them."""
+
+    format: str | None = None
+    columns: tuple[str, ...] | None = None
 
 
 class NotText(Exception):
@@ -90,13 +102,18 @@ def read_documents(
                     skip(part.label, part.size)
 
 
-def may_hold_rows(name: str) -> bool:
+def may_hold_rows(name: str, table: Table = Table()) -> bool:
     """Whether a file of that name may contain rows."""
-    return uncompressed_name(name).lower().endswith((*_JSON_LINES, *_JSON, *_PARQUET)) or name.lower().endswith(".zip")
+    known = (*_JSON_LINES, *_JSON, *_PARQUET)
+    return (
+        uncompressed_name(name).lower().endswith(known)
+        or name.lower().endswith(".zip")
+        or _delimited(uncompressed_name(name), table) is not None
+    )
 
 
-def read_rows(file: File, skip: Skip | None = None) -> Iterator[tuple[str, Any]]:
-    """(where, row) of each row of a file; the row is an InputError if it is not JSON.
+def read_rows(file: File, skip: Skip | None = None, table: Table = Table()) -> Iterator[tuple[str, Any]]:
+    """(where, row) of each row of a file; the row is an InputError if it is not readable.
 
     skip: called for a JSON file, or a member of a zip archive, without rows; None: raise InputError.
     """
@@ -106,7 +123,9 @@ def read_rows(file: File, skip: Skip | None = None) -> Iterator[tuple[str, Any]]
     with file.fs.open(file.path, "rb") as stream:
         for part in parts(stream, file.name, file.path, file.size):
             try:
-                yield from ((where, row) for _, where, row in _json_rows(part))
+                kind = _delimited(part.name, table)
+                rows = _json_rows(part) if kind is None else _table_rows(part, kind, table.columns)
+                yield from ((where, row) for _, where, row in rows)
             except NotRows as error:
                 if skip is None:
                     raise InputError(f"{part.path} {error}. Give a file with rows.") from None
@@ -196,7 +215,7 @@ def _json_rows(part: Part) -> Iterator[tuple[int, str, Any]]:
     """
     name, stream = part.name.lower(), part.stream
     if not name.endswith((*_JSON_LINES, *_JSON)):
-        raise NotRows("contains no readable rows: rows come from .jsonl, .ndjson, .json or .parquet files")
+        raise NotRows("contains no readable rows: rows come from .jsonl, .ndjson, .json, .parquet, .csv or .tsv files")
     first, number = stream.readline(), 1
     if first.startswith(_UTF16):
         raise InputError(f"{part.path} has a UTF-16 byte order mark: convert it to UTF-8.")
@@ -276,6 +295,54 @@ def text_of(row: Any, text_field: str, where: str) -> str:
             f"{where}: The field {text_field!r} has a lone surrogate: fix or remove the row."
         ) from None
     return text
+
+
+# --- CSV and TSV ------------------------------------------------------------------------------------------
+
+
+def _delimited(name: str, table: Table) -> str | None:
+    """'csv' or 'tsv' where a file of that name is read as one."""
+    if name.lower().endswith((*_JSON_LINES, *_JSON, *_PARQUET)):
+        return None
+    return table.format or _TABLES.get(os.path.splitext(name)[1].lower())
+
+
+def _table_rows(part: Part, kind: str, columns: tuple[str, ...] | None) -> Iterator[tuple[int, str, Any]]:
+    """(line number, where, {column: text}); an InputError in place of a row with another number of cells, or whose text
+    is not UTF-8. A .csv file may quote its cells ("a, b", with "" for a quote); in a .tsv file quotes are text.
+
+    InputError: no header, or one with a name twice.
+    """
+    csv.field_size_limit(min(sys.maxsize, 2**31 - 1))
+    text = io.TextIOWrapper(part.stream, encoding="utf-8-sig", errors="surrogateescape", newline="")
+    reader = csv.reader(text) if kind == "csv" else csv.reader(text, delimiter="\t", quoting=csv.QUOTE_NONE)
+    number = 0
+    try:
+        if columns is None:
+            columns = tuple(cell.strip() for cell in next(reader, ()))
+            number = reader.line_num
+            if not columns or len(set(columns)) < len(columns):
+                raise InputError(
+                    f"{part.path} begins with {list(columns)}, not with a line of column names: name them with "
+                    "--config.data.columns=NAME,NAME."
+                )
+        for cells in reader:
+            first, number = number + 1, reader.line_num
+            if cells:
+                yield first, f"{part.path}:{first}", _row_of(cells, columns, kind)
+    except csv.Error as error:
+        raise InputError(f"{part.path}:{number + 1} is not {kind.upper()} ({error}): fix the file.") from None
+    finally:
+        text.detach()  # the stream is the caller's to close
+
+
+def _row_of(cells: list[str], columns: tuple[str, ...], kind: str) -> dict[str, str] | InputError:
+    if len(cells) != len(columns):
+        hint = 'put quotes ("...") around a cell with a comma' if kind == "csv" else "a cell must have no tab"
+        return InputError(f"The row has {len(cells)} cells for the {len(columns)} columns: {hint}.")
+    if any("\udc80" <= c <= "\udcff" for cell in cells for c in cell):
+        return InputError("The row is not UTF-8: convert the file.")
+    return dict(zip(columns, cells, strict=True))
 
 
 # --- tables and records -----------------------------------------------------------------------------------

@@ -59,6 +59,31 @@ class Record:
             raise InputError(f"The field {self._field(name)!r} {found.reason}: fix or remove the row.")
         return found
 
+    def text(self, name: str) -> str:
+        """A field that is text; several, whose names are joined by commas, joined by spaces. InputError: not text."""
+        joined = "," in self._field(name) and _reach(self._value, self._field(name)) is None
+        parts = self.values(name) if joined else [self[name]]
+        for part in parts:
+            if not isinstance(part, str):
+                kind = type(part).__name__
+                raise InputError(f"The field {self._field(name)!r} is {kind}, not text: fix the row.")
+        return " ".join(parts)
+
+    def values(self, name: str) -> list:
+        """The values of a field that holds a list, or those of several fields whose names are joined by commas; there,
+        empty ones at the end count as absent. InputError: there is none, or the field is not a list."""
+        field = self._field(name)
+        if "," in field and _reach(self._value, field) is None:
+            found = [_reach(self._value, part) for part in field.split(",")]
+            while found and found[-1] in (None, ""):
+                found.pop()
+            if found:
+                return found
+        found = self[name]
+        if not isinstance(found, list):
+            raise InputError(f"The field {field!r} is {type(found).__name__}, not a list: fix the row.")
+        return found
+
     def _field(self, name: str) -> str:
         return self._fields.get(name, name)
 
@@ -135,8 +160,8 @@ class LeftOut:
             path.unlink(missing_ok=True)
 
 
-def check_config(c: Any, names: Sequence[str]) -> None:
-    """Checks what the three data configs share. names: our field names.
+def check_config(c: Any, names: Sequence[str], used: Sequence[str] | None = None) -> None:
+    """Checks what the data configs share. names: our field names; used: those that are read, by default all.
 
     InputError: `fields` for an unknown name, or one field for two names; max_length below 1; a validation fraction
     outside (0, 1); an unknown bad_rows.
@@ -147,7 +172,7 @@ def check_config(c: Any, names: Sequence[str]) -> None:
         if not isinstance(field, str):
             raise InputError(f"data.fields.{name}={field!r} is not the name of a field: give text.")
     by_field: dict[str, str] = {}
-    for name in names:
+    for name in names if used is None else used:
         field = c.fields.get(name, name)
         if field in by_field:
             implicit = " The prompt needs no field if chosen and rejected begin with it." if "chosen" in names else ""
@@ -160,7 +185,7 @@ def check_config(c: Any, names: Sequence[str]) -> None:
         raise InputError(f"data.bad_rows={c.bad_rows!r} is unknown: use {' or '.join(map(repr, BAD_ROWS))}.")
     if c.max_length is not None and c.max_length < 1:
         raise InputError(f"data.max_length={c.max_length} leaves no room for tokens: give at least 1.")
-    fraction = _fraction(getattr(c, "validation", "0.5"))
+    fraction = fraction_of(getattr(c, "validation", "0.5"))
     if fraction is not None and not 0 < fraction < 1:
         raise InputError(
             f"data.validation={c.validation} is out of range: give a fraction between 0 and 1, or another source."
@@ -215,7 +240,9 @@ def load(
             if len(wrong) == _MAX_ERRORS:
                 raise InputError(_message(wrong, made, flags)) from None
 
-    for row in sources.rows(source, reject):
+    columns = getattr(c, "columns", None)
+    table = sources.Table(getattr(c, "format", None), columns and tuple(name.strip() for name in columns.split(",")))
+    for row in sources.rows(source, reject, table):
         try:
             made.append(make(Record(row.value, c.fields, flags)))
         except InputError as error:
@@ -268,32 +295,39 @@ def load_split(
     with the same prompt stay together. Warns if fewer than lm.FEW rows are held out.
     InputError: as `load`, or a source with a single prompt.
     """
-    train, held_out, left_out = _load_split(c, make, seed, flags)
-    if len(held_out) < lm.FEW:
-        warnings.warn(
-            f"Only {len(held_out)} of the {len(train) + len(held_out)} rows of {c.source!r} are held out, fewer than "
-            f"{lm.FEW}, so validation metrics are noisy: hold out more with {FLAGS}validation.",
-            stacklevel=2,
-        )
+    made, left_out = load(c.source, c, make, flags)
+    if fraction_of(c.validation) is None:
+        held_out, more = load(c.validation, c, make, flags)
+        train, held_out, left_out = [e for _, e in made], [e for _, e in held_out], left_out + more
+    else:
+        train, held_out = hold_out(made, fraction_of(c.validation), seed, c.source)
+    warn_if_few(train, held_out, c.source)
     return train, held_out, left_out
 
 
-def _load_split(c, make, seed, flags):
-    made, left_out = load(c.source, c, make, flags)
-    fraction = _fraction(c.validation)
-    if fraction is None:
-        held_out, more = load(c.validation, c, make, flags)
-        return [e for _, e in made], [e for _, e in held_out], left_out + more
+def hold_out(
+    made: list[tuple[str, Any]], fraction: float, seed: int, source: str, key: str = "validation"
+) -> tuple[list, list]:
+    """(training examples, validation examples) of (text of its prompt, example) pairs, by prompt as in load_split. key:
+    of the config, for messages."""
     draws = {prompt: _draw(seed, prompt) for prompt, _ in made}
     if len(draws) < 2:
         raise InputError(
-            f"The source {c.source!r} has only one prompt, so none can be held out: give another source with "
-            f"{FLAGS}validation=PATH."
+            f"The source {source!r} has only one prompt, so none can be held out: give another source with "
+            f"{FLAGS}{key}=PATH."
         )
     # At least the prompt with the lowest draw is held out, and the one with the highest is not.
     bound = min(max(int(fraction * 2**64), min(draws.values()) + 1), max(draws.values()))
-    train = [e for prompt, e in made if draws[prompt] >= bound]
-    return train, [e for prompt, e in made if draws[prompt] < bound], left_out
+    return [e for prompt, e in made if draws[prompt] >= bound], [e for prompt, e in made if draws[prompt] < bound]
+
+
+def warn_if_few(train: list, held_out: list, source: str, key: str = "validation") -> None:
+    if len(held_out) < lm.FEW:
+        warnings.warn(
+            f"Only {len(held_out)} of the {len(train) + len(held_out)} rows of {source!r} are held out, fewer than "
+            f"{lm.FEW}, so validation metrics are noisy: hold out more with {FLAGS}{key}.",
+            stacklevel=2,
+        )
 
 
 def prompt_text(prompt: str | Sequence[dict]) -> str:
@@ -334,7 +368,7 @@ class InOrder:
         return self._read(np.where(index < self._count, index, -1))
 
 
-def _fraction(validation: str) -> float | None:
+def fraction_of(validation: str) -> float | None:
     """The fraction held out; None if `validation` names another source."""
     try:
         return float(validation)

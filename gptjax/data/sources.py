@@ -21,7 +21,16 @@ from typing import Any, NamedTuple
 import fsspec
 from fsspec.implementations.local import LocalFileSystem
 
-from gptjax.data.formats import Document, File, may_hold_rows, read_documents, read_rows, split_document, text_of
+from gptjax.data.formats import (
+    Document,
+    File,
+    Table,
+    may_hold_rows,
+    read_documents,
+    read_rows,
+    split_document,
+    text_of,
+)
 from gptjax.data.links import FollowingLinks, once
 from gptjax.data.specials import END_OF_TEXT
 from gptjax.errors import InputError
@@ -78,21 +87,25 @@ def documents(
         )
 
 
-def rows(source: str, on_bad: Callable[[str, InputError], None] | None = None) -> Iterator[Row]:
+def rows(
+    source: str, on_bad: Callable[[str, InputError], None] | None = None, table: Table = Table()
+) -> Iterator[Row]:
     """Rows of a source with all their fields, with files sorted by name.
 
     Args:
         source: .jsonl or .ndjson, a .json file with a list of objects or one object per line (all also compressed: .gz,
-            .bz2, .xz, .zst, .lz4, .zip), .parquet, a directory or glob pattern of those, or hf:NAME[:CONFIG][:SPLIT].
-            A value that Python cannot represent (values.Unreadable) is an error only if it is used.
+            .bz2, .xz, .zst, .lz4, .zip), .csv or .tsv, .parquet, a directory or glob pattern of those, or
+            hf:NAME[:CONFIG][:SPLIT]. A value that Python cannot represent (values.Unreadable) is an error only if it is
+            used.
         on_bad: called with the place and error of a line that is not JSON or a row that is not an object, and reading
             continues; None: raise the error.
+        table: how .csv and .tsv files are read.
     Raises:
         InputError: missing, empty, damaged, a row that is not an object, a file of another format. In a directory,
         files of other formats are skipped with one warning that names them, unless they are most of its bytes.
     """
     found = False
-    for where, value in (_hub_rows if source.startswith("hf:") else _file_rows)(source):
+    for where, value in _hub_rows(source) if source.startswith("hf:") else _file_rows(source, table):
         found = True
         if isinstance(value, dict):
             yield Row(where, value)
@@ -134,23 +147,23 @@ def _file_documents(source: str, text_field: str, lines: bool) -> Iterator[Docum
         skipped.report("that are not UTF-8 text", count_files=True)
 
 
-def _file_rows(source: str) -> Iterator[tuple[str, Any]]:
+def _file_rows(source: str, table: Table) -> Iterator[tuple[str, Any]]:
     """(where, row), not yet checked to be an object."""
     found = _found(source)
     skipped = _Skipped(source, found)
-    other = [file for file in found.files if not may_hold_rows(file.name)]
+    other = [file for file in found.files if not may_hold_rows(file.name, table)]
     if other and (not found.in_directory or len(other) == len(found.files)):
         raise InputError(
-            f"{other[0].path} contains no readable rows: convert it to .jsonl, .ndjson, .json or .parquet, or give "
-            "hf:NAME."
+            f"{other[0].path} contains no readable rows: convert it to .jsonl, .ndjson, .json, .csv, .tsv or "
+            ".parquet, or give hf:NAME."
         )
     for file in other:
         skipped.add(file.name, file.size)
     skipped.check("without rows", count_files=False)
     for file in found.files:
-        if may_hold_rows(file.name):
+        if may_hold_rows(file.name, table):
             with _readable(file):
-                yield from read_rows(file, skipped.add if found.in_directory else None)
+                yield from read_rows(file, skipped.add if found.in_directory else None, table)
     skipped.report("without rows", count_files=False)
 
 

@@ -1,6 +1,7 @@
-"""What later stages put on a pre-trained trunk: rows for new tokens, and a scalar head in place of the un-embedding.
+"""What later stages put on a pre-trained trunk: rows for new tokens, and a head.
 
-A scalar model (reward model, value network) is {'trunk': the GPT's parameters, 'head': {'kernel' [D], 'bias' []}}.
+A scalar model (reward model, value network) is {'trunk': the GPT's parameters, 'head': {'kernel' [D], 'bias' []}}. A
+classifier (fine-tuning) is {'trunk', 'head': {'kernel' [D, C], 'bias' [C]}}, with C outputs.
 """
 
 import flax.linen as nn
@@ -58,3 +59,42 @@ def abstract_scalar_model(config: GPTConfig):
 def scalar(head, x):
     """w . x + b: [..., D] -> float32 [...]."""
     return jnp.einsum("...d,d->...", x.astype(jnp.float32), head["kernel"]) + head["bias"]
+
+
+# --- classifiers --------------------------------------------------------------------------------------------
+
+STD = 0.02  # of GPT-1's new embeddings and head
+
+
+def classifier(params, config: GPTConfig, outputs: int, key):
+    """A classifier on a language model, whose un-embedding it keeps for the auxiliary loss. New embedding rows up to
+    config.vocab_size and the head's kernel are drawn from N(0, .02), the bias is 0 (GPT-1's released code)."""
+    rows_key, head_key, key_of_unembedding = jax.random.split(key, 3)
+    keys = {"wte": rows_key, "lm_head": key_of_unembedding}
+
+    def grow(name, table_VD):
+        V, D = table_VD.shape
+        return jnp.concatenate([table_VD, STD * jax.random.normal(keys[name], (config.vocab_size - V, D))])
+
+    trunk_params = {k: grow(k, v) if k in keys else v for k, v in params.items()}
+    kernel_DC = STD * jax.random.normal(head_key, (config.d_model, outputs))
+    return {"trunk": trunk_params, "head": {"kernel": kernel_DC, "bias": jnp.zeros(outputs)}}
+
+
+def abstract_classifier(config: GPTConfig, outputs: int):
+    """A classifier's shapes with logical axis names attached, like gpt.abstract_params."""
+    box = lambda shape, *names: nn.LogicallyPartitioned(jax.ShapeDtypeStruct(shape, jnp.float32), names)
+    head = {"kernel": box((config.d_model, outputs), "norm", None), "bias": box((outputs,), None)}
+    return {"trunk": gpt.abstract_params(config), "head": head}
+
+
+def transferred(params, fresh, layers: int | None):
+    """Parameters for a transfer of the first `layers` layers: embeddings and these layers of `params`, the rest of
+    `fresh`. None or all layers = everything, -1 = nothing (GPT-1 Figure 2; n_transfer of the released code)."""
+    if layers is None or layers == jax.tree.leaves(fresh["blocks"])[0].shape[0]:
+        return params
+    if layers < 0:
+        return fresh
+    mixed = jax.tree.map(lambda old, new: jnp.concatenate([old[:layers], new[layers:]]), params["blocks"],
+                         fresh["blocks"])  # fmt: skip
+    return {k: params[k] if k in ("wte", "wpe") else mixed if k == "blocks" else v for k, v in fresh.items()}

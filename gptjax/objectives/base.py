@@ -21,9 +21,10 @@ class Objective:
     """loss: (params, micro-batch of arrays [B, ...], dropout keys [B] or None) -> Sums, or a tuple of its fields.
     prepare: (global batch of arrays [M, B, ...]) -> the same, before it is split into micro-batches: for weights that
     depend on the whole batch. metrics: {name: extra sum of a step} -> {name: value in metrics.jsonl}.
-    unit: what `count` counts."""
+    unit: what `count` counts. dropout: the loss has dropout of its own, besides the model's."""
 
     loss: Callable
     prepare: Callable[[dict], dict] = lambda batch: batch
     metrics: Callable[[dict], dict] = lambda sums: {}
     unit: str = "tokens"
+    dropout: bool = False

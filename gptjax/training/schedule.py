@@ -8,7 +8,7 @@ import dataclasses
 import math
 
 from gptjax.errors import InputError
-from gptjax.ranges import Positive, Share
+from gptjax.ranges import BelowOne, Positive, Share
 
 FEW_STEPS = 20  # Adam moves a weight by about the learning rate per step: with fewer a model hardly changes
 
@@ -17,8 +17,11 @@ FEW_STEPS = 20  # Adam moves a weight by about the learning rate per step: with 
 class ScheduleConfig:
     """Learning rate over tokens, and the batch-size ramp.
 
-    kind: what follows the warm-up: 'cosine', 'linear' (both fall to final_fraction) or 'constant'.
+    kind: what follows the warm-up: 'cosine', 'linear' (both fall to final_fraction) or 'constant'; or 'gpt1_linear',
+        the schedule of GPT-1's fine-tuning code: x / warmup_fraction in the warm-up, then 1, all of it times 1 - x,
+        where x is the fraction of the steps before this one. Its first step has a rate of 0.
     warmup_tokens: tokens over which the learning rate rises linearly from 0; 0 = no warm-up.
+    warmup_fraction: the same as a fraction of the run, where warmup_tokens is 0.
     decay_tokens: where the decay ends, counted from the first token (GPT-3: 260B of 300B); None = the end of the run:
         the rate reaches final_fraction in the step after the last, so that no step of a decay to 0 has a rate of 0.
     final_fraction: fraction of the peak learning rate at which the decay ends.
@@ -30,6 +33,7 @@ class ScheduleConfig:
 
     kind: str = "cosine"
     warmup_tokens: float = 0.0
+    warmup_fraction: BelowOne = 0.0
     decay_tokens: Positive | None = None
     final_fraction: Share = 0.1
     ramp_tokens: float = 0.0
@@ -37,8 +41,12 @@ class ScheduleConfig:
     ramp_full_batch_tokens: Positive | None = None
 
     def __post_init__(self):
-        if self.kind not in ("cosine", "linear", "constant"):
-            raise InputError(f"schedule.kind={self.kind!r}: choose cosine, linear or constant.")
+        if self.kind not in ("cosine", "linear", "constant", "gpt1_linear"):
+            raise InputError(f"schedule.kind={self.kind!r}: choose cosine, linear, constant or gpt1_linear.")
+        if self.warmup_tokens and self.warmup_fraction:
+            raise InputError("schedule has warmup_tokens and warmup_fraction: set one of them to 0.")
+        if self.kind == "gpt1_linear" and self.warmup_tokens:
+            raise InputError("schedule.kind='gpt1_linear' has its warm-up as schedule.warmup_fraction: give that.")
         if self.warmup_tokens < 0 or self.ramp_tokens < 0 or not 0 <= self.final_fraction <= 1:
             raise InputError("schedule: warmup_tokens and ramp_tokens are >= 0, final_fraction is in [0, 1].")
 
@@ -71,6 +79,7 @@ class Schedule:
         if steps < 1:
             raise InputError(f"The run has {steps} steps; it needs at least one.")
         self.steps = int(steps)
+        self.warmup_tokens = config.warmup_tokens or config.warmup_fraction * self.total_tokens
 
     def _ramp_length(self):
         grow = self.full - self.start
@@ -108,9 +117,11 @@ class Schedule:
     def learning_rate(self, step: int) -> float:
         """The rate of a step. In the warm-up it depends on the tokens seen after the step, so that the first rate is
         above 0; later on those seen before it, so that the last is too (as in torch and nanoGPT: 1 - t/T, t < T)."""
+        if self.config.kind == "gpt1_linear":
+            return self.peak * gpt1_linear(step / self.steps, self.config.warmup_fraction)
         after = self.tokens_before(step + 1)
-        if after >= self.config.warmup_tokens:
-            after = max(self.tokens_before(step), self.config.warmup_tokens)
+        if after >= self.warmup_tokens:
+            after = max(self.tokens_before(step), self.warmup_tokens)
         return self.peak * self.fraction(after)
 
     def warnings(self) -> list[str]:
@@ -122,9 +133,9 @@ class Schedule:
                 "from where they began: give more data, more epochs (--config.epochs) or a smaller --config.batch_size."
             )
         top = self.fraction(self.total_tokens)
-        if self.total_tokens < self.config.warmup_tokens:
+        if self.total_tokens < self.warmup_tokens:
             found.append(
-                f"the run ends within its warm-up (schedule.warmup_tokens={self.config.warmup_tokens:,.0f}, "
+                f"the run ends within its warm-up (schedule.warmup_tokens={self.warmup_tokens:,.0f}, "
                 f"{self.total_tokens:,} in all): the learning rate never exceeds {top:.1%} of its peak."
             )
         if self.learning_rate(self.steps - 1) == 0:
@@ -137,12 +148,18 @@ class Schedule:
 
     def fraction(self, tokens: float) -> float:
         """Learning rate as a fraction of its peak after `tokens` tokens; the decay starts at the end of the warm-up."""
-        c = self.config
-        if tokens < c.warmup_tokens:
-            return tokens / c.warmup_tokens
+        c, warmup = self.config, self.warmup_tokens
+        if tokens < warmup:
+            return tokens / warmup
         if c.kind == "constant":
             return 1.0
         end = c.decay_tokens or self.total_tokens
-        x = min(max((tokens - c.warmup_tokens) / max(end - c.warmup_tokens, 1e-9), 0.0), 1.0)
+        x = min(max((tokens - warmup) / max(end - warmup, 1e-9), 0.0), 1.0)
         fall = 0.5 * (1 + math.cos(math.pi * x)) if c.kind == "cosine" else 1 - x
         return c.final_fraction + (1 - c.final_fraction) * fall
+
+
+def gpt1_linear(x: float, warmup: float) -> float:
+    """`warmup_linear` of openai/finetune-transformer-lm: the factor 1 - x applies within the warm-up too. x: fraction
+    of the steps done."""
+    return (x / warmup if x <= warmup and warmup else 1.0) * (1 - x)

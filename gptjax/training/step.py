@@ -126,7 +126,8 @@ def train_program(
 def _train_program(objective, abstract_params, model, optimizer, precision, seed, mesh) -> TrainProgram:
     tx = make_optimizer(optimizer)
     abstract, shardings = state_shardings(abstract_params(model), tx, precision, mesh)
-    step = train_step(objective, tx, optimizer.clip_norm, precision, seed, dropout=model.dropout > 0)
+    dropout = model.dropout > 0 or objective.dropout
+    step = train_step(objective, tx, optimizer.clip_norm, precision, seed, dropout)
     return TrainProgram(objective, tx, abstract, shardings, jit_train_step(step, shardings))
 
 
