@@ -33,7 +33,7 @@ def get_config(size="cpu"):
     c.seed = 1337
     c.eval.every = c.checkpoint.every = 250
     if size == "cpu":
-        c.model.unroll = c.model.get_ref("n_layer")  # no loop over layers: a tenth faster at this size
+        c.model.unroll = c.model.get_oneway_ref("n_layer")  # no loop over layers: a tenth faster at this size
         c.steps_per_dispatch = 10  # a step is milliseconds: dispatching and logging would cost as much
     else:
         c.precision.compute = "bfloat16"

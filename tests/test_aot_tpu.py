@@ -89,15 +89,15 @@ def arrays(text):
 
 
 @pytest.mark.parametrize(
-    "model",
-    [GPTConfig(5000, 2, 3, 384, 256), pytest.param(GPT2["124m"], marks=pytest.mark.slow)],
+    "model_and_rows",
+    [(GPTConfig(1500, 2, 2, 256, 512), 16), pytest.param((GPT2["124m"], 64), marks=pytest.mark.slow)],
     ids=["small", "gpt2-124m"],
 )
-def test_train_step_on_eight_v5e_chips(chips, model):
-    """bf16, Splash, FSDP over 8, two micro-batches of 8 sequences a chip, 'dots' remat."""
+def test_train_step_on_eight_v5e_chips(chips, model_and_rows):
+    """bf16, Splash, FSDP over 8, two micro-batches of 2 or 8 sequences a chip, 'dots' remat."""
     mesh = make_mesh(MeshConfig(data=1, fsdp=8), chips)
-    model = dataclasses.replace(model, remat="dots")
-    rows, time, vocab = 64, model.context_length, model.vocab_size
+    model, rows = dataclasses.replace(model_and_rows[0], remat="dots"), model_and_rows[1]
+    time, vocab = model.context_length, model.vocab_size
     compiled = compiled_train_step(model, mesh, micro=2, rows=rows)
 
     needed = memory_needed(compiled)

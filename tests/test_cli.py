@@ -72,7 +72,7 @@ def trained(text, tmp_path_factory):
     """(workdir, what pretrain printed) of a small run."""
     workdir = tmp_path_factory.mktemp("trained") / "run"
     options = {
-        "steps": STEPS, "batch_size": 8, "steps_per_dispatch": 5, "model.n_layer": 2, "model.unroll": 2,
+        "steps": STEPS, "batch_size": 8, "steps_per_dispatch": 5, "model.n_layer": 2, "model.unroll": 1,
         "model.d_model": 32, "model.context_length": 32, "eval.every": 15, "checkpoint.every": 15,
         "samples.max_new_tokens": 8, "schedule.warmup_tokens": 1024,
         "optimizer.learning_rate": 0.01, "data.source": text,
@@ -211,7 +211,9 @@ def test_workdirs_that_can_not_be(trained, tmp_path):
 
 
 def test_evaluate_is_what_training_measured(trained):
-    result = json.loads(command("evaluate", f"--workdir={trained[0]}", "--json"))
+    code, out, _ = main_of("gptjax.evaluate", f"--workdir={trained[0]}", "--json")
+    assert code == 0
+    result = json.loads(out)
     last = lines(trained[0], "evaluations")[-1]
     assert result["loss"] == approx(last["loss"], terms=TERMS)
     assert result["bits_per_byte"] == approx(last["bits_per_byte"], terms=TERMS)
@@ -273,8 +275,7 @@ def test_describe_json(described):
 def test_describe_goes_by_the_rules(described):
     flags = ("--config=configs/gpt2.py:124m", "--config.mesh.fsdp=4", "--json")
     cut, whole = (
-        json.loads(described(*flags, *more))["bytes_per_device"]
-        for more in ((), ("--config.mesh.rules.embed=none",))
+        json.loads(described(*flags, *more))["bytes_per_device"] for more in ((), ("--config.mesh.rules.embed=none",))
     )
     assert whole["params"] == 4 * 124_439_808
     assert cut["params"] < 0.26 * whole["params"] and cut["optimizer"] < 0.26 * whole["optimizer"]
@@ -290,12 +291,15 @@ def test_describe_is_a_table_too(described):
 
 def tiny(source, **overrides):
     c = config_dict(PretrainConfig)
-    c.model.update(n_layer=2, n_head=4, d_model=32, context_length=32, vocab_size=320)  # one program for any source
+    c.model.update(n_layer=2, n_head=4, d_model=32, context_length=32, vocab_size=10)
     c.data.update(source=str(source), tokenizer="char")
     c.steps, c.batch_size, c.log.tensorboard = 2, 8, False
     c.eval.batches, c.samples.max_new_tokens = 1, 4
     c.update_from_flattened_dict({k.replace("__", "."): v for k, v in overrides.items()})
     return c
+
+
+CUT = {"mesh__data": 1, "mesh__fsdp": 8, "model__vocab_size": 320}  # one program for any source
 
 
 def json_lines(folder):
@@ -335,8 +339,7 @@ def test_every_kind_of_source_trains(tmp_path, kind):
     The model has more ids than the tokenizer and is untrained: only those that have a text are sampled."""
     (tmp_path / "data").mkdir()
     source, options = kind(tmp_path / "data")
-    more = {"mesh__data": 1, "mesh__fsdp": 8, "samples__prompts": ("ab", "c", "def")}
-    assert pretrain(tiny(source, **options, **more), str(tmp_path / "run")).finished
+    assert pretrain(tiny(source, samples__prompts=("ab", "c", "def"), **options, **CUT), str(tmp_path / "run")).finished
     assert [m["step"] for m in lines(tmp_path / "run", "metrics")] == [1, 2]
     assert len(lines(tmp_path / "run", "samples")) == 6
     assert load_model(tmp_path / "run").step == 2
@@ -418,9 +421,8 @@ def test_a_prompt_of_the_config_file_that_can_not_be_is_skipped(tmp_path, monkey
     given = {}
     monkeypatch.setattr(config_flags, "get_override_values", lambda flag: given)
     monkeypatch.setattr(command_line, "flags", types.SimpleNamespace(FLAGS={"config": None}))
-    config = tiny(path, steps=1, samples__prompts=("\n", "a", "b" * 33))
-    with on_one_device():
-        assert pretrain(config, str(tmp_path / "run")).finished
+    config = tiny(path, steps=1, samples__prompts=("\n", "a", "b" * 33), **CUT)
+    assert pretrain(config, str(tmp_path / "run")).finished
     assert {s["prompt"] for s in lines(tmp_path / "run", "samples")} == {"a"}
     said = [line for line in capsys.readouterr().out.splitlines() if line.startswith("warning: no sample")]
     assert len(said) == 2 and "'\\n'" in said[0] and "33 tokens" in said[1]
@@ -463,7 +465,7 @@ def test_weights_of_another_run_to_start_from(trained, text, tmp_path):
     """init_from: the first loss is the other run's last, a model of another shape is refused, and once the run has a
     checkpoint it goes on without the other one."""
     base = shutil.copytree(trained[0], tmp_path / "[2026]" / "base")
-    same, run = {"init_from": str(base), "model__vocab_size": 10, "eval__batches": 0}, tmp_path / "[2026]" / "run"
+    same, run = {"init_from": str(base), "eval__batches": 0}, tmp_path / "[2026]" / "run"
     with on_one_device():
         assert pretrain(tiny(text, steps=1, **same), str(run)).finished
         first = lines(run, "evaluations")[0]

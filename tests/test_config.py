@@ -431,6 +431,13 @@ def test_an_unknown_key_of_the_command_line_names_the_nearest_or_all(parsed, cap
     assert capsys.readouterr().err.startswith(f"error: unknown config key {UNKNOWN[key]}")
 
 
+def test_unroll_follows_the_layers_and_not_the_other_way_round(parsed):
+    model = parsed("shakespeare_char.py", "--config.model.n_layer=2").model
+    assert (model.n_layer, model.unroll) == (2, 2)
+    model = parsed("shakespeare_char.py", "--config.model.n_layer=2", "--config.model.unroll=1").model
+    assert (model.n_layer, model.unroll) == (2, 1)
+
+
 def test_a_mixture_where_there_can_be_none(parsed, capsys):
     with pytest.raises(SystemExit):
         parsed("instructgpt/sft.py", "--config.data.mixture.web=.5")
