@@ -1,14 +1,11 @@
 """What tests of whole runs share: a run interrupted by SIGTERM, what a run left behind, a process of its own."""
 
-import contextlib
-import dataclasses
 import io
 import json
 import os
 import runpy
 import signal
 import sys
-import types
 import warnings
 
 import jax
@@ -17,8 +14,6 @@ import orbax.checkpoint as ocp
 import pytest
 from absl import app, flags
 
-from gptjax import pretrain as stage
-from gptjax.evals import lm as evaluation
 from gptjax.training.supervised import Dispatch
 
 TIMED = (  # never the same twice
@@ -67,52 +62,6 @@ def until_sigterm(run, config, workdir, stop):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Dispatch, "__call__", call)
         return run(config, str(workdir))
-
-
-class _Compiled:
-    """A jitted train step, compiled once for each shape of its batch."""
-
-    def __init__(self, step):
-        self._step, self._programs = step, {}
-
-    def lower(self, state, batch, rates):
-        key = jax.tree.structure(batch), tuple(x.shape for x in jax.tree.leaves(batch))
-        if key not in self._programs:
-            self._programs[key] = self._step.lower(state, batch, rates).compile()
-        return types.SimpleNamespace(compile=lambda: self._programs[key])
-
-
-@contextlib.contextmanager
-def shared_programs():
-    """pretrain() traces and compiles once for all runs of this process that compute the same: most of a small run's
-    time. Each run still makes or restores its own state, batches and records."""
-    program, eval_step, init_state = stage.program, evaluation.jit_eval_step, stage.init_state
-    programs, eval_steps, states = {}, {}, {}
-
-    def kept_program(c, model, mesh):
-        numbers = repr((c.optimizer, c.precision, c.seed, c.loss_chunk, c.mesh))
-        key = numbers, model, mesh, stage.causal_lm_loss
-        if key not in programs:
-            made = program(c, model, mesh)
-            programs[key] = dataclasses.replace(made, step=_Compiled(made.step))
-        return programs[key]
-
-    def kept_eval_step(loss, mesh):
-        if (loss, mesh) not in eval_steps:
-            eval_steps[loss, mesh] = eval_step(loss, mesh)
-        return eval_steps[loss, mesh]
-
-    def kept_state(model, tx, precision, shardings, seed):
-        key = model, tx, precision, seed, jax.tree.structure(shardings), tuple(jax.tree.leaves(shardings))
-        if key not in states:
-            states[key] = jax.device_get(init_state(model, tx, precision, shardings, seed))
-        return jax.tree.map(lambda x, s: jax.device_put(np.array(x), s), states[key], shardings)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(stage, "program", kept_program)
-        patch.setattr(stage, "init_state", kept_state)
-        patch.setattr(evaluation, "jit_eval_step", kept_eval_step)
-        yield
 
 
 def lines(workdir, name="metrics"):

@@ -15,7 +15,7 @@ from alignment_runs import on_one_device
 from conftest import ROOT
 from ml_collections import config_flags
 from numerics import approx, model_terms
-from runs import lines, main_of, one_device_environment, shared_programs
+from runs import lines, main_of, one_device_environment
 
 from gptjax import command_line
 from gptjax.config import config_dict
@@ -44,10 +44,9 @@ def words(seed=0, count=3000):
     return "".join(rng.choice(known) + rng.choice(" \n") for _ in range(count))
 
 
-@pytest.fixture(scope="module", autouse=True)
-def programs():
-    with shared_programs():
-        yield
+@pytest.fixture(autouse=True)
+def programs_of_what_is_patched():
+    """In place of conftest's: nothing that is patched here is traced, so all runs share their programs."""
 
 
 @pytest.fixture(scope="module")

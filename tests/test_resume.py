@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 from conftest import ROOT
 from numerics import approx, assert_close, model_terms
-from runs import arrays, assert_same_run, lines, one_device_environment, shared_programs, until_sigterm
+from runs import arrays, assert_same_run, lines, one_device_environment, until_sigterm
 
 from gptjax import pretrain as stage
 from gptjax import run as spine
@@ -59,10 +59,9 @@ def tiny(text, **overrides):
     return c
 
 
-@pytest.fixture(scope="module", autouse=True)
-def programs():
-    with shared_programs():
-        yield
+@pytest.fixture(autouse=True)
+def programs_of_what_is_patched():
+    """In place of conftest's: nothing that is patched here is traced, so all runs share their programs."""
 
 
 def on_one_device(patch):
