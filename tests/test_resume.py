@@ -519,7 +519,7 @@ class Process:
         self.options = {
             "steps": LONG, "batch_size": 8, "steps_per_dispatch": 1, "model.n_layer": 2, "model.unroll": 1,
             "model.d_model": 32, "model.context_length": 32, "model.dropout": 0.1, "eval.every": 60, "eval.batches": 2,
-            "checkpoint.every": 10, "log.tensorboard": False, "samples.max_new_tokens": 4, "data.source": str(text),
+            "checkpoint.every": 10, "log.tensorboard": False, "samples.prompts": (), "data.source": str(text),
         }  # fmt: skip
 
     def start(self):
@@ -536,7 +536,7 @@ class Process:
             "from configs.shakespeare_char import get_config\n"
             "from gptjax.pretrain import pretrain\n"
             "config = get_config()\n"
-            "config.update_from_flattened_dict(json.loads(sys.argv[1]))\n"
+            "config.update_from_flattened_dict(json.loads(sys.argv[1]) | {'samples.prompts': ()})\n"
             "for workdir in sys.argv[2:]:\n"
             "    assert pretrain(config, workdir).finished\n"
         )
