@@ -14,7 +14,6 @@ from gptjax import ppo, pretrain, reward, run, sft, trained
 from gptjax.config import config_dict
 from gptjax.data.chat import Template
 from gptjax.parallel.mesh import make_mesh
-from gptjax.rlhf import program
 
 CONTEXT, RESPONSE = 48, 8
 WORDS = ("ba", "ko", "mi", "ru", "te", "fo", "la", "ni", "zu", "ge")
@@ -28,23 +27,6 @@ def on_one_device():
     with pytest.MonkeyPatch.context() as patch:
         for module in MESH_MAKERS:
             patch.setattr(module, "make_mesh", lambda config: make_mesh(type(config)(), jax.devices()[:1]))
-        yield
-
-
-@contextlib.contextmanager
-def one_program_for_equal_runs():
-    """Runs of PPO whose program would be the same share it. It is a function of these arguments alone, so that nothing
-    of one run can be in another's."""
-    made, make = {}, program.ppo_program
-
-    def ppo_program(c, spec, mesh):
-        key = c.ppo, c.optimizer, c.value_optimizer, spec, mesh
-        if key not in made:
-            made[key] = make(c, spec, mesh)
-        return made[key]
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(ppo, "ppo_program", ppo_program)
         yield
 
 

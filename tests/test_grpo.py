@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from alignment_runs import on_one_device, one_program_for_equal_runs, ppo_config
+from alignment_runs import on_one_device, ppo_config
 from runs import arrays, lines, without_times
 from test_bandit import ARMS, BATCH, LENGTHS, MODEL, PROMPTS, REWARDS, N, probabilities
 
@@ -103,7 +103,7 @@ def test_advantages_are_of_the_group():
 
 @pytest.fixture(scope="module", autouse=True)
 def one_device():
-    with on_one_device(), one_program_for_equal_runs():
+    with on_one_device():
         yield
 
 

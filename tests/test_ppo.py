@@ -21,7 +21,6 @@ import pytest
 from alignment_runs import (
     RESPONSE,
     on_one_device,
-    one_program_for_equal_runs,
     ppo_config,
     template,
     write,
@@ -73,7 +72,7 @@ ROUNDING = 10 * tolerance(model_terms(GPTConfig(300, n_layer=2, n_head=4, d_mode
 
 @pytest.fixture(scope="module", autouse=True)
 def one_device():
-    with on_one_device(), one_program_for_equal_runs():
+    with on_one_device():
         yield
 
 
