@@ -70,8 +70,10 @@ def programs_of_what_is_patched(request):
 @pytest.fixture(autouse=True)
 def no_drawing():
     """Runs inside a test write reports without pictures, most of a second each; runs of a module's fixtures draw."""
+    import matplotlib.pyplot as plt
+
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("gptjax.report.image", lambda figure, alt: f"<img alt='{alt}'>")
+        patch.setattr("gptjax.report.image", lambda figure, alt: plt.close(figure) or f"<img alt='{alt}'>")
         yield
 
 
