@@ -12,7 +12,10 @@ from alignment_runs import on_one_device, overridden
 from numerics import assert_close, model_terms
 from runs import assert_same_run, lines, until_sigterm
 
+from gptjax import finetune as stage
+from gptjax.aot import programs
 from gptjax.config import build, config_dict
+from gptjax.cost import topology
 from gptjax.errors import InputError
 from gptjax.finetune import FinetuneConfig, each_seed, finetune
 from gptjax.model import gpt, heads
@@ -298,6 +301,37 @@ def test_other_rows_are_refused_on_resume(pretrained, rows, learned, tmp_path):
     (tmp_path / "rows.jsonl").write_text(text.replace("ba", "ko", 3))
     with on_one_device(), pytest.raises(InputError, match="another run's config"):
         finetune(config(pretrained, rows, data__train=str(tmp_path / "rows.jsonl"), steps=70), copy)
+
+
+@pytest.mark.parametrize("task, labels, sequences", [("classification", None, 1), ("choice", "0,1", 2)])
+def test_aot_lowers_the_program_that_the_stage_runs(pretrained, rows, tmp_path, monkeypatch, task, labels, sequences):
+    """The arrays of aot's batch are the loader's, by name, shape and dtype, and the state is the stage's."""
+    seen = {}
+
+    def capture(c, program, batches, *args, **kwargs):
+        seen.update(batch=batches[0], abstract=program.abstract)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(stage, "supervised", capture)
+    file = rows / ("rows.jsonl" if task == "classification" else "choices.jsonl")
+    c = config(pretrained, rows, data__train=str(file), data__task=task)
+    if labels:
+        c.data.labels = labels
+    with on_one_device(), pytest.raises(KeyboardInterrupt):
+        finetune(c, tmp_path / "run")
+    assert seen["batch"]["tokens"].shape[1] == sequences
+    c.data.max_length = seen["batch"]["tokens"].shape[2]
+    c.data.labels = labels or "no,yes"
+    built = build(FinetuneConfig, c)
+    mesh = topology.topology_mesh(built.mesh, topology.parse("v5e-1"))
+    base = dataclasses.replace(load_model(pretrained).config, attention="auto")
+    lowered = programs.finetune_program(built, base, mesh)
+    expected = {k: (v.shape[2:], v.dtype) for k, v in lowered.arguments[1].items()}
+    assert {k: (v.shape[1:], v.dtype) for k, v in seen["batch"].items()} == {
+        k: (shape[1:], dtype) for k, (shape, dtype) in expected.items()
+    }
+    shapes = lambda tree: jax.tree.map(lambda x: (x.shape, x.dtype), tree)
+    assert shapes(lowered.arguments[0].params) == shapes(seen["abstract"].params)
 
 
 def test_the_presets_build():
