@@ -21,7 +21,7 @@ LAYERS = (
     ("rlhf",),
     ("run",),
     ("pretrain", "finetune", "sft", "reward", "dpo", "ppo"),
-    ("sample", "evaluate", "describe", "convert"),
+    ("sample", "evaluate", "contamination", "describe", "convert"),
     ("aot",),
     ("__main__",),
 )
