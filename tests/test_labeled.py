@@ -7,8 +7,8 @@ import pytest
 
 from gptjax.data import sources
 from gptjax.data.bpe import character_tokenizer
-from gptjax.data.formats import Table
 from gptjax.data.labeled import LabeledBatches, LabeledConfig, in_order, load_labeled, padded_length
+from gptjax.data.tables import Table
 from gptjax.data.transforms import Marks
 from gptjax.errors import InputError
 

@@ -7,8 +7,6 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-import math
-import sys
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -16,10 +14,10 @@ import numpy as np
 
 from gptjax import paths
 from gptjax.data import lm, published
+from gptjax.data.batches import InOrder, Shuffled
 from gptjax.data.chat import Template
 from gptjax.data.rows import (
     AllTied,
-    InOrder,
     LeftOut,
     Record,
     check_config,
@@ -142,7 +140,7 @@ def padded_length(comparisons: Comparisons, limit: int, shards: int) -> tuple[in
     return counted, padded
 
 
-class ComparisonBatches:
+class ComparisonBatches(Shuffled):
     """This host's rows of the batch of any step: batches[step] is a dict of
 
     tokens: int32 [rows, k, length], prompt and completion, right-padded with pad_id
@@ -169,23 +167,8 @@ class ComparisonBatches:
         shuffle: int = lm.SHUFFLE,
         more: More | None = None,
     ):
-        self._padded = _Padded(comparisons, k, length, pad_id, more)
-        self._count, self._rows, self._seed = len(comparisons), rows, seed
-        self._shuffle = shuffle
-        self._here = here(rows)
-
-    def __len__(self) -> int:
-        return sys.maxsize  # endless, but Grain needs a length
-
-    def __getitem__(self, step: int) -> dict[str, np.ndarray]:
-        if step < 0:
-            raise IndexError(f"step {step}")
-        place = step * self._rows + self._here
-        return self._padded.arrays(lm.shuffled(place, self._count, self._seed, self._shuffle))
-
-    def steps(self, epochs: float) -> int:
-        """Number of steps after which every comparison has been used `epochs` times; at least 1."""
-        return max(1, math.ceil(epochs * self._count / self._rows))
+        padded = _Padded(comparisons, k, length, pad_id, more)
+        super().__init__(len(comparisons), rows, seed, padded.arrays, here=here, shuffle=shuffle)
 
 
 def batches_of(c, comparisons: Comparisons, length: int, pad_id: int, mesh, shuffle: int,

@@ -16,10 +16,10 @@ import numpy as np
 
 from gptjax import paths
 from gptjax.data import lm, published
+from gptjax.data.batches import InOrder
 from gptjax.data.chat import KINDS, Template
 from gptjax.data.rows import (
     FLAGS,
-    InOrder,
     LeftOut,
     Record,
     check_config,

@@ -3,23 +3,20 @@
 from __future__ import annotations
 
 import codecs
-import csv
-import io
 import itertools
 import os
-import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from typing import Any, BinaryIO, NamedTuple
 
 from gptjax.data.compression import Part, parts, uncompressed_name
+from gptjax.data.tables import Table, delimited, table_rows
 from gptjax.data.values import Unreadable, parse_json, python_values
 from gptjax.errors import InputError
 
 _JSON_LINES = (".jsonl", ".ndjson")
 _JSON = (".json",)  # a list, or one row per line, as in C4's .json.gz
 _PARQUET = (".parquet",)
-_TABLES = {".csv": "csv", ".tsv": "tsv", ".tab": "tsv"}
 _ARRAY_RECORD = (".arrayrecord", ".array_record")
 _SNIFFED = 8192  # bytes that are searched for a NUL, which marks a binary file, as in git
 _RECORDS = 256  # ArrayRecord records read at a time
@@ -41,14 +38,6 @@ class File(NamedTuple):
     name: str
     size: int
     stamp: str  # modification time or ETag, depending on the file system
-
-
-class Table(NamedTuple):
-    """How tables of text are read. format: 'csv' or 'tsv' whatever the files' names; None = by the name. columns: names
-    of the columns of files without a header; None = the first line has them."""
-
-    format: str | None = None
-    columns: tuple[str, ...] | None = None
 
 
 class NotText(Exception):
@@ -108,7 +97,7 @@ def may_hold_rows(name: str, table: Table = Table()) -> bool:
     return (
         uncompressed_name(name).lower().endswith(known)
         or name.lower().endswith(".zip")
-        or _delimited(uncompressed_name(name), table) is not None
+        or delimited(uncompressed_name(name), table) is not None
     )
 
 
@@ -123,8 +112,8 @@ def read_rows(file: File, skip: Skip | None = None, table: Table = Table()) -> I
     with file.fs.open(file.path, "rb") as stream:
         for part in parts(stream, file.name, file.path, file.size):
             try:
-                kind = _delimited(part.name, table)
-                rows = _json_rows(part) if kind is None else _table_rows(part, kind, table.columns)
+                kind = None if part.name.lower().endswith((*_JSON_LINES, *_JSON)) else delimited(part.name, table)
+                rows = _json_rows(part) if kind is None else table_rows(part, kind, table.columns)
                 yield from ((where, row) for _, where, row in rows)
             except NotRows as error:
                 if skip is None:
@@ -295,54 +284,6 @@ def text_of(row: Any, text_field: str, where: str) -> str:
             f"{where}: The field {text_field!r} has a lone surrogate: fix or remove the row."
         ) from None
     return text
-
-
-# --- CSV and TSV ------------------------------------------------------------------------------------------
-
-
-def _delimited(name: str, table: Table) -> str | None:
-    """'csv' or 'tsv' where a file of that name is read as one."""
-    if name.lower().endswith((*_JSON_LINES, *_JSON, *_PARQUET)):
-        return None
-    return table.format or _TABLES.get(os.path.splitext(name)[1].lower())
-
-
-def _table_rows(part: Part, kind: str, columns: tuple[str, ...] | None) -> Iterator[tuple[int, str, Any]]:
-    """(line number, where, {column: text}); an InputError in place of a row with another number of cells, or whose text
-    is not UTF-8. A .csv file may quote its cells ("a, b", with "" for a quote); in a .tsv file quotes are text.
-
-    InputError: no header, or one with a name twice.
-    """
-    csv.field_size_limit(min(sys.maxsize, 2**31 - 1))
-    text = io.TextIOWrapper(part.stream, encoding="utf-8-sig", errors="surrogateescape", newline="")
-    reader = csv.reader(text) if kind == "csv" else csv.reader(text, delimiter="\t", quoting=csv.QUOTE_NONE)
-    number = 0
-    try:
-        if columns is None:
-            columns = tuple(cell.strip() for cell in next(reader, ()))
-            number = reader.line_num
-            if not columns or len(set(columns)) < len(columns):
-                raise InputError(
-                    f"{part.path} begins with {list(columns)}, not with a line of column names: name them with "
-                    "--config.data.columns=NAME,NAME."
-                )
-        for cells in reader:
-            first, number = number + 1, reader.line_num
-            if cells:
-                yield first, f"{part.path}:{first}", _row_of(cells, columns, kind)
-    except csv.Error as error:
-        raise InputError(f"{part.path}:{number + 1} is not {kind.upper()} ({error}): fix the file.") from None
-    finally:
-        text.detach()  # the stream is the caller's to close
-
-
-def _row_of(cells: list[str], columns: tuple[str, ...], kind: str) -> dict[str, str] | InputError:
-    if len(cells) != len(columns):
-        hint = 'put quotes ("...") around a cell with a comma' if kind == "csv" else "a cell must have no tab"
-        return InputError(f"The row has {len(cells)} cells for the {len(columns)} columns: {hint}.")
-    if any("\udc80" <= c <= "\udcff" for cell in cells for c in cell):
-        return InputError("The row is not UTF-8: convert the file.")
-    return dict(zip(columns, cells, strict=True))
 
 
 # --- tables and records -----------------------------------------------------------------------------------

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -18,8 +17,8 @@ import numpy as np
 from gptjax import paths
 from gptjax.config import nearest
 from gptjax.data import lm
+from gptjax.data.batches import InOrder, Shuffled
 from gptjax.data.rows import (
-    InOrder,
     LeftOut,
     Record,
     check_config,
@@ -63,7 +62,6 @@ class LabeledConfig:
         answers), 'mctest' (its .tsv, with the .ans next to it).
     columns: names of the columns of .csv and .tsv files without a header, with commas; None = the first line has them.
     format: 'csv' or 'tsv' for files whose names do not say so.
-    drop_long: has no effect, since long texts are cut.
     max_length: tokens of a sequence; None = the model's context.
     bad_rows: 'stop', or 'drop' bad rows, which are written to dropped_rows.jsonl.
     """
@@ -80,7 +78,6 @@ class LabeledConfig:
     format: str | None = None
     max_length: Count | None = None
     bad_rows: str = "stop"
-    drop_long: bool = False
 
     def __post_init__(self):
         if self.task not in TASKS:
@@ -107,13 +104,8 @@ class LabeledConfig:
     def score_range(self) -> tuple[int, int] | None:
         return tuple(map(int, self.scores.split(","))) if self.scores else None
 
-    # What rows.load_split reads.
     @property
-    def source(self) -> str | None:
-        return self.train
-
-    @property
-    def validation(self) -> str:
+    def validation(self) -> str:  # the name that rows.check_config knows
         return self.valid
 
 
@@ -341,7 +333,7 @@ def padded_length(labeled: Labeled, limit: int, shards: int) -> tuple[int, int]:
     return counted, padded
 
 
-class LabeledBatches:
+class LabeledBatches(Shuffled):
     """This host's rows of the batch of any step: batches[step] is a dict of
 
     tokens: int32 [rows, N, length], the sequences, right-padded with pad_id; N is Labeled.most
@@ -366,22 +358,8 @@ class LabeledBatches:
         here: Callable[[int], np.ndarray] = np.arange,
         shuffle: int = lm.SHUFFLE,
     ):
-        self._padded = _Padded(examples, most, length, pad_id)
-        self._count, self._rows, self._seed, self._shuffle = len(examples), rows, seed, shuffle
-        self._here = here(rows)
-
-    def __len__(self) -> int:
-        return sys.maxsize  # endless, but Grain needs a length
-
-    def __getitem__(self, step: int) -> dict[str, np.ndarray]:
-        if step < 0:
-            raise IndexError(f"step {step}")
-        place = step * self._rows + self._here
-        return self._padded.arrays(lm.shuffled(place, self._count, self._seed, self._shuffle))
-
-    def steps(self, epochs: float) -> int:
-        """Number of steps after which every example has been used `epochs` times; at least 1."""
-        return max(1, math.ceil(epochs * self._count / self._rows))
+        padded = _Padded(examples, most, length, pad_id)
+        super().__init__(len(examples), rows, seed, padded.arrays, here=here, shuffle=shuffle)
 
 
 def in_order(

@@ -1,5 +1,5 @@
-"""Shared by the loaders of demonstrations, comparisons and prompts: field names, length checks, dropped rows, the
-train/validation split by prompt, and validation batches.
+"""Shared by the loaders of demonstrations, comparisons, prompts and labeled rows: field names, length checks, dropped
+rows, and the train/validation split by prompt.
 """
 
 from __future__ import annotations
@@ -232,7 +232,10 @@ def load(
 
     def reject(where: str, error: InputError) -> None:
         reason = str(error) if flags is None else str(error).replace(FLAGS, flags)
-        dropped = c.drop_long if isinstance(error, TooLong) else isinstance(error, AllTied) or c.bad_rows == "drop"
+        if isinstance(error, TooLong):  # not of labeled rows, which are cut
+            dropped = getattr(c, "drop_long", False)
+        else:
+            dropped = isinstance(error, AllTied) or c.bad_rows == "drop"
         if dropped:
             left_out.add(where, error, reason)
         else:
@@ -346,26 +349,6 @@ def fingerprint(arrays: Iterable[np.ndarray]) -> str:
         digest.update(f"{array.dtype.str}{array.shape}".encode())
         digest.update(np.ascontiguousarray(array).tobytes())
     return digest.hexdigest()
-
-
-class InOrder:
-    """Batches of `count` examples in order, with random access, for validation; len() is their number.
-
-    rows: of a batch, over all hosts; here: those that this host holds. read: example numbers int64 [n], -1 for the
-    padding of the last batch → dict of arrays.
-    """
-
-    def __init__(self, count: int, rows: int, here: np.ndarray, read: Callable[[np.ndarray], dict]):
-        self._count, self._rows, self._here, self._read = count, rows, here, read
-
-    def __len__(self) -> int:
-        return -(-self._count // self._rows)
-
-    def __getitem__(self, step: int) -> dict[str, Any]:
-        if not 0 <= step < len(self):
-            raise IndexError(f"batch {step} of {len(self)}")
-        index = step * self._rows + self._here
-        return self._read(np.where(index < self._count, index, -1))
 
 
 def fraction_of(validation: str) -> float | None:

@@ -24,7 +24,6 @@ from fsspec.implementations.local import LocalFileSystem
 from gptjax.data.formats import (
     Document,
     File,
-    Table,
     may_hold_rows,
     read_documents,
     read_rows,
@@ -33,6 +32,7 @@ from gptjax.data.formats import (
 )
 from gptjax.data.links import FollowingLinks, once
 from gptjax.data.specials import END_OF_TEXT
+from gptjax.data.tables import Table
 from gptjax.errors import InputError
 
 _STDLIB_SUFFIXES = (".py", ".txt", ".rst")
