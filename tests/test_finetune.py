@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import random
+import shutil
 
 import jax
 import jax.numpy as jnp
@@ -239,10 +240,12 @@ def test_what_a_run_leaves(learned, rows):
         load_model(learned)
 
 
-def test_stopped_and_resumed_it_is_the_same_run(pretrained, rows, learned, tmp_path):
+def test_stopped_and_resumed_without_its_base_it_is_the_same_run(pretrained, rows, learned, tmp_path):
+    base = shutil.copytree(pretrained, tmp_path / "base")
     with on_one_device():
-        assert not until_sigterm(finetune, config(pretrained, rows), tmp_path / "run", 40).finished
-        assert finetune(config(pretrained, rows), tmp_path / "run").finished
+        assert not until_sigterm(finetune, config(base, rows), tmp_path / "run", 40).finished
+        shutil.rmtree(base)
+        assert finetune(config(base, rows), tmp_path / "run").finished
     assert_same_run(tmp_path / "run", learned, 60)
 
 
@@ -294,8 +297,6 @@ def test_bad_input(pretrained, rows, tmp_path, overrides, message):
 
 
 def test_other_rows_are_refused_on_resume(pretrained, rows, learned, tmp_path):
-    import shutil
-
     copy = shutil.copytree(learned, tmp_path / "run")
     text = (rows / "rows.jsonl").read_text()
     (tmp_path / "rows.jsonl").write_text(text.replace("ba", "ko", 3))
