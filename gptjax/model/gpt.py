@@ -18,7 +18,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from gptjax.errors import InputError
-from gptjax.model.attention import attention, cached_attention, causal_mask
+from gptjax.model.attention import attention, cached_attention, causal_mask, tree_attention
 from gptjax.model.layers import INIT_STD, LayerNorm, Linear, gelu, normal
 from gptjax.model.spec import GPTConfig
 from gptjax.parallel import pipeline
@@ -45,8 +45,16 @@ class Shared(NamedTuple):
 
     dropout_keys: Any = None  # [B], a key for each row; None = no dropout
     segment_ids: Any = None  # int [B, T]
+    tree: Any = None  # Tree; None = every row is one sequence, or isolated segments
     filled: Any = None  # bool [B, S]: slots of the cache that a row may attend to
     slot: Any = None  # int: slot of the cache where the new keys and values go
+
+
+class Tree(NamedTuple):
+    """Rows that are prefix trees (attention/tree.py), int [B, T] each."""
+
+    visible_until: Any
+    positions: Any
 
 
 class KVCache(NamedTuple):
@@ -64,8 +72,9 @@ class GPT(nn.Module):
 
     @nn.compact
     def __call__(
-        self, tokens_BT, positions_BT, segment_ids=None, dropout_keys=None, cache=None, slot=None, filled=None
-    ):
+        self, tokens_BT, positions_BT, segment_ids=None, dropout_keys=None, cache=None, slot=None, filled=None,
+        visible_until=None,
+    ):  # fmt: skip
         """Returns (final hidden states [B, T, D], the updated cache, all layers' keys and values if mode.keep_kv).
 
         cache: None, a KVCache of [L, B, H, S, K], or a tuple with each layer's [B, H, S, K]. Keys and values are
@@ -82,7 +91,8 @@ class GPT(nn.Module):
             x_BTD = _dropout(x_BTD, c.dropout, dropout_keys, 3 * c.n_layer)
         x_BTD = constrain(x_BTD, *RESIDUAL)
         layers = PerLayer(jnp.arange(c.n_layer), jnp.array([c.is_local(layer) for layer in range(c.n_layer)]))
-        shared = Shared(dropout_keys, segment_ids, filled, slot)
+        tree = None if visible_until is None else Tree(visible_until, positions_BT)
+        shared = Shared(dropout_keys, segment_ids, tree, filled, slot)
         kv = None
         if pipeline.stages() > 1 and cache is None and not self.mode.keep_kv and not self.is_initializing():
             x_BTD = self.pipelined_layers(x_BTD, layers, shared)
@@ -191,6 +201,8 @@ class Attention(nn.Module):
         keys = _fold(shared.dropout_keys, 3 * layer.index) if rate else None
 
         def attend(window):
+            if shared.tree is not None:
+                return lambda q, k, v: tree_attention(q, k, v, *shared.tree, window, c.attention)
             return lambda q, k, v: attention(
                 q, k, v, path=c.attention, window=window, segment_ids=shared.segment_ids,
                 dropout=rate, dropout_keys=keys, mesh=self.mode.mesh,
@@ -312,6 +324,7 @@ def hidden(
     *,
     positions=None,
     segment_ids=None,
+    visible_until=None,
     dropout_keys=None,
     dtype=jnp.float32,
     mesh=None,
@@ -322,17 +335,21 @@ def hidden(
         tokens_BT: int, T <= context_length.
         positions: int [B, T], or None for 0..T-1.
         segment_ids: int [B, T], or None; attention stays within a segment.
+        visible_until: int [B, T], or None; rows are prefix trees (attention/tree.py), for which there is no gradient.
         dropout_keys: a key for each row, [B]; None means no dropout.
         dtype: of the activations and matmuls.
         mesh: for attention kernels that need a shard_map.
     Returns:
         [B, T, D] in dtype, after the final LayerNorm where the model has one.
     """
-    _check_time(tokens_BT, config)
+    if visible_until is None:  # a tree has more slots than its sequences have positions
+        _check_time(tokens_BT, config)
     if positions is None:
         positions = jnp.broadcast_to(jnp.arange(tokens_BT.shape[1]), tokens_BT.shape)
     keys = dropout_keys if config.dropout else None
-    return GPT(config, Mode(mesh=mesh), dtype).apply({"params": params}, tokens_BT, positions, segment_ids, keys)[0]
+    return GPT(config, Mode(mesh=mesh), dtype).apply(
+        {"params": params}, tokens_BT, positions, segment_ids, keys, visible_until=visible_until
+    )[0]
 
 
 def _check_time(tokens_BT, config: GPTConfig):
