@@ -1,0 +1,1 @@
+"""Zero- and few-shot evaluation."""
