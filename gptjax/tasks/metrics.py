@@ -5,8 +5,8 @@ A metric of one item is a number from 0 to 1; BLEU is of a corpus, from 0 to 100
 """
 
 import collections
-import decimal
 import functools
+import importlib
 import re
 import string
 from collections.abc import Callable, Sequence
@@ -128,8 +128,6 @@ def _rouge_scorer():
 
 
 def _package(module: str, package: str):
-    import importlib
-
     try:
         return importlib.import_module(module)
     except ModuleNotFoundError:
@@ -139,7 +137,7 @@ def _package(module: str, package: str):
 # --- answers of a chain of thought ------------------------------------------------------------------------------
 
 # '-' is a sign unless it follows a number, a word or a parenthesis: 5-3 has no negative number.
-_NUMBER = r"(?:(?<![\w)])-\s?)?\$?(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)?(?:(?<=\d)\.\d+|(?<!\d)\.\d+|(?<=\d))"
+_NUMBER = r"(?:(?<![\w)])-)?\$?(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+|(?=\.\d))(?:\.\d+)?"
 
 
 def final_answer(text: str) -> str | None:
@@ -150,14 +148,15 @@ def final_answer(text: str) -> str | None:
     """
     text = text.replace("\N{MINUS SIGN}", "-")
     marked = re.search(rf"####\s*({_NUMBER})", text)
-    stated = re.findall(rf"answer is:?\s*({_NUMBER})", text, flags=re.IGNORECASE)
+    stated = re.findall(rf"answer is\W*?({_NUMBER})", text, flags=re.IGNORECASE)
     found = [marked[1]] if marked else stated or re.findall(_NUMBER, text)
     return _plain(found[-1]) if found else None
 
 
 def _plain(number: str) -> str:
-    value = decimal.Decimal(re.sub(r"[$,\s]", "", number))
-    return f"{value:f}".rstrip("0").rstrip(".") if value % 1 else f"{value + 0:.0f}".removeprefix("-0") or "0"
+    whole, _, fraction = re.sub(r"[-$,]", "", number).partition(".")
+    text = ".".join(filter(None, (whole.lstrip("0") or "0", fraction.rstrip("0"))))
+    return "-" + text if "-" in number and text != "0" else text
 
 
 def majority_vote(answers: Sequence[str | None]) -> str | None:

@@ -24,7 +24,8 @@ def clustered_mean(values: Sequence[float], clusters: Sequence[Hashable]) -> tup
     factor that makes it that of `mean` where every item is a cluster of its own.
     """
     values = np.asarray(values, np.float64)
-    _, of = np.unique(np.array([hash(cluster) for cluster in clusters]), return_inverse=True)
+    numbers = {}
+    of = np.array([numbers.setdefault(cluster, len(numbers)) for cluster in clusters], int)
     return float(values.mean()), _sum_error(values - values.mean(), of) / len(values)
 
 
