@@ -59,9 +59,11 @@ class Task:
     examples. fewshot: 'per_item', examples drawn anew for every item (GPT-3 §2.4), or 'fixed', the same for all.
     answer_context: see above. prepare, detokenize, units: 'module:function' of a row, of a text, and how many units a
     text is counted as (words).
-    stop, max_new_tokens, beams, length_penalty, temperature, samples: of generation; beams 1 is greedy decoding or
-    sampling. metrics: 'module:function' of (generated, answers) -> float, by name. extract: 'module:function' of a
-    generated text -> the answer in it.
+    stop, max_new_tokens, beams, length_penalty, temperature, top_k, top_p, samples: of generation; beams 1 is greedy
+    decoding or sampling. extract: 'module:function' of a generated text -> the answer in it, of which the commonest of
+    all samples is scored. metrics: 'module:function' of (prediction, answer) -> float, by name; the best answer counts.
+    corpus_metrics: the same of (all predictions, the answers of each) -> a tuple that begins with value and standard
+    error.
     """
 
     name: str
@@ -84,9 +86,12 @@ class Task:
     beams: int = 1
     length_penalty: float = 0.6
     temperature: float = 0.0
+    top_k: int = 0
+    top_p: float = 1.0
     samples: int = 1
-    metrics: Mapping[str, str] = dataclasses.field(default_factory=dict)
     extract: str | None = None
+    metrics: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    corpus_metrics: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
     def __post_init__(self):
         where = f"Task {self.name}"
