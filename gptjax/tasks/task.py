@@ -25,16 +25,18 @@ The kinds, with the keys of a form that each one needs:
 """
 
 import dataclasses
+import hashlib
 import importlib
 import re
 import tomllib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from gptjax import paths
 from gptjax.config import nearest
 from gptjax.data import sources
+from gptjax.data.formats import may_hold_rows
 from gptjax.data.rows import reach
 from gptjax.errors import InputError
 
@@ -63,7 +65,8 @@ class Task:
     decoding or sampling. extract: 'module:function' of a generated text -> the answer in it, of which the commonest of
     all samples is scored. metrics: 'module:function' of (prediction, answer) -> float, by name; the best answer counts.
     corpus_metrics: the same of (all predictions, the answers of each) -> a tuple that begins with value and standard
-    error.
+    error. allow_code_execution: of kind 'code', which runs what the model wrote (code_execution.py).
+    sha256: of the file.
     """
 
     name: str
@@ -92,6 +95,8 @@ class Task:
     extract: str | None = None
     metrics: Mapping[str, str] = dataclasses.field(default_factory=dict)
     corpus_metrics: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    allow_code_execution: bool = False
+    sha256: str = ""
 
     def __post_init__(self):
         where = f"Task {self.name}"
@@ -109,7 +114,8 @@ class Task:
 @dataclasses.dataclass(frozen=True)
 class Item:
     """One question. pairs: (context, continuation) of each candidate; of generation and code (context, ''). gold: the
-    index of the right pair. answers: what a generated text is compared with. text: of kind 'text'. where: file and
+    index of the right pair. answers: what a generated text is compared with; of code its tests and the
+    function's name. text: of kind 'text'. where: file and
     row."""
 
     where: str
@@ -133,17 +139,17 @@ def load_task(name: str) -> Task:
             raise InputError(f"The task file {name} does not exist.")
         raise InputError(f"There is no task {name!r}{nearest(name, available())} A task of your own is a .toml file.")
     try:
-        keys = tomllib.loads(path.read_text())
+        keys = tomllib.loads(path.read_text(encoding="utf-8"))
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise InputError(f"The task file {path} cannot be read ({error}): fix it.") from None
-    known = {field.name: field for field in dataclasses.fields(Task)}
+    known = {field.name for field in dataclasses.fields(Task)} - {"name", "sha256"}
     for key in keys:
         if key not in known:
             raise InputError(f"{path}: there is no key {key!r}{nearest(key, known)}")
     if missing := [key for key in ("about", "kind", "metric", "form") if key not in keys]:
         raise InputError(f"{path}: {', '.join(missing)} must be given.")
     values = {key: tuple(value) if isinstance(value, list) else value for key, value in keys.items()}
-    return Task(name=path.stem, **values)
+    return Task(name=path.stem, sha256=hashlib.sha256(path.read_bytes()).hexdigest(), **values)
 
 
 def function(name: str) -> Callable:
@@ -162,7 +168,7 @@ def find_file(task: Task, data: str, patterns: Sequence[str]) -> str:
     root = Path(paths.local(data))
     for pattern in patterns:
         if found := sorted(root.glob(pattern)):
-            return str(found[0] if len(found) == 1 else found[0].parent)
+            return str(found[0] if len(found) == 1 else root / pattern)
     fields = " or ".join(", ".join(sorted(fields_of(form))) for form in task.form)
     raise InputError(
         f"{data} has no file for the task {task.name}: it looks for {', '.join(patterns) or 'none'}, rows (.jsonl, "
@@ -174,16 +180,25 @@ def load_items(task: Task, source: str) -> list[Item]:
     """All items of a source of rows. InputError: a row that has none of the task's forms, or an empty one."""
     prepare = function(task.prepare) if task.prepare else lambda row: [row]
     items = []
-    for row in sources.rows(source):
-        prepared = prepare(row.value)
-        for value in [prepared] if isinstance(prepared, Mapping) else prepared:
-            try:
-                items.append(make_item(task, value, row.where))
-            except InputError as error:
-                raise InputError(f"{row.where}: {error}") from None
+    for row in _rows(task, source):
+        try:
+            prepared = prepare(row.value)
+            values = [prepared] if isinstance(prepared, Mapping) else prepared
+            items += [make_item(task, value, row.where) for value in values]
+        except InputError as error:
+            raise InputError(f"{row.where}: {error}") from None
+        except (KeyError, TypeError, ValueError) as error:  # of a prepare function
+            raise InputError(f"{row.where}: {task.prepare} cannot read the row ({error!r}): fix it.") from None
     if not items:
         raise InputError(f"{source} has no rows for the task {task.name}.")
     return items
+
+
+def _rows(task: Task, source: str) -> Iterable[sources.Row]:
+    """The rows of a source; of texts, whose files need no rows, {text} of each."""
+    if task.kind == "text" and paths.local(source).is_file() and not may_hold_rows(source):
+        return [sources.Row(document.name, {"text": document.text}) for document in sources.documents(source)]
+    return sources.rows(source)
 
 
 def make_item(task: Task, row: Mapping[str, Any], where: str = "") -> Item:
@@ -195,8 +210,9 @@ def make_item(task: Task, row: Mapping[str, Any], where: str = "") -> Item:
     if task.kind == "text":
         return Item(where, text=fill(form["text"], row), row=row)
     if task.kind in ("generation", "code"):
-        answers = tuple(_texts(form["answers"], row)) if task.kind == "generation" else ()
-        if task.kind == "generation" and not any(answer.strip() for answer in answers):
+        code = task.kind == "code"
+        answers = (fill(form["tests"], row), fill(form["entry"], row)) if code else tuple(_texts(form["answers"], row))
+        if not any(answer.strip() for answer in answers):
             raise InputError("The answer is empty: nothing could be compared with it.")
         return Item(where, ((fill(form["context"], row), ""),), answers=answers, row=row)
     if task.kind == "cloze":
@@ -269,5 +285,3 @@ def solved(task: Task, item: Item) -> str:
     """An item with its answer, as an example shows it."""
     context, continuation = item.pairs[item.gold]
     return context + (task.delimiter + item.answers[0] if task.kind == "generation" else continuation)
-
-
