@@ -109,6 +109,22 @@ def test_lambada_by_the_word_and_by_its_last_token(tokenizer, tmp_path):
     assert result.metrics["perplexity"][0] == pytest.approx(math.exp(np.mean(nats)))
 
 
+def test_a_threshold_on_the_mean_log_probability(tokenizer, tmp_path):
+    """Acceptable sentences have likelier tokens, whatever their length; the threshold is found on the training rows."""
+    good, bad = ["the cat is in the house", "it is red"], ["house the the", "red is is it is it no yes no"]
+    rows = [{"sentence": s, "label": 1} for s in good] + [{"sentence": s, "label": 0} for s in bad]
+    write_rows(tmp_path, "cola_dev.jsonl", rows)
+    write_rows(tmp_path, "cola_train.jsonl", rows[1:3] * 5)
+    ids = {tuple(tokenizer.encode(text)): -1.0 for text in good} | {tuple(tokenizer.encode(t)): -2.0 for t in bad}
+
+    def log_prob(before, token):
+        return next(v for text, v in ids.items() if text[: len(before) - 1] == tuple(before[1:]) and token in text)
+
+    result = harness.evaluate(planted(tokenizer, log_prob), load_task("cola_zero_shot"), str(tmp_path))
+    assert result.metrics["auc"][0] == 1.0 and result.metrics["matthews"][0] == 1.0
+    assert result.protocol["threshold_from"] == "pool" and result.protocol["threshold"] == pytest.approx(-1.0)
+
+
 def test_partial_evaluation_scores_what_follows_the_referent(tokenizer, tmp_path):
     row = {
         "sentence": "the cat is in the house because _ is red.",
@@ -130,7 +146,7 @@ def test_examples_are_drawn_at_random_without_the_question(tokenizer, tmp_path):
     write_rows(tmp_path, "piqa.jsonl", rows)
     task = load_task("piqa")
     items = load_items(task, str(tmp_path / "piqa.jsonl"))
-    prompts = Prompts(task, items, None, 3, seed=0)
+    prompts = Prompts(task, items, str(tmp_path), 3, seed=0)
     seen = []
     for i, item in enumerate(items):
         text = prompts.before(item, lambda text: True)
@@ -142,7 +158,10 @@ def test_examples_are_drawn_at_random_without_the_question(tokenizer, tmp_path):
             assert block == f"it is {n}Answer: {'ab'[n % 2]}{n}"
         assert text == prompts.before(item, lambda text: True)  # the same again
         seen.append(text)
-    assert len(set(seen)) > 6 and Prompts(task, items, None, 3, seed=1).before(items[0], lambda t: True) != seen[0]
+    assert (
+        len(set(seen)) > 6
+        and Prompts(task, items, str(tmp_path), 3, seed=1).before(items[0], lambda t: True) != seen[0]
+    )
 
 
 def test_a_long_prompt_loses_its_first_examples_never_the_question(tokenizer, tmp_path):

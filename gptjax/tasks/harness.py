@@ -7,7 +7,7 @@ from typing import Any
 from gptjax.errors import InputError
 from gptjax.tasks import likelihood
 from gptjax.tasks.generate import generate_texts
-from gptjax.tasks.kinds import Scorer, score_generated, score_pairs, score_texts
+from gptjax.tasks.kinds import Scorer, score_generated, score_pairs, score_texts, score_threshold
 from gptjax.tasks.prompts import Prompts
 from gptjax.tasks.requests import prefix_token
 from gptjax.tasks.task import Task, find_file, load_items
@@ -44,6 +44,9 @@ class Result:
                 "metrics": values, "protocol": self.protocol}  # fmt: skip
 
 
+_SCORE = {"text": score_texts, "threshold": score_threshold, "generation": score_generated, "code": score_generated}
+
+
 def evaluate(scorer: Scorer, task: Task, data: str, *, shots: int = 0, limit: int | None = None,
              seed: int = 0) -> Result:  # fmt: skip
     """A task's result.
@@ -54,8 +57,8 @@ def evaluate(scorer: Scorer, task: Task, data: str, *, shots: int = 0, limit: in
     """
     items = load_items(task, find_file(task, data, task.files))
     asked = items[:limit]
-    prompts = Prompts(task, items, data if task.pool else None, shots, seed)
-    score = {"text": score_texts, "generation": score_generated, "code": score_generated}.get(task.kind, score_pairs)
+    prompts = Prompts(task, items, data, shots, seed)
+    score = _SCORE.get(task.kind, score_pairs)
     found = score(scorer, task, asked, prompts)
     if task.metric not in found.metrics:
         raise InputError(f"Task {task.name} has no metric {task.metric!r}, only {', '.join(found.metrics)}.")

@@ -8,6 +8,7 @@ import numpy as np
 
 from gptjax.data.tokenizer import Tokenizer
 from gptjax.errors import InputError
+from gptjax.evals import classification
 from gptjax.tasks import code_execution, metrics, standard_errors
 from gptjax.tasks.likelihood import Score
 from gptjax.tasks.prompts import Prompts
@@ -148,6 +149,50 @@ def score_texts(scorer: Scorer, task: Task, items: Sequence[Item], prompts: Prom
     found["bits_per_byte"] = standard_errors.bits_per_unit(nats, [s["bytes"] for s in samples])
     counts = {"windows": len(requests), "window_rule": "disjoint, the last one with a full context"}
     return Scored(found, samples, counts)
+
+
+# --- threshold ------------------------------------------------------------------------------------------------
+
+
+def score_threshold(scorer: Scorer, task: Task, items: Sequence[Item], prompts: Prompts) -> Scored:
+    """The kind threshold: a text is predicted 1 if the mean log-probability of its tokens is high enough, as GPT-1
+    finds acceptable sentences without training (Radford et al. 2018 §5). The threshold is the one with the highest Matthews
+    correlation on the pool, or on the items themselves if there is none, which flatters; auc has no threshold."""
+    of_pool = prompts.pool if prompts.pool is not items else []
+    requests = []
+    for item in (*items, *of_pool):
+        requests.append(encode_pair(scorer.tokenizer, "", item.text))
+    means = np.array([s.log_prob / s.tokens for s in scorer.log_likelihoods(requests)])
+    values, gold = means[: len(items)], np.array([item.gold for item in items])
+    tuned_on, tuned_gold = (means[len(items) :], np.array([i.gold for i in of_pool])) if of_pool else (values, gold)
+    threshold = best_threshold(tuned_on, tuned_gold)
+    predicted = (values >= threshold).astype(int)
+    samples = [
+        {"where": item.where, "text": item.text, "score": float(v), "gold": item.gold, "predicted": int(p)}
+        for item, v, p in zip(items, values, predicted, strict=True)
+    ]
+    correlation = lambda i: classification.matthews(predicted[i], gold[i])
+    found = {
+        "matthews": (correlation(slice(None)), standard_errors.bootstrap(correlation, len(items))),
+        "acc": standard_errors.mean((predicted == gold).astype(float)),
+        "auc": (auc(values, gold), standard_errors.bootstrap(lambda i: auc(values[i], gold[i]), len(items))),
+    }
+    return Scored(found, samples, {"threshold": threshold, "threshold_from": "pool" if of_pool else "the items"})
+
+
+def best_threshold(scores: np.ndarray, gold: np.ndarray) -> float:
+    """The score from which on to predict 1, so that the Matthews correlation is highest."""
+    order = np.sort(np.unique(scores))
+    found = [classification.matthews((scores >= t).astype(int), gold) for t in order]
+    return float(order[int(np.argmax(found))])
+
+
+def auc(scores: np.ndarray, gold: np.ndarray) -> float:
+    """Chance that a text labeled 1 has a higher score than one labeled 0, ties counting half; .5 without both."""
+    ones = int(gold.sum())
+    if not 0 < ones < len(gold):
+        return 0.5
+    return float((classification.ranks(scores)[gold == 1].sum() - ones * (ones + 1) / 2) / (ones * (len(gold) - ones)))
 
 
 # --- generation, code -----------------------------------------------------------------------------------------

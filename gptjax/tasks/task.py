@@ -18,6 +18,7 @@ The kinds, with the keys of a form that each one needs:
     partial     contexts, continuation, gold which context makes one continuation likeliest (Trinh and Le 2018)
     cloze       context, answer              is the answer what greedy decoding gives, and its perplexity
     text        text                         perplexity of whole texts
+    threshold   text, label                  is the mean log-probability of a text's tokens above a threshold
     generation  context, answers             text generated up to `stop`, compared with the answers
     code        context, tests, entry        programs generated and run: pass@k (Chen et al. 2021)
 
@@ -38,6 +39,7 @@ from gptjax.config import nearest
 from gptjax.data import sources
 from gptjax.data.formats import may_hold_rows
 from gptjax.data.rows import reach
+from gptjax.data.tables import Table
 from gptjax.errors import InputError
 
 PUBLISHED = Path(__file__).parent / "published"
@@ -46,6 +48,7 @@ KINDS = {
     "partial": ("contexts", "continuation", "gold"),
     "cloze": ("context", "answer"),
     "text": ("text",),
+    "threshold": ("text", "label"),
     "generation": ("context", "answers"),
     "code": ("context", "tests", "entry"),
 }
@@ -57,7 +60,7 @@ class Task:
 
     about: a line with the source. kind, metric, form: see above. files: patterns of file names under --data; the last
     part may have *. pool: the same for the rows that examples are drawn from; empty = the task's own rows, without the
-    one that is asked. description: text before the examples. delimiter: between context and answer. separator: between
+    one that is asked. columns: names of the columns of .csv and .tsv files without a header. description: text before the examples. delimiter: between context and answer. separator: between
     examples. fewshot: 'per_item', examples drawn anew for every item (GPT-3 §2.4), or 'fixed', the same for all.
     answer_context: see above. prepare, detokenize, units: 'module:function' of a row, of a text, and how many units a
     text is counted as (words).
@@ -76,6 +79,7 @@ class Task:
     form: tuple[Mapping[str, Any], ...]
     files: tuple[str, ...] = ()
     pool: tuple[str, ...] = ()
+    columns: tuple[str, ...] = ()
     description: str = ""
     delimiter: str = " "
     separator: str = "\n\n"
@@ -115,7 +119,7 @@ class Task:
 class Item:
     """One question. pairs: (context, continuation) of each candidate; of generation and code (context, ''). gold: the
     index of the right pair. answers: what a generated text is compared with; of code its tests and the
-    function's name. text: of kind 'text'. where: file and
+    function's name. text: of the kinds text and threshold. where: file and
     row."""
 
     where: str
@@ -198,7 +202,7 @@ def _rows(task: Task, source: str) -> Iterable[sources.Row]:
     """The rows of a source; of texts, whose files need no rows, {text} of each."""
     if task.kind == "text" and paths.local(source).is_file() and not may_hold_rows(source):
         return [sources.Row(document.name, {"text": document.text}) for document in sources.documents(source)]
-    return sources.rows(source)
+    return sources.rows(source, table=Table(columns=task.columns or None))
 
 
 def make_item(task: Task, row: Mapping[str, Any], where: str = "") -> Item:
@@ -209,6 +213,11 @@ def make_item(task: Task, row: Mapping[str, Any], where: str = "") -> Item:
         raise InputError(f"The row has the fields {', '.join(map(repr, row))}; task {task.name} needs {wanted}.")
     if task.kind == "text":
         return Item(where, text=fill(form["text"], row), row=row)
+    if task.kind == "threshold":
+        label = fill(form["label"], row)
+        if label not in ("0", "1"):
+            raise InputError(f"The label {label!r} is not 0 or 1: fix the row.")
+        return Item(where, gold=int(label), text=fill(form["text"], row), row=row)
     if task.kind in ("generation", "code"):
         code = task.kind == "code"
         answers = (fill(form["tests"], row), fill(form["entry"], row)) if code else tuple(_texts(form["answers"], row))
