@@ -58,10 +58,9 @@ def opened(path: Path) -> Iterator[Any]:
     InputError: not such a file, a damaged or truncated one, or one with anything but tensors and plain data.
     """
     with open(path, "rb") as file:
-        if zipfile.is_zipfile(file):
-            yield _zip_content(path, file)
-        else:
-            yield _legacy_content(path, file)
+        zipped = zipfile.is_zipfile(file)
+        file.seek(0)
+        yield (_zip_content if zipped else _legacy_content)(path, file)
 
 
 def plain_data(path: Path) -> Any:
