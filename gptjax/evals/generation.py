@@ -11,7 +11,7 @@ from gptjax.errors import InputError
 from gptjax.generation.decode import generate
 from gptjax.generation.respond import respond
 from gptjax.generation.sampling import Sampling
-from gptjax.model.spec import GPTConfig
+from gptjax.model.architecture import ModelConfig
 from gptjax.ranges import Count, TopP
 from gptjax.training.stage import Evaluation
 
@@ -60,7 +60,7 @@ def sample_prompts(prompts, tokenizer: Tokenizer, context_length: int) -> dict[s
     return encoded
 
 
-def continuations(c: SamplesConfig, prompts: dict[str, list[int]], model: GPTConfig, tokenizer: Tokenizer, seed: int,
+def continuations(c: SamplesConfig, prompts: dict[str, list[int]], model: ModelConfig, tokenizer: Tokenizer, seed: int,
                   dtype, mesh):  # fmt: skip
     """Returns evaluate(state) -> Evaluation: a continuation of each prompt, with the same noise each time. prompts:
     {text: ids}."""
@@ -104,7 +104,7 @@ def scored_prompts(c: ResponseConfig, demonstrations: Demonstrations) -> list:
     return [d.ids[: d.prompt] for d in demonstrations.validation if d.prompt][: 4 * c.count]
 
 
-def _sampled(c: ResponseConfig, params, model: GPTConfig, prompts, template: Template, seed: int, dtype, mesh):
+def _sampled(c: ResponseConfig, params, model: ModelConfig, prompts, template: Template, seed: int, dtype, mesh):
     """One sampled response to each prompt, as ids, with end-of-text if it was produced."""
     return respond(
         params, model, prompts, template, max_new_tokens=c.max_new_tokens, temperature=c.temperature, seed=seed,
@@ -112,7 +112,7 @@ def _sampled(c: ResponseConfig, params, model: GPTConfig, prompts, template: Tem
     )  # fmt: skip
 
 
-def scored_responses(reward_model, c: ResponseConfig, demonstrations: Demonstrations, model: GPTConfig,
+def scored_responses(reward_model, c: ResponseConfig, demonstrations: Demonstrations, model: ModelConfig,
                      template: Template, seed: int, dtype, mesh):  # fmt: skip
     """Returns evaluate(state) -> Evaluation: 'reward', the reward model's mean score of sampled responses, by which the
     best checkpoint is selected. reward_model: with score(prompts, responses) -> [number of responses]."""
@@ -126,8 +126,8 @@ def scored_responses(reward_model, c: ResponseConfig, demonstrations: Demonstrat
     return evaluate
 
 
-def responses(c: ResponseConfig, demonstrations: Demonstrations, model: GPTConfig, template: Template, seed: int, dtype,
-              mesh):  # fmt: skip
+def responses(c: ResponseConfig, demonstrations: Demonstrations, model: ModelConfig, template: Template, seed: int,
+              dtype, mesh):  # fmt: skip
     """Returns evaluate(state) -> Evaluation: responses to the first validation prompts, with the demonstrations."""
     shown = [d for d in demonstrations.validation if d.prompt][: c.count]
 

@@ -15,15 +15,15 @@ from jax import lax
 from gptjax.distributed import hosts
 from gptjax.errors import InputError
 from gptjax.generation.sampling import Sampling, sample
-from gptjax.model import gpt
-from gptjax.model.spec import GPTConfig
+from gptjax.model import architecture
+from gptjax.model.architecture import ModelConfig
 from gptjax.parallel.mesh import batch_shards
 
 _STATIC = ("config", "new_tokens", "sampling", "eot_id", "pad_id", "vocab", "dtype", "mesh")
 
 
 @functools.partial(jax.jit, static_argnames=_STATIC)
-def decode(params, config: GPTConfig, prompts_BQ, lengths_B, limits_B, keys_B, *, new_tokens: int, sampling: Sampling,
+def decode(params, config: ModelConfig, prompts_BQ, lengths_B, limits_B, keys_B, *, new_tokens: int, sampling: Sampling,
            eot_id: int | tuple[int, ...] | None = None, pad_id: int | None = None, vocab: int | None = None,
            dtype=jnp.float32, mesh=None):  # fmt: skip
     """Continues every prompt.
@@ -46,11 +46,10 @@ def decode(params, config: GPTConfig, prompts_BQ, lengths_B, limits_B, keys_B, *
     positions_BQ = jnp.maximum(jnp.arange(Q)[None] - pad_B[:, None], 0)
     real_BQ = jnp.arange(Q)[None] >= pad_B[:, None]
     segments_BQ = real_BQ.astype(jnp.int32)
-    x_BQD, kv = gpt.prefill(params, config, prompts_BQ, positions_BQ, segments_BQ, dtype=dtype, mesh=mesh)
-    cache = jax.tree.map(lambda a: jnp.pad(a, ((0, 0), (0, 0), (0, 0), (0, new_tokens), (0, 0))), kv)
-    step_params = params
-    if _unstacks_layers(mesh):
-        step_params, cache = gpt.unstack_layers(params, cache, config)
+    step_params, x_BQD, cache = architecture.prefill(
+        params, config, prompts_BQ, positions_BQ, segments_BQ, new_tokens=new_tokens, unstacked=_unstacks_layers(mesh),
+        dtype=dtype, mesh=mesh,
+    )  # fmt: skip
     # Slots of new tokens count as filled from the start: causality hides those that are not written yet.
     filled_BS = jnp.concatenate([real_BQ, jnp.ones((B, new_tokens), bool)], axis=1)
     stops = stop_tokens(eot_id)
@@ -58,7 +57,7 @@ def decode(params, config: GPTConfig, prompts_BQ, lengths_B, limits_B, keys_B, *
 
     def choose(x_BD, i):
         """The i-th new token of each row, and its log-probability."""
-        logits_BV = gpt.logits(params, config, x_BD)[:, :vocab]
+        logits_BV = architecture.logits(params, config, x_BD)[:, :vocab]
         keys = jax.vmap(jax.random.fold_in, (0, None))(keys_B, i)
         token_B = jax.vmap(lambda logits_V, key: sample(logits_V, key, sampling))(logits_BV, keys)
         logits_BV = logits_BV / (1.0 if sampling.greedy else sampling.temperature)
@@ -79,7 +78,7 @@ def decode(params, config: GPTConfig, prompts_BQ, lengths_B, limits_B, keys_B, *
     def body(carry):
         i, token_B, cache, *rest = carry
         position_B1 = (lengths_B + i - 1)[:, None]
-        x_B1D, cache = gpt.decode_step(
+        x_B1D, cache = architecture.decode_step(
             step_params, config, token_B[:, None], jnp.minimum(position_B1, config.context_length - 1), cache,
             Q + i - 1, filled_BS, dtype=dtype,
         )  # fmt: skip
@@ -121,7 +120,7 @@ def _batch_shards() -> int:
     return 1 if mesh.empty else batch_shards(mesh.shape)
 
 
-def generate(params, config: GPTConfig, prompts: Sequence[Sequence[int]], *, max_new_tokens: int, sampling: Sampling,
+def generate(params, config: ModelConfig, prompts: Sequence[Sequence[int]], *, max_new_tokens: int, sampling: Sampling,
              seed: int = 0, eot_id: int | tuple[int, ...] | None = None, keep_eot: bool = False,
              vocab: int | None = None, dtype=jnp.float32, mesh=None) -> list[list[int]]:  # fmt: skip
     """Token lists in, token lists out: new tokens only, without the end-of-text token unless keep_eot.
