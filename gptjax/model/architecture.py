@@ -62,7 +62,7 @@ def prefill(params, config: ModelConfig, tokens_BQ, positions_BQ, segments_BQ, *
     the new tokens, or a state). unstacked: without a loop over layers (gpt.unstack_layers)."""
     x_BQD, cache = _of(config).prefill(params, config, tokens_BQ, positions_BQ, segments_BQ, **options)
     if isinstance(config, LSTMConfig):
-        return params, x_BQD, cache
+        return lstm.normalized(params), x_BQD, cache
     cache = jax.tree.map(lambda a: jnp.pad(a, ((0, 0), (0, 0), (0, 0), (0, new_tokens), (0, 0))), cache)
     if unstacked:
         params, cache = gpt.unstack_layers(params, cache, config)

@@ -150,8 +150,14 @@ def init(config: LSTMConfig, key):
 
 def _kernel(part):
     """The matrix of a part of the cell, float32, normalized where it has gains."""
-    w = part["kernel"]
+    w = part["kernel"].astype(jnp.float32)
     return w if "gain" not in part else w * lax.rsqrt((w * w).sum(0).clip(1e-12)) * part["gain"]
+
+
+def normalized(params):
+    """The parameters of the same function without gains, so that not every token's step has to normalize them."""
+    part = lambda p: {"kernel": _kernel(p)} | {name: a for name, a in p.items() if name == "bias"}
+    return {**params, "cell": {name: part(p) for name, p in params["cell"].items()}}
 
 
 # --- the recurrence ---------------------------------------------------------------------------------------
