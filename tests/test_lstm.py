@@ -101,7 +101,9 @@ def test_initialization():
         assert abs(sd - 1) < 4 / np.sqrt(2 * part["kernel"].size), name
         np.testing.assert_allclose(lstm._kernel(part), part["kernel"], rtol=1e-5)
     np.testing.assert_array_equal(p["cell"]["x"]["bias"], np.eye(4)[1][:, None] * np.ones(200))
-    assert abs(float(p["wte"].std()) / 0.02 - 1) < 4 / np.sqrt(2 * p["wte"].size)
+    tied = init(LSTMConfig(300, 200, 200, 8), jax.random.key(0))
+    for table, std in ((p["wte"], 1), (p["lm_head"], 0.02), (tied["wte"], 0.02)):
+        assert abs(float(table.std()) / std - 1) < 4 / np.sqrt(2 * table.size)
 
 
 # --- what it must not see -----------------------------------------------------------------------------------

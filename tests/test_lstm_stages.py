@@ -89,13 +89,13 @@ def test_killed_and_resumed_it_is_the_same_run(learned, alignment, tmp_path):
 
 @pytest.fixture(scope="module")
 def rows(tmp_path_factory):
-    """Texts labeled by whether they have a 'zu'."""
+    """Texts labeled by whether they end in 'zu'."""
     rng, words = np.random.default_rng(0), ("ba", "ko", "mi", "ru", "te")
     path = tmp_path_factory.mktemp("rows") / "rows.jsonl"
     made = []
     for i in range(160):
         text = [words[k] for k in rng.integers(0, 5, 5)]
-        text[rng.integers(2, 5)] = "zu" if i % 2 else "ba"
+        text[-1] = "zu" if i % 2 else "ba"
         made.append({"text": " ".join(text), "label": ("no", "yes")[i % 2]})
     path.write_text("".join(json.dumps(row) + "\n" for row in made))
     return path
@@ -104,7 +104,7 @@ def rows(tmp_path_factory):
 def finetune_config(init_from, rows, **overrides):
     c = config_dict(FinetuneConfig)
     c.init_from, c.data.train, c.data.valid = str(init_from), str(rows), "0.2"
-    c.steps, c.batch_size, c.optimizer.learning_rate, c.eval.every = 40, 16, 1e-2, 40
+    c.steps, c.batch_size, c.optimizer.learning_rate, c.eval.every = 60, 16, 2e-2, 60
     return overridden(c, overrides)
 
 

@@ -86,7 +86,7 @@ def test_a_text_is_prepared_as_in_the_study():
 def rows(tmp_path_factory):
     path, rng = tmp_path_factory.mktemp("rows") / "rows.csv", np.random.default_rng(0)
     words = ("ba", "ko", "mi", "ru", "te")
-    made = [(" ".join([words[k] for k in rng.integers(0, 5, i % 7 + 1)] + ["zu"] * (i % 2)), i % 2) for i in range(60)]
+    made = [(" ".join([words[k] for k in rng.integers(0, 5, i % 7 + 1)] + ["zu"] * (i % 2)), i % 2) for i in range(400)]
     path.write_text("label,sentence\n" + "".join(f"{label},{text}\n" for text, label in made))
     return path
 
@@ -100,14 +100,14 @@ def test_the_command_probes_a_gpt(pretrained, rows, tmp_path):
         )  # fmt: skip
     assert code == 0, err
     found = json.loads((tmp_path / "results.json").read_text())
-    assert found["accuracy"] > 0.9 and found["features"] == 32 and found["examples"] == [54, 6, 60]
+    assert found["accuracy"] > 0.9 and found["features"] == 32 and found["examples"] == [360, 40, 400]
     assert "test accuracy" in out and (tmp_path / "unit.png").stat().st_size > 1000
     texts, labels = read(str(rows), "sentence", "label")
     with on_one_device():
         model = load_model(pretrained)
         x = features(model, texts, 16)
         np.testing.assert_array_equal(features(model, texts[::-1], 16)[::-1], x)
-    assert x.shape == (60, 32) and labels.tolist() == [0, 1] * 30
+    assert x.shape == (400, 32) and labels.tolist() == [0, 1] * 200
     (tmp_path / "bad.csv").write_text("label,text\n3,ba\n")
     with pytest.raises(InputError, match="the label '3' is neither 0 nor 1"):
         read(str(tmp_path / "bad.csv"), "text", "label")

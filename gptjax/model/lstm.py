@@ -129,8 +129,8 @@ def abstract_params(config: LSTMConfig):
 
 
 def init(config: LSTMConfig, key):
-    """Parameters, float32: embeddings ~ N(0, .02), matrices ~ N(0, 1/inputs), gains = the columns' norms, biases 0, but
-    1 of the forget gate (Jozefowicz et al. 2015)."""
+    """Parameters, float32: matrices ~ N(0, 1/inputs), gains = the columns' norms, biases 0, but 1 of the forget gate
+    (Jozefowicz et al. 2015); a head, or the embedding that is one, ~ N(0, .02), another embedding ~ N(0, 1)."""
     shapes = jax.tree.map(lambda x: x.shape, nn.meta.unbox(abstract_params(config)))
     paths, structure = jax.tree_util.tree_flatten_with_path(shapes, is_leaf=lambda x: isinstance(x, tuple))
 
@@ -138,7 +138,8 @@ def init(config: LSTMConfig, key):
         name = path[-1].key
         if name in ("bias", "lm_bias", "gain"):
             return jnp.zeros(shape)
-        return jax.random.normal(key, shape) * (shape[0] ** -0.5 if name == "kernel" else INIT_STD)
+        embedding = 1.0 if name == "wte" and not config.tied_head else INIT_STD
+        return jax.random.normal(key, shape) * (shape[0] ** -0.5 if name == "kernel" else embedding)
 
     params = structure.unflatten(make(p, s, jax.random.fold_in(key, i)) for i, (p, s) in enumerate(paths))
     params["cell"]["x"]["bias"] = params["cell"]["x"]["bias"].at[1].set(1.0)
