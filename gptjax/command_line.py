@@ -227,7 +227,7 @@ def config_help(config_class, config: mlc.ConfigDict | None, columns: int) -> st
     where it has none."""
     configs = [config_dict(config_class)] if config is None else [config, config_dict(config_class)]
     parts = []
-    for section in sections(config_class):
+    for section in sections(config_class, values=config):
         rows = []
         for name, (hint, field, text) in section.keys.items():
             key = ".".join(filter(None, (section.path, name)))

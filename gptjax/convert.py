@@ -29,6 +29,7 @@ from gptjax.data.tokenizer import Tokenizer
 from gptjax.errors import InputError
 from gptjax.interop import gpt1, huggingface, nanogpt
 from gptjax.interop.hf_tokenizer import CHAT_TEMPLATE, read_json, read_token_ids
+from gptjax.model.architecture import require_gpt
 from gptjax.model.spec import GPTConfig, parameter_count
 from gptjax.parallel.mesh import MeshConfig, make_mesh
 from gptjax.rlhf.reward_model import load_reward_model
@@ -185,6 +186,7 @@ def export_weights(workdir, output, step: int | str | None = None, max_shard_siz
         model, head = _reward_model(workdir, step)
     else:
         model, head = load_model(workdir, step=step, needs_tokenizer=False), None
+        require_gpt(model.config, "Hugging Face's format")
     huggingface.write(
         output, model.config, jax.tree.map(np.asarray, model.params), model.tokenizer, template=model.template,
         generation=_generation(run), head=head, max_shard_size=max_shard_size,

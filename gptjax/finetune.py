@@ -25,12 +25,11 @@ from gptjax.distributed import hosts
 from gptjax.errors import InputError
 from gptjax.evals.base import spread
 from gptjax.evals.classification import figures, labeled_metrics, logits_of, predictions, predictor
-from gptjax.model import gpt, heads
-from gptjax.model.spec import GPTConfig, ModelOptions
+from gptjax.model import architecture, heads
+from gptjax.model.architecture import ModelConfig
+from gptjax.model.spec import ModelOptions
 from gptjax.objectives.base import Objective
 from gptjax.objectives.finetune import finetune_loss
-from gptjax.parallel import pipeline
-from gptjax.parallel.mesh import check_fits
 from gptjax.parallel.sharding import batch_sharding, shared
 from gptjax.ranges import BelowOne, Count, Layers
 from gptjax.run import Claim, require, run
@@ -77,7 +76,7 @@ def finetune(config: mlc.ConfigDict, workdir) -> RunResult:
     return run("finetune", FinetuneConfig, build, config, workdir, kind="classifier")
 
 
-def program(c: FinetuneConfig, model: GPTConfig, outputs: int, mesh) -> TrainProgram:
+def program(c: FinetuneConfig, model: ModelConfig, outputs: int, mesh) -> TrainProgram:
     """What runs on the devices, from shapes alone. outputs: of the head; 1 for a choice."""
     loss = finetune_loss(model, c.data.task, c.lm_weight, c.head_dropout, c.precision.dtype, c.loss_chunk, mesh)
     objective = Objective(loss, metrics=task_metrics, unit="examples", dropout=c.head_dropout > 0)
@@ -107,13 +106,12 @@ def build(c: FinetuneConfig, mesh, claim: Claim) -> Stage:
     model = c.model.apply(base.config, vocab_size=vocab + NEW_TOKENS)
     if c.transfer is not None and not -1 <= c.transfer <= model.n_layer:
         raise InputError(f"transfer={c.transfer}: give -1 (nothing) to {model.n_layer}, the number of layers.")
-    pipeline.make_plan(model, mesh.shape, c.microbatch_rows)
 
     # --- data ---
     labeled = load_labeled(c.data, base.tokenizer, Marks.after(vocab), model.context_length, c.seed)
     outputs = 1 if c.data.task == "choice" else len(labeled.labels)
     counted, length = padded_length(labeled, c.data.max_length or model.context_length, mesh.shape["seq"])
-    check_fits(mesh.shape, n_head=model.n_head, time=length, **c.rows)
+    architecture.check_fits(model, mesh.shape, time=length, **c.rows)
     hosts.agree("The labeled examples", labeled.fingerprint)
     sections = {"model": model, "labels": list(labeled.labels), "origin": origin(init_from=base)}
     claim.check(c, **sections)
@@ -135,8 +133,8 @@ def build(c: FinetuneConfig, mesh, claim: Claim) -> Stage:
     def init():
         def make(params, key):
             trunk_key, head_key = jax.random.split(key)
-            fresh = gpt.init(dataclasses.replace(model, vocab_size=vocab), trunk_key)
-            params = heads.transferred(params, fresh, c.transfer)
+            fresh = architecture.init(dataclasses.replace(model, vocab_size=vocab), trunk_key)
+            params = heads.transferred(params, fresh, model, c.transfer)
             return new_state(heads.classifier(params, model, outputs, head_key), train.tx, c.precision)
 
         return jax.jit(make, out_shardings=train.shardings)(base.params, jax.random.key(c.seed))

@@ -23,6 +23,7 @@ from gptjax.data.rows import LeftOut
 from gptjax.distributed import hosts
 from gptjax.errors import InputError
 from gptjax.model import heads
+from gptjax.model.architecture import require_gpt
 from gptjax.model.spec import ModelOptions
 from gptjax.objectives.ppo import adaptive_kl_coefficient
 from gptjax.parallel import pipeline
@@ -196,6 +197,7 @@ def build(c: PPOConfig, mesh, claim: Claim, reward_fn: Callable | None = None) -
 def load_models(c: PPOConfig, mesh) -> tuple[Model, Template, RewardModel | None]:
     """(model of policy and reference, template of its prompts, reward model or None)."""
     base = load_model(c.policy, mesh=mesh)
+    require_gpt(base.config, "PPO")
     if base.tokenizer.pad_id is None or base.tokenizer.eot_id is None:
         raise InputError(f"{c.policy} has no padding token of its own: give the workdir of an SFT run as policy.")
     template = Template(base.tokenizer, base.template or "chat")

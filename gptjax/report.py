@@ -11,6 +11,8 @@ import platform
 import jax
 from etils import epath
 
+from gptjax import config as configs
+from gptjax.model import architecture
 from gptjax.run_config import read_config
 from gptjax.training import files
 from gptjax.training.metrics import JsonLines
@@ -63,11 +65,9 @@ def write(workdir) -> epath.Path:
 
 def _summary(config, train, evaluations) -> list[tuple[str, str]]:
     device = jax.devices()[0]
-    m = config["model"]
     rows = [
         ("stage", config["stage"]),
-        ("model", f"{m['n_layer']} layers, {m['d_model']} wide, {m['n_head']} heads, context {m['context_length']}, "
-                  f"vocabulary {m['vocab_size']:,}"),
+        ("model", architecture.describe(configs.build(architecture.ModelConfig, config["model"]))),
     ]  # fmt: skip
     finite = [line for line in train if line.get("loss", 0.0) is not None]  # fp16 skips some
     if finite:

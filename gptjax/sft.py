@@ -30,6 +30,7 @@ from gptjax.evals.generation import ResponseConfig, responses, scored_prompts, s
 from gptjax.evals.lm import response_loss
 from gptjax.generation.decode import Decoder
 from gptjax.model import gpt, heads
+from gptjax.model.architecture import require_gpt
 from gptjax.model.flops import flops_per_token
 from gptjax.model.spec import GPTConfig, ModelOptions, parameter_count
 from gptjax.objectives.base import Objective
@@ -121,6 +122,7 @@ def build(c: SFTConfig, mesh, claim: Claim) -> Stage:
 
     # --- the model it starts from; new tokens for the chat template ---
     base = load_base(c.init_from, claim.workdir, mesh=mesh)
+    require_gpt(base.config, "SFT")
     tokenizer = chat_tokenizer(base.tokenizer)
     model = c.model.apply(base.config, vocab_size=max(base.config.vocab_size, tokenizer.vocab_size))
     length = c.data.max_length or model.context_length

@@ -152,7 +152,7 @@ def test_new_rows_and_head_are_drawn_and_the_rest_is_kept():
 @pytest.mark.parametrize("layers", [None, -1, 0, 1, 2])
 def test_the_first_layers_are_transferred(layers):
     old, fresh = (gpt.init(MODEL, jax.random.key(i)) for i in range(2))
-    found = heads.transferred(old, fresh, layers)
+    found = heads.transferred(old, fresh, MODEL, layers)
     kernel = lambda p: np.asarray(p["blocks"]["mlp"]["c_fc"]["kernel"])
     k = 2 if layers is None else max(layers, 0)
     np.testing.assert_array_equal(kernel(found)[:k], kernel(old)[:k])

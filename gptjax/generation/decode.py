@@ -7,7 +7,7 @@ segment of their own, which nothing else sees, and positions count from each row
 import dataclasses
 import functools
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -17,8 +17,8 @@ from jax import lax
 from gptjax.distributed import hosts
 from gptjax.errors import InputError
 from gptjax.generation.sampling import Sampling, sample
-from gptjax.model import gpt
-from gptjax.model.spec import GPTConfig
+from gptjax.model import architecture
+from gptjax.model.architecture import ModelConfig
 from gptjax.parallel.mesh import batch_shards
 
 
@@ -30,7 +30,7 @@ class Decoder:
     dtype: of activations and cache. mesh: of the parameters; None = a single device.
     """
 
-    config: GPTConfig
+    config: ModelConfig
     vocab: int | None = None
     dtype: Any = jnp.float32
     mesh: jax.sharding.Mesh | None = None
@@ -77,17 +77,16 @@ def decode(params, decoder: Decoder, prompts_BQ, lengths_B, limits_B, keys_B, st
     positions_BQ = jnp.maximum(jnp.arange(Q)[None] - pad_B[:, None], 0)
     real_BQ = jnp.arange(Q)[None] >= pad_B[:, None]
     segments_BQ = real_BQ.astype(jnp.int32)
-    x_BQD, kv = gpt.prefill(params, config, prompts_BQ, positions_BQ, segments_BQ, dtype=dtype, mesh=mesh)
-    cache = jax.tree.map(lambda a: jnp.pad(a, ((0, 0), (0, 0), (0, 0), (0, R), (0, 0))), kv)
-    step_params = params
-    if _unstacks_layers(mesh):
-        step_params, cache = gpt.unstack_layers(params, cache, config)
+    step_params, x_BQD, cache = architecture.prefill(
+        params, config, prompts_BQ, positions_BQ, segments_BQ, new_tokens=R, unstacked=_unstacks_layers(mesh),
+        dtype=dtype, mesh=mesh,
+    )  # fmt: skip
     # Slots of new tokens count as filled from the start: causality hides those that are not written yet.
     filled_BS = jnp.concatenate([real_BQ, jnp.ones((B, R), bool)], axis=1)
 
     def choose(x_BD, i):
         """The i-th new token of each row, and its log-probability."""
-        logits_BV = gpt.logits(params, config, x_BD)[:, : decoder.vocab]
+        logits_BV = architecture.logits(params, config, x_BD)[:, : decoder.vocab]
         keys = jax.vmap(jax.random.fold_in, (0, None))(keys_B, i)
         token_B = jax.vmap(lambda logits_V, key: sample(logits_V, key, sampling))(logits_BV, keys)
         logits_BV = logits_BV / (1.0 if sampling.greedy else sampling.temperature)
@@ -108,7 +107,7 @@ def decode(params, decoder: Decoder, prompts_BQ, lengths_B, limits_B, keys_B, st
     def body(carry):
         i, token_B, cache, *rest = carry
         position_B1 = (lengths_B + i - 1)[:, None]
-        x_B1D, cache = gpt.decode_step(
+        x_B1D, cache = architecture.decode_step(
             step_params, config, token_B[:, None], jnp.minimum(position_B1, config.context_length - 1), cache,
             Q + i - 1, filled_BS, dtype=dtype,
         )  # fmt: skip
@@ -143,18 +142,19 @@ def _batch_shards() -> int:
     return 1 if mesh.empty else batch_shards(mesh.shape)
 
 
-def generate(params, decoder: Decoder, prompts: Sequence[Sequence[int]], stop: Stop, sampling: Sampling, *,
-             seed: int = 0, keep_eot: bool = False) -> list[list[int]]:  # fmt: skip
-    """Token lists in, token lists out: new tokens only, without the end-of-text token unless keep_eot.
+class Batch(NamedTuple):
+    """Prompts as `decode` takes them, padded to few shapes and to the shards of the current mesh."""
 
-    The same seed gives the same text for a row, whatever the other rows are. A row stops where `stop` says, or when
-    the context is full. Raises InputError for an empty prompt or one longer than the context.
-    """
-    config = decoder.config
+    prompts_BQ: np.ndarray
+    lengths_B: np.ndarray
+    limits_B: np.ndarray
+    stop: Stop
+
+
+def padded(prompts: Sequence[Sequence[int]], config: ModelConfig, stop: Stop) -> Batch:
+    """Raises InputError for an empty prompt, one longer than the context, or one with an unknown token."""
     if stop.max_new_tokens < 1:
         raise InputError("max_new_tokens must be at least 1.")
-    if not len(prompts):
-        return []
     for i, prompt in enumerate(prompts):
         if not len(prompt):
             raise InputError(f"Prompt {i} has no tokens: give it at least one.")
@@ -173,12 +173,22 @@ def generate(params, decoder: Decoder, prompts: Sequence[Sequence[int]], stop: S
     for row, prompt in zip(tokens_BQ, prompts, strict=False):
         row[Q - len(prompt) :] = prompt
     padding = (0, B - len(prompts))  # rows beyond the prompts, whose limit is 0: they are done from the start
-    keys_B = jax.vmap(lambda i: jax.random.fold_in(jax.random.key(seed), i))(np.arange(B))
     stop = dataclasses.replace(stop, max_new_tokens=bucket(int(limits_B.max()), config.context_length))
-    out_BR, count_B, _ = decode(
-        params, decoder, tokens_BQ, np.pad(lengths_B, padding, constant_values=1), np.pad(limits_B, padding), keys_B,
-        stop, sampling,
-    )  # fmt: skip
+    return Batch(tokens_BQ, np.pad(lengths_B, padding, constant_values=1), np.pad(limits_B, padding), stop)
+
+
+def generate(params, decoder: Decoder, prompts: Sequence[Sequence[int]], stop: Stop, sampling: Sampling, *,
+             seed: int = 0, keep_eot: bool = False) -> list[list[int]]:  # fmt: skip
+    """Token lists in, token lists out: new tokens only, without the end-of-text token unless keep_eot.
+
+    The same seed gives the same text for a row, whatever the other rows are. A row stops where `stop` says, or when
+    the context is full. InputError: `padded`.
+    """
+    if not len(prompts):
+        return []
+    tokens_BQ, lengths_B, limits_B, stop = padded(prompts, decoder.config, stop)
+    keys_B = jax.vmap(lambda i: jax.random.fold_in(jax.random.key(seed), i))(np.arange(len(tokens_BQ)))
+    out_BR, count_B, _ = decode(params, decoder, tokens_BQ, lengths_B, limits_B, keys_B, stop, sampling)
     out_BR, count_B = (hosts.whole(a)[: len(prompts)] for a in (out_BR, count_B))
     texts = []
     for row, count in zip(out_BR, count_B, strict=True):

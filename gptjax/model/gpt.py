@@ -19,7 +19,7 @@ from jax import lax
 
 from gptjax.errors import InputError
 from gptjax.model.attention import attention, cached_attention, causal_mask, tree_attention
-from gptjax.model.layers import INIT_STD, LayerNorm, Linear, gelu, normal
+from gptjax.model.layers import INIT_STD, LayerNorm, Linear, drop, fold, gelu, normal
 from gptjax.model.spec import GPTConfig
 from gptjax.parallel import pipeline
 from gptjax.parallel.sharding import RESIDUAL, constrain, reshard
@@ -88,7 +88,7 @@ class GPT(nn.Module):
         x_BTD = embed(wte_VD, wpe_TD, tokens_BT, positions_BT, self.dtype)
         self.sow("intermediates", "embedding", x_BTD)
         if c.dropout_sites == "all":
-            x_BTD = _dropout(x_BTD, c.dropout, dropout_keys, 3 * c.n_layer)
+            x_BTD = drop(x_BTD, c.dropout, dropout_keys, 3 * c.n_layer)
         x_BTD = constrain(x_BTD, *RESIDUAL)
         layers = PerLayer(jnp.arange(c.n_layer), jnp.array([c.is_local(layer) for layer in range(c.n_layer)]))
         tree = None if visible_until is None else Tree(visible_until, positions_BT)
@@ -157,7 +157,7 @@ class Block(nn.Module):
         mlp = MLP(c, residual_std, name="mlp")
 
         def dropout(h_BTD, site):
-            return _dropout(h_BTD, c.dropout, shared.dropout_keys, 3 * layer.index + site)
+            return drop(h_BTD, c.dropout, shared.dropout_keys, 3 * layer.index + site)
 
         if c.norm == "pre":
             y_BTD, cache, kv = attn(ln_1(x_BTD), cache, layer, shared)
@@ -198,7 +198,7 @@ class Attention(nn.Module):
         """Without a cache: [B, T, H, K], dense or banded as this layer is."""
         c = self.config
         rate = c.dropout if shared.dropout_keys is not None and c.dropout_sites == "all" else 0.0
-        keys = _fold(shared.dropout_keys, 3 * layer.index) if rate else None
+        keys = fold(shared.dropout_keys, 3 * layer.index) if rate else None
 
         def attend(window):
             if shared.tree is not None:
@@ -264,20 +264,6 @@ def to_tensor_parallel(x_BTD):
 def to_sequence_parallel(y_BTD):
     """Out of a sub-layer: sums the partial results and shards time again (reduce-scatter)."""
     return reshard(y_BTD, RESIDUAL, _INSIDE)
-
-
-def _dropout(x_BTD, rate, keys_B, site):
-    """keys_B: a key for each row, or None for no dropout; site: the number of the place in the model (`_fold`)."""
-    if keys_B is None or not rate:
-        return x_BTD
-    keep = jax.vmap(lambda key: jax.random.bernoulli(key, 1.0 - rate, x_BTD.shape[1:]))(_fold(keys_B, site))
-    return jnp.where(keep, x_BTD / (1.0 - rate), 0).astype(x_BTD.dtype)
-
-
-def _fold(keys_B, site):
-    """Every row has a key, every place with dropout a number (3 per layer, then the embedding). A mask depends on these
-    two alone: not on the other rows, nor on the pipeline stage or micro-batch that the row is computed in."""
-    return jax.vmap(jax.random.fold_in, (0, None))(keys_B, site)
 
 
 _REMAT = {
@@ -361,6 +347,11 @@ def _check_time(tokens_BT, config: GPTConfig):
 def unembedding(params, config: GPTConfig):
     """[V, D]: the token embedding itself where the head is tied to it."""
     return params["wte"] if config.tied_head else params["lm_head"]
+
+
+def readout(params, config: GPTConfig, x_BTD):
+    """(x [B, T, D], w [V, D]) whose product x w^T is the logits."""
+    return x_BTD, unembedding(params, config)
 
 
 def logits(params, config: GPTConfig, x):

@@ -18,6 +18,7 @@ from gptjax.data.prompts import PromptConfig, load_prompts
 from gptjax.data.rows import BAD_ROWS
 from gptjax.errors import InputError
 from gptjax.generation.respond import respond
+from gptjax.model.architecture import require_gpt
 from gptjax.objectives.ppo import best_of_n_kl
 
 
@@ -51,6 +52,7 @@ def main(_):
     from gptjax.trained import load_model
 
     model = load_model(FLAGS.policy)
+    require_gpt(model.config, "best-of-n")
     reward = load_reward_model(FLAGS.reward, mesh=model.mesh, tokenizer=model.tokenizer)
     if model.template not in (None, reward.template):
         raise InputError(

@@ -1,11 +1,13 @@
 """Generated text for a task: greedy, sampled or by beam search, up to a stop string."""
 
+import functools
 from collections.abc import Sequence
 
 import jax
 
 from gptjax.console import progress
-from gptjax.generation.decode import generate
+from gptjax.generation.beam import beam_search, gnmt_penalty
+from gptjax.generation.decode import Stop, generate
 from gptjax.generation.sampling import Sampling
 from gptjax.tasks.stop_strings import cut_at_stop, find_stop
 from gptjax.tasks.task import Task
@@ -38,12 +40,13 @@ def generate_texts(model: Model, prompts: Sequence[str], task: Task, *, rows: in
 
 
 def _new_tokens(model: Model, params, prompts, task: Task, stops: tuple[int, ...], seed: int) -> list[list[int]]:
-    options = {"max_new_tokens": task.max_new_tokens, "eot_id": stops, "vocab": model.tokenizer.vocab_size,
-               "dtype": model.dtype, "mesh": model.mesh}  # fmt: skip
+    stop = Stop(task.max_new_tokens, stops)
     if task.beams > 1:
-        raise NotImplementedError
+        penalty = functools.partial(gnmt_penalty, alpha=task.length_penalty)
+        found = beam_search(params, model.decoder, prompts, stop, width=task.beams, penalty=penalty)
+        return [hypothesis.tokens for hypothesis in found]
     sampling = Sampling(task.temperature, task.top_k, task.top_p)
-    return generate(params, model.config, prompts, sampling=sampling, seed=seed, keep_eot=True, **options)
+    return generate(params, model.decoder, prompts, stop, sampling, seed=seed, keep_eot=True)
 
 
 def stop_tokens(tokenizer, stops: Sequence[str]) -> list[int]:

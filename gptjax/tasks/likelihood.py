@@ -11,7 +11,8 @@ from jax import lax
 
 from gptjax.console import progress
 from gptjax.errors import InputError
-from gptjax.model import gpt
+from gptjax.model import architecture
+from gptjax.model.spec import GPTConfig
 from gptjax.parallel.mesh import batch_shards
 from gptjax.parallel.sharding import batch_sharding
 from gptjax.tasks.packing import Row, pack
@@ -45,7 +46,7 @@ def log_likelihoods(model: Model, requests: Sequence[Request], *, rows: int = 16
     for request, _ in fitted:
         if max(max(request.context), max(request.continuation)) >= model.config.vocab_size:
             raise InputError("The tokenizer has ids beyond the model's vocabulary: it is not this model's tokenizer.")
-    packed = pack([request for request, _ in fitted])
+    packed = pack([request for request, _ in fitted], share=isinstance(model.config, GPTConfig))
     values = [np.zeros(len(request.continuation)) for request, _ in fitted]
     hits = [np.zeros(len(request.continuation), bool) for request, _ in fitted]
     filled = np.zeros(len(fitted), int)
@@ -95,20 +96,22 @@ def _score_rows(params, config, tokens_BT, positions_BT, visible_until_BT, read_
 
     Logits are computed only where a prediction is read, `chunk` of a row's at a time. M must be a multiple of chunk.
     """
-    x_BTD = gpt.hidden(
-        params, config, tokens_BT, positions=positions_BT, visible_until=visible_until_BT, dtype=dtype, mesh=mesh
-    )
+    if isinstance(config, GPTConfig):
+        isolated = {"positions": positions_BT, "visible_until": visible_until_BT}
+    else:  # nothing is shared: every request is a segment
+        isolated = {"segment_ids": jnp.cumsum(positions_BT == 0, axis=1)}
+    x_BTD = architecture.hidden(params, config, tokens_BT, **isolated, dtype=dtype, mesh=mesh)
     x_BMD = jnp.take_along_axis(x_BTD, read_BM[..., None], axis=1)
     B, M, D = x_BMD.shape
 
     def summarize(x_BCD):
-        logits_BCV = gpt.logits(params, config, x_BCD)
+        logits_BCV = architecture.logits(params, config, x_BCD)
         return jax.nn.logsumexp(logits_BCV, axis=-1), jnp.argmax(logits_BCV, axis=-1)
 
     lse, likeliest = lax.map(summarize, jnp.swapaxes(x_BMD.reshape(B, M // chunk, chunk, D), 0, 1))
     lse_BM, likeliest_BM = (jnp.swapaxes(a, 0, 1).reshape(B, M) for a in (lse, likeliest))
-    x_BND = jnp.take_along_axis(x_BMD, index_BN[..., None], axis=1)
-    w_BND = gpt.unembedding(params, config)[targets_BN].astype(x_BND.dtype)
+    x_BND, w_VD = architecture.readout(params, config, jnp.take_along_axis(x_BMD, index_BN[..., None], axis=1))
+    w_BND = w_VD[targets_BN].astype(x_BND.dtype)
     chosen_BN = jnp.einsum("bnd,bnd->bn", x_BND, w_BND, preferred_element_type=jnp.float32)
     of_index = lambda a_BM: jnp.take_along_axis(a_BM, index_BN, axis=1)
     return chosen_BN - of_index(lse_BM), of_index(likeliest_BM) == targets_BN
