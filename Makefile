@@ -12,11 +12,11 @@ export JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS ?= 0
 # Tests run in so many processes, whole files at a time; 0 is one process, as plain `pytest` is.
 WORKERS ?= 2
 PYTEST := $(VENV)/bin/python -m pytest -q -n $(WORKERS) --dist loadfile
-# Quick tests are made of compilation, not arithmetic: `make test` leaves out LLVM's optimization of XLA's programs and
-# XLA's newer code generator, so that compiling takes a seventh of the time. With OPTIMIZED=1 it leaves out neither, as
-# `make test-slow`.
+# Most tests are made of compilation, not arithmetic: they leave out LLVM's optimization of XLA's programs and XLA's newer
+# code generator, so that compiling takes a seventh of the time. With OPTIMIZED=1 no test does, as those that are marked
+# `optimized`.
 OPTIMIZED ?=
-QUICK := JAX_DISABLE_MOST_OPTIMIZATIONS=1 XLA_FLAGS="$(XLA_FLAGS) --xla_cpu_use_fusion_emitters=false"
+QUICK := $(if $(OPTIMIZED),,JAX_DISABLE_MOST_OPTIMIZATIONS=1 XLA_FLAGS="$(XLA_FLAGS) --xla_cpu_use_fusion_emitters=false")
 
 .PHONY: demo test test-slow test-peers lint bench bench-gpu clean
 
@@ -24,10 +24,11 @@ demo: $(VENV)/.installed
 	$(VENV)/bin/python -m experiments.docstrings --config=configs/demo.py --workdir=runs/demo $(DEMO_FLAGS)
 
 test: $(VENV)/.installed-test
-	$(if $(OPTIMIZED),,$(QUICK)) $(PYTEST) -m "not slow" $(PYTEST_FLAGS)
+	$(QUICK) $(PYTEST) -m "not slow" $(PYTEST_FLAGS)
 
 test-slow: $(VENV)/.installed-test
-	$(PYTEST) -m slow $(PYTEST_FLAGS)
+	$(QUICK) $(PYTEST) -m "slow and not optimized" $(PYTEST_FLAGS)
+	$(PYTEST) -m "slow and optimized" $(PYTEST_FLAGS)
 
 # Parity with torch and transformers, in an environment of its own.
 test-peers: $(PEERS)/.installed

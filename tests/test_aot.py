@@ -21,6 +21,8 @@ from gptjax.errors import InputError
 from gptjax.model.flops import flops_per_token
 from gptjax.model.spec import GPT3, GPTConfig
 
+pytestmark = pytest.mark.optimized
+
 TINY = {"vocab_size": 512, "n_layer": 2, "n_head": 2, "d_model": 128, "context_length": 128}
 
 

@@ -29,6 +29,8 @@ from gptjax.training.precision import PrecisionConfig
 from gptjax.training.state import state_shardings
 from gptjax.training.step import jit_train_step, memory_needed, train_step
 
+pytestmark = pytest.mark.optimized
+
 HBM = 15.75 * 2**30  # of a v5e chip, as its compiler counts it
 BF16 = PrecisionConfig("bfloat16")
 

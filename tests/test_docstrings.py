@@ -12,6 +12,8 @@ from experiments.docstrings.labeler import gold_score, pair_accuracy_ceiling, pl
 from gptjax.data import sources, splits
 from gptjax.errors import InputError
 
+pytestmark = pytest.mark.optimized
+
 SIGNATURE = "class TarFile: def extract_member(self, path, mode='r') -> bytes:"
 GOOD = "Extract a member of the archive to a path."
 SEED = 3

@@ -13,6 +13,8 @@ from gptjax.cost import topology
 from gptjax.cost.hlo import Collective, Traffic, _groups, array_bytes, traffic
 from gptjax.parallel.mesh import MeshConfig
 
+pytestmark = pytest.mark.optimized
+
 BYTES = 4 * 1024 * 256  # of one device's shard of x
 
 

@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+pytestmark = pytest.mark.optimized
+
 ROOT = Path(__file__).resolve().parent.parent
 NOTEBOOK = ROOT / "experiments" / "colab" / "quickstart.ipynb"
 # The demo at its smallest, for two CPU cores. GPTJAX_FLAGS, where set (as in .ci/run), takes its place.

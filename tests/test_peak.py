@@ -17,6 +17,8 @@ from gptjax.describe import describe
 from gptjax.model.spec import GPTConfig
 from gptjax.parallel.mesh import MeshConfig
 
+pytestmark = pytest.mark.optimized
+
 TINY = {"vocab_size": 512, "n_layer": 2, "n_head": 2, "d_model": 128, "context_length": 128}
 
 

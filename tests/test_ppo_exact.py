@@ -14,6 +14,8 @@ from numerics import approx, assert_close, model_terms
 
 from experiments.ppo_exact.task import EOS, LENGTH, MODEL, Task, responses
 
+pytestmark = pytest.mark.optimized
+
 ROOT = Path(__file__).resolve().parent.parent
 
 

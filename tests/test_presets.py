@@ -17,6 +17,8 @@ from gptjax.ppo import PPOConfig
 from gptjax.reward import RewardConfig
 from gptjax.sft import SFTConfig
 
+pytestmark = pytest.mark.optimized
+
 ROOT = Path(__file__).resolve().parent.parent
 
 

@@ -8,6 +8,8 @@ import pytest
 from experiments.reward_exact import task
 from experiments.reward_exact.task import Task, TaskConfig
 
+pytestmark = pytest.mark.optimized
+
 SEED = 0
 
 

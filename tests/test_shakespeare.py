@@ -8,6 +8,8 @@ import sys
 import pytest
 from conftest import ROOT
 
+pytestmark = pytest.mark.optimized
+
 
 @pytest.mark.slow
 def test_shakespeare_reaches_nanogpts_validation_loss(shared_data, tmp_path):

@@ -62,8 +62,9 @@ class Task:
     same for the rows that examples are drawn from; empty = the task's own rows, without the one that is asked. columns:
     names of the columns of .csv and .tsv files without a header. description: text before the examples. delimiter:
     between context and answer. separator: between examples. fewshot: 'per_item', examples drawn anew for every item
-    (GPT-3 §2.4), or 'fixed', the same for all. answer_context: see above. prepare, detokenize, units: 'module:function' of a row, of a text, and how many units a
-    text is counted as (words).
+    (GPT-3 §2.4), or 'fixed', the same for all. answer_context:
+    see above. prepare, detokenize, units: 'module:function' of a row, of a text, and how many units (words) a text
+    counts as.
     stop, max_new_tokens, beams, length_penalty, temperature, top_k, top_p, samples: of generation; beams 1 is greedy
     decoding or sampling. extract: 'module:function' of a generated text -> the answer in it, of which the commonest of
     all samples is scored. metrics: 'module:function' of (prediction, answer) -> float, by name; the best answer counts.
