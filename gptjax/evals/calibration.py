@@ -157,5 +157,9 @@ def reliability_plot(path, figures: Mapping[str, dict]) -> None:
 
     figures: {name of the model: what `calibration` returns}, in the order of the legend.
     """
+    import matplotlib.pyplot as plt
+
     curves = {f"{name} (ECE {f['ece']:.3f})": f["reliability"] for name, f in figures.items()}
-    report.reliability_diagram(curves).savefig(path, dpi=110)
+    figure = report.reliability_diagram(curves)
+    figure.savefig(path, dpi=110)
+    plt.close(figure)

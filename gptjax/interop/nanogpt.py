@@ -105,7 +105,7 @@ def _parts(path, content) -> tuple[dict[str, Tensor], dict]:
         raise InputError(f"{path} has no {' and no '.join(absent)}: give a checkpoint that nanoGPT's train.py saved.")
     tensors = {}
     for name, tensor in content["model"].items():
-        if isinstance(tensor, Tensor):
+        if isinstance(tensor, Tensor) and isinstance(name, str):
             short = name.removeprefix(_COMPILED).removeprefix(PREFIX)
             if not BUFFERS.fullmatch(short):
                 key = name if short in tensors else short  # a second one of a name is reported as extra
