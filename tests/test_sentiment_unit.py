@@ -3,17 +3,18 @@
 import json
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 from alignment_runs import on_one_device
-from numerics import assert_close
+from numerics import assert_close, model_terms
 from runs import main_of
 
 from experiments.sentiment_unit import probe
 from experiments.sentiment_unit.__main__ import features, prepared, read, study
+from gptjax.config import config_dict
 from gptjax.errors import InputError
-from gptjax.model import lstm
+from gptjax.model import gpt, lstm
+from gptjax.pretrain import PretrainConfig, pretrain
 from gptjax.trained import load_model
 
 N, D, UNIT = 300, 40, 7
@@ -85,45 +86,52 @@ def test_a_text_is_prepared_as_in_the_study():
 @pytest.fixture(scope="module")
 def rows(tmp_path_factory):
     path, rng = tmp_path_factory.mktemp("rows") / "rows.csv", np.random.default_rng(0)
-    words = ("ba", "ko", "mi", "ru", "te")
-    made = [(" ".join([words[k] for k in rng.integers(0, 5, i % 7 + 1)] + ["zu"] * (i % 2)), i % 2) for i in range(400)]
+    words = (("ba", "ko", "mi"), ("zu", "ge", "ni"))  # of label 0 and 1
+    made = [(" ".join(words[i % 2][k] for k in rng.integers(0, 3, i % 7 + 1)), i % 2) for i in range(400)]
     path.write_text("label,sentence\n" + "".join(f"{label},{text}\n" for text, label in made))
     return path
 
 
-def test_the_command_probes_a_gpt(pretrained, rows, tmp_path):
-    """From a workdir and tables to results and a picture: whether the last word is 'zu' is in its hidden state."""
+@pytest.fixture(scope="module")
+def hardly_trained(alignment, tmp_path_factory):
+    """Which words a text has had is in any LSTM's cell."""
+    c, workdir = config_dict(PretrainConfig), tmp_path_factory.mktemp("lstm") / "run"
+    c.model = config_dict(lstm.LSTMConfig, cell="mlstm", units=32, d_embed=16, context_length=16, tied_head=False)
+    c.data.update(source=str(alignment["text"]), tokenizer="bpe:270")
+    c.steps, c.batch_size, c.log.tensorboard = 1, 8, False
+    with on_one_device():
+        pretrain(c, str(workdir))
+    return workdir
+
+
+def test_the_command(hardly_trained, rows, tmp_path):
+    """From a workdir and tables to results and a picture."""
     with on_one_device():
         code, out, err = main_of(
-            "experiments.sentiment_unit", f"--workdir={pretrained}", f"--train={rows}", f"--test={rows}",
+            "experiments.sentiment_unit", f"--workdir={hardly_trained}", f"--train={rows}", f"--test={rows}",
             "--text_field=sentence", f"--output={tmp_path}",
         )  # fmt: skip
     assert code == 0, err
     found = json.loads((tmp_path / "results.json").read_text())
     assert found["accuracy"] > 0.9 and found["features"] == 32 and found["examples"] == [360, 40, 400]
     assert "test accuracy" in out and (tmp_path / "unit.png").stat().st_size > 1000
-    texts, labels = read(str(rows), "sentence", "label")
-    with on_one_device():
-        model = load_model(pretrained)
-        x = features(model, texts, 16)
-        np.testing.assert_array_equal(features(model, texts[::-1], 16)[::-1], x)
-    assert x.shape == (400, 32) and labels.tolist() == [0, 1] * 200
     (tmp_path / "bad.csv").write_text("label,text\n3,ba\n")
     with pytest.raises(InputError, match="the label '3' is neither 0 nor 1"):
         read(str(tmp_path / "bad.csv"), "text", "label")
 
 
-def test_the_features_of_an_lstm_are_its_last_cell(pretrained):
-    """Padding and the other rows of a batch change nothing."""
-    import dataclasses
-
+@pytest.mark.parametrize("which", ["pretrained", "hardly_trained"])
+def test_features_are_those_after_the_last_token(which, request):
+    """Of an LSTM the cell, of a GPT the hidden state. Padding and the other rows of a batch change nothing."""
     with on_one_device():
-        of_gpt = load_model(pretrained)
-    config = lstm.LSTMConfig(of_gpt.config.vocab_size, 8, 8, 4)
-    params = lstm.init(config, jax.random.key(0))
-    model = dataclasses.replace(of_gpt, config=config, params=params, dtype=jnp.float32)
-    texts = ["ba ko", "mi", "ru te ba ba ko " * 12]  # longer than the context
-    x = features(model, texts, 2)
-    for text, found in zip(texts, x, strict=True):
+        model = load_model(request.getfixturevalue(which))
+    texts = ["ba ko", "ru te ba ba ko " * 12]  # longer than the context
+    hidden = jax.jit(gpt.hidden, static_argnums=1)
+    states = jax.jit(lstm.states, static_argnums=1)
+    for text, found in zip(texts, features(model, texts, 2), strict=True):
         ids = np.array([model.tokenizer.encode(f"\n {text.strip()} ")])
-        assert_close(found, np.tanh(lstm.states(params, config, ids)[1][0, -1]), terms=200)
+        if which == "pretrained":
+            expected = hidden(model.params, model.config, ids[:, -48:])[0, -1]
+            assert_close(found, expected, terms=model_terms(model.config))
+        else:
+            assert_close(found, np.tanh(states(model.params, model.config, ids)[1][0, -1]), terms=10 * 60)

@@ -142,7 +142,7 @@ def main(_):
             split[name] = features(model, texts, FLAGS.batch_size), labels
     if "valid" not in split:
         x_ND, y_N = split["train"]
-        held_out = np.arange(len(y_N)) % 10 == 9
+        held_out = np.random.default_rng(0).permutation(len(y_N)) % 10 == 0  # rows may alternate in their labels
         split["train"], split["valid"] = (x_ND[~held_out], y_N[~held_out]), (x_ND[held_out], y_N[held_out])
     result, unit = study(split["train"], split["valid"], split["test"])
     result = {"model": architecture.describe(model.config), "step": model.step} | result
@@ -161,7 +161,7 @@ if __name__ == "__main__":
     FLAGS = flags.FLAGS
     command_line.define_path("workdir", None, "A pre-training run's workdir.")
     command_line.define_path("train", None, "Labeled rows to fit: CSV, TSV, JSONL, Parquet or hf:NAME.")
-    command_line.define_path("valid", None, "Rows that choose C; every tenth row of --train if not given.")
+    command_line.define_path("valid", None, "Rows that choose C; a tenth of --train's if not given.")
     command_line.define_path("test", None, "Rows to test on.")
     command_line.define_path("output", None, "Folder of the results; WORKDIR/sentiment_unit if not given.")
     flags.DEFINE_string("text_field", "text", "Field of the text.")

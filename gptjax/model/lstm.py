@@ -198,7 +198,7 @@ def _forward(w, inputs, state):
     def step(state, now: _Inputs):
         h_BU, c_BU = state.h_BU * now.keep_B1.astype(state.h_BU.dtype), state.c_BU * now.keep_B1
         if now.m_BU is not None:
-            h_BU = now.m_BU * _dot("bu,uv->bv", h_BU, weights.mh_UU)
+            h_BU = (now.m_BU * _dot("bu,uv->bv", h_BU, weights.mh_UU)).astype(h_BU.dtype)
         z_B4U = (now.z_B4U + _dot("bu,ugv->bgv", h_BU, weights.h_U4U)).astype(now.z_B4U.dtype)
         state = State(*_gates(z_B4U, c_BU))
         return state, (*state, z_B4U)
