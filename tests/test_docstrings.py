@@ -3,14 +3,25 @@
 import ast
 import json
 
+import jax
 import numpy as np
 import pytest
+from numerics import assert_close, model_terms
+from test_gpt import random_params
 
 from configs import demo
-from experiments.docstrings import labeler, task
+from experiments.docstrings import __main__ as stages
+from experiments.docstrings import labeler, story, task
 from experiments.docstrings.labeler import gold_score, pair_accuracy_ceiling, plackett_luce_ranks
+from gptjax.config import build
 from gptjax.data import sources, splits
+from gptjax.dpo import DPOConfig
 from gptjax.errors import InputError
+from gptjax.model import plain
+from gptjax.model.spec import GPTConfig
+from gptjax.parallel.mesh import MeshConfig, make_mesh
+from gptjax.ppo import PPOConfig
+from gptjax.trained import Model
 
 pytestmark = pytest.mark.optimized
 
@@ -228,3 +239,65 @@ def test_written_files_hold_the_parts(examples, parts, tmp_path, monkeypatch):
         "prompts": [{"prompt": prompt} for prompt in prompts],
         "evaluation": pairs["evaluation"],
     }
+
+
+# --- the story ----------------------------------------------------------------------------------------------
+
+
+def test_log_probs_are_of_the_response_given_the_prompt():
+    """Beside the plain forward pass of each text alone; two forward passes, of two rows and of one."""
+    c = GPTConfig(31, n_layer=2, n_head=2, d_model=16, context_length=16, attention="cpu")
+    model = Model(c, random_params(c), None, np.float32, 0, make_mesh(MeshConfig(), jax.devices()[:1]))
+    prompts, responses = [[1, 2, 3], [4], [5, 6]], [[7, 8], [9, 10, 11, 12], [13]]
+    expected = []
+    for p, r in zip(prompts, responses, strict=True):
+        logits = plain.forward(model.params, c, np.array([p + r]))[0]
+        expected.append(sum(jax.nn.log_softmax(logits[len(p) + i - 1])[token] for i, token in enumerate(r)))
+    found = story.log_probs(model, prompts, responses, rows=2)
+    assert_close(found, np.array(expected), terms=model_terms(c) + 4)
+
+
+@pytest.mark.parametrize("scale", [1.0, 0.02])
+def test_grpo_and_dpo_are_runs_that_can_be(tmp_path, scale):
+    """GRPO differs from PPO in its groups and its length alone."""
+    ppo = build(PPOConfig, stages.ppo_config(tmp_path, tmp_path, scale, 0.0).to_dict())
+    grpo = build(PPOConfig, stages.grpo_config(tmp_path, tmp_path, scale).to_dict())
+    differ = {k for k in vars(ppo) if getattr(ppo, k) != getattr(grpo, k)}
+    assert {"rollout"} <= differ <= {"rollout", "steps"} and 2 <= grpo.steps <= ppo.steps
+    assert grpo.rollout.group_size == stages.GROUP > 1
+    dpo = build(DPOConfig, stages.dpo_config(tmp_path, tmp_path, scale).to_dict())
+    assert dpo.init_from == ppo.policy and dpo.data.source.endswith("comparisons.jsonl") and dpo.steps >= 2
+
+
+@pytest.fixture
+def told(tmp_path):
+    """A result with a row for every policy, and the evaluations of the runs that have some."""
+    scored = [("the real summaries", None), ("SFT", 0.0), ("best of 16", 1.8)]
+    scored += [(name, 2.0 + i) for i, name in enumerate(story.RUNS.values())]
+    table = [{"name": n, "gold": 0.5 + i, "proxy": i, "kl": kl, "lm_loss": 4.0 + i} for i, (n, kl) in enumerate(scored)]
+    for name in set(story.RUNS) - {"dpo"}:
+        (tmp_path / name).mkdir()
+        lines = [{"step": s, "kl": s, "gold": 1.0, "raw_score": 0.5, "lm_loss": 4.0} for s in (0, 2)]
+        (tmp_path / name / "evaluations.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    curve = [{"n": n, "kl": n - 1.0, "proxy": 0.1 * n, "gold": 0.2 * n} for n in (1, 2)]
+    return {"table": table, "best_of_n": curve}
+
+
+def test_every_policy_has_a_row_and_a_place_in_the_picture(told, tmp_path, monkeypatch, capsys):
+    policies = ["PPO", "PPO-ptx", "GRPO", "DPO"]
+    shown = []
+    monkeypatch.setattr(story.report, "image", lambda figure, alt: shown.append(figure))
+    story._curves(tmp_path, told)
+    gold, proxy, loss = shown[0].axes
+    for axis, key in ((gold, "gold"), (proxy, "proxy")):
+        assert axis.get_legend_handles_labels()[1] == ["best of n", *policies]
+        dpo = next(line for line in axis.lines if line.get_label() == "DPO")
+        assert (dpo.get_xdata()[0], dpo.get_ydata()[0]) == (told["table"][-1]["kl"] ** 0.5, told["table"][-1][key])
+    assert loss.get_legend_handles_labels()[1] == policies
+
+    page = story._table(told)
+    assert [page.count(f"<th>{name}</th>") for name in policies] == [1] * 4 and page.count("<td class=n>") == 4 * 7
+    assert "<th>GRPO</th>" + "".join(f"<td class=n>{x:.3f}</td>" for x in (5.5, 5, 4, 9)) in page
+    story.say(told)
+    rows = capsys.readouterr().out.splitlines()
+    assert [row.split()[0] for row in rows[-4:]] == policies

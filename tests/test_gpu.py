@@ -104,7 +104,7 @@ def one_device():
 
 def lowered(program):
     with jax.set_mesh(program.mesh):
-        return calls(program.jitted, *program.arguments, **program.options)
+        return calls(program.jitted, *program.arguments)
 
 
 @pytest.mark.parametrize(

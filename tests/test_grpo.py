@@ -179,5 +179,5 @@ def test_aot_lowers_it(config, tuned, make):
     model = dataclasses.replace(load_model(tuned).config, attention="xla")
     program = make(c, model, None, mesh)
     with jax.set_mesh(mesh):
-        assert "stablehlo" in program.jitted.lower(*program.arguments, **program.options).as_text()
+        assert "stablehlo" in program.jitted.lower(*program.arguments).as_text()
     assert not program.parts["value network"]

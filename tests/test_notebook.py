@@ -86,11 +86,11 @@ def test_it_runs_from_top_to_bottom(notebook, tmp_path, monkeypatch):
         o.data.get("text/html", "") for cell in done.cells for o in cell.get("outputs", []) if "data" in o
     )  # fmt: skip
     assert shlex.split(os.environ["GPTJAX_FLAGS"])[0] in printed  # the sizes that were asked for
-    for stage in (".", "sft", "reward", "ppo", "ppo_ptx"):
+    for stage in (".", "sft", "reward", "ppo", "ppo_ptx", "grpo", "dpo"):
         assert (workdir / stage / "report.html").stat().st_size > 10_000
         assert list((workdir / stage / "checkpoints").iterdir())
-    assert shown.count("<img ") == 6  # gold and proxy against KL, and the curves of five stages
-    for column in ("gold", "proxy", "KL from SFT, nats", "the real one", "PPO-ptx"):
+    assert shown.count("<img ") == 8  # gold and proxy against KL, and the curves of seven stages
+    for column in ("gold", "proxy", "KL from SFT, nats", "the real one", "PPO-ptx", "GRPO", "DPO"):
         assert f"<th>{column}</th>" in shown
     assert shown.count("<tr><td><code>") == 8  # samples on signatures that no stage has seen
     assert printed.count("$ ") and "def read_lines(path, encoding='utf-8'):" in printed

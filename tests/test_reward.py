@@ -264,8 +264,12 @@ def test_the_score_is_read_at_end_of_text_and_nothing_after_it_counts(model):
     tokens[0, :n] = prompt + response
     junk = tokens.copy()
     junk[0, n:] = 270
+    without_end = tokens.copy()
+    without_end[0, n - 1] = prompt[-1]
     args = (np.array([n], np.int32), model.config, model.dtype)
-    assert reward_model.score_rows(model.params, tokens, *args) == reward_model.score_rows(model.params, junk, *args)
+    score = reward_model.score_rows(model.params, tokens, *args)
+    assert score == reward_model.score_rows(model.params, junk, *args)
+    assert score != reward_model.score_rows(model.params, without_end, *args)
 
 
 def test_scoring_more_than_one_batch_keeps_the_order(model):

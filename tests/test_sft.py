@@ -253,6 +253,22 @@ def test_a_mix_of_another_text(pretrained, alignment, tmp_path, monkeypatch):
     assert sum("qqq" in d for d in decoded) == 4
 
 
+@pytest.mark.parametrize("isolated", [False, True])
+def test_documents_of_the_mix_are_isolated_where_pre_training_isolated_them(
+    pretrained, alignment, tmp_path, monkeypatch, isolated
+):
+    base = shutil.copytree(pretrained, tmp_path / "base")
+    config = json.loads((base / "config.json").read_text())
+    config["data"]["isolate_documents"] = isolated
+    (base / "config.json").write_text(json.dumps(config))
+    other = write(tmp_path / "other.jsonl", [{"text": "ba ko " * (1 + i % 4)} for i in range(200)])
+    c = sft_config(base, alignment["demonstrations"], mix__fraction=0.5, mix__source=str(other), steps=1)
+    _, [batch] = state_and_batches(c, tmp_path / "run", monkeypatch, steps=1)
+    tokens, segments = (batch[k].reshape(8, -1)[4:] for k in ("tokens", "segment_ids"))
+    starts = tokens[:, 1:-1] == Tokenizer.load(tmp_path / "run" / "tokenizer").eot_id
+    assert starts.any() and ((np.diff(segments) != 0) == (starts & isolated)).all()
+
+
 # --- stopped and gone on with -----------------------------------------------------------------------------
 
 

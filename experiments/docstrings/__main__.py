@@ -1,10 +1,10 @@
-"""The whole story on one real task: pre-train → SFT → reward model → PPO and PPO-ptx → best-of-n beside them → report.
+"""The whole story on one real task: pre-train → SFT → reward model → PPO, PPO-ptx, GRPO and DPO → best-of-n → report.
 
     python -m experiments.docstrings --config=configs/demo.py --workdir=runs/demo
 
 `make demo` runs it. The pre-trained model is the workdir itself, the other stages lie in it: sft/, reward/, ppo/
-(without pre-training gradients) and ppo_ptx/ (with them). An interrupted demo resumes. How long it takes is in
-experiments/README.md. The gold score of a summary is experiments/docstrings/labeler.py's.
+(without pre-training gradients), ppo_ptx/ (with them), grpo/ and dpo/. An interrupted demo resumes. How long it takes
+is in experiments/README.md. The gold score of a summary is experiments/docstrings/labeler.py's.
 --scale shortens the stages after pre-training (0.05 for a smoke test).
 """
 
@@ -20,6 +20,7 @@ from experiments.docstrings import labeler, story, task
 from gptjax import command_line
 from gptjax.config import config_dict
 from gptjax.data.chat import Template
+from gptjax.dpo import DPOConfig, dpo
 from gptjax.generation.respond import respond
 from gptjax.ppo import PPOConfig, ppo
 from gptjax.pretrain import pretrain
@@ -31,6 +32,7 @@ CANDIDATES = 4  # K: sampled summaries of a signature, and the real one besides
 NOISE = 0.25  # of the labeler: Plackett-Luce with utility gold / NOISE
 PROMPT, RESPONSE = 32, 32  # tokens
 BEST_OF = 16
+GROUP = 8  # GRPO's samples of a signature
 
 
 def main(_):
@@ -60,7 +62,13 @@ def main(_):
         heading(f"4. PPO {'with' if coefficient else 'without'} pre-training gradients")
         timed(name, ppo(ppo_config(workdir, data, scale, coefficient), str(workdir / name)))
 
-    heading("5. Best-of-n and the table")
+    heading(f"5. GRPO: groups of {GROUP} samples in place of the value network")
+    timed("grpo", ppo(grpo_config(workdir, data, scale), str(workdir / "grpo")))
+
+    heading("6. DPO: from the rankings themselves, without a reward model")
+    timed("dpo", dpo(dpo_config(workdir, data, scale), str(workdir / "dpo")))
+
+    heading("7. Best-of-n and the table")
     result = story.measure(workdir, data, prompt=PROMPT, response=RESPONSE, best_of=BEST_OF, limit=FLAGS.limit)
     timed("measuring", None)
     result |= {"pair_accuracy_ceiling": ceiling, "seconds": seconds}
@@ -104,7 +112,7 @@ def ppo_config(workdir: Path, data: Path, scale: float, ptx_coefficient: float):
     c.steps, c.batch_size = max(2, round(12 * scale)), 64
     c.rollout.update(max_new_tokens=RESPONSE, missing_eos=-3.0)
     c.ppo.update(epochs=2, minibatches=2, ptx_coefficient=ptx_coefficient, ema_decay=0.5)
-    c.ptx.update(per_episode=0.5, context_length=128)
+    c.ptx.update(per_episode=0.5, context_length=story.CONTEXT)
     c.kl.coefficient = 0.02
     c.optimizer.update(learning_rate=1e-4, b2=0.95)
     c.value_optimizer.update(learning_rate=3e-4, b2=0.95)
@@ -113,6 +121,26 @@ def ppo_config(workdir: Path, data: Path, scale: float, ptx_coefficient: float):
         gold_fn="experiments.docstrings.labeler:gold_scores",
     )  # fmt: skip
     c.checkpoint.every = 8
+    return c
+
+
+def grpo_config(workdir: Path, data: Path, scale: float):
+    """PPO's, with groups and fewer iterations."""
+    c = ppo_config(workdir, data, scale, 0.0)
+    c.steps = max(2, round(8 * scale))
+    c.rollout.group_size = GROUP
+    return c
+
+
+def dpo_config(workdir: Path, data: Path, scale: float):
+    c = config_dict(DPOConfig)
+    c.init_from = str(workdir / "sft")
+    c.data.update(source=str(data / "comparisons.jsonl"), max_length=PROMPT + RESPONSE, drop_long=True)
+    c.beta = 0.1
+    c.steps, c.batch_size = max(2, round(30 * scale)), 16
+    c.optimizer.update(learning_rate=1e-4, b2=0.95)
+    c.schedule.update(kind="cosine", final_fraction=0.1)
+    c.eval.every = c.checkpoint.every = 30
     return c
 
 
@@ -131,8 +159,8 @@ def write_comparisons(workdir: Path, data: Path, scale: float) -> float | None:
     prompts = [template.prompt(r["prompt"]) for r in rows for _ in range(CANDIDATES)]
     with jax.set_mesh(model.mesh):
         responses = respond(
-            model.params, model.config, prompts, template, max_new_tokens=RESPONSE, temperature=1.0, seed=1,
-            dtype=model.dtype, mesh=model.mesh, progress="sampling summaries",
+            model.params, model.decoder, template, prompts, max_new_tokens=RESPONSE, temperature=1.0, seed=1,
+            progress="sampling summaries",
         )  # fmt: skip
     texts = [template.decode(ids) for ids in responses]
     rng = np.random.default_rng(0)

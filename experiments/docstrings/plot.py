@@ -20,7 +20,7 @@ def picture(result: dict, path: Path):
 
     rows = {row["name"]: row for row in result["table"]}
     real, sft, _, *runs = rows.values()  # the third is best-of-n, drawn as a curve
-    figure, axes = plt.subplots(1, 3, figsize=(11, 3.1), constrained_layout=True)
+    figure, axes = plt.subplots(1, 3, figsize=(11, 3.4), constrained_layout=True)
     root = [b["kl"] ** 0.5 for b in result["best_of_n"]]
     for axis, key in zip(axes, ("gold", "proxy"), strict=False):
         axis.plot(root, [b[key] for b in result["best_of_n"]], "s--", ms=4, color="#2e8b57", label="best of 1 to 16")
@@ -28,7 +28,7 @@ def picture(result: dict, path: Path):
             axis.plot(run["kl"] ** 0.5, run[key], "o", ms=7, color=color, label=run["name"])
         axis.axhline(real[key], color="#666666", lw=1, ls=":", label=real["name"])
         axis.set_xlabel("√KL from the SFT model")
-    axes[0].legend(frameon=False, fontsize=8, loc="lower right")
+    figure.legend(*axes[0].get_legend_handles_labels(), frameon=False, fontsize=8, loc="outside lower center", ncols=6)
     measured = [sft, *(run for run in runs if run.get("lm_loss") is not None)]
     for place, (row, color) in enumerate(zip(measured, ("#2e8b57", *COLORS), strict=False)):
         axes[2].plot(row["lm_loss"], place, "o", ms=7, color=color)

@@ -1,5 +1,6 @@
 """What the demo shows at its end: every figure from the run itself, measured on signatures no stage has seen."""
 
+import functools
 import html
 import json
 from pathlib import Path
@@ -8,20 +9,30 @@ import jax
 import numpy as np
 
 from experiments.docstrings import labeler
+from experiments.docstrings.plot import COLORS
 from gptjax import report
 from gptjax.data.chat import Template
+from gptjax.data.corpus import pretraining_text
+from gptjax.evals.lm import text_loss
 from gptjax.generation.respond import respond
+from gptjax.objectives.dpo import response_log_probs
+from gptjax.objectives.lm import causal_lm_loss
 from gptjax.objectives.ppo import best_of_n_kl
+from gptjax.parallel.mesh import batch_shards
 from gptjax.rlhf.best_of_n import expected_best
 from gptjax.rlhf.reward_model import load_reward_model
-from gptjax.trained import load_model
+from gptjax.trained import Model, load_model
 from gptjax.training.metrics import JsonLines
 
-RUNS = {"ppo": "PPO", "ppo_ptx": "PPO-ptx"}
+RUNS = {"ppo": "PPO", "ppo_ptx": "PPO-ptx", "grpo": "GRPO", "dpo": "DPO"}  # workdir: name
+SAMPLES = 4  # of each signature, to measure a policy
+CONTEXT = 128  # tokens of a sequence of pre-training text, for PPO-ptx and to measure the loss on
+CHUNK = 128  # time steps whose logits are held at once
 
 
 def measure(workdir: Path, data: Path, *, prompt: int, response: int, best_of: int, limit: int) -> dict:
-    """Gold and proxy scores of the real summaries, SFT, best-of-n and both PPO runs, and a table of samples."""
+    """Gold and proxy scores of the real summaries, SFT, best-of-n and the aligned policies, the policies' KL from SFT
+    and loss on pre-training text, and a table of samples."""
     rows = [json.loads(line) for line in (data / "evaluation.jsonl").read_text().splitlines()]
     model = load_model(workdir / "sft")
     template = Template(model.tokenizer, "chat")
@@ -33,18 +44,18 @@ def measure(workdir: Path, data: Path, *, prompt: int, response: int, best_of: i
         return np.array(labeler.gold_scores(prompts, texts))
 
     def sampled(model, n, what):
-        """(texts, gold [prompts, n], proxy [prompts, n])."""
+        """(responses, texts, gold [prompts, n], proxy [prompts, n])."""
         repeated = [p for p in ids for _ in range(n)]
         with jax.set_mesh(model.mesh):
             responses = respond(
-                model.params, model.config, repeated, template, max_new_tokens=response, temperature=1.0, seed=7,
-                dtype=model.dtype, mesh=model.mesh, progress=what,
+                model.params, model.decoder, template, repeated, max_new_tokens=response, temperature=1.0, seed=7,
+                progress=what,
             )  # fmt: skip
         texts = [template.decode(r) for r in responses]
         of_gold = gold([r["prompt"] for r in rows for _ in range(n)], texts)
-        return texts, of_gold.reshape(-1, n), proxy.score(repeated, responses).reshape(-1, n)
+        return responses, texts, of_gold.reshape(-1, n), proxy.score(repeated, responses).reshape(-1, n)
 
-    texts, of_gold, of_proxy = sampled(model, best_of, "best-of-n")
+    _, texts, of_gold, of_proxy = sampled(model, best_of, "best-of-n")
     best = of_proxy.argmax(1)
     column = {"SFT": texts[::best_of], f"best of {best_of}": [texts[i * best_of + j] for i, j in enumerate(best)]}
     curve, n = [], 1
@@ -59,14 +70,15 @@ def measure(workdir: Path, data: Path, *, prompt: int, response: int, best_of: i
         {"name": "SFT", **{k: curve[0][k] for k in ("gold", "proxy", "kl")}},
         {"name": f"best of {best_of}", **{k: curve[-1][k] for k in ("gold", "proxy", "kl")}},
     ]
+    table[1]["lm_loss"] = pretraining_loss(workdir, model)
+    repeated = [p for p in ids for _ in range(SAMPLES)]
     for name, title in RUNS.items():
-        last = JsonLines.read(workdir / name / "evaluations.jsonl")[-1]
         policy = load_model(workdir / name)
-        texts, of_gold, of_proxy = sampled(policy, 4, title)
-        column[title] = texts[::4]
-        table.append({"name": title, "gold": of_gold.mean(), "proxy": of_proxy.mean(), "kl": last["kl"],
-                      "lm_loss": last.get("lm_loss")})  # fmt: skip
-    table[1]["lm_loss"] = JsonLines.read(workdir / "ppo" / "evaluations.jsonl")[0].get("lm_loss")
+        responses, texts, of_gold, of_proxy = sampled(policy, SAMPLES, title)
+        column[title] = texts[::SAMPLES]
+        ratio = log_probs(policy, repeated, responses) - log_probs(model, repeated, responses)
+        table.append({"name": title, "gold": of_gold.mean(), "proxy": of_proxy.mean(), "kl": ratio.mean(),
+                      "lm_loss": pretraining_loss(workdir, policy)})  # fmt: skip
     samples = [
         {"prompt": r["prompt"], "the real one": r["response"], **{k: v[i] for k, v in column.items()}}
         for i, r in enumerate(rows[:12])
@@ -77,6 +89,33 @@ def measure(workdir: Path, data: Path, *, prompt: int, response: int, best_of: i
         "signatures": len(rows), "table": table, "best_of_n": curve, "samples": samples,
         "reward_accuracy": fitted["accuracy"], "longer_wins": fitted["longer_wins"],
     }  # fmt: skip
+
+
+def pretraining_loss(workdir: Path, model: Model) -> float:
+    """Loss on held-out pre-training text, nats per token: of the batches that PPO's evaluation reads."""
+    text, shards = pretraining_text(workdir), batch_shards(model.mesh.shape)
+    batches = text.validation_batches(CONTEXT, 8 * shards, 8)
+    with jax.set_mesh(model.mesh):
+        loss = causal_lm_loss(model.config, model.dtype, CHUNK, model.mesh)
+        return text_loss(loss, text, batches, model.mesh)(model).figures["loss"]
+
+
+def log_probs(model: Model, prompts, responses, rows: int = 128) -> np.ndarray:
+    """log pi(response | prompt) of each, in nats: float32 [len(prompts)]. rows: of a forward pass."""
+    texts = [[*p, *r] for p, r in zip(prompts, responses, strict=True)]
+    lengths_B, starts_B = (np.array(list(map(len, x)), np.int32) for x in (texts, prompts))
+    tokens_BT = np.zeros((len(texts), lengths_B.max()), np.int32)
+    for row, text in zip(tokens_BT, texts, strict=True):
+        row[: len(text)] = text
+    out = []
+    with jax.set_mesh(model.mesh):
+        for i in range(0, len(texts), rows):
+            some = (x[i : i + rows] for x in (tokens_BT, starts_B, lengths_B))
+            out.append(_log_probs(model.params, model.config, *some, dtype=model.dtype, chunk=CHUNK, mesh=model.mesh))
+    return np.concatenate(out)
+
+
+_log_probs = functools.partial(jax.jit, static_argnames=("config", "dtype", "chunk", "mesh"))(response_log_probs)
 
 
 def say(result: dict):
@@ -107,7 +146,9 @@ def _introduction(result: dict) -> str:
     return (
         "<p>The task: from a function's signature, write its docstring's summary line. <b>Gold</b> is a rule-based "
         "labeler (PEP 257, PEP 8; -2 to 2), the truth that no stage is trained on; <b>proxy</b> is the reward model, "
-        "trained on its noisy rankings and 0 on average over the demonstrations. The reward model agrees with "
+        "trained on its noisy rankings and 0 on average over the demonstrations. PPO, PPO-ptx (with gradients on "
+        "pre-training text) and GRPO (groups of samples in place of a value network) learn from the reward model, DPO "
+        "from the rankings themselves. The reward model agrees with "
         f"{result['reward_accuracy']:.3f} of the held-out pairs; the labeler's own noise allows "
         f"{result['pair_accuracy_ceiling']:.3f}, choosing the longer one {result['longer_wins']:.3f}. Gold judges "
         "form and topic, not truth: a fixed phrase about the name can score high, so read the samples too.</p>"
@@ -138,7 +179,13 @@ def _curves(workdir: Path, result: dict) -> str:
         axis.plot(
             [b["kl"] ** 0.5 for b in best], [b[key] for b in best], "s--", ms=4, color="#2e8b57", label="best of n"
         )
-    for (name, title), color in zip(RUNS.items(), ("#d1495b", "#3b6fb6"), strict=True):
+    table = {row["name"]: row for row in result["table"]}
+    for (name, title), color in zip(RUNS.items(), COLORS, strict=True):
+        if name == "dpo":  # its own evaluations have no samples: where it ended is a point
+            for axis, key in zip(axes, ("gold", "proxy"), strict=False):
+                axis.plot(max(table[title]["kl"], 0.0) ** 0.5, table[title][key], "D", ms=6, color=color, label=title)
+            axes[2].axhline(table[title]["lm_loss"], color=color, lw=1, ls="--", label=title)
+            continue
         lines = JsonLines.read(workdir / name / "evaluations.jsonl")
         root = [max(line["kl"], 0.0) ** 0.5 for line in lines]
         axes[0].plot(root, [line["gold"] for line in lines], "o-", ms=3, color=color, label=title)
@@ -148,7 +195,7 @@ def _curves(workdir: Path, result: dict) -> str:
     titles = ("gold score", "proxy: the reward model's score", "loss on pre-training text, nats/token")
     for axis, title in zip(axes, titles, strict=True):
         axis.set_title(title, loc="left", fontsize=10)
-        axis.set_xlabel("PPO iteration" if axis is axes[2] else "√KL from the SFT model")
+        axis.set_xlabel("iteration (DPO: at its end)" if axis is axes[2] else "√KL from the SFT model")
         axis.spines[["top", "right"]].set_visible(False)
         axis.grid(alpha=0.25)
         axis.legend(frameon=False, fontsize=8)
