@@ -11,6 +11,7 @@ import functools
 import inspect
 import json
 import re
+import types
 import typing
 from collections.abc import Iterator, Mapping
 
@@ -29,6 +30,19 @@ RENAMED = {
 }
 
 
+def section_class(hint, value=None):
+    """The dataclass of a field that is a section of its config; None of a field that is a value. Of several
+    (`GPTConfig | LSTMConfig`) the one that has most of the keys of `value` (a mapping, an instance of one of them, or
+    None), the first by default."""
+    union = typing.get_origin(hint) in (typing.Union, types.UnionType)
+    kinds = typing.get_args(hint) if union else (hint,)
+    if not all(isinstance(kind, type) and dataclasses.is_dataclass(kind) for kind in kinds):
+        return None
+    if dataclasses.is_dataclass(value):
+        return type(value)
+    return max(kinds, key=lambda kind: len(set(value or ()) & {f.name for f in dataclasses.fields(kind)}))
+
+
 def config_dict(cls, **overrides) -> mlc.ConfigDict:
     """A ConfigDict with the fields and defaults of a dataclass; `X | None` fields become placeholders."""
     result = _config_dict(cls, None)
@@ -36,8 +50,14 @@ def config_dict(cls, **overrides) -> mlc.ConfigDict:
     return result
 
 
-def _config_dict(cls, instance) -> mlc.ConfigDict:
-    """instance: what gives the defaults, as a section that its stage has a default of its own for; None = the class."""
+def defaults(config) -> dict:
+    """The defaults of a config's keys, as a nested dict; a section that may be one of several is as the config's."""
+    return _config_dict(type(config), None, config).to_dict()
+
+
+def _config_dict(cls, instance, like=None) -> mlc.ConfigDict:
+    """instance: what gives the defaults, as a section that its stage has a default of its own for; None = the class.
+    like: an instance that says which class its sections are of."""
     result = mlc.ConfigDict()
     hints = typing.get_type_hints(cls)
     for field in dataclasses.fields(cls):
@@ -46,8 +66,9 @@ def _config_dict(cls, instance) -> mlc.ConfigDict:
             default = field.default_factory()
         default = default if instance is None else getattr(instance, field.name)
         optional = type(None) in typing.get_args(kind)
-        if dataclasses.is_dataclass(kind):
-            value = _config_dict(kind, None if default is dataclasses.MISSING else default)
+        of_like = getattr(like, field.name, None)
+        if section := section_class(kind, of_like):
+            value = _config_dict(section, default if isinstance(default, section) else None, of_like)
         elif default is dataclasses.MISSING or (optional and default is None):
             value = mlc.config_dict.placeholder(kind.__args__[0] if optional else kind)
         else:
@@ -58,7 +79,8 @@ def _config_dict(cls, instance) -> mlc.ConfigDict:
 
 def build(cls, section, path="config"):
     """The dataclass that a ConfigDict or dict describes. Unknown and missing keys, values of another type and numbers
-    outside their range (ranges.py) are InputErrors."""
+    outside their range (ranges.py) are InputErrors. cls: one, or several to choose from (`section_class`)."""
+    cls = section_class(cls, section if isinstance(section, mlc.ConfigDict | Mapping) else None)
     hints, fields = typing.get_type_hints(cls, include_extras=True), {f.name: f for f in dataclasses.fields(cls)}
     if not isinstance(section, mlc.ConfigDict | Mapping):
         raise InputError(f"{path}={section!r} must be a section with the keys {', '.join(fields)}.")
@@ -69,7 +91,7 @@ def build(cls, section, path="config"):
     values = {}
     for name, value in section.items():
         kind = hints[name]
-        if dataclasses.is_dataclass(kind):
+        if section_class(kind):
             value = build(kind, value, f"{path}.{name}")
         else:
             ranges.check(value, kind, f"{path}.{name}")
@@ -148,22 +170,25 @@ class Section(typing.NamedTuple):
     keys: dict[str, tuple[typing.Any, dataclasses.Field, str]]
 
 
-def sections(cls, path: str = "", about: str = "") -> Iterator[Section]:
-    """Every section of a config, the whole first. about: what the field says that holds it, if anything."""
+def sections(cls, path: str = "", about: str = "", values=None) -> Iterator[Section]:
+    """Every section of a config, the whole first. about: what the field says that holds it, if anything. values: the
+    config, as a mapping or an instance; None = a default one."""
+    cls = section_class(cls, values)
     hints = typing.get_type_hints(cls, include_extras=True)
     whole, explained = documentation(cls)
     fields = [(f, hints[f.name], explained.get(f.name, "")) for f in dataclasses.fields(cls)]
-    keys = {f.name: (hint, f, text) for f, hint, text in fields if not dataclasses.is_dataclass(hint)}
+    keys = {f.name: (hint, f, text) for f, hint, text in fields if not section_class(hint)}
     yield Section(path, about or whole, keys)
     for field, hint, text in fields:
-        if dataclasses.is_dataclass(hint):
-            yield from sections(hint, f"{path}.{field.name}".lstrip("."), text)
+        if section_class(hint):
+            of_field = values.get(field.name) if hasattr(values, "get") else getattr(values, field.name, None)
+            yield from sections(hint, f"{path}.{field.name}".lstrip("."), text, of_field)
 
 
 def flatten(config) -> dict:
     """{dotted key: value} of a config, its mappings key by key; as --config.KEY=VALUE has them."""
     flat = {}
-    for section in sections(type(config)):
+    for section in sections(type(config), values=config):
         within = functools.reduce(getattr, section.path.split(".") if section.path else (), config)
         for name in section.keys:
             key, value = f"{section.path}.{name}".lstrip("."), getattr(within, name)

@@ -19,10 +19,11 @@ from gptjax import command_line, json_files
 from gptjax import config as configs
 from gptjax.cost.memory import training_peak
 from gptjax.errors import InputError
-from gptjax.model import gpt
+from gptjax.model import architecture
+from gptjax.model.architecture import ModelConfig
 from gptjax.model.attention import resolve
-from gptjax.model.flops import PF_DAY, flops_per_token
-from gptjax.model.spec import non_embedding_count, parameter_count
+from gptjax.model.flops import PF_DAY
+from gptjax.model.spec import GPTConfig
 from gptjax.parallel.mesh import AXES, batch_shards
 from gptjax.pretrain import PretrainConfig
 from gptjax.training.offload import MEMORY
@@ -36,7 +37,7 @@ def describe(config: dict) -> dict:
     """The figures as JSON types, for a config as a nested dict."""
     c = configs.build(PretrainConfig, with_vocabulary(config))
     m = c.model
-    flops = flops_per_token(m)
+    flops = architecture.flops_per_token(m)
     schedule = None
     if c.steps is not None or c.tokens is not None:
         schedule = Schedule(
@@ -46,18 +47,12 @@ def describe(config: dict) -> dict:
     tokens = schedule and (int(c.tokens) if c.steps is None else schedule.total_tokens)
     sizes = {axis: max(getattr(c.mesh, axis), 1) for axis in AXES}  # -1 counts as 1
     mesh = AbstractMesh(tuple(sizes[a] for a in AXES), AXES, axis_types=(AxisType.Auto,) * len(AXES))
-    abstract, shardings = state_shardings(gpt.abstract_params(m), make_optimizer(c.optimizer), c.precision, mesh)
+    boxed, tx = architecture.abstract_params(m), make_optimizer(c.optimizer)
+    abstract, shardings = state_shardings(boxed, tx, c.precision, mesh)
     params, optimizer = _bytes(abstract.params, shardings.params), _bytes(abstract.opt_state, shardings.opt_state)
-    path = resolve("auto" if m.attention in ("cpu", "cudnn") else m.attention, "tpu")
-    peak, *_ = training_peak(
-        dataclasses.replace(m, attention=path), sizes, rows=c.microbatch_rows,
-        micro_batches=c.batch_size // c.microbatch_rows, chunk=c.loss_chunk, dtype=c.precision.dtype,
-        state={"params": params, "optimizer": optimizer,
-               "batch": 8 * c.batch_size * m.context_length // batch_shards(sizes)},
-    )  # fmt: skip
     return {
-        "params": parameter_count(m),
-        "params_non_embedding": non_embedding_count(m),
+        "params": architecture.parameter_count(m),
+        "params_non_embedding": architecture.non_embedding_count(m),
         "flops_per_token": {
             "causal_halved": flops.causal, "palm": flops.palm, "6n": flops.six_n, "full_attention": flops.full
         },
@@ -70,9 +65,24 @@ def describe(config: dict) -> dict:
         "devices": math.prod(sizes.values()),
         "bytes_per_device": {"params": params, "optimizer": optimizer, "gradients": params},
         "host_bytes_per_device": _bytes(abstract.opt_state, shardings.opt_state, host=True),  # optimizer.offload
-        "peak_per_tpu_chip": peak,
+        "peak_per_tpu_chip": peak(c, sizes, params, optimizer),
         "model": dataclasses.asdict(m),
     }  # fmt: skip
+
+
+def peak(c: PretrainConfig, sizes, params: int, optimizer: int) -> dict[str, int] | None:
+    """{what: bytes} at the peak of a step on a TPU; None of an LSTM, which our count does not know."""
+    m = c.model
+    if not isinstance(m, GPTConfig):
+        return None
+    path = resolve("auto" if m.attention in ("cpu", "cudnn") else m.attention, "tpu")
+    found, *_ = training_peak(
+        dataclasses.replace(m, attention=path), sizes, rows=c.microbatch_rows,
+        micro_batches=c.batch_size // c.microbatch_rows, chunk=c.loss_chunk, dtype=c.precision.dtype,
+        state={"params": params, "optimizer": optimizer,
+               "batch": 8 * c.batch_size * m.context_length // batch_shards(sizes)},
+    )  # fmt: skip
+    return found
 
 
 def with_vocabulary(config: dict) -> dict:
@@ -102,17 +112,15 @@ def main(_):
     if FLAGS.json:
         print(json_files.dumps(d))
         return
-    m = d["model"]
     gib = lambda n: f"{n / 2**30:,.2f} GiB"
     rows = [
-        ("model", f"{m['n_layer']} layers, {m['d_model']} wide, {m['n_head']} heads, context {m['context_length']}, "
-                  f"vocabulary {m['vocab_size']:,}"),
+        ("model", architecture.describe(configs.build(ModelConfig, d["model"]))),
         ("parameters", f"{d['params']:,}"),
         ("  without embeddings", f"{d['params_non_embedding']:,}"),
         ("training FLOPs/token", f"{d['flops_per_token']['6n']:,}  (6N)"),
         ("", f"{d['flops_per_token']['palm']:,}  (PaLM: 6N + 12LHQT)"),
         ("", f"{d['flops_per_token']['causal_halved']:,.0f}  (matmuls, causal attention halved)"),
-    ]  # fmt: skip
+    ][: None if d["peak_per_tpu_chip"] else -2]  # an LSTM has no attention
     if d["tokens"]:
         rows += [
             ("tokens", f"{d['tokens']:,}"),
@@ -125,8 +133,9 @@ def main(_):
     rows += [(f"{k} per device", gib(v)) for k, v in d["bytes_per_device"].items()]
     if d["host_bytes_per_device"]:
         rows.append(("  in host memory", gib(d["host_bytes_per_device"])))
-    rows.append(("a step, per TPU chip", f"{gib(sum(d['peak_per_tpu_chip'].values()))} peak memory:"))
-    rows += [(f"  {gib(v)}", k) for k, v in d["peak_per_tpu_chip"].items()]
+    if d["peak_per_tpu_chip"]:
+        rows.append(("a step, per TPU chip", f"{gib(sum(d['peak_per_tpu_chip'].values()))} peak memory:"))
+        rows += [(f"  {gib(v)}", k) for k, v in d["peak_per_tpu_chip"].items()]
     for name, value in rows:
         print(f"{name:<24}{value}")
 

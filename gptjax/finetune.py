@@ -13,10 +13,8 @@ and the mean of their metrics with its standard error in WORKDIR/results.json.
 
 import dataclasses
 import json
-from collections.abc import Sequence
 
 import jax
-import numpy as np
 from absl import flags
 from ml_collections import config_dict as mlc
 
@@ -27,15 +25,15 @@ from gptjax.distributed import hosts
 from gptjax.errors import InputError
 from gptjax.evals.base import spread
 from gptjax.evals.classification import figures, labeled_metrics, logits_of, predictions, predictor
-from gptjax.model import gpt, heads
-from gptjax.model.spec import GPTConfig, ModelOptions
+from gptjax.model import architecture, heads
+from gptjax.model.architecture import ModelConfig
+from gptjax.model.spec import ModelOptions
 from gptjax.objectives.base import Objective
 from gptjax.objectives.finetune import finetune_loss
-from gptjax.parallel import pipeline
-from gptjax.parallel.mesh import check_fits
 from gptjax.parallel.sharding import batch_sharding, shared
 from gptjax.ranges import BelowOne, Count, Layers
 from gptjax.run import Claim, require, run
+from gptjax.seeds import each_seed
 from gptjax.trained import load_base, origin
 from gptjax.training.checkpoint import check_selection
 from gptjax.training.optimizer import OptimizerConfig
@@ -78,7 +76,7 @@ def finetune(config: mlc.ConfigDict, workdir) -> RunResult:
     return run("finetune", FinetuneConfig, build, config, workdir, kind="classifier")
 
 
-def program(c: FinetuneConfig, model: GPTConfig, outputs: int, mesh) -> TrainProgram:
+def program(c: FinetuneConfig, model: ModelConfig, outputs: int, mesh) -> TrainProgram:
     """What runs on the devices, from shapes alone. outputs: of the head; 1 for a choice."""
     loss = finetune_loss(model, c.data.task, c.lm_weight, c.head_dropout, c.precision.dtype, c.loss_chunk, mesh)
     objective = Objective(loss, metrics=task_metrics, unit="examples", dropout=c.head_dropout > 0)
@@ -108,13 +106,12 @@ def build(c: FinetuneConfig, mesh, claim: Claim) -> Stage:
     model = c.model.apply(base.config, vocab_size=vocab + NEW_TOKENS)
     if c.transfer is not None and not -1 <= c.transfer <= model.n_layer:
         raise InputError(f"transfer={c.transfer}: give -1 (nothing) to {model.n_layer}, the number of layers.")
-    pipeline.make_plan(model, mesh.shape, c.microbatch_rows)
 
     # --- data ---
     labeled = load_labeled(c.data, base.tokenizer, Marks.after(vocab), model.context_length, c.seed)
     outputs = 1 if c.data.task == "choice" else len(labeled.labels)
     counted, length = padded_length(labeled, c.data.max_length or model.context_length, mesh.shape["seq"])
-    check_fits(mesh.shape, n_head=model.n_head, time=length, **c.rows)
+    architecture.check_fits(model, mesh.shape, time=length, **c.rows)
     hosts.agree("The labeled examples", labeled.fingerprint)
     sections = {"model": model, "labels": list(labeled.labels), "origin": origin(init_from=base)}
     claim.check(c, **sections)
@@ -136,8 +133,8 @@ def build(c: FinetuneConfig, mesh, claim: Claim) -> Stage:
     def init():
         def make(params, key):
             trunk_key, head_key = jax.random.split(key)
-            fresh = gpt.init(dataclasses.replace(model, vocab_size=vocab), trunk_key)
-            params = heads.transferred(params, fresh, c.transfer)
+            fresh = architecture.init(dataclasses.replace(model, vocab_size=vocab), trunk_key)
+            params = heads.transferred(params, fresh, model, c.transfer)
             return new_state(heads.classifier(params, model, outputs, head_key), train.tx, c.precision)
 
         return jax.jit(make, out_shardings=train.shardings)(base.params, jax.random.key(c.seed))
@@ -176,49 +173,12 @@ def say(results: dict):
             print(f"{split} at step {results['step']}: {', '.join(shown)}")
 
 
-# --- many seeds ---------------------------------------------------------------------------------------------
-
-
-def each_seed(config: mlc.ConfigDict, workdir, seeds: Sequence[int]) -> dict | None:
-    """Runs the stage in workdir/seedN for each seed. Returns the metrics over the seeds, {split: {metric: {'mean',
-    'stderr', 'values'}}}, which it writes to workdir/results.json; None after SIGTERM or Ctrl-C. The same call resumes.
-    """
-    workdir, results = paths.local(workdir), []
-    for seed in seeds:
-        c = config.copy_and_resolve_references()
-        c.seed = seed
-        if not finetune(c, workdir / f"seed{seed}").finished:
-            return None
-        results.append(json.loads((workdir / f"seed{seed}" / "results.json").read_text()))
-    found: dict = {"seeds": list(seeds)}
-    for split in ("validation", "test"):
-        of_split = [r[split] for r in results if split in r]
-        if of_split:
-            found[split] = {k: over_seeds([r[k] for r in of_split]) for k in of_split[0]}
-    if hosts.first():
-        json_files.write_json(workdir / "results.json", found)
-        for split in (s for s in ("validation", "test") if s in found):
-            shown = (f"{k.replace('_', ' ')} {v['mean']:.4f} ± {v['stderr']:.4f}" for k, v in found[split].items())
-            print(f"{split}, {len(seeds)} seeds, mean ± standard error: {', '.join(shown)}")
-    return found
-
-
-def over_seeds(values: Sequence[float]) -> dict:
-    """Mean, its standard error (0 for a single value), and the values."""
-    stderr = float(np.std(values, ddof=1) / len(values) ** 0.5) if len(values) > 1 else 0.0
-    return {"mean": float(np.mean(values)), "stderr": stderr, "values": list(values)}
-
-
 def main(config, workdir):
     if flags.FLAGS.seeds is None:
         return finetune(config, workdir)
-    try:
-        seeds = [int(seed) for seed in flags.FLAGS.seeds]
-    except ValueError as error:
-        raise InputError(f"--seeds={','.join(flags.FLAGS.seeds)}: give whole numbers with commas between.") from error
-    return each_seed(config, workdir, seeds)
+    return each_seed(finetune, config, workdir, flags.FLAGS.seeds)
 
 
 if __name__ == "__main__":
-    flags.DEFINE_list("seeds", None, "Seeds, with commas: a run in WORKDIR/seedN for each, and the mean over them.")
+    command_line.define_seeds(None, "a run in WORKDIR/seedN for each, and the mean over them.")
     command_line.run_stage(main, FinetuneConfig)

@@ -1,4 +1,4 @@
-"""Pre-training: text -> tokens -> GPT -> checkpoints.
+"""Pre-training: text -> tokens -> GPT (or LSTM) -> checkpoints.
 
     python -m gptjax.pretrain --config=configs/gpt2.py:124m --workdir=runs/x --config.data.source=PATH
 
@@ -17,14 +17,11 @@ from gptjax.distributed import hosts
 from gptjax.errors import InputError
 from gptjax.evals.generation import SamplesConfig, continuations, sample_prompts
 from gptjax.evals.lm import text_loss
-from gptjax.model import gpt
-from gptjax.model.attention import resolve
-from gptjax.model.flops import flops_per_token
-from gptjax.model.spec import GPTConfig, parameter_count
+from gptjax.generation.decode import Decoder
+from gptjax.model import architecture
+from gptjax.model.architecture import ModelConfig
 from gptjax.objectives.base import Objective
 from gptjax.objectives.lm import causal_lm_loss
-from gptjax.parallel import pipeline
-from gptjax.parallel.mesh import check_fits
 from gptjax.parallel.sharding import batch_sharding
 from gptjax.ranges import Count, Positive
 from gptjax.run import Claim, run
@@ -46,7 +43,7 @@ class PretrainConfig(TrainConfig):
     init_from: a workdir whose weights the run starts from; None = random ones.
     """
 
-    model: GPTConfig
+    model: ModelConfig
     data: DataConfig = DataConfig()
     samples: SamplesConfig = SamplesConfig()
     tokens: Positive | None = None
@@ -64,16 +61,15 @@ def pretrain(config: mlc.ConfigDict, workdir) -> RunResult:
     return run("pretrain", PretrainConfig, functools.partial(build, by_tokenizer=vocab is None), section, workdir)
 
 
-def program(c: PretrainConfig, model: GPTConfig, mesh) -> TrainProgram:
+def program(c: PretrainConfig, model: ModelConfig, mesh) -> TrainProgram:
     """What runs on the devices, from shapes alone."""
     objective = Objective(causal_lm_loss(model, c.precision.dtype, c.loss_chunk, mesh))
-    return train_program(objective, gpt.abstract_params, model, c.optimizer, c.precision, c.seed, mesh)
+    return train_program(objective, architecture.abstract_params, model, c.optimizer, c.precision, c.seed, mesh)
 
 
 def build(c: PretrainConfig, mesh, claim: Claim, by_tokenizer: bool) -> Stage:
     """The Stage of this run. by_tokenizer: set model.vocab_size to the tokenizer's."""
-    check_fits(mesh.shape, n_head=c.model.n_head, time=c.model.context_length, **c.rows)
-    pipeline.make_plan(c.model, mesh.shape, c.microbatch_rows)
+    architecture.check_fits(c.model, mesh.shape, time=c.model.context_length, **c.rows)
     claim.check(c)
 
     # --- data ---
@@ -107,7 +103,7 @@ def build(c: PretrainConfig, mesh, claim: Claim, by_tokenizer: bool) -> Stage:
     )  # fmt: skip
 
     # --- model ---
-    model = dataclasses.replace(c.model, attention=resolve(c.model.attention, mesh.devices.flat[0].platform))
+    model = architecture.resolved(c.model, mesh.devices.flat[0].platform)
     train = program(c, model, mesh)
     base = None
     # Once the run has checkpoints the weights of init_from are not needed, nor its folder.
@@ -124,26 +120,28 @@ def build(c: PretrainConfig, mesh, claim: Claim, by_tokenizer: bool) -> Stage:
     claim.make(c, corpus, **({"origin": origin(init_from=base)} if base else {}))
     hosts.only_first(lambda: tokenizer.save(claim.workdir / "tokenizer"))
     most = c.eval.batches or None
+    decoder = Decoder(model, tokenizer.vocab_size, c.precision.dtype, mesh)
     held_out = corpus.validation_batches(context, c.microbatch_rows, most, here=here)
     return supervised(
-        c, train, batches, schedule, mesh, workdir=claim.workdir, flops_per_token=flops_per_token(model).palm,
-        init=init, data=corpus.fingerprint,
+        c, train, batches, schedule, mesh, workdir=claim.workdir, init=init,
+        flops_per_token=architecture.flops_per_token(model).palm, data=corpus.fingerprint,
         changed=f"The tokens in {shards_directory(c.data.cache, claim.workdir)} are not those this run was trained on: "
         "put them back, or start anew in another --workdir.",
         evaluators=(
             Evaluator(text_loss(train.objective.loss, corpus, held_out, mesh), c.eval.every),
-            Evaluator(continuations(c.samples, prompts, model, tokenizer, c.seed, c.precision.dtype, mesh)),
+            Evaluator(continuations(c.samples, prompts, decoder, tokenizer, c.seed)),
         ),
         begin=lambda state: describe(c, model, corpus, schedule, mesh),
     )  # fmt: skip
 
 
-def describe(c: PretrainConfig, model: GPTConfig, corpus: Text, schedule: Schedule, mesh):
+def describe(c: PretrainConfig, model: ModelConfig, corpus: Text, schedule: Schedule, mesh):
     """Prints the model, the mesh, the data and the length of the run."""
     axes = " x ".join(f"{k} {v}" for k, v in mesh.shape.items() if v > 1) or "1 device"
     hosts.say(
-        f"{parameter_count(model):,} parameters, {model.attention} attention, {c.precision.compute}, "
-        f"{mesh.devices.flat[0].device_kind}, mesh {axes}{pipeline.describe(model, mesh.shape, c.microbatch_rows)}\n"
+        f"{architecture.parameter_count(model):,} parameters, {architecture.computed_by(model)}, "
+        f"{c.precision.compute}, {mesh.devices.flat[0].device_kind}, mesh {axes}"
+        f"{architecture.pipeline_clause(model, mesh.shape, c.microbatch_rows)}\n"
         f"{corpus.train_tokens:,} training tokens, vocabulary {corpus.tokenizer.vocab_size:,}; "
         f"{schedule.steps:,} steps of {c.batch_size} x {model.context_length} tokens = {schedule.total_tokens:,}"
     )

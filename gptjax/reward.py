@@ -32,6 +32,7 @@ from gptjax.evals.preference import (
     scorer,
 )
 from gptjax.model import heads
+from gptjax.model.architecture import require_gpt
 from gptjax.model.spec import GPTConfig, ModelOptions
 from gptjax.objectives.base import Objective, Sums
 from gptjax.objectives.preference import best_of_k_loss, ranking_loss, ranking_statistics
@@ -113,6 +114,7 @@ def build(c: RewardConfig, mesh, claim: Claim) -> Stage:
 
     # --- the trunk it starts from ---
     base = load_base(c.init_from, claim.workdir, mesh=mesh)
+    require_gpt(base.config, "a reward model")
     tokenizer = chat_tokenizer(base.tokenizer)
     model = trunk(c, base.config, vocab_size=max(base.config.vocab_size, tokenizer.vocab_size))
     pipeline.make_plan(model, mesh.shape, c.microbatch_rows)

@@ -6,7 +6,8 @@ import json
 import socket
 
 from gptjax import paths
-from gptjax.config import RENAMED, config_dict, to_json
+from gptjax.config import RENAMED, to_json
+from gptjax.config import defaults as defaults_of
 from gptjax.distributed import hosts
 from gptjax.errors import InputError
 from gptjax.json_files import write_json
@@ -58,7 +59,7 @@ def _claim(workdir, about: dict, config, sections) -> bool:
     different = [k for k in different if not (k in local and a.get(k) and b.get(k) and paths.same(a[k], b[k]))]
     within = lambda k, names: any(k == n or k.startswith(f"{n}.") for n in names)
     # A key absent from the saved config came with a later version: its default value is assumed.
-    defaults = _flatten(config_dict(type(config)).to_dict()) if dataclasses.is_dataclass(config) else {}
+    defaults = _flatten(defaults_of(config)) if dataclasses.is_dataclass(config) else {}
     later = {k for k in b.keys() - a.keys() if not within(k, a) and k in defaults and b[k] == defaults[k]}
     may_change = (*_MAY_CHANGE, "origin", *moved)
     fatal = [k for k in different if k not in later and not within(k, may_change)]

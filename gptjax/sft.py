@@ -28,7 +28,9 @@ from gptjax.errors import InputError
 from gptjax.evals.base import spread
 from gptjax.evals.generation import ResponseConfig, responses, scored_prompts, scored_responses
 from gptjax.evals.lm import response_loss
+from gptjax.generation.decode import Decoder
 from gptjax.model import gpt, heads
+from gptjax.model.architecture import require_gpt
 from gptjax.model.flops import flops_per_token
 from gptjax.model.spec import GPTConfig, ModelOptions, parameter_count
 from gptjax.objectives.base import Objective
@@ -120,6 +122,7 @@ def build(c: SFTConfig, mesh, claim: Claim) -> Stage:
 
     # --- the model it starts from; new tokens for the chat template ---
     base = load_base(c.init_from, claim.workdir, mesh=mesh)
+    require_gpt(base.config, "SFT")
     tokenizer = chat_tokenizer(base.tokenizer)
     model = c.model.apply(base.config, vocab_size=max(base.config.vocab_size, tokenizer.vocab_size))
     length = c.data.max_length or model.context_length
@@ -163,7 +166,8 @@ def build(c: SFTConfig, mesh, claim: Claim) -> Stage:
         make = lambda params: new_state(heads.grow_vocabulary(params, model.vocab_size), train.tx, c.precision)
         return jax.jit(make, out_shardings=train.shardings)(base.params)
 
-    sampler = (c.samples, demonstrations, model, template, c.seed, c.precision.dtype, mesh)
+    decoder = Decoder(model, template.vocab_size, c.precision.dtype, mesh)
+    sampler = (c.samples, demonstrations, decoder, template, c.seed)
     evaluators = [
         Evaluator(response_loss(train.objective.loss, spread(validation, c.eval.batches), mesh), c.eval.every),
         Evaluator(responses(*sampler)),

@@ -10,9 +10,9 @@ from gptjax import paths, run_config
 from gptjax.data.tokenizer import Tokenizer
 from gptjax.distributed import hosts
 from gptjax.errors import InputError
-from gptjax.model import gpt
-from gptjax.model.attention import resolve
-from gptjax.model.spec import GPTConfig
+from gptjax.generation.decode import Decoder
+from gptjax.model import architecture
+from gptjax.model.architecture import ModelConfig
 from gptjax.parallel.mesh import MeshConfig, make_mesh, slice_count
 from gptjax.parallel.sharding import parameter_shardings
 from gptjax.training.checkpoint import Checkpointer
@@ -26,7 +26,7 @@ class Model:
     kind that SFT put around prompts (data/chat.py); None for a model that only continues text. weights: digest of the
     checkpoint's parameters. tokenizer: None only where load_model was told so."""
 
-    config: GPTConfig
+    config: ModelConfig
     params: dict
     tokenizer: Tokenizer
     dtype: type
@@ -34,6 +34,11 @@ class Model:
     mesh: jax.sharding.Mesh
     template: str | None = None
     weights: str = ""
+
+    @property
+    def decoder(self) -> Decoder:
+        """What generates from its params, within the tokenizer's vocabulary."""
+        return Decoder(self.config, self.tokenizer.vocab_size, self.dtype, self.mesh)
 
 
 def load_model(workdir, *, step: int | str | None = None, mesh: jax.sharding.Mesh | None = None,
@@ -54,7 +59,7 @@ def load_model(workdir, *, step: int | str | None = None, mesh: jax.sharding.Mes
     if run["kind"] != "lm":
         what = {"scalar": "a reward model, which scores texts", "classifier": "a classifier, which labels texts"}
         raise InputError(f"{workdir} is {what[run['kind']]} and writes none: give another workdir.")
-    config = configs.build(GPTConfig, run["model"], "model")
+    config = configs.build(ModelConfig, run["model"], "model")
     without = run.get("without_tokenizer", False)
     if without and needs_tokenizer:
         raise InputError(
@@ -62,9 +67,9 @@ def load_model(workdir, *, step: int | str | None = None, mesh: jax.sharding.Mes
             "--tokenizer=DIR, or train on from it with gptjax.pretrain and --config.data.tokenizer."
         )
     tokenizer = None if without else Tokenizer.load(workdir / "tokenizer")
-    config = dataclasses.replace(config, attention=resolve(config.attention, jax.default_backend()), remat="none",
-                                 pipeline_microbatches=None, pipeline_virtual_stages=1)  # fmt: skip
-    boxed = gpt.abstract_params(config)
+    config = architecture.resolved(config, jax.default_backend(), remat="none", pipeline_microbatches=None,
+                                   pipeline_virtual_stages=1)  # fmt: skip
+    boxed = architecture.abstract_params(config)
     grid, shardings = _layout(boxed, mesh)
     params, meta = load_params(workdir, run, boxed, shardings, step)
     dtype = DTYPES[run.get("precision", {}).get("compute", "float32")]
@@ -97,8 +102,8 @@ def load_base(init_from, workdir, *, mesh: jax.sharding.Mesh) -> Model:
         return load_model(base, mesh=mesh)
     hosts.say(f"note: {base} is not there any more; the run continues from its own checkpoint")
     run = run_config.read_config(workdir)
-    config = configs.build(GPTConfig, run["model"], "model")
-    config = dataclasses.replace(config, attention=resolve(config.attention, jax.default_backend()))
+    config = configs.build(ModelConfig, run["model"], "model")
+    config = architecture.resolved(config, jax.default_backend())
     return Model(config, None, Tokenizer.load(workdir / "tokenizer"), float, 0, mesh, template_kind(run))
 
 
@@ -113,13 +118,13 @@ def check_same_tokenizer(init_from, tokenizer: Tokenizer):
         )
 
 
-def load_initial(workdir, model: GPTConfig, abstract, shardings, tokenizer: Tokenizer, mesh) -> Model:
+def load_initial(workdir, model: ModelConfig, abstract, shardings, tokenizer: Tokenizer, mesh) -> Model:
     """Another run's newest good checkpoint, for a run of the same model to begin from. Raises InputError if its model
     is another one."""
     saved = run_config.read_config(workdir)["model"]
-    for key in ("vocab_size", "n_layer", "n_head", "d_model", "context_length", "norm", "local_window", "tied_head"):
-        if saved[key] != getattr(model, key):
-            raise InputError(f"init_from: {workdir} has model.{key}={saved[key]}, this run {getattr(model, key)}.")
+    for key, value in architecture.shape(model).items():
+        if saved.get(key) != value:
+            raise InputError(f"init_from: {workdir} has model.{key}={saved.get(key)}, this run {value}.")
     checkpointer = Checkpointer(workdir)
     with jax.set_mesh(mesh):
         restored = checkpointer.restore_params(abstract, shardings)

@@ -1,6 +1,5 @@
 """Beam search against all sequences there are, against the rule written out for lists, and against greedy decoding."""
 
-
 import dataclasses
 import functools
 
@@ -14,7 +13,7 @@ from test_gpt import random_params
 
 from gptjax.errors import InputError
 from gptjax.generation.beam import Hypothesis, beam_search, gnmt_penalty
-from gptjax.generation.decode import generate
+from gptjax.generation.decode import Decoder, Stop, generate
 from gptjax.model import gpt
 from gptjax.parallel.mesh import MeshConfig, make_mesh
 from gptjax.parallel.sharding import Rules, parameter_shardings, use_rules
@@ -22,6 +21,11 @@ from gptjax.parallel.sharding import Rules, parameter_shardings, use_rules
 MODEL = dataclasses.replace(TINY, tied_head=False)
 PENALTIES = {"gnmt": gnmt_penalty, "none": lambda n: 1.0, "long": lambda n: n**2.0, "short": lambda n: n**-1.0}
 penalties = pytest.mark.parametrize("penalty", PENALTIES.values(), ids=PENALTIES)
+
+
+def search(params, config, prompts, n, eot_id=None, vocab=None, dtype=jnp.float32, mesh=None, **options):
+    """beam_search of n tokens."""
+    return beam_search(params, Decoder(config, vocab, dtype, mesh), prompts, Stop(n, eot_id), **options)
 
 
 @functools.cache
@@ -67,8 +71,8 @@ def sequences():
 
 @penalties
 def test_a_beam_as_wide_as_all_sequences_finds_the_best_of_them(sequences, penalty):
-    options = dict(max_new_tokens=LENGTH, penalty=penalty, eot_id=END, vocab=VOCAB)
-    found = beam_search(params(), MODEL, PROMPTS, width=64, **options)
+    options = dict(n=LENGTH, penalty=penalty, eot_id=END, vocab=VOCAB)
+    found = search(params(), MODEL, PROMPTS, width=64, **options)
     for table, hypothesis in zip(sequences, found, strict=True):
         assert len(table) == 1 + 3 + 9 * 4
         assert np.logaddexp.reduce(list(table.values())) == pytest.approx(0, abs=1e-12)
@@ -110,12 +114,12 @@ def test_it_is_the_rule_written_out(penalty):
     """Four beams, prompts of unequal length in a batch, two ids that end; also beside other rows."""
     n, vocab = 8, 16
     expected = [plain_search(prompt, n, 4, penalty, ENDS, vocab) for prompt in PROMPTS]
-    options = dict(max_new_tokens=n, penalty=penalty, eot_id=ENDS, vocab=vocab)
-    found = beam_search(params(), MODEL, PROMPTS, **options)
+    options = dict(n=n, penalty=penalty, eot_id=ENDS, vocab=vocab)
+    found = search(params(), MODEL, PROMPTS, **options)
     for (text, score), hypothesis in zip(expected, found, strict=True):
         assert hypothesis.tokens == list(text[:-1] if text[-1] in ENDS else text)
         assert hypothesis.score == approx(score, terms=n * model_terms(MODEL))
-    others = beam_search(params(), MODEL, [[9] * 16, PROMPTS[2], [1], PROMPTS[0]], **options)
+    others = search(params(), MODEL, [[9] * 16, PROMPTS[2], [1], PROMPTS[0]], **options)
     assert [others[3].tokens, others[1].tokens] == [found[0].tokens, found[2].tokens]
 
 
@@ -128,26 +132,26 @@ def test_the_rows_end_in_different_ways():
 
 
 def test_one_beam_is_greedy():
-    expected = generate(params(), MODEL, PROMPTS, max_new_tokens=12, sampling=GREEDY, eot_id=ENDS, vocab=16)
-    found = beam_search(params(), MODEL, PROMPTS, max_new_tokens=12, width=1, eot_id=ENDS, vocab=16)
+    expected = generate(params(), Decoder(MODEL, 16), PROMPTS, Stop(12, ENDS), GREEDY)
+    found = search(params(), MODEL, PROMPTS, 12, width=1, eot_id=ENDS, vocab=16)
     assert [h.tokens for h in found] == expected
     assert len({len(text) for text in expected}) > 1
 
 
 def test_on_a_mesh():
-    options = dict(max_new_tokens=5, eot_id=ENDS, vocab=16)
+    options = dict(n=5, eot_id=ENDS, vocab=16)
     mesh = make_mesh(MeshConfig(data=2, seq=2, tensor=2))
     with jax.set_mesh(mesh), use_rules(Rules()):
         placed = jax.device_put(params(), parameter_shardings(gpt.abstract_params(MODEL), mesh))
-        found = beam_search(placed, MODEL, PROMPTS[:3], mesh=mesh, **options)  # not divisible by the mesh
-    assert [h.tokens for h in found] == [h.tokens for h in beam_search(params(), MODEL, PROMPTS, **options)[:3]]
+        found = search(placed, MODEL, PROMPTS[:3], mesh=mesh, **options)  # not divisible by the mesh
+    assert [h.tokens for h in found] == [h.tokens for h in search(params(), MODEL, PROMPTS, **options)[:3]]
 
 
 # --- limits, bad input ------------------------------------------------------------------------------------------------
 
 
 def count_beams(prompts, n=8, **options):
-    return beam_search(counter(), COUNTER, prompts, max_new_tokens=n, **options)
+    return search(counter(), COUNTER, prompts, n, **options)
 
 
 def test_each_row_ends_by_itself():
@@ -169,8 +173,8 @@ def test_more_beams_than_texts_and_bfloat16():
 @pytest.mark.parametrize(
     "prompts, options, message",
     [
-        ([[1], []], {}, "Prompt 1 has 0 tokens"),
-        ([[2] * 21], {}, "Prompt 0 has 21 tokens: give it 1 to 20"),
+        ([[1], []], {}, "Prompt 1 has no tokens"),
+        ([[2] * 21], {}, "Prompt 0 has 21 tokens and the model's context is 20"),
         ([[1, 12]], {}, "has token 12"),
         ([[1]], {"n": 0}, "at least 1"),
         ([[1]], {"width": 0}, "at least 1"),

@@ -19,7 +19,7 @@ from runs import main_of
 from test_ranges import STAGES
 
 from gptjax import command_line, usage
-from gptjax.config import build, config_dict, documentation, flatten, sections
+from gptjax.config import build, config_dict, documentation, flatten, section_class, sections
 from gptjax.errors import InputError
 from gptjax.pretrain import PretrainConfig
 
@@ -47,8 +47,9 @@ def dataclasses_of(cls):
     """A config's class and those of its sections."""
     found = {cls}
     for kind in typing.get_type_hints(cls).values():
-        if dataclasses.is_dataclass(kind):
-            found |= dataclasses_of(kind)
+        if section_class(kind):
+            for one in typing.get_args(kind) or (kind,):
+                found |= dataclasses_of(one)
     return found
 
 

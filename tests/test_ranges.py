@@ -1,6 +1,5 @@
 """Every number in the config of every stage is checked: those that cannot be are refused in one line."""
 
-import dataclasses
 import functools
 import typing
 
@@ -8,7 +7,7 @@ import pytest
 from ml_collections import config_dict as mlc
 
 from gptjax import ranges
-from gptjax.config import build, config_dict
+from gptjax.config import build, config_dict, section_class
 from gptjax.dpo import DPOConfig
 from gptjax.errors import InputError
 from gptjax.finetune import FinetuneConfig
@@ -44,10 +43,9 @@ def numbers(cls, path=""):
     """Dotted names of the number fields of a config and its sections: {name: int or float}."""
     found = {}
     for name, hint in typing.get_type_hints(cls, include_extras=True).items():
-        kind, *_ = ranges.split(hint)
-        if dataclasses.is_dataclass(kind):
-            found |= numbers(kind, f"{path}{name}.")
-        elif kind in (int, float):
+        if section := section_class(hint):
+            found |= numbers(section, f"{path}{name}.")
+        elif (kind := ranges.split(hint)[0]) in (int, float):
             found[f"{path}{name}"] = kind
     return found
 

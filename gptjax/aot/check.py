@@ -21,6 +21,7 @@ from gptjax.describe import with_vocabulary
 from gptjax.dpo import DPOConfig
 from gptjax.errors import InputError
 from gptjax.finetune import FinetuneConfig
+from gptjax.model.architecture import require_gpt
 from gptjax.model.spec import GPT1, GPT2, GPT3, GPTConfig
 from gptjax.parallel.mesh import AXES, MeshConfig, batch_shards
 from gptjax.ppo import PPOConfig
@@ -65,6 +66,7 @@ def build_program(config: dict, topology: Topology, request: Request) -> program
             c = configs.build(kind, config)
             return make(c, request.policy, topologies.topology_mesh(c.mesh, topology))
     c = configs.build(PretrainConfig, with_vocabulary(config))
+    require_gpt(c.model, "aot")
     mesh = topologies.topology_mesh(c.mesh, topology)
     if request.program == "train":
         return programs.train_program(c, mesh)

@@ -1,5 +1,5 @@
 """Shared by the loaders of demonstrations, comparisons, prompts and labeled rows: field names, length checks, dropped
-rows, and the train/validation split by prompt.
+rows, and the train/validation split by text (of a prompt; of a labeled row its input).
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ class Record:
 
     def text(self, name: str) -> str:
         """A field that is text; several, whose names are joined by commas, joined by spaces. InputError: not text."""
-        joined = "," in self._field(name) and _reach(self._value, self._field(name)) is None
+        joined = "," in self._field(name) and reach(self._value, self._field(name)) is None
         parts = self.values(name) if joined else [self[name]]
         for part in parts:
             if not isinstance(part, str):
@@ -73,8 +73,8 @@ class Record:
         """The values of a field that holds a list, or those of several fields whose names are joined by commas; there,
         empty ones at the end count as absent. InputError: there is none, or the field is not a list."""
         field = self._field(name)
-        if "," in field and _reach(self._value, field) is None:
-            found = [_reach(self._value, part) for part in field.split(",")]
+        if "," in field and reach(self._value, field) is None:
+            found = [reach(self._value, part) for part in field.split(",")]
             while found and found[-1] in (None, ""):
                 found.pop()
             if found:
@@ -89,10 +89,10 @@ class Record:
 
     def _found(self, name: str) -> Any:
         field = self._field(name)
-        found = _reach(self._value, field)
+        found = reach(self._value, field)
         if found is not None or "," not in field:
             return found
-        parts = [(part, _reach(self._value, part)) for part in field.split(",")]
+        parts = [(part, reach(self._value, part)) for part in field.split(",")]
         if parts[0][1] is None:
             return None
         for part, text in parts:
@@ -104,19 +104,19 @@ class Record:
         return "\n\n".join(text for _, text in parts if text)
 
 
-def _reach(value: Any, path: str) -> Any:
+def reach(value: Any, path: str) -> Any:
     """The value at a path of names and list indices joined by dots; None if there is none. A name may contain dots."""
     if isinstance(value, list):
         index, _, rest = path.partition(".")
         if not index.isdecimal() or int(index) >= len(value):
             return None
-        return _reach(value[int(index)], rest) if rest else value[int(index)]
+        return reach(value[int(index)], rest) if rest else value[int(index)]
     if not isinstance(value, Mapping):
         return None
     if path in value:
         return value[path]
     for end in (i for i, character in enumerate(path) if character == "."):
-        if path[:end] in value and (found := _reach(value[path[:end]], path[end + 1 :])) is not None:
+        if path[:end] in value and (found := reach(value[path[:end]], path[end + 1 :])) is not None:
             return found
     return None
 
@@ -309,19 +309,19 @@ def load_split(
 
 
 def hold_out(
-    made: list[tuple[str, Any]], fraction: float, seed: int, source: str, key: str = "validation"
+    made: list[tuple[str, Any]], fraction: float, seed: int, source: str, key: str = "validation", what: str = "prompt"
 ) -> tuple[list, list]:
-    """(training examples, validation examples) of (text of its prompt, example) pairs, by prompt as in load_split. key:
-    of the config, for messages."""
-    draws = {prompt: _draw(seed, prompt) for prompt, _ in made}
+    """(training examples, validation examples) of (text, example) pairs; examples with the same text stay together, as
+    in load_split. key: of the config, what: the text is, for messages."""
+    draws = {text: _draw(seed, text) for text, _ in made}
     if len(draws) < 2:
         raise InputError(
-            f"The source {source!r} has only one prompt, so none can be held out: give another source with "
+            f"The source {source!r} has only one {what}, so none can be held out: give another source with "
             f"{FLAGS}{key}=PATH."
         )
-    # At least the prompt with the lowest draw is held out, and the one with the highest is not.
+    # At least the text with the lowest draw is held out, and the one with the highest is not.
     bound = min(max(int(fraction * 2**64), min(draws.values()) + 1), max(draws.values()))
-    return [e for prompt, e in made if draws[prompt] >= bound], [e for prompt, e in made if draws[prompt] < bound]
+    return [e for text, e in made if draws[text] >= bound], [e for text, e in made if draws[text] < bound]
 
 
 def warn_if_few(train: list, held_out: list, source: str, key: str = "validation") -> None:
@@ -359,7 +359,7 @@ def fraction_of(validation: str) -> float | None:
         return None
 
 
-def _draw(seed: int, prompt: str) -> int:
-    """A number in [0, 2⁶⁴) that depends only on seed and prompt."""
-    digest = hashlib.sha256(f"{seed}:{prompt}".encode("utf-8", "surrogatepass")).digest()
+def _draw(seed: int, text: str) -> int:
+    """A number in [0, 2⁶⁴) that depends only on seed and text."""
+    digest = hashlib.sha256(f"{seed}:{text}".encode("utf-8", "surrogatepass")).digest()
     return int.from_bytes(digest[:8], "big")

@@ -11,7 +11,7 @@ import numpy as np
 
 from gptjax.data.labeled import Example
 from gptjax.distributed import hosts
-from gptjax.model.spec import GPTConfig
+from gptjax.model.architecture import ModelConfig
 from gptjax.objectives.finetune import extracted, task_logits
 from gptjax.parallel.sharding import batch_sharding
 from gptjax.training.stage import Evaluation
@@ -102,7 +102,7 @@ def predictions(split: str, logits_NC, examples: Sequence[Example], labels: Sequ
     return rows
 
 
-def logits_of(config: GPTConfig, task: str, dtype, mesh):
+def logits_of(config: ModelConfig, task: str, dtype, mesh):
     """Returns (params of a classifier, batch of labeled.LabeledBatches) -> logits [B, C]."""
 
     def logits(params, batch):

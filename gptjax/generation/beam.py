@@ -10,7 +10,6 @@ al. 2020), whose penalty is that of Wu et al. 2016, equation 14: `gnmt_penalty`.
 """
 
 import functools
-import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -21,10 +20,9 @@ from jax import lax
 
 from gptjax.distributed import hosts
 from gptjax.errors import InputError
-from gptjax.generation.decode import bucket, stop_tokens
+from gptjax.generation.decode import Decoder, Stop, padded
 from gptjax.model import gpt
-from gptjax.model.spec import GPTConfig
-from gptjax.parallel.mesh import batch_shards
+from gptjax.model.architecture import require_gpt
 
 
 def gnmt_penalty(length: int, alpha: float = 0.6) -> float:
@@ -52,17 +50,16 @@ class State(NamedTuple):
     done_B: Any
 
 
-@functools.partial(jax.jit, static_argnames=("config", "width", "eot_id", "vocab", "dtype", "mesh"))
-def search(params, config: GPTConfig, prompts_BQ, lengths_B, limits_B, penalties_R, *, width: int,
-           eot_id: int | tuple[int, ...] | None = None, vocab: int | None = None, dtype=jnp.float32,
-           mesh=None):  # fmt: skip
+@functools.partial(jax.jit, static_argnames=("decoder", "stop", "width"))
+def search(params, decoder: Decoder, prompts_BQ, lengths_B, limits_B, penalties_R, stop: Stop, width: int):
     """The best continuation of every prompt. Arguments as decode's.
 
-    penalties_R: float, of the lengths 1 to R; R new tokens at most, and Q + R slots of the cache.
+    penalties_R: float, of the lengths 1 to R = stop.max_new_tokens.
     Returns (tokens int32 [B, R], how many of each row are real int32 [B], with the end-of-text, scores float32 [B]).
     """
-    (B, Q), R, N = prompts_BQ.shape, len(penalties_R), width
-    stops = jnp.array(stop_tokens(eot_id), jnp.int32)
+    config, dtype, mesh = decoder.config, decoder.dtype, decoder.mesh
+    (B, Q), R, N = prompts_BQ.shape, stop.max_new_tokens, width
+    stops = jnp.array(stop.ids, jnp.int32)
     beams = functools.partial(jnp.repeat, repeats=N, axis=0)  # a prompt's row -> its beams' rows
     pad_B = Q - lengths_B
     positions_BQ = jnp.maximum(jnp.arange(Q)[None] - pad_B[:, None], 0)
@@ -76,7 +73,7 @@ def search(params, config: GPTConfig, prompts_BQ, lengths_B, limits_B, penalties
 
     def advance(x, i, s: State):
         """The i-th token of every beam, from x [B N, D]: (its parent [B, N], the token [B, N], the state)."""
-        log_probs = jax.nn.log_softmax(gpt.logits(params, config, x)[:, :vocab]).reshape(B, N, -1)
+        log_probs = jax.nn.log_softmax(gpt.logits(params, config, x)[:, : decoder.vocab]).reshape(B, N, -1)
         V = log_probs.shape[-1]
         totals = (s.log_probs_BN[..., None] + log_probs).reshape(B, N * V)
         # So many that N of them go on, even where all others end. J of them, the likeliest first.
@@ -133,45 +130,25 @@ def search(params, config: GPTConfig, prompts_BQ, lengths_B, limits_B, penalties
     return state.best_BR, state.count_B, state.best_B
 
 
-def beam_search(params, config: GPTConfig, prompts: Sequence[Sequence[int]], *, max_new_tokens: int, width: int = 4,
-                penalty: Callable[[int], float] = gnmt_penalty, eot_id: int | tuple[int, ...] | None = None,
-                vocab: int | None = None, dtype=jnp.float32, mesh=None) -> list[Hypothesis]:  # fmt: skip
+def beam_search(params, decoder: Decoder, prompts: Sequence[Sequence[int]], stop: Stop, *, width: int = 4,
+                penalty: Callable[[int], float] = gnmt_penalty) -> list[Hypothesis]:  # fmt: skip
     """Token lists in, the best continuation of each out, whatever the other rows are. Arguments as generate's.
 
     width: beams. penalty: what the log-probability is divided by, of the length; positive. Raises InputError for these
-    out of range, and for an empty prompt, one longer than the context, or one with an unknown token.
+    out of range, for an LSTM, and as `padded`.
     """
-    lengths_B = _checked_lengths(prompts, config)
-    if max_new_tokens < 1 or width < 1:
-        raise InputError(f"max_new_tokens={max_new_tokens} and width={width} must be at least 1.")
+    require_gpt(decoder.config, "beam search")
+    if width < 1:
+        raise InputError(f"width={width} must be at least 1.")
     if not len(prompts):
         return []
-    Q = bucket(int(lengths_B.max()), config.context_length)
-    limits_B = np.minimum(max_new_tokens, config.context_length - lengths_B + 1).astype(np.int32)
-    penalties_R = [penalty(n + 1) for n in range(bucket(int(limits_B.max()), config.context_length))]
-    if not all(0 < value < math.inf for value in penalties_R):
+    tokens_BQ, lengths_B, limits_B, stop = padded(prompts, decoder.config, stop)
+    penalties_R = np.array([penalty(n + 1) for n in range(stop.max_new_tokens)], np.float32)
+    if not ((penalties_R > 0) & np.isfinite(penalties_R)).all():
         raise InputError("A length penalty must be positive and finite, for every length up to max_new_tokens.")
-    mesh_now = jax.sharding.get_abstract_mesh()
-    shards = 1 if mesh_now.empty else batch_shards(mesh_now.shape)
-    padding = (0, -len(prompts) % shards)  # rows whose limit is 0: they are done from the start
-    tokens_BQ = np.zeros((len(prompts) + padding[1], Q), np.int32)
-    for row, prompt in zip(tokens_BQ, prompts, strict=False):
-        row[Q - len(prompt) :] = prompt
-    found = search(
-        params, config, tokens_BQ, np.pad(lengths_B, padding, constant_values=1), np.pad(limits_B, padding),
-        np.array(penalties_R, np.float32), width=width, eot_id=eot_id, vocab=vocab, dtype=dtype, mesh=mesh,
-    )  # fmt: skip
+    found = search(params, decoder, tokens_BQ, lengths_B, limits_B, penalties_R, stop, width)
     out = []
     for text_R, count, score in zip(*(hosts.whole(a)[: len(prompts)] for a in found), strict=True):
         text = text_R[:count].tolist()
-        out.append(Hypothesis(text[:-1] if text[-1] in stop_tokens(eot_id) else text, float(score)))
+        out.append(Hypothesis(text[:-1] if text[-1] in stop.ids else text, float(score)))
     return out
-
-
-def _checked_lengths(prompts: Sequence[Sequence[int]], config: GPTConfig) -> np.ndarray:
-    for i, prompt in enumerate(prompts):
-        if not 0 < len(prompt) <= config.context_length:
-            raise InputError(f"Prompt {i} has {len(prompt)} tokens: give it 1 to {config.context_length}.")
-        if wrong := [token for token in prompt if not 0 <= token < config.vocab_size]:
-            raise InputError(f"Prompt {i} has token {wrong[0]}; the model's vocabulary is 0..{config.vocab_size - 1}.")
-    return np.array([len(prompt) for prompt in prompts], np.int32)

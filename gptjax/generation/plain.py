@@ -7,11 +7,11 @@ import jax
 import numpy as np
 
 from gptjax.generation.sampling import Sampling, sample
-from gptjax.model import gpt
-from gptjax.model.spec import GPTConfig
+from gptjax.model import architecture
+from gptjax.model.architecture import ModelConfig
 
 
-def decode(params, config: GPTConfig, prompt: list[int], key, *, new_tokens: int, sampling: Sampling, eot_id=None):
+def decode(params, config: ModelConfig, prompt: list[int], key, *, new_tokens: int, sampling: Sampling, eot_id=None):
     """The tokens that follow a prompt, up to and including end-of-text where the model produces it."""
     text = list(prompt)
     for i in range(new_tokens):
@@ -24,8 +24,8 @@ def decode(params, config: GPTConfig, prompt: list[int], key, *, new_tokens: int
 
 
 @functools.partial(jax.jit, static_argnames=("config", "sampling"))
-def next_token(params, config: GPTConfig, text_T, n, key, sampling: Sampling):
+def next_token(params, config: ModelConfig, text_T, n, key, sampling: Sampling):
     """The token after the first n of a text. What comes after those is the future, which no position sees."""
-    x_BTD = gpt.hidden(params, config, text_T[None])
-    logits_V = gpt.logits(params, config, x_BTD[0, n - 1])
+    x_BTD = architecture.hidden(params, config, text_T[None])
+    logits_V = architecture.logits(params, config, x_BTD[0, n - 1])
     return sample(logits_V, key, sampling)

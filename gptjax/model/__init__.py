@@ -1,5 +1,6 @@
 """GPT-1, GPT-2 and GPT-3. Read spec.py (what a GPT is), plain.py (its forward pass as the papers write it), then gpt.py
-(the module that is trained and sampled from), layers.py and attention/ (what it is made of).
+(the module that is trained and sampled from), layers.py and attention/ (what it is made of). lstm.py is what they are
+compared with; architecture.py takes either, by its config.
 
 Shape suffixes. In the model, the objectives and generation, the name of an array ends in its axes, a letter each:
 x_BTD is [batch, time, d_model], mask_BR [batch, response]. Names without a suffix are for any shape, or for the shape
@@ -13,5 +14,6 @@ are those of the whole array.
     D  d_model                                  R  slots of a response, padded on the right
     H  attention heads                          N  completions of a prompt
     K  d_head                                   M  micro-batches
-    F  d_ff
+    F  d_ff                                     U  units of an LSTM
+                                                E  width of its embedding
 """

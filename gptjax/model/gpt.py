@@ -18,8 +18,8 @@ import jax.numpy as jnp
 from jax import lax
 
 from gptjax.errors import InputError
-from gptjax.model.attention import attention, cached_attention, causal_mask
-from gptjax.model.layers import INIT_STD, LayerNorm, Linear, gelu, normal
+from gptjax.model.attention import attention, cached_attention, causal_mask, tree_attention
+from gptjax.model.layers import INIT_STD, LayerNorm, Linear, drop, fold, gelu, normal
 from gptjax.model.spec import GPTConfig
 from gptjax.parallel import pipeline
 from gptjax.parallel.sharding import RESIDUAL, constrain, reshard
@@ -45,8 +45,16 @@ class Shared(NamedTuple):
 
     dropout_keys: Any = None  # [B], a key for each row; None = no dropout
     segment_ids: Any = None  # int [B, T]
+    tree: Any = None  # Tree; None = every row is one sequence, or isolated segments
     filled: Any = None  # bool [B, S]: slots of the cache that a row may attend to
     slot: Any = None  # int: slot of the cache where the new keys and values go
+
+
+class Tree(NamedTuple):
+    """Rows that are prefix trees (attention/tree.py), int [B, T] each."""
+
+    visible_until: Any
+    positions: Any
 
 
 class KVCache(NamedTuple):
@@ -64,8 +72,9 @@ class GPT(nn.Module):
 
     @nn.compact
     def __call__(
-        self, tokens_BT, positions_BT, segment_ids=None, dropout_keys=None, cache=None, slot=None, filled=None
-    ):
+        self, tokens_BT, positions_BT, segment_ids=None, dropout_keys=None, cache=None, slot=None, filled=None,
+        visible_until=None,
+    ):  # fmt: skip
         """Returns (final hidden states [B, T, D], the updated cache, all layers' keys and values if mode.keep_kv).
 
         cache: None, a KVCache of [L, B, H, S, K], or a tuple with each layer's [B, H, S, K]. Keys and values are
@@ -79,10 +88,11 @@ class GPT(nn.Module):
         x_BTD = embed(wte_VD, wpe_TD, tokens_BT, positions_BT, self.dtype)
         self.sow("intermediates", "embedding", x_BTD)
         if c.dropout_sites == "all":
-            x_BTD = _dropout(x_BTD, c.dropout, dropout_keys, 3 * c.n_layer)
+            x_BTD = drop(x_BTD, c.dropout, dropout_keys, 3 * c.n_layer)
         x_BTD = constrain(x_BTD, *RESIDUAL)
         layers = PerLayer(jnp.arange(c.n_layer), jnp.array([c.is_local(layer) for layer in range(c.n_layer)]))
-        shared = Shared(dropout_keys, segment_ids, filled, slot)
+        tree = None if visible_until is None else Tree(visible_until, positions_BT)
+        shared = Shared(dropout_keys, segment_ids, tree, filled, slot)
         kv = None
         if pipeline.stages() > 1 and cache is None and not self.mode.keep_kv and not self.is_initializing():
             x_BTD = self.pipelined_layers(x_BTD, layers, shared)
@@ -147,7 +157,7 @@ class Block(nn.Module):
         mlp = MLP(c, residual_std, name="mlp")
 
         def dropout(h_BTD, site):
-            return _dropout(h_BTD, c.dropout, shared.dropout_keys, 3 * layer.index + site)
+            return drop(h_BTD, c.dropout, shared.dropout_keys, 3 * layer.index + site)
 
         if c.norm == "pre":
             y_BTD, cache, kv = attn(ln_1(x_BTD), cache, layer, shared)
@@ -188,9 +198,11 @@ class Attention(nn.Module):
         """Without a cache: [B, T, H, K], dense or banded as this layer is."""
         c = self.config
         rate = c.dropout if shared.dropout_keys is not None and c.dropout_sites == "all" else 0.0
-        keys = _fold(shared.dropout_keys, 3 * layer.index) if rate else None
+        keys = fold(shared.dropout_keys, 3 * layer.index) if rate else None
 
         def attend(window):
+            if shared.tree is not None:
+                return lambda q, k, v: tree_attention(q, k, v, *shared.tree, window, c.attention)
             return lambda q, k, v: attention(
                 q, k, v, path=c.attention, window=window, segment_ids=shared.segment_ids,
                 dropout=rate, dropout_keys=keys, mesh=self.mode.mesh,
@@ -254,20 +266,6 @@ def to_sequence_parallel(y_BTD):
     return reshard(y_BTD, RESIDUAL, _INSIDE)
 
 
-def _dropout(x_BTD, rate, keys_B, site):
-    """keys_B: a key for each row, or None for no dropout; site: the number of the place in the model (`_fold`)."""
-    if keys_B is None or not rate:
-        return x_BTD
-    keep = jax.vmap(lambda key: jax.random.bernoulli(key, 1.0 - rate, x_BTD.shape[1:]))(_fold(keys_B, site))
-    return jnp.where(keep, x_BTD / (1.0 - rate), 0).astype(x_BTD.dtype)
-
-
-def _fold(keys_B, site):
-    """Every row has a key, every place with dropout a number (3 per layer, then the embedding). A mask depends on these
-    two alone: not on the other rows, nor on the pipeline stage or micro-batch that the row is computed in."""
-    return jax.vmap(jax.random.fold_in, (0, None))(keys_B, site)
-
-
 _REMAT = {
     "dots": jax.checkpoint_policies.save_only_these_names("matmul"),
     "full": jax.checkpoint_policies.nothing_saveable,
@@ -312,6 +310,7 @@ def hidden(
     *,
     positions=None,
     segment_ids=None,
+    visible_until=None,
     dropout_keys=None,
     dtype=jnp.float32,
     mesh=None,
@@ -322,17 +321,21 @@ def hidden(
         tokens_BT: int, T <= context_length.
         positions: int [B, T], or None for 0..T-1.
         segment_ids: int [B, T], or None; attention stays within a segment.
+        visible_until: int [B, T], or None; rows are prefix trees (attention/tree.py), for which there is no gradient.
         dropout_keys: a key for each row, [B]; None means no dropout.
         dtype: of the activations and matmuls.
         mesh: for attention kernels that need a shard_map.
     Returns:
         [B, T, D] in dtype, after the final LayerNorm where the model has one.
     """
-    _check_time(tokens_BT, config)
+    if visible_until is None:  # a tree has more slots than its sequences have positions
+        _check_time(tokens_BT, config)
     if positions is None:
         positions = jnp.broadcast_to(jnp.arange(tokens_BT.shape[1]), tokens_BT.shape)
     keys = dropout_keys if config.dropout else None
-    return GPT(config, Mode(mesh=mesh), dtype).apply({"params": params}, tokens_BT, positions, segment_ids, keys)[0]
+    return GPT(config, Mode(mesh=mesh), dtype).apply(
+        {"params": params}, tokens_BT, positions, segment_ids, keys, visible_until=visible_until
+    )[0]
 
 
 def _check_time(tokens_BT, config: GPTConfig):
@@ -344,6 +347,11 @@ def _check_time(tokens_BT, config: GPTConfig):
 def unembedding(params, config: GPTConfig):
     """[V, D]: the token embedding itself where the head is tied to it."""
     return params["wte"] if config.tied_head else params["lm_head"]
+
+
+def readout(params, config: GPTConfig, x_BTD):
+    """(x [B, T, D], w [V, D]) whose product x w^T is the logits."""
+    return x_BTD, unembedding(params, config)
 
 
 def logits(params, config: GPTConfig, x):

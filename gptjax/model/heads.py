@@ -8,7 +8,8 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from gptjax.model import gpt
+from gptjax.model import architecture, gpt
+from gptjax.model.architecture import ModelConfig
 from gptjax.model.spec import GPTConfig
 
 
@@ -66,9 +67,9 @@ def scalar(head, x):
 STD = 0.02  # of GPT-1's new embeddings and head
 
 
-def classifier(params, config: GPTConfig, outputs: int, key):
+def classifier(params, config: ModelConfig, outputs: int, key):
     """A classifier on a language model, whose un-embedding it keeps for the auxiliary loss. New embedding rows up to
-    config.vocab_size and the head's kernel are drawn from N(0, .02), the bias is 0 (GPT-1's released code)."""
+    config.vocab_size and the head's kernel are drawn from N(0, .02), biases are 0 (GPT-1's released code)."""
     rows_key, head_key, key_of_unembedding = jax.random.split(key, 3)
     keys = {"wte": rows_key, "lm_head": key_of_unembedding}
 
@@ -77,24 +78,31 @@ def classifier(params, config: GPTConfig, outputs: int, key):
         return jnp.concatenate([table_VD, STD * jax.random.normal(keys[name], (config.vocab_size - V, D))])
 
     trunk_params = {k: grow(k, v) if k in keys else v for k, v in params.items()}
+    if "lm_bias" in params:
+        trunk_params["lm_bias"] = jnp.pad(params["lm_bias"], (0, config.vocab_size - params["lm_bias"].shape[0]))
     kernel_DC = STD * jax.random.normal(head_key, (config.d_model, outputs))
     return {"trunk": trunk_params, "head": {"kernel": kernel_DC, "bias": jnp.zeros(outputs)}}
 
 
-def abstract_classifier(config: GPTConfig, outputs: int):
+def abstract_classifier(config: ModelConfig, outputs: int):
     """A classifier's shapes with logical axis names attached, like gpt.abstract_params."""
     box = lambda shape, *names: nn.LogicallyPartitioned(jax.ShapeDtypeStruct(shape, jnp.float32), names)
     head = {"kernel": box((config.d_model, outputs), "norm", None), "bias": box((outputs,), None)}
-    return {"trunk": gpt.abstract_params(config), "head": head}
+    return {"trunk": architecture.abstract_params(config), "head": head}
 
 
-def transferred(params, fresh, layers: int | None):
+def transferred(params, fresh, config: ModelConfig, layers: int | None):
     """Parameters for a transfer of the first `layers` layers: embeddings and these layers of `params`, the rest of
     `fresh`. None or all layers = everything, -1 = nothing (GPT-1 Figure 2; n_transfer of the released code)."""
-    if layers is None or layers == jax.tree.leaves(fresh["blocks"])[0].shape[0]:
+    if layers is None or layers == config.n_layer:
         return params
     if layers < 0:
         return fresh
-    mixed = jax.tree.map(lambda old, new: jnp.concatenate([old[:layers], new[layers:]]), params["blocks"],
-                         fresh["blocks"])  # fmt: skip
-    return {k: params[k] if k in ("wte", "wpe") else mixed if k == "blocks" else v for k, v in fresh.items()}
+
+    def mixed(name):
+        if name == "blocks":
+            return jax.tree.map(lambda old, new: jnp.concatenate([old[:layers], new[layers:]]), params[name],
+                                fresh[name])  # fmt: skip
+        return (params if name in ("wte", "wpe") else fresh)[name]
+
+    return {name: mixed(name) for name in fresh}

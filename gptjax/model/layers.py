@@ -1,4 +1,4 @@
-"""What the layers of gpt.py are made of: LayerNorm, linear layers, GELU."""
+"""What the layers of gpt.py are made of: LayerNorm, linear layers, GELU, dropout."""
 
 import flax.linen as nn
 import jax
@@ -68,3 +68,17 @@ def _gelu_backward(x, d_y):
 
 
 gelu.defvjp(lambda x: (_gelu(x), x), _gelu_backward)
+
+
+def drop(x_BTD, rate, keys_B, site):
+    """keys_B: a key for each row, or None for no dropout; site: the number of the place in the model (`fold`)."""
+    if keys_B is None or not rate:
+        return x_BTD
+    keep = jax.vmap(lambda key: jax.random.bernoulli(key, 1.0 - rate, x_BTD.shape[1:]))(fold(keys_B, site))
+    return jnp.where(keep, x_BTD / (1.0 - rate), 0).astype(x_BTD.dtype)
+
+
+def fold(keys_B, site):
+    """Every row has a key, every place with dropout a number (of a GPT 3 per layer, then the embedding). A mask depends
+    on these two alone: not on the other rows, nor on the pipeline stage or micro-batch that the row is computed in."""
+    return jax.vmap(jax.random.fold_in, (0, None))(keys_B, site)

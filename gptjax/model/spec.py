@@ -17,6 +17,9 @@ from gptjax.ranges import BelowOne, Count
 
 ATTENTION_PATHS = ("auto", "reference", "xla", "cpu", "splash", "cudnn")
 REMAT_POLICIES = ("none", "dots", "full", "offload")
+SHAPE = (  # the keys that weights depend on
+    "vocab_size", "n_layer", "n_head", "d_model", "context_length", "norm", "local_window", "tied_head",
+)  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True)
@@ -178,7 +181,10 @@ class ModelOptions:
     pipeline_microbatches: Count | None = None
     pipeline_virtual_stages: Count | None = None
 
-    def apply(self, config: GPTConfig, **others) -> GPTConfig:
-        """The config with the options that are not None, and `others`, replaced."""
+    def apply(self, config, **others):
+        """The model's config with the options that are not None, and `others`, replaced. InputError: an option that
+        this model does not have (an LSTM has dropout alone)."""
         changed = {k: v for k, v in dataclasses.asdict(self).items() if v is not None}
+        for name in changed.keys() - {field.name for field in dataclasses.fields(config)}:
+            raise InputError(f"model.{name} is an option of GPTs, and this model is an LSTM: leave it out.")
         return dataclasses.replace(config, **changed, **others)

@@ -7,8 +7,8 @@
 import jax
 import jax.numpy as jnp
 
-from gptjax.model import gpt
-from gptjax.model.spec import GPTConfig
+from gptjax.model import architecture
+from gptjax.model.architecture import ModelConfig
 from gptjax.objectives.base import Sums
 from gptjax.objectives.chunked import cross_entropy_sum
 from gptjax.parallel.sharding import shared
@@ -56,10 +56,10 @@ def task_loss(logits_BC, target_BC):
     return -jnp.where(target_BC > 0, target_BC * log_p_BC, 0.0).sum(-1)
 
 
-def extracted(params, config: GPTConfig, tokens_BNT, lengths_BN, *, dtype, mesh=None, dropout_keys=None):
+def extracted(params, config: ModelConfig, tokens_BNT, lengths_BN, *, dtype, mesh=None, dropout_keys=None):
     """(hidden states [B N, T, D], those at each sequence's last token [B, N, D])."""
     B, N, T = tokens_BNT.shape
-    x_STD = gpt.hidden(
+    x_STD = architecture.hidden(
         params["trunk"], config, tokens_BNT.reshape(B * N, T), dtype=dtype, mesh=mesh, dropout_keys=dropout_keys
     )
     last_SD = jnp.take_along_axis(x_STD, (lengths_BN.reshape(B * N) - 1)[:, None, None], axis=1)[:, 0]
@@ -67,7 +67,7 @@ def extracted(params, config: GPTConfig, tokens_BNT, lengths_BN, *, dtype, mesh=
 
 
 @shared
-def finetune_loss(config: GPTConfig, task: str, lm_weight: float, dropout: float, dtype, chunk: int, mesh=None):
+def finetune_loss(config: ModelConfig, task: str, lm_weight: float, dropout: float, dtype, chunk: int, mesh=None):
     """The loss of an Objective, L3 summed over examples: (params, micro-batch of labeled.LabeledBatches, keys) -> Sums.
 
     L1 of an example is the mean over its sequences of their mean loss per token, as in the released code. lm_weight:
@@ -93,7 +93,7 @@ def finetune_loss(config: GPTConfig, task: str, lm_weight: float, dropout: float
             predicts_BNT = jnp.arange(T) < batch["lengths"][..., None] - 1
             weights_ST = (share_BN[..., None] * predicts_BNT).reshape(B * N, T)
             targets_ST = jnp.roll(batch["tokens"], -1, axis=-1).reshape(B * N, T)
-            w_VD = gpt.unembedding(params["trunk"], config)
+            x_STD, w_VD = architecture.readout(params["trunk"], config, x_STD)
             lm = cross_entropy_sum(x_STD, w_VD, targets_ST, weights_ST, chunk)
             total = total + lm_weight * lm
         right_B = logits_BC.argmax(-1) == batch["target"].argmax(-1)

@@ -8,25 +8,25 @@ micro-batches, devices and hosts; the mean is taken once.
 import jax
 import jax.numpy as jnp
 
-from gptjax.model import gpt
-from gptjax.model.spec import GPTConfig
+from gptjax.model import architecture
+from gptjax.model.architecture import ModelConfig
 from gptjax.objectives.chunked import cross_entropy_sum
 from gptjax.parallel.sharding import shared
 
 
-def lm_loss(params, config: GPTConfig, batch):
+def lm_loss(params, config: ModelConfig, batch):
     """Sum of weight * -log p(next token), and the sum of the weights. batch: as in `causal_lm_loss`."""
     inputs_BT, targets_BT = batch["tokens"][:, :-1], batch["tokens"][:, 1:]
-    x_BTD = gpt.hidden(
+    x_BTD = architecture.hidden(
         params, config, inputs_BT, positions=batch.get("positions"), segment_ids=batch.get("segment_ids")
     )
-    log_probs_BTV = jax.nn.log_softmax(gpt.logits(params, config, x_BTD), axis=-1)
+    log_probs_BTV = jax.nn.log_softmax(architecture.logits(params, config, x_BTD), axis=-1)
     nll_BT = -jnp.take_along_axis(log_probs_BTV, targets_BT[..., None], axis=-1)[..., 0]
     return (batch["weights"] * nll_BT).sum(), batch["weights"].sum()
 
 
 @shared
-def causal_lm_loss(config: GPTConfig, dtype, chunk: int, mesh=None):
+def causal_lm_loss(config: ModelConfig, dtype, chunk: int, mesh=None):
     """Returns the loss function of training, loss(params, batch, dropout_keys) -> (sum, count): `lm_loss` in any dtype
     and on any mesh, computing the logits of `chunk` time steps at a time (chunked.py).
 
@@ -36,12 +36,12 @@ def causal_lm_loss(config: GPTConfig, dtype, chunk: int, mesh=None):
 
     def loss(params, batch, dropout_keys):
         tokens = batch["tokens"]
-        x_BTD = gpt.hidden(
+        x_BTD = architecture.hidden(
             params, config, tokens[:, :-1],
             positions=batch.get("positions"), segment_ids=batch.get("segment_ids"),
             dropout_keys=dropout_keys, dtype=dtype, mesh=mesh,
         )  # fmt: skip
-        w_VD = gpt.unembedding(params, config)
+        x_BTD, w_VD = architecture.readout(params, config, x_BTD)
         return cross_entropy_sum(x_BTD, w_VD, tokens[:, 1:], batch["weights"], chunk), batch["weights"].sum()
 
     return loss

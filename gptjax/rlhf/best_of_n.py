@@ -18,6 +18,7 @@ from gptjax.data.prompts import PromptConfig, load_prompts
 from gptjax.data.rows import BAD_ROWS
 from gptjax.errors import InputError
 from gptjax.generation.respond import respond
+from gptjax.model.architecture import require_gpt
 from gptjax.objectives.ppo import best_of_n_kl
 
 
@@ -51,6 +52,7 @@ def main(_):
     from gptjax.trained import load_model
 
     model = load_model(FLAGS.policy)
+    require_gpt(model.config, "best-of-n")
     reward = load_reward_model(FLAGS.reward, mesh=model.mesh, tokenizer=model.tokenizer)
     if model.template not in (None, reward.template):
         raise InputError(
@@ -69,8 +71,8 @@ def main(_):
     repeated = [ids for ids in prompts.ids[: FLAGS.limit] for _ in range(FLAGS.n)]
     with jax.set_mesh(model.mesh):
         responses = respond(
-            model.params, model.config, repeated, template, max_new_tokens=FLAGS.max_new_tokens, temperature=1.0,
-            seed=FLAGS.seed, dtype=model.dtype, mesh=model.mesh,
+            model.params, model.decoder, template, repeated, max_new_tokens=FLAGS.max_new_tokens, temperature=1.0,
+            seed=FLAGS.seed,
         )  # fmt: skip
     scores = reward.score(repeated, responses).reshape(-1, FLAGS.n)
     best, kl = best_of_n(scores, FLAGS.n)

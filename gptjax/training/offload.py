@@ -51,6 +51,8 @@ def update_per_layer(tx, optimize, params, opt_state, grads):
     rest_opt = move(rest_opt, HOST)
 
     p, o, g = part(True)
+    if not jax.tree.leaves(p):  # an LSTM: no stacked layers
+        return rest_params, rest_opt
     is_layers = _like(o, is_moment)
 
     def layer(i, carry):

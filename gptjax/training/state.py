@@ -9,8 +9,8 @@ import optax
 from jax.sharding import NamedSharding, PartitionSpec
 
 from gptjax.errors import InputError
-from gptjax.model import gpt
-from gptjax.model.spec import GPTConfig
+from gptjax.model import architecture
+from gptjax.model.architecture import ModelConfig
 from gptjax.parallel.sharding import parameter_shardings, shared
 from gptjax.training.offload import MEMORY, Offloaded, moments
 from gptjax.training.precision import LossScale, PrecisionConfig, initial_loss_scale
@@ -69,13 +69,13 @@ def _unboxed(boxed):
     return nn.meta.unbox(boxed)
 
 
-def init_state(config: GPTConfig, tx, precision, shardings: TrainState, seed: int) -> TrainState:
+def init_state(config: ModelConfig, tx, precision, shardings: TrainState, seed: int) -> TrainState:
     """New parameters and optimizer state, each shard initialized on its own device."""
     leaves, structure = jax.tree.flatten(shardings)
     return _initializer(config, tx, precision, structure, tuple(leaves))(jax.random.key(seed))
 
 
 @shared
-def _initializer(config: GPTConfig, tx, precision, structure, leaves: tuple):
-    make = lambda key: new_state(gpt.init(config, key), tx, precision)
+def _initializer(config: ModelConfig, tx, precision, structure, leaves: tuple):
+    make = lambda key: new_state(architecture.init(config, key), tx, precision)
     return jax.jit(make, out_shardings=jax.tree.unflatten(structure, leaves))

@@ -14,7 +14,7 @@ import optax
 from jax import lax
 from jax.sharding import NamedSharding, PartitionSpec
 
-from gptjax.model.spec import GPTConfig
+from gptjax.model.architecture import ModelConfig
 from gptjax.objectives.base import Objective, Sums
 from gptjax.parallel.sharding import shared
 from gptjax.training.accumulate import accumulate, apply_gradients
@@ -111,12 +111,13 @@ class TrainProgram:
 
 
 def train_program(
-    objective: Objective, abstract_params, model: GPTConfig, optimizer: OptimizerConfig, precision: PrecisionConfig,
+    objective: Objective, abstract_params, model: ModelConfig, optimizer: OptimizerConfig, precision: PrecisionConfig,
     seed: int, mesh,
 ) -> TrainProgram:  # fmt: skip
     """The TrainProgram of an objective; the same one for equal arguments, whatever the learning rate.
 
-    abstract_params: (model) -> abstract parameters, in Flax's boxes with logical axis names (gpt.abstract_params).
+    abstract_params: (model) -> abstract parameters, in Flax's boxes with logical axis names, as
+        architecture.abstract_params.
     """
     optimizer = dataclasses.replace(optimizer, learning_rate=1.0)  # the step takes it as an argument
     return _train_program(objective, abstract_params, model, optimizer, precision, seed, mesh)

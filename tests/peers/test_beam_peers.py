@@ -8,6 +8,7 @@ from numerics import approx, model_terms
 from test_huggingface import random_params
 
 from gptjax.generation.beam import beam_search
+from gptjax.generation.decode import Decoder, Stop
 from gptjax.interop import huggingface
 from gptjax.model.spec import GPTConfig
 
@@ -38,7 +39,7 @@ def test_transformers_beam_search(models, width, alpha):
     """early_stopping=True is the rule of both: a row ends when `width` continuations have."""
     params, model = models
     found = beam_search(
-        params, CONFIG, PROMPTS.tolist(), max_new_tokens=NEW, width=width, penalty=lambda n: n**alpha, eot_id=ENDS
+        params, Decoder(CONFIG), PROMPTS.tolist(), Stop(NEW, ENDS), width=width, penalty=lambda n: n**alpha
     )
     for prompt, ours in zip(PROMPTS, found, strict=True):
         tokens = torch.from_numpy(prompt)[None]
@@ -56,7 +57,7 @@ def test_transformers_beam_search(models, width, alpha):
 def test_the_penalty_matters_here(models):
     params, _ = models
     texts = {
-        str([h.tokens for h in beam_search(params, CONFIG, PROMPTS.tolist(), max_new_tokens=NEW, eot_id=ENDS,
+        str([h.tokens for h in beam_search(params, Decoder(CONFIG), PROMPTS.tolist(), Stop(NEW, ENDS),
                                            penalty=lambda n, alpha=alpha: n**alpha)])
         for alpha in (0.0, 0.6, 2.0)
     }  # fmt: skip

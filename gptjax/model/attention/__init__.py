@@ -25,9 +25,10 @@ from gptjax.model.attention.cpu import SHORT, cpu_attention
 from gptjax.model.attention.fused import cudnn_supports, fused_attention, gpu_has_flash_attention
 from gptjax.model.attention.reference import cached_attention, causal_mask, reference_attention
 from gptjax.model.attention.splash import splash_attention, splash_supports
+from gptjax.model.attention.tree import tree_attention
 from gptjax.parallel.sharding import constrain
 
-__all__ = ["attention", "cached_attention", "causal_mask", "reference_attention", "resolve"]
+__all__ = ["attention", "cached_attention", "causal_mask", "reference_attention", "resolve", "tree_attention"]
 
 
 def resolve(path: str, platform: str) -> str:

@@ -48,14 +48,38 @@ def _row_forward(q_HTK, k_HTK, v_HTK, segments_T, window):
     for start, end, first in _blocks(q_HTK.shape[1], window):
         q_block, k_HSK = q_HTK[:, start:end], k_HTK[:, first:end]
         s_HTS = _scores(q_block, k_HSK, _bias(start, end, first, window, segments_T))
-        max_HT1 = s_HTS.max(-1, keepdims=True)
-        exp_HTS = jnp.exp(s_HTS - max_HT1)
-        sum_HT1 = exp_HTS.sum(-1, keepdims=True)
-        exp_HTS, v_HSK = exp_HTS.astype(v_HTK.dtype), v_HTK[:, first:end]
-        out_HTK = jnp.einsum("hts,hsk->htk", exp_HTS, v_HSK, preferred_element_type=jnp.float32)
-        outs.append((out_HTK / sum_HT1).astype(q_HTK.dtype))  # normalized after the product: fewer divisions
-        lses.append(max_HT1 + jnp.log(sum_HT1))
+        out_HTK, lse_HT1 = _weighted(s_HTS, v_HTK[:, first:end])
+        outs.append(out_HTK.astype(q_HTK.dtype))
+        lses.append(lse_HT1)
     return jnp.concatenate(outs, 1), jnp.concatenate(lses, 1)
+
+
+def _weighted(s_HTS, v_HSK):
+    """softmax(scores) v, float32 [H, T, K], and the log-sum-exp of the scores [H, T, 1]."""
+    max_HT1 = s_HTS.max(-1, keepdims=True)
+    exp_HTS = jnp.exp(s_HTS - max_HT1)
+    sum_HT1 = exp_HTS.sum(-1, keepdims=True)
+    out_HTK = jnp.einsum("hts,hsk->htk", exp_HTS.astype(v_HSK.dtype), v_HSK, preferred_element_type=jnp.float32)
+    return out_HTK / sum_HT1, max_HT1 + jnp.log(sum_HT1)  # normalized after the product: fewer divisions
+
+
+def cpu_tree_attention(q_BTHK, k_BTHK, v_BTHK, visible_until_BT, positions_BT, window):
+    """Attention over a prefix tree (tree.py), forward only."""
+
+    def row(arrays):
+        q_HTK, k_HTK, v_HTK, visible_until_T, positions_T = arrays
+        outs = []
+        for start, end, _ in _blocks(q_HTK.shape[1], None):
+            t, s = jnp.arange(start, end), jnp.arange(end)
+            mask_TS = causal_mask(t, s) & (t[:, None] < visible_until_T[:end])
+            if window is not None:
+                mask_TS = mask_TS & causal_mask(positions_T[start:end], positions_T[:end], window)
+            bias_TS = jnp.where(mask_TS, 0.0, NEG_INF)
+            outs.append(_weighted(_scores(q_HTK[:, start:end], k_HTK[:, :end], bias_TS), v_HTK[:, :end])[0])
+        return jnp.concatenate(outs, 1).astype(q_HTK.dtype)
+
+    q, k, v = _swap_time_and_heads(q_BTHK, k_BTHK, v_BTHK)
+    return jnp.swapaxes(_map_rows(row, (q, k, v, visible_until_BT, positions_BT), *q.shape[1:3]), 1, 2)
 
 
 def _row_backward(q_HTK, k_HTK, v_HTK, segments_T, out_HTK, lse_HT1, d_out_HTK, window):

@@ -1,0 +1,88 @@
+"""A task on a model: K-shot prompts, scores or generated text, metrics with standard errors, and the protocol that they
+were computed by."""
+
+import dataclasses
+from typing import Any
+
+from gptjax.errors import InputError
+from gptjax.tasks import likelihood
+from gptjax.tasks.generate import generate_texts
+from gptjax.tasks.kinds import Scorer, score_generated, score_pairs, score_texts, score_threshold
+from gptjax.tasks.prompts import Prompts
+from gptjax.tasks.requests import prefix_token
+from gptjax.tasks.task import Task, find_file, load_items
+from gptjax.trained import Model
+
+
+def scorer(model: Model, rows: int = 16, seed: int = 0) -> Scorer:
+    """A model as a Scorer. rows: computed at a time."""
+    return Scorer(
+        model.tokenizer,
+        model.config.context_length,
+        lambda requests: likelihood.log_likelihoods(model, requests, rows=rows),
+        lambda prompts, task: generate_texts(model, prompts, task, rows=rows, seed=seed),
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class Result:
+    """metrics: {name: (value, standard error)}. protocol: how they were computed, and what was counted on the
+    way. samples: a record of each item."""
+
+    task: str
+    shots: int
+    items: int
+    metric: str
+    metrics: dict[str, tuple[float, float]]
+    protocol: dict[str, Any]
+    samples: list[dict]
+
+    def record(self) -> dict:
+        """For JSON, without the samples."""
+        values = {name: {"value": value, "stderr": error} for name, (value, error) in self.metrics.items()}
+        return {"task": self.task, "shots": self.shots, "items": self.items, "metric": self.metric,
+                "metrics": values, "protocol": self.protocol}  # fmt: skip
+
+
+_SCORE = {"text": score_texts, "threshold": score_threshold, "generation": score_generated, "code": score_generated}
+
+
+def evaluate(scorer: Scorer, task: Task, data: str, *, shots: int = 0, limit: int | None = None,
+             seed: int = 0) -> Result:  # fmt: skip
+    """A task's result.
+
+    data: a folder with the task's file, or the file. shots: K, the examples in a prompt, drawn at random with `seed`
+    from the task's pool, never the item that is asked. limit: only the first so many items. InputError: no file, bad
+    rows, a K larger than the pool.
+    """
+    items = load_items(task, find_file(task, data, task.files))
+    asked = items[:limit]
+    prompts = Prompts(task, items, data, shots, seed)
+    score = _SCORE.get(task.kind, score_pairs)
+    found = score(scorer, task, asked, prompts)
+    if task.metric not in found.metrics:
+        raise InputError(f"Task {task.name} has no metric {task.metric!r}, only {', '.join(found.metrics)}.")
+    protocol = {**_protocol(scorer, task, prompts), **found.counts}
+    return Result(task.name, shots, len(asked), task.metric, found.metrics, protocol, found.samples)
+
+
+def _protocol(scorer: Scorer, task: Task, prompts: Prompts) -> dict:
+    tokenizer = scorer.tokenizer
+    protocol = {
+        "kind": task.kind,
+        "form": [dict(form) for form in task.form],
+        "description": task.description,
+        "delimiter": task.delimiter,
+        "separator": task.separator,
+        "prefix_token": None if tokenizer.bos_id is None else tokenizer.token(prefix_token(tokenizer)),
+        "examples": prompts.source,
+        "seed": prompts.seed,
+        "context_length": scorer.context_length,
+        "task_file_sha256": task.sha256,
+    }
+    if task.kind in ("generation", "code"):
+        decoding = f"beam {task.beams}, length penalty {task.length_penalty}" if task.beams > 1 else (
+            f"{task.samples} samples at temperature {task.temperature}" if task.temperature else "greedy"
+        )  # fmt: skip
+        protocol |= {"decoding": decoding, "stop": list(task.stop), "max_new_tokens": task.max_new_tokens}
+    return protocol
