@@ -162,6 +162,8 @@ def test_each_row_ends_by_itself():
     expected = [[3, 4], [], [2, 3, 4], [1], [1, 2], [7, 8, 9, 10, 11, 0, 1, 2, 3, 4]]
     assert [h.tokens for h in found] == expected
     assert all(isinstance(h, Hypothesis) and -1e-2 < h.score <= 0 for h in found)
+    kept = count_beams([[2], [4]], 100, keep_eot=True, **options)
+    assert [h.tokens for h in kept] == [[3, 4, 5], [5]]
     assert count_beams([]) == []
 
 
