@@ -43,6 +43,7 @@ def test_what_no_rule_restores_is_marked_by_a_second_space():
         "two  spaces": "  two  spaces", " at the edge": "   at the edge", "\n\n": "\n\n", "x\n": "x\n",
     }.items():  # fmt: skip
         assert detokenize(tokens, ONE_BILLION_WORD) == text
+        assert tokenize(text, ONE_BILLION_WORD) == tokens
     assert detokenize(" a-b @,@ \n\n \n", WIKITEXT) == " a-b  @,@\n  \n\n"  # an empty line without its space
 
 
