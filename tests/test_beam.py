@@ -52,15 +52,15 @@ def next_log_probs(texts, vocab):
 VOCAB, END, LENGTH = 4, 3, 3
 
 
-def all_sequences(prompt) -> dict[tuple, float]:
-    """Log-probability of every sequence that ends in END or has LENGTH tokens."""
+def all_sequences(prompt, end=END) -> dict[tuple, float]:
+    """Log-probability of every sequence that ends in `end` or has LENGTH tokens."""
     open_, ended = {(): 0.0}, {}
     for _ in range(LENGTH):
         rows = next_log_probs([[*prompt, *text] for text in open_], VOCAB)
         pairs = zip(open_.items(), rows, strict=True)
         longer = {(*text, t): p + row[t] for (text, p), row in pairs for t in range(VOCAB)}
-        ended |= {text: p for text, p in longer.items() if text[-1] == END}
-        open_ = {text: p for text, p in longer.items() if text[-1] != END}
+        ended |= {text: p for text, p in longer.items() if text[-1] == end}
+        open_ = {text: p for text, p in longer.items() if text[-1] != end}
     return ended | open_
 
 
@@ -79,6 +79,16 @@ def test_a_beam_as_wide_as_all_sequences_finds_the_best_of_them(sequences, penal
         best = max(table, key=lambda text: table[text] / penalty(len(text)))
         assert hypothesis.tokens == [t for t in best if t != END]
         assert hypothesis.score == approx(table[best] / penalty(len(best)), terms=LENGTH * model_terms(MODEL))
+
+
+def test_a_likely_end_does_not_end_the_search():
+    """Where the end of text is likelier than any other first token, but the penalty prefers what is longer."""
+    prompt, end, longest = PROMPTS[0], 1, lambda n: n**4.0
+    table = all_sequences(prompt, end)
+    best = max(table, key=lambda text: table[text] / longest(len(text)))
+    assert table[(end,)] > max(p for text, p in table.items() if text != (end,)) and len(best) == LENGTH
+    (found,) = search(params(), MODEL, [prompt], n=LENGTH, width=64, penalty=longest, eot_id=end, vocab=VOCAB)
+    assert found.tokens == [t for t in best if t != end]
 
 
 def test_the_penalty_decides(sequences):
@@ -162,6 +172,8 @@ def test_each_row_ends_by_itself():
     expected = [[3, 4], [], [2, 3, 4], [1], [1, 2], [7, 8, 9, 10, 11, 0, 1, 2, 3, 4]]
     assert [h.tokens for h in found] == expected
     assert all(isinstance(h, Hypothesis) and -1e-2 < h.score <= 0 for h in found)
+    kept = count_beams([[2], [4]], 100, keep_eot=True, **options)
+    assert [h.tokens for h in kept] == [[3, 4, 5], [5]]
     assert count_beams([]) == []
 
 

@@ -43,6 +43,7 @@ def test_what_no_rule_restores_is_marked_by_a_second_space():
         "two  spaces": "  two  spaces", " at the edge": "   at the edge", "\n\n": "\n\n", "x\n": "x\n",
     }.items():  # fmt: skip
         assert detokenize(tokens, ONE_BILLION_WORD) == text
+        assert tokenize(text, ONE_BILLION_WORD) == tokens
     assert detokenize(" a-b @,@ \n\n \n", WIKITEXT) == " a-b  @,@\n  \n\n"  # an empty line without its space
 
 
@@ -108,7 +109,7 @@ def test_wikitext2(shared_data):
     """The counts of Merity et al. 2017; three tokens of all of it need a mark."""
     tokens = (shared_data / "lm/wikitext2/valid.txt").read_bytes().decode()
     assert d.words(tokens) == 213_886 and d.words_and_line_ends(tokens) == 217_646
-    start = tokens[:200_000]
+    start = tokens[: tokens.index("\n", 200_000) + 1]
     text = detokenize(start, WIKITEXT)
     assert tokenize(text, WIKITEXT) == start
-    assert len(re.findall(r"  \S", text)) == 3 and text.count("  ") <= 4  # the last line is cut
+    assert text.count("  ") == 3

@@ -97,6 +97,18 @@ def test_perplexity_of_a_planted_model(tokenizer, tmp_path):
     assert result.protocol["windows"] > 2
 
 
+def test_perplexity_counts_the_originals_units(tokenizer, tmp_path):
+    """GPT-2's protocol: the text is detokenized, its words and line ends are those of the tokens."""
+    page = " = Cats = \n \n The cat @-@ like one , red . \n"
+    (tmp_path / "wikitext.txt").write_text(page)
+    model = planted(tokenizer, lambda ids, token: -2.0, 16)
+    result = harness.evaluate(model, load_task("wikitext_gpt2"), str(tmp_path))
+    (sample,) = result.samples
+    text = "= Cats =\n\nThe cat-like one, red.\n"
+    assert (sample["tokens"], sample["units"]) == (len(tokenizer.encode(text)), 11 + 3)
+    assert result.metrics["word_perplexity"][0] == pytest.approx(math.exp(2 * sample["tokens"] / 14))
+
+
 def test_lambada_by_the_word_and_by_its_last_token(tokenizer, tmp_path):
     write_rows(tmp_path, "lambada_test.jsonl", [{"text": "the cat is in the blueish"}, {"text": "it is in the house"}])
     last = {encode_pair(tokenizer, "x", " " + w).continuation[-1] for w in ("blueish", "house")}
@@ -253,7 +265,10 @@ def test_prepared_rows_become_items(tmp_path):
         "answer": "dog",
     }
     (item,) = items("cbt_cn", cbt)
-    assert item.pairs[item.gold] == ("One. Two. The", " dog ran away .")
+    assert item.pairs[item.gold] == ("One. Two. The", " dog ran away.")
+    quoted = {**cbt, "sentences": ["`` Oh , '' he said ."], "question": "-LRB- `` The `` XXXXX '' ca n't ! ''"}
+    (item,) = items("cbt_cn", quoted)
+    assert item.pairs[item.gold] == ('"Oh," he said. ("The', ' "dog" can\'t!"')
     hellaswag = {
         "activity_label": "Ice",
         "ctx_a": "A man is",

@@ -43,6 +43,7 @@ def test_normalization(text, squad, trivia):
     [
         ("The cat sat.", "cat sat", 1, 1),
         ("cat cat sat", "cat sat sat mat", 0, 4 / 7),  # one cat and one sat in common: P 2/3, R 2/4
+        ("cat cat sat", "cat cat", 0, 4 / 5),
         ("dog", "cat", 0, 0),
         ("", "", 1, 1),
         ("the", "", 1, 1),  # nothing is left of it

@@ -32,7 +32,7 @@ def gnmt_penalty(length: int, alpha: float = 0.6) -> float:
 
 
 class Hypothesis(NamedTuple):
-    """tokens: the new ones, without the end-of-text; score: log P(tokens | prompt) / penalty(length)."""
+    """tokens: the new ones, the end-of-text only with keep_eot; score: log P(tokens | prompt) / penalty(length)."""
 
     tokens: list[int]
     score: float
@@ -131,7 +131,8 @@ def search(params, decoder: Decoder, prompts_BQ, lengths_B, limits_B, penalties_
 
 
 def beam_search(params, decoder: Decoder, prompts: Sequence[Sequence[int]], stop: Stop, *, width: int = 4,
-                penalty: Callable[[int], float] = gnmt_penalty) -> list[Hypothesis]:  # fmt: skip
+                penalty: Callable[[int], float] = gnmt_penalty,
+                keep_eot: bool = False) -> list[Hypothesis]:  # fmt: skip
     """Token lists in, the best continuation of each out, whatever the other rows are. Arguments as generate's.
 
     width: beams. penalty: what the log-probability is divided by, of the length; positive. Raises InputError for these
@@ -150,5 +151,7 @@ def beam_search(params, decoder: Decoder, prompts: Sequence[Sequence[int]], stop
     out = []
     for text_R, count, score in zip(*(hosts.whole(a)[: len(prompts)] for a in found), strict=True):
         text = text_R[:count].tolist()
-        out.append(Hypothesis(text[:-1] if text[-1] in stop.ids else text, float(score)))
+        if not keep_eot and text and text[-1] in stop.ids:
+            text.pop()
+        out.append(Hypothesis(text, float(score)))
     return out

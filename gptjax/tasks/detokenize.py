@@ -217,7 +217,10 @@ CBT = Corpus(
     abbreviations=_TITLES - {"No"},
 )  # fmt: skip
 
-# text8 and enwik8 are not tokenized: they are scored as they are, in bits per character and per byte.
+# By name, for task files. text8 and enwik8 are not tokenized: they are scored as they are, in bits per byte.
+wikitext, ptb, lambada, one_billion_word, cbt = (
+    functools.partial(detokenize, corpus=corpus) for corpus in (WIKITEXT, PTB, LAMBADA, ONE_BILLION_WORD, CBT)
+)
 
 
 # --- units: what a corpus's perplexity is counted in, always of the original -----------------------------------

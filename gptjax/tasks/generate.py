@@ -43,7 +43,7 @@ def _new_tokens(model: Model, params, prompts, task: Task, stops: tuple[int, ...
     stop = Stop(task.max_new_tokens, stops)
     if task.beams > 1:
         penalty = functools.partial(gnmt_penalty, alpha=task.length_penalty)
-        found = beam_search(params, model.decoder, prompts, stop, width=task.beams, penalty=penalty)
+        found = beam_search(params, model.decoder, prompts, stop, width=task.beams, penalty=penalty, keep_eot=True)
         return [hypothesis.tokens for hypothesis in found]
     sampling = Sampling(task.temperature, task.top_k, task.top_p)
     return generate(params, model.decoder, prompts, stop, sampling, seed=seed, keep_eot=True)

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from gptjax.errors import InputError
+from gptjax.tasks import detokenize
 
 Row = Mapping[str, Any]
 
@@ -97,13 +98,15 @@ def winogrande(row: Row) -> Row:
 
 
 def cbt(row: Row) -> Row:
-    """Children's Book Test {sentences, question with XXXXX, options, answer} -> {context, choices, gold}; a choice is
-    the word and the rest of the sentence."""
+    """Children's Book Test {sentences, question with XXXXX, options, answer} -> {context, choices, gold}, detokenized
+    (GPT-2 §3.2); a choice is the word, with the quotes around it, and the rest of the sentence."""
     if "choices" in row:
         return row
-    before, _, after = row["question"].partition("XXXXX")
-    context = " ".join([*row["sentences"], before.strip()]).strip()
-    choices = [f"{option} {after.strip()}".strip() for option in row["options"]]
+    natural = lambda text: " ".join(detokenize.cbt(text).split())
+    question = natural(row["question"])
+    start = question.rfind(" ", 0, question.index("XXXXX")) + 1
+    context = " ".join([*map(natural, row["sentences"]), question[:start]]).strip()
+    choices = [question[start:].replace("XXXXX", option, 1) for option in row["options"]]
     return {"context": context, "choices": choices, "gold": row["options"].index(row["answer"])}
 
 

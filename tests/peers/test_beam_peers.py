@@ -42,10 +42,11 @@ def test_transformers_beam_search(models, width, alpha):
         params, Decoder(CONFIG), PROMPTS.tolist(), Stop(NEW, ENDS), width=width, penalty=lambda n: n**alpha
     )
     for prompt, ours in zip(PROMPTS, found, strict=True):
-        theirs = model.generate(
-            torch.from_numpy(prompt)[None], max_new_tokens=NEW, num_beams=width, do_sample=False, length_penalty=alpha,
-            early_stopping=True, eos_token_id=list(ENDS), pad_token_id=0, return_dict_in_generate=True,
-            output_scores=True,
+        tokens = torch.from_numpy(prompt)[None]
+        theirs = model.generate(  # without a mask it takes the padding's id in a prompt for padding
+            tokens, attention_mask=torch.ones_like(tokens), max_new_tokens=NEW, num_beams=width, do_sample=False,
+            length_penalty=alpha, early_stopping=True, eos_token_id=list(ENDS), pad_token_id=0,
+            return_dict_in_generate=True, output_scores=True,
         )  # fmt: skip
         text = theirs.sequences[0, len(prompt) :].tolist()
         ends = [i for i, token in enumerate(text) if token in ENDS]
