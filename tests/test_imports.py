@@ -21,7 +21,7 @@ LAYERS = (
     ("rlhf",),
     ("run",),
     ("pretrain", "finetune", "sft", "reward", "dpo", "ppo"),
-    ("sample", "evaluate", "contamination", "describe", "convert"),
+    ("sample", "evaluate", "lm_eval", "contamination", "describe", "convert"),
     ("aot",),
     ("__main__",),
 )
