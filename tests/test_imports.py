@@ -18,6 +18,7 @@ LAYERS = (
     ("training",),
     ("generation", "cost", "interop", "report", "trained"),
     ("evals",),
+    ("tasks",),
     ("rlhf",),
     ("run",),
     ("pretrain", "finetune", "sft", "reward", "dpo", "ppo"),

@@ -1,0 +1,198 @@
+"""Metrics of generated text, as functions of strings: exact match and F1 over several gold answers, BLEU and ROUGE, the
+final answer of a chain of thought, self-consistency, pass@k, and the parts of a text that protocols score.
+
+A metric of one item is a number from 0 to 1; BLEU is of a corpus, from 0 to 100. Standard errors: standard_errors.py.
+"""
+
+import collections
+import functools
+import importlib
+import re
+import string
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+from gptjax.errors import InputError
+from gptjax.tasks.standard_errors import bootstrap
+
+# --- exact match and F1 -----------------------------------------------------------------------------------------
+
+_ARTICLES = re.compile(r"\b(a|an|the)\b")
+
+
+def squad_normalize(text: str) -> str:
+    """Lower case, without ASCII punctuation and articles, single spaces: SQuAD's evaluate-v1.1.py (Rajpurkar et al.
+    2016), which CoQA, DROP and QuAC took over."""
+    text = "".join(c for c in text.lower() if c not in string.punctuation)
+    return " ".join(_ARTICLES.sub(" ", text).split())
+
+
+def trivia_normalize(text: str) -> str:
+    """TriviaQA's (triviaqa_evaluation.py, Joshi et al. 2017): as SQuAD's, but punctuation and underscores become
+    spaces, and quotes and accents that stand alone are punctuation too."""
+    text = "".join(" " if c in string.punctuation + "‘’´`" else c for c in text.lower())
+    return " ".join(_ARTICLES.sub(" ", text).split())
+
+
+def best_of(metric: Callable[[str, str], float], prediction: str, golds: Sequence[str]) -> float:
+    """The largest metric(prediction, gold) over several gold answers or aliases, as SQuAD and TriviaQA score. Raises
+    InputError where there is none."""
+    if isinstance(golds, str) or not golds:
+        raise InputError(f"Gold answers {golds!r}: give a list of at least one text.")
+    return max(metric(prediction, gold) for gold in golds)
+
+
+def exact_match(prediction: str, gold: str, normalize: Callable[[str], str] = squad_normalize) -> float:
+    """1.0 where both are the same after normalization, else 0.0."""
+    return float(normalize(prediction) == normalize(gold))
+
+
+def token_f1(prediction: str, gold: str, normalize: Callable[[str], str] = squad_normalize) -> float:
+    """Harmonic mean of precision and recall over the words of both, each counted as often as it occurs. Where either
+    has no words, whether both have none (SQuAD 2.0's questions without an answer)."""
+    predicted, expected = normalize(prediction).split(), normalize(gold).split()
+    if not predicted or not expected:
+        return float(predicted == expected)
+    common = (collections.Counter(predicted) & collections.Counter(expected)).total()
+    return 2 * common / (len(predicted) + len(expected))
+
+
+def alias_match(prediction: str, aliases: Sequence[str]) -> float:
+    """1.0 where a prediction is one of an answer's aliases, by TriviaQA's normalization."""
+    return best_of(functools.partial(exact_match, normalize=trivia_normalize), prediction, aliases)
+
+
+# --- BLEU and ROUGE, through the packages that papers report --------------------------------------------------------
+
+
+class Bleu(NamedTuple):
+    """score: 0 to 100; stderr: by the bootstrap over items; signature: sacrebleu's, which makes it comparable."""
+
+    score: float
+    stderr: float
+    signature: str
+
+
+def bleu(predictions: Sequence[str], references: Sequence[Sequence[str]], *, seed: int = 0, resamples: int = 1000,
+         **options) -> Bleu:  # fmt: skip
+    """Corpus BLEU of sacrebleu (Post 2018), with one or more references of each prediction.
+
+    options: of sacrebleu.metrics.BLEU, as tokenize='intl' or lowercase=True. Raises InputError without the package,
+    where the numbers of predictions and references differ, and of an item without references.
+    """
+    BLEU = _package("sacrebleu.metrics", "sacrebleu").BLEU
+    if not len(predictions) or len(predictions) != len(references) or not all(map(len, references)):
+        raise InputError(
+            f"BLEU of {len(predictions)} predictions and {len(references)} lists of references: give at least one "
+            "prediction, and a list of at least one reference for each."
+        )
+    most = max(map(len, references))
+    columns = [[item[i] if i < len(item) else None for item in references] for i in range(most)]
+    metric = BLEU(**options)
+    score = metric.corpus_score(list(predictions), columns)
+    signature = str(metric.get_signature())
+    # The counts of an item do not depend on effective_order, without which sacrebleu warns.
+    of_item = BLEU(**{**options, "effective_order": True})
+    parts = (of_item.sentence_score(p, list(r)) for p, r in zip(predictions, references, strict=True))
+    counts_NX = np.array([[*part.counts, *part.totals, part.sys_len, part.ref_len] for part in parts])
+    order = (counts_NX.shape[1] - 2) // 2
+
+    def of(chosen):
+        sums = counts_NX[chosen].sum(0).tolist()
+        return BLEU.compute_bleu(
+            correct=sums[:order], total=sums[order:-2], sys_len=sums[-2], ref_len=sums[-1], max_ngram_order=order,
+            smooth_method=metric.smooth_method, smooth_value=metric.smooth_value,
+            effective_order=metric.effective_order,
+        ).score  # fmt: skip
+
+    return Bleu(score.score, bootstrap(of, len(predictions), seed=seed, resamples=resamples), signature)
+
+
+ROUGES = ("rouge1", "rouge2", "rougeL", "rougeLsum")
+
+
+def rouge(prediction: str, references: Sequence[str]) -> dict[str, float]:
+    """F-measures of one item, with stemming, by rouge-score (Google's reimplementation of ROUGE-1.5.5): the best over
+    references of each. rougeLsum reads sentences at line breaks; it is what papers on CNN/Daily Mail call ROUGE-L."""
+    if isinstance(references, str) or not references:
+        raise InputError(f"References {references!r}: give a list of at least one text.")
+    scores = _rouge_scorer().score_multi(list(references), prediction)
+    return {name: scores[name].fmeasure for name in ROUGES}
+
+
+@functools.cache
+def _rouge_scorer():
+    return _package("rouge_score.rouge_scorer", "rouge-score").RougeScorer(ROUGES, use_stemmer=True)
+
+
+def _package(module: str, package: str):
+    try:
+        return importlib.import_module(module)
+    except ModuleNotFoundError:
+        raise InputError(f"This metric needs the package {package}: run `pip install 'gptjax[eval]'`.") from None
+
+
+# --- answers of a chain of thought ------------------------------------------------------------------------------
+
+# '-' is a sign unless it follows a number, a word or a parenthesis: 5-3 has no negative number.
+_NUMBER = r"(?:(?<![\w)])-)?\$?(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+|(?=\.\d))(?:\.\d+)?"
+
+
+def final_answer(text: str) -> str | None:
+    """The number that a chain of thought ends in, in one form ('1,234.50' -> '1234.5'); None without one.
+
+    What follows the first '####' (GSM8K, Cobbe et al. 2021); else the number after the last 'answer is' (Wei et al.
+    2022, 'The answer is 72.'); else the last number. '$' and commas between thousands are dropped.
+    """
+    text = text.replace("\N{MINUS SIGN}", "-")
+    marked = re.search(rf"####\s*({_NUMBER})", text)
+    stated = re.findall(rf"answer is\W*?({_NUMBER})", text, flags=re.IGNORECASE)
+    found = [marked[1]] if marked else stated or re.findall(_NUMBER, text)
+    return _plain(found[-1]) if found else None
+
+
+def _plain(number: str) -> str:
+    whole, _, fraction = re.sub(r"[-$,]", "", number).partition(".")
+    text = ".".join(filter(None, (whole.lstrip("0") or "0", fraction.rstrip("0"))))
+    return "-" + text if "-" in number and text != "0" else text
+
+
+def majority_vote(answers: Sequence[str | None]) -> str | None:
+    """Self-consistency (Wang et al. 2023): the commonest answer of several samples, the first of those equally common;
+    None where no sample has one."""
+    counts = collections.Counter(answer for answer in answers if answer is not None)
+    return counts.most_common(1)[0][0] if counts else None
+
+
+def pass_at_k(samples: int, correct: int, k: int) -> float:
+    """The chance that one of k samples is correct, unbiased, from n samples of which c are: 1 - C(n-c, k) / C(n, k), as
+    a product, whose factors neither overflow nor cancel (Chen et al. 2021, equation 1 and figure 3)."""
+    if not (0 <= correct <= samples and 1 <= k <= samples):
+        raise InputError(f"pass@{k} of {samples} samples, {correct} correct: take at least k samples, and 1 <= k.")
+    if samples - correct < k:
+        return 1.0
+    return float(1.0 - np.prod(1.0 - k / np.arange(samples - correct + 1, samples + 1)))
+
+
+# --- the part of a text that is scored --------------------------------------------------------------------------
+
+
+def first_line(text: str) -> str:
+    """Up to the first line break, after white space at the start."""
+    return (text.strip().splitlines() or [""])[0].rstrip()
+
+
+_SENTENCE_END = re.compile(r"[.!?]+[\"'”’)\]]*(?=\s+[^a-z\s]|\s*$)|\n")
+
+
+def first_sentences(text: str, n: int = 1) -> str:
+    """The first n sentences: GPT-2's summaries are the first 3 of 100 tokens after 'TL;DR:', its translations the
+    first one (section 3.6, 3.7). A sentence ends at . ! or ?, with quotes and parentheses that it closes, before white
+    space and no lower-case letter, or at a line break; 'Mr. Smith' has an end too many."""
+    text, ends = text.strip(), []
+    for match in _SENTENCE_END.finditer(text):
+        if text[ends[-1] if ends else 0 : match.end()].strip():
+            ends.append(match.end())
+    return text[: ends[n - 1]].strip() if len(ends) >= n else text
