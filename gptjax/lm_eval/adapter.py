@@ -19,6 +19,7 @@ from gptjax.generation.sampling import Sampling
 from gptjax.interop.hf_tokenizer import CHAT_TEMPLATE
 from gptjax.tasks.likelihood import log_likelihoods
 from gptjax.tasks.requests import encode_pair, prefix_token, rolling_windows
+from gptjax.tasks.stop_strings import find_stop
 from gptjax.trained import load_model
 from gptjax.training.precision import DTYPES, frozen
 
@@ -185,7 +186,7 @@ class GPTJAX(LM):
     def _text(self, ids: Sequence[int], until: Sequence[str]) -> tuple[str, bool]:
         """(The text of ids before the first stop string, whether there is none)."""
         text = (self._template or self.model.tokenizer).decode(ids)
-        end = min((place for stop in until if (place := text.find(stop)) >= 0), default=None)
+        end = find_stop(text, until)
         return text[:end], end is None
 
 
