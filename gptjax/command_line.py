@@ -134,6 +134,11 @@ def define_step():
     flags.DEFINE(_StepParser(), "step", None, help, serializer=flags.ArgumentSerializer())
 
 
+def define_seeds(default: str | None, help: str):
+    """--seeds, parsed as a list of integers. help: what is done with them."""
+    flags.DEFINE(_SeedsParser(), "seeds", default, f"Seeds, with commas: {help}", serializer=flags.ArgumentSerializer())
+
+
 # --- --print_config ---------------------------------------------------------------------------------------
 
 
@@ -312,6 +317,14 @@ class _StepParser(flags.IntegerParser):
             return super().convert(argument)
         except ValueError:
             raise ValueError(f"{argument!r} is neither a number nor 'best'") from None
+
+
+class _SeedsParser(flags.ListParser):
+    def parse(self, text):
+        try:
+            return [int(seed) for seed in super().parse(text)]
+        except ValueError as error:
+            raise ValueError("give whole numbers with commas between") from error
 
 
 class _PathParser(flags.ArgumentParser):

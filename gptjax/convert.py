@@ -1,12 +1,15 @@
-"""Imports weights from and exports them to Hugging Face's format (GPT-1 and GPT-2, safetensors).
+"""Imports weights of Hugging Face (GPT-1, GPT-2), nanoGPT and OpenAI's GPT-1; exports them for Hugging Face.
 
     python -m gptjax.convert --from=hf --input=DIR_OR_SAFETENSORS --workdir=runs/gpt2 [--tokenizer=DIR|none]
-    python -m gptjax.convert --to=hf --output=DIR --workdir=runs/x [--step=N|best]
+    python -m gptjax.convert --from=nanogpt --input=out/ckpt.pt --workdir=runs/nano [--tokenizer=DIR|meta.pkl|none]
+    python -m gptjax.convert --from=gpt1 --input=finetune-transformer-lm/model --workdir=runs/gpt1
+    python -m gptjax.convert --to=hf --output=DIR --workdir=runs/x [--step=N|best] [--max_shard_size=5GB]
 
 Import makes a workdir that sample, evaluate and every later stage use like any other; continue training from it with
 --config.init_from. Imported with --tokenizer=none it cannot read or write text: only pre-training can start from it,
 with its own tokenizer (--config.data.tokenizer). Export makes a directory that transformers.AutoModelForCausalLM and
-AutoTokenizer load. Whatever is not preserved is printed.
+AutoTokenizer load. safetensors are read and written in shards too; nanoGPT's pickles are read without executing
+anything in them. Whatever is not preserved is printed.
 """
 
 import dataclasses
@@ -24,9 +27,9 @@ from gptjax.data.corpus import DataConfig
 from gptjax.data.records import isolates_documents
 from gptjax.data.tokenizer import Tokenizer
 from gptjax.errors import InputError
-from gptjax.interop import huggingface
+from gptjax.interop import gpt1, huggingface, nanogpt
 from gptjax.interop.hf_tokenizer import CHAT_TEMPLATE, read_json, read_token_ids
-from gptjax.model.spec import parameter_count
+from gptjax.model.spec import GPTConfig, parameter_count
 from gptjax.parallel.mesh import MeshConfig, make_mesh
 from gptjax.rlhf.reward_model import load_reward_model
 from gptjax.trained import Model, load_model
@@ -37,29 +40,43 @@ from gptjax.training.precision import PrecisionConfig
 _SAMPLING = ("do_sample", "temperature", "top_k", "top_p", "repetition_penalty", "max_new_tokens")
 
 
-def import_weights(source, workdir, tokenizer_path: str | None = None):
-    """Makes a workdir with the model, tokenizer and weights of a Hugging Face directory, as step 0.
+def import_weights(source, workdir, tokenizer_path: str | None = None, form: str = "hf"):
+    """Makes a workdir with the model, tokenizer and weights of a checkpoint, as step 0.
 
     Args:
-        source: the directory, or a .safetensors file.
+        source: the directory or file: as huggingface.read, nanogpt.read or gpt1.read.
         workdir: to be made; it must not hold a run.
-        tokenizer_path: directory of the tokenizer, 'none' = import none, None = next to the weights.
+        tokenizer_path: directory of the tokenizer, 'none' = import none, None = next to the weights. For nanoGPT also
+            its data set's meta.pkl.
+        form: 'hf', 'nanogpt' or 'gpt1'.
     Returns:
         The model's GPTConfig. What is not imported is printed, one line each.
     Raises:
-        InputError: as huggingface.read; no tokenizer, or one that does not fit the model; the workdir holds a run.
+        InputError: as those; no tokenizer, or one that does not fit the model; the workdir holds a run.
     """
     workdir = paths.local(workdir)
     with lock.held(workdir):
         if (workdir / "config.json").exists():
             raise InputError(f"{workdir} already holds a run: give a new --workdir.")
-        return _import(source, workdir, tokenizer_path)
+        return _import(paths.expand(str(source)), workdir, tokenizer_path, form)
 
 
-def _import(source, workdir, tokenizer_path):
-    source = paths.expand(str(source))
-    config, params = huggingface.read(source)
-    tokenizer = None if tokenizer_path == "none" else _find_tokenizer(source, tokenizer_path)
+def _read(source, form: str) -> tuple[GPTConfig, dict, list[str]]:
+    """(config, params, notes) of a checkpoint."""
+    if form == "nanogpt":
+        return nanogpt.read(source)
+    return *(gpt1 if form == "gpt1" else huggingface).read(source), []
+
+
+def _import(source, workdir, tokenizer_path, form):
+    config, params, notes = _read(source, form)
+    tokenizer = None if tokenizer_path == "none" else _find_tokenizer(source, tokenizer_path, form)
+    if form == "nanogpt":
+        rows = config.vocab_size
+        config, params = nanogpt.without_padding(config, params, tokenizer and tokenizer.vocab_size)
+        if config.vocab_size < rows:
+            notes.append(f"Of the {rows:,} vocabulary rows the last {rows - config.vocab_size} stand for no token and "
+                         "are cut.")  # fmt: skip
     if tokenizer is not None and tokenizer.vocab_size > config.vocab_size:
         raise InputError(
             f"The tokenizer has {tokenizer.vocab_size} tokens and the model {config.vocab_size}, so it is not the "
@@ -69,7 +86,7 @@ def _import(source, workdir, tokenizer_path):
     if tokenizer is not None:
         tokenizer.save(workdir / "tokenizer")
     checkpointer = Checkpointer(workdir)
-    checkpointer.save_params(0, jax.tree.map(jax.numpy.asarray, params), {"imported_from": epath.Path(source).name})
+    checkpointer.save_params(0, _to_device(params), {"imported_from": epath.Path(source).name})
     checkpointer.close()
     record = {
         "stage": "convert",
@@ -84,9 +101,20 @@ def _import(source, workdir, tokenizer_path):
     if tokenizer is not None and settings.get("chat_template") == CHAT_TEMPLATE:
         record["template"] = "chat"  # exported by gptjax from a model with this template
     json_files.write_json(workdir / "config.json", record)  # last: a workdir with a config is complete
-    for note in _import_notes(_directory(source), config, tokenizer, record):
+    for note in notes + _import_notes(_directory(source), config, tokenizer, record):
         print(f"note: {note}")
     return config
+
+
+def _to_device(params: dict) -> dict:
+    """params as JAX's arrays; each numpy array is released when it has been copied, params is empty afterwards."""
+    return {k: _to_device(v) if isinstance(v, dict) else jax.numpy.asarray(v) for k, v in _emptied(params)}
+
+
+def _emptied(params: dict):
+    while params:
+        key = next(iter(params))
+        yield key, params.pop(key)
 
 
 def _directory(source) -> Path:
@@ -98,9 +126,13 @@ def _settings(directory: Path, name: str) -> dict:
     return read_json(directory / name) if (directory / name).exists() else {}
 
 
-def _find_tokenizer(source, given: str | None) -> Tokenizer:
+def _find_tokenizer(source, given: str | None, form: str) -> Tokenizer:
     """The tokenizer, with the end-of-text, begin-of-text and padding ids of the model's own files."""
     directory = _directory(source)
+    if form == "nanogpt":
+        meta = Path(paths.expand(str(given))) if given else directory / nanogpt.META
+        if meta.is_file():
+            return nanogpt.read_characters(meta)
     if given:
         tokenizer = make_tokenizer(paths.expand(str(given)), list)
     else:
@@ -136,12 +168,13 @@ def _import_notes(directory: Path, config, tokenizer: Tokenizer | None, record: 
     return notes
 
 
-def export_weights(workdir, output, step: int | str | None = None):
+def export_weights(workdir, output, step: int | str | None = None, max_shard_size: str = huggingface.MAX_SHARD_SIZE):
     """Writes a directory that transformers loads, from a checkpoint of a workdir.
 
     Args:
         output: the directory to make; it must not exist, or be empty.
         step: None = the newest intact checkpoint, 'best' = the one with the lowest validation loss.
+        max_shard_size: the largest file of weights; a larger model is written in shards.
     Returns:
         The Model that was exported. What the format cannot represent is printed, one line each.
     Raises:
@@ -154,7 +187,7 @@ def export_weights(workdir, output, step: int | str | None = None):
         model, head = load_model(workdir, step=step, needs_tokenizer=False), None
     huggingface.write(
         output, model.config, jax.tree.map(np.asarray, model.params), model.tokenizer, template=model.template,
-        generation=_generation(run), head=head,
+        generation=_generation(run), head=head, max_shard_size=max_shard_size,
     )  # fmt: skip
     for note in _export_notes(run, model, isolates_documents(workdir)):
         print(f"note: {note}")
@@ -220,25 +253,29 @@ def main(_):
         raise InputError("Give --from=hf with --input and --workdir, or --to=hf with --workdir and --output.")
     if origin:
         if not FLAGS.input:
-            raise InputError("--from=hf needs --input=DIR, a directory with config.json and model.safetensors.")
-        config = import_weights(FLAGS.input, FLAGS.workdir, FLAGS.tokenizer)
+            what = {"hf": "a directory with config.json and model.safetensors", "nanogpt": "nanoGPT's ckpt.pt",
+                    "gpt1": "the folder model/ of openai/finetune-transformer-lm"}  # fmt: skip
+            raise InputError(f"--from={origin} needs --input=PATH, {what[origin]}.")
+        config = import_weights(FLAGS.input, FLAGS.workdir, FLAGS.tokenizer, origin)
         print(f"{FLAGS.workdir}: {parameter_count(config):,} parameters from {FLAGS.input}")
     else:
         if not FLAGS.output:
             raise InputError("--to=hf needs --output=DIR, the directory to make.")
-        model = export_weights(FLAGS.workdir, FLAGS.output, FLAGS.step)
+        model = export_weights(FLAGS.workdir, FLAGS.output, FLAGS.step, FLAGS.max_shard_size)
         tokenizer = "" if model.tokenizer is None else ", with the tokenizer"
         print(f"{FLAGS.output}: {parameter_count(model.config):,} parameters of step {model.step}{tokenizer}")
 
 
 if __name__ == "__main__":
     FLAGS = flags.FLAGS
-    flags.DEFINE_enum("from", None, ["hf"], "Format to import weights from.")
+    flags.DEFINE_enum("from", None, ["hf", "nanogpt", "gpt1"], "Format to import weights from.")
     flags.DEFINE_enum("to", None, ["hf"], "Format to export weights to.")
-    command_line.define_path("input", None, "Hugging Face directory or .safetensors file.")
+    command_line.define_path("input", None, "What to import: a directory, .safetensors file or ckpt.pt.")
     command_line.define_path("output", None, "Directory to write.")
     command_line.define_path("workdir", None, "Workdir: made with --from, read with --to.")
     command_line.define_path("tokenizer", None, "Tokenizer directory, if the input has none; 'none' to import none.")
+    help = "Export files of at most this size, with an index if there are several."
+    flags.DEFINE_string("max_shard_size", huggingface.MAX_SHARD_SIZE, help)
     command_line.define_step()
     flags.mark_flag_as_required("workdir")
     command_line.run(main)

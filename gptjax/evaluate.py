@@ -1,21 +1,33 @@
-"""Loss, perplexity and bits per byte of a trained model on any text.
+"""Loss, perplexity and bits per byte of a trained model on any text; or its zero- and few-shot skill on tasks.
 
     python -m gptjax.evaluate --workdir=runs/x [--source=PATH] [--stride=256] [--per_document] [--json]
+    python -m gptjax.evaluate --workdir=runs/x --tasks=lambada,piqa,my.toml --data=DIR [--num_fewshot=0,1,8]
+        [--every_checkpoint] [--log_samples] [--limit=100] [--json]
 
-Without --source: the validation split the run held out; of a mixture each part's and the mean under its weights. With
-it: every document of the source, told apart and joined as in training. Each token is scored once; the first one is
-predicted from end-of-text, as documents begin in training, and is counted as unscored where the tokenizer has none.
+With --tasks: each task's rows are looked for in --data; the table has every metric with its standard error, and
+<workdir>/tasks/tasks.json (--out) the protocol too: templates, normalization, prefix token, what was cut. A task is a
+small file, published ones in gptjax/tasks/published, the format in gptjax/tasks/task.py. --every_checkpoint draws
+skill over training.
+
+Without --tasks and without --source: the validation split the run held out; of a mixture each part's and the mean under
+its weights. With --source: every document of it, told apart and joined as in training. Each token is scored once; the
+first one is predicted from end-of-text, as documents begin in training, and is counted as unscored where the tokenizer
+has none.
 """
 
 import contextlib
+import dataclasses
+import itertools
 import math
 import sys
+from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from absl import flags
 
-from gptjax import command_line, json_files
+from gptjax import command_line, json_files, paths
 from gptjax.console import progress
 from gptjax.data import sources
 from gptjax.data.corpus import Part, Text, pretraining_text
@@ -26,7 +38,11 @@ from gptjax.evals.lm import evaluation_sums
 from gptjax.objectives.lm import causal_lm_loss
 from gptjax.parallel.mesh import batch_shards
 from gptjax.parallel.sharding import batch_sharding
+from gptjax.tasks import harness, table
+from gptjax.tasks.harness import Result
+from gptjax.tasks.task import find_file, load_task
 from gptjax.trained import Model, load_model
+from gptjax.training.checkpoint import Checkpointer
 from gptjax.training.step import jit_eval_step
 
 
@@ -58,7 +74,12 @@ def score(model: Model, text: Text, rows: int, *, stride: int | None = None, per
 
 
 def main(_):
-    with contextlib.redirect_stdout(sys.stderr):  # stdout is for the result
+    if FLAGS.tasks:
+        with contextlib.redirect_stdout(sys.stderr):  # stdout is for the result
+            results = _evaluate_tasks()
+        print(json_files.dumps([r.record() for _, r in results]) if FLAGS.json else _tables(results))
+        return
+    with contextlib.redirect_stdout(sys.stderr):
         result = _evaluate()
     if FLAGS.json:
         print(json_files.dumps(result))
@@ -84,6 +105,37 @@ def _evaluate() -> dict:
             **documents_within(FLAGS.workdir),
         )  # fmt: skip
     return score(model, text, rows, stride=FLAGS.stride, per_document=FLAGS.per_document)
+
+
+def _evaluate_tasks() -> list[tuple[int, Result]]:
+    """(step, result) of every checkpoint asked for, task and number of examples."""
+    if FLAGS.data is None:
+        raise InputError("--tasks needs --data=DIR, the folder with the tasks' files.")
+    tasks = [load_task(name) for name in FLAGS.tasks]
+    if FLAGS.allow_code_execution:
+        tasks = [dataclasses.replace(task, allow_code_execution=True) for task in tasks]
+    shots = [int(k) for k in FLAGS.num_fewshot]
+    for task in tasks:  # a missing file is known before hours of computing
+        find_file(task, FLAGS.data, task.files)
+    steps = Checkpointer(FLAGS.workdir).steps() if FLAGS.every_checkpoint else [FLAGS.step]
+    results, folder = [], Path(paths.local(FLAGS.out or f"{FLAGS.workdir}/tasks"))
+    for step in steps:
+        model = load_model(FLAGS.workdir, step=step)
+        about = {"workdir": str(FLAGS.workdir), "weights": model.weights, "dtype": jnp.dtype(model.dtype).name}
+        score = harness.scorer(model, rows=FLAGS.batch_size, seed=FLAGS.seed)
+        for task, k in itertools.product(tasks, shots):
+            result = harness.evaluate(score, task, FLAGS.data, shots=k, limit=FLAGS.limit, seed=FLAGS.seed)
+            results.append((model.step, result))
+            table.write(results, folder, about, FLAGS.log_samples)
+    if FLAGS.every_checkpoint:
+        table.plot_over_steps(results, folder / "tasks.png")
+    print(f"written to {folder}")
+    return results
+
+
+def _tables(results: list[tuple[int, Result]]) -> str:
+    steps = dict.fromkeys(step for step, _ in results)
+    return "\n\n".join(f"step {step:,}\n{table.table([r for s, r in results if s == step])}" for step in steps)
 
 
 def source_text(source: str, tokenizer, text_field: str, isolate_documents: bool = False, *,
@@ -148,6 +200,15 @@ if __name__ == "__main__":
         "context if not given.", lower_bound=1,
     )  # fmt: skip
     flags.DEFINE_bool("per_document", False, "Score each document by itself, not what was joined.")
-    flags.DEFINE_bool("json", False, "One JSON object.")
+    flags.DEFINE_bool("json", False, "JSON instead of a table.")
+    flags.DEFINE_list("tasks", None, "Names of tasks, or .toml files.")
+    command_line.define_path("data", None, "The folder with the tasks' files, or a single file.")
+    flags.DEFINE_list("num_fewshot", ["0"], "Examples in a prompt; several with commas.")
+    flags.DEFINE_integer("limit", None, "Only the first so many items of a task.", lower_bound=1)
+    flags.DEFINE_integer("seed", 0, "Which examples are drawn, and samples.", lower_bound=0)
+    flags.DEFINE_bool("every_checkpoint", False, "Every checkpoint on disk, and a picture of skill over training.")
+    flags.DEFINE_bool("log_samples", False, "Write a record of each item.")
+    command_line.define_path("out", None, "Folder for the results of tasks; WORKDIR/tasks if not given.")
+    flags.DEFINE_bool("allow_code_execution", False, "Run programs that the model wrote (tasks of kind code).")
     flags.mark_flag_as_required("workdir")
     command_line.run(main)

@@ -13,10 +13,8 @@ and the mean of their metrics with its standard error in WORKDIR/results.json.
 
 import dataclasses
 import json
-from collections.abc import Sequence
 
 import jax
-import numpy as np
 from absl import flags
 from ml_collections import config_dict as mlc
 
@@ -36,6 +34,7 @@ from gptjax.parallel.mesh import check_fits
 from gptjax.parallel.sharding import batch_sharding, shared
 from gptjax.ranges import BelowOne, Count, Layers
 from gptjax.run import Claim, require, run
+from gptjax.seeds import each_seed
 from gptjax.trained import load_base, origin
 from gptjax.training.checkpoint import check_selection
 from gptjax.training.optimizer import OptimizerConfig
@@ -176,49 +175,12 @@ def say(results: dict):
             print(f"{split} at step {results['step']}: {', '.join(shown)}")
 
 
-# --- many seeds ---------------------------------------------------------------------------------------------
-
-
-def each_seed(config: mlc.ConfigDict, workdir, seeds: Sequence[int]) -> dict | None:
-    """Runs the stage in workdir/seedN for each seed. Returns the metrics over the seeds, {split: {metric: {'mean',
-    'stderr', 'values'}}}, which it writes to workdir/results.json; None after SIGTERM or Ctrl-C. The same call resumes.
-    """
-    workdir, results = paths.local(workdir), []
-    for seed in seeds:
-        c = config.copy_and_resolve_references()
-        c.seed = seed
-        if not finetune(c, workdir / f"seed{seed}").finished:
-            return None
-        results.append(json.loads((workdir / f"seed{seed}" / "results.json").read_text()))
-    found: dict = {"seeds": list(seeds)}
-    for split in ("validation", "test"):
-        of_split = [r[split] for r in results if split in r]
-        if of_split:
-            found[split] = {k: over_seeds([r[k] for r in of_split]) for k in of_split[0]}
-    if hosts.first():
-        json_files.write_json(workdir / "results.json", found)
-        for split in (s for s in ("validation", "test") if s in found):
-            shown = (f"{k.replace('_', ' ')} {v['mean']:.4f} ± {v['stderr']:.4f}" for k, v in found[split].items())
-            print(f"{split}, {len(seeds)} seeds, mean ± standard error: {', '.join(shown)}")
-    return found
-
-
-def over_seeds(values: Sequence[float]) -> dict:
-    """Mean, its standard error (0 for a single value), and the values."""
-    stderr = float(np.std(values, ddof=1) / len(values) ** 0.5) if len(values) > 1 else 0.0
-    return {"mean": float(np.mean(values)), "stderr": stderr, "values": list(values)}
-
-
 def main(config, workdir):
     if flags.FLAGS.seeds is None:
         return finetune(config, workdir)
-    try:
-        seeds = [int(seed) for seed in flags.FLAGS.seeds]
-    except ValueError as error:
-        raise InputError(f"--seeds={','.join(flags.FLAGS.seeds)}: give whole numbers with commas between.") from error
-    return each_seed(config, workdir, seeds)
+    return each_seed(finetune, config, workdir, flags.FLAGS.seeds)
 
 
 if __name__ == "__main__":
-    flags.DEFINE_list("seeds", None, "Seeds, with commas: a run in WORKDIR/seedN for each, and the mean over them.")
+    command_line.define_seeds(None, "a run in WORKDIR/seedN for each, and the mean over them.")
     command_line.run_stage(main, FinetuneConfig)

@@ -18,7 +18,7 @@ from ml_collections import config_dict as mlc
 
 from gptjax import command_line, paths
 from gptjax.data.chat import Template
-from gptjax.data.prompts import PromptBatches, PromptConfig, bucket_widths, load_prompts, longest_of
+from gptjax.data.prompts import PromptBatches, PromptConfig, Prompts, bucket_widths, load_prompts, longest_of
 from gptjax.data.rows import LeftOut
 from gptjax.distributed import hosts
 from gptjax.errors import InputError
@@ -135,15 +135,7 @@ def build(c: PPOConfig, mesh, claim: Claim, reward_fn: Callable | None = None) -
     program = ppo_program(c, spec)
 
     # --- prompts, and the pre-training text of PPO-ptx ---
-    # room: the longest prompt, in tokens, that leaves space for a response in every model's context
-    room = prompt_room(context_lengths(spec), spec.response, "rollout.max_new_tokens")
-    if c.data.max_length is not None and c.data.max_length > room:
-        raise InputError(
-            f"data.max_length={c.data.max_length} and rollout.max_new_tokens={spec.response} are together more than "
-            f"the shortest context, {min(context_lengths(spec).values())}: lower one of them."
-        )
-    prompts = load_prompts(c.data, template, room)
-    held_out = load_prompts(dataclasses.replace(c.data, source=c.eval.source or c.data.source), template, room)
+    prompts, held_out, room = load_both_prompts(c, spec, template)
     widths = bucket_widths(longest_of(prompts), c.data.buckets, room)
     hosts.agree("The prompts", prompts.fingerprint)
     # A resumed run needs the reference and the reward model that it began with: digests of both go into config.json.
@@ -183,29 +175,21 @@ def build(c: PPOConfig, mesh, claim: Claim, reward_fn: Callable | None = None) -
     )
     iteration = make_iteration(c, spec, program, iterations, frozen_models, rule, text, batches, prompts.texts)
 
-    def lines(first: int, count: int, metrics, seconds: float):
-        line = {"step": first + 1, "episodes": (first + 1) * c.batch_size, **{k: float(v) for k, v in metrics.items()}}
-        check_iteration(line, first, spec.dtype, c.rollout.missing_eos)
-        yield line
-
     def begin(state):
         at_once = (c.batch_size, widths[-1]), (min(c.eval.prompts, len(held_out.ids)), eval_widths[-1])
         most = max(at_once, key=lambda rows_slots: rows_slots[0] * (rows_slots[1] + spec.response))
         hosts.only_first(lambda: print(memory_plan(state, reference, reward, spec, *most, c.offload)))
         describe(c, spec, prompts, widths[-1], iterations, about)
-        if int(state.step) < iterations <= c.rate.warmup:
-            hosts.say(
-                f"warning: the run ends within its warm-up (rate.warmup={c.rate.warmup} iterations): the learning rate "
-                f"never exceeds {c.rate.fraction(iterations - 1, iterations):.0%} of its peak."
-            )
+        if int(state.step) < iterations:
+            warn_of_warmup(c, iterations)
 
     return Stage(
         config=c, total=iterations, abstract=program.abstract, shardings=program.shardings, init=init,
         data=prompts.fingerprint,
         changed=f"{c.data.source} has changed since the run began: put it back or take another --workdir.",
-        advances=lambda plan, start: (Advance(first, count, iteration) for first, count in plan), lines=lines,
-        summary=summary, evaluators=(Evaluator(evaluate, c.eval.every),), reads_late=False, unit="iteration",
-        begin=begin,
+        advances=lambda plan, start: (Advance(first, count, iteration) for first, count in plan),
+        lines=functools.partial(lines, c), summary=summary, evaluators=(Evaluator(evaluate, c.eval.every),),
+        reads_late=False, unit="iteration", begin=begin,
     )  # fmt: skip
 
 
@@ -221,6 +205,19 @@ def load_models(c: PPOConfig, mesh) -> tuple[Model, Template, RewardModel | None
             f"The reward model saw {reward_model.template!r} prompts and the policy {template.kind!r} ones."
         )
     return base, template, reward_model
+
+
+def load_both_prompts(c: PPOConfig, spec: RLSpec, template: Template) -> tuple[Prompts, Prompts, int]:
+    """(prompts to train on, prompts held out for evaluation, room: the most tokens of a prompt that leave space for a
+    response in every model's context)."""
+    room = prompt_room(context_lengths(spec), spec.response, "rollout.max_new_tokens")
+    if c.data.max_length is not None and c.data.max_length > room:
+        raise InputError(
+            f"data.max_length={c.data.max_length} and rollout.max_new_tokens={spec.response} are together more than "
+            f"the shortest context, {min(context_lengths(spec).values())}: lower one of them."
+        )
+    held_out = dataclasses.replace(c.data, source=c.eval.source or c.data.source)
+    return load_prompts(c.data, template, room), load_prompts(held_out, template, room), room
 
 
 def initial_state(policy, reward, *, c: PPOConfig, spec: RLSpec, program: PPOProgram) -> PPOState:
@@ -281,6 +278,13 @@ def steer_kl(state, kl, c: PPOConfig):
     return dataclasses.replace(state, kl_coefficient=jax.device_put(coefficient, state.kl_coefficient.sharding))
 
 
+def lines(c: PPOConfig, first: int, count: int, metrics, seconds: float):
+    """The iteration's line of metrics.jsonl, after the checks of sanity_checks.py."""
+    line = {"step": first + 1, "episodes": (first + 1) * c.batch_size, **{k: float(v) for k, v in metrics.items()}}
+    check_iteration(line, first, c.precision.dtype, c.rollout.missing_eos)
+    yield line
+
+
 def summary(line: dict) -> str:
     """A line of metrics.jsonl as text for the progress bar."""
     return (
@@ -300,6 +304,14 @@ def describe(c: PPOConfig, spec, prompts, slots: int, iterations: int, about: di
         f"{spec.response}; {iterations} iterations of {c.batch_size} episodes{group}, {c.ppo.epochs} x "
         f"{c.ppo.minibatches} steps each{pipeline.describe(spec.policy, spec.mesh.shape, rows)}"
     )
+
+
+def warn_of_warmup(c: PPOConfig, iterations: int):
+    if iterations <= c.rate.warmup:
+        hosts.say(
+            f"warning: the run ends within its warm-up (rate.warmup={c.rate.warmup} iterations): the learning rate "
+            f"never exceeds {c.rate.fraction(iterations - 1, iterations):.0%} of its peak."
+        )
 
 
 if __name__ == "__main__":

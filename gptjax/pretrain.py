@@ -17,6 +17,7 @@ from gptjax.distributed import hosts
 from gptjax.errors import InputError
 from gptjax.evals.generation import SamplesConfig, continuations, sample_prompts
 from gptjax.evals.lm import text_loss
+from gptjax.generation.decode import Decoder
 from gptjax.model import gpt
 from gptjax.model.attention import resolve
 from gptjax.model.flops import flops_per_token
@@ -124,6 +125,7 @@ def build(c: PretrainConfig, mesh, claim: Claim, by_tokenizer: bool) -> Stage:
     claim.make(c, corpus, **({"origin": origin(init_from=base)} if base else {}))
     hosts.only_first(lambda: tokenizer.save(claim.workdir / "tokenizer"))
     most = c.eval.batches or None
+    decoder = Decoder(model, tokenizer.vocab_size, c.precision.dtype, mesh)
     held_out = corpus.validation_batches(context, c.microbatch_rows, most, here=here)
     return supervised(
         c, train, batches, schedule, mesh, workdir=claim.workdir, flops_per_token=flops_per_token(model).palm,
@@ -132,7 +134,7 @@ def build(c: PretrainConfig, mesh, claim: Claim, by_tokenizer: bool) -> Stage:
         "put them back, or start anew in another --workdir.",
         evaluators=(
             Evaluator(text_loss(train.objective.loss, corpus, held_out, mesh), c.eval.every),
-            Evaluator(continuations(c.samples, prompts, model, tokenizer, c.seed, c.precision.dtype, mesh)),
+            Evaluator(continuations(c.samples, prompts, decoder, tokenizer, c.seed)),
         ),
         begin=lambda state: describe(c, model, corpus, schedule, mesh),
     )  # fmt: skip

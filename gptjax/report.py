@@ -175,23 +175,50 @@ def image(figure, alt: str) -> str:
 
 def _reward_model(fitted: dict) -> str:
     """Accuracy, beside what length alone would get, and the calibration curve."""
+    names = ("pairs", "accuracy", "accuracy_by_prompt", "longer_wins", "longer_wins_characters",
+             "accuracy_same_length", "accuracy_better_is_longer", "accuracy_better_is_shorter", "length_correlation",
+             "mean_before", "mean_after")  # fmt: skip
+    rows = [(k.replace("_", " "), f"{fitted[k]:,.4g}") for k in names if fitted.get(k) is not None]
+    figure = reliability_diagram({"this model": fitted["calibration"]}, "agreement")
+    return "<h2>Agreement with held-out rankings</h2>" + _table(rows) + image(figure, "calibration")
+
+
+def reliability_diagram(curves: dict[str, list[dict]], what: str = "accuracy"):
+    """A matplotlib Figure: predicted against observed `what`, and below it where the predictions lie.
+
+    curves: {name: bins}, each bin with `predicted` and `observed`; `observed_low` and `observed_high`, where it has
+    them, become error bars, `low`, `high` and `items` the histogram.
+    """
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    names = ("pairs", "accuracy", "accuracy_by_prompt", "longer_wins", "longer_wins_characters",
-             "accuracy_same_length", "accuracy_better_is_longer", "accuracy_better_is_shorter", "length_correlation",
-             "mean_before", "mean_after")  # fmt: skip
-    rows = [(k.replace("_", " "), f"{fitted[k]:,.4g}") for k in names if fitted.get(k) is not None]
-    figure, axis = plt.subplots(figsize=(4.2, 4), constrained_layout=True)
-    axis.plot([0.5, 1], [0.5, 1], color="#999", lw=0.8, label="calibrated")
-    points = [(b["predicted"], b["observed"]) for b in fitted["calibration"]]
-    if points:
-        axis.plot(*zip(*points, strict=True), "o-", ms=4, color="#3b6fb6", label="this model")
-    axis.set(xlabel="predicted agreement", ylabel="observed agreement")
-    axis.legend(frameon=False)
-    return "<h2>Agreement with held-out rankings</h2>" + _table(rows) + image(figure, "calibration")
+    of_width = {name: [b for b in bins if "low" in b] for name, bins in curves.items()}
+    heights = [3, 1] if any(of_width.values()) else [1]
+    figure, axes = plt.subplots(len(heights), 1, figsize=(4.2, 3 + len(heights)), sharex=True, squeeze=False,
+                                height_ratios=heights, constrained_layout=True)  # fmt: skip
+    axis = axes[0, 0]
+    predicted = [b["predicted"] for bins in curves.values() for b in bins]
+    start = 0.5 if what == "agreement" and min(predicted, default=0.5) >= 0.5 else 0.0
+    axis.plot([start, 1], [start, 1], color="#999", lw=0.8, label="calibrated")
+    for (name, bins), color in zip(curves.items(), itertools.cycle(("#3b6fb6", *_COLORS)), strict=False):
+        x, y = [b["predicted"] for b in bins], [b["observed"] for b in bins]
+        low, high = ([b.get(key, b["observed"]) for b in bins] for key in ("observed_low", "observed_high"))
+        below, above = ([abs(a - b) for a, b in zip(y, ends, strict=True)] for ends in (low, high))
+        if bins:
+            axis.errorbar(x, y, [below, above], fmt="o-", ms=4, lw=1.2, elinewidth=0.8, color=color, label=name)
+        if of_width[name]:
+            total = sum(b["items"] for b in of_width[name])
+            edges, widths = [b["low"] for b in of_width[name]], [b["high"] - b["low"] for b in of_width[name]]
+            axes[1, 0].bar(edges, [b["items"] / total for b in of_width[name]], widths, align="edge", alpha=0.4,
+                           color=color)  # fmt: skip
+    axis.set_ylabel(f"observed {what}")
+    axes[-1, 0].set_xlabel("predicted agreement" if what == "agreement" else "confidence")
+    if len(heights) > 1:
+        axes[1, 0].set_ylabel("share of items")
+    axis.legend(frameon=False, fontsize=8)
+    return figure
 
 
 def _samples(samples) -> str:

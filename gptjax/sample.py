@@ -17,7 +17,7 @@ from absl import flags
 from gptjax import command_line
 from gptjax.data.chat import Template
 from gptjax.errors import InputError
-from gptjax.generation.decode import generate
+from gptjax.generation.decode import Stop, generate
 from gptjax.generation.sampling import Sampling
 from gptjax.generation.speed import describe_speed
 from gptjax.trained import Model, load_model
@@ -63,16 +63,11 @@ def continue_texts(
     with jax.set_mesh(model.mesh):
         params = frozen(model.params, model.dtype)  # half the bytes to read at 16 bits
 
-        def decode():
-            return generate(
-                params, model.config, ids, max_new_tokens=max_new_tokens, sampling=sampling, seed=seed,
-                eot_id=tokenizer.stop_ids, vocab=tokenizer.vocab_size, dtype=model.dtype, mesh=model.mesh,
-            )  # fmt: skip
-
-        out = decode()
+        stop = Stop(max_new_tokens, tokenizer.stop_ids)
+        out = generate(params, model.decoder, ids, stop, sampling, seed=seed)
         if speed:
             began = time.perf_counter()
-            out = decode()
+            out = generate(params, model.decoder, ids, stop, sampling, seed=seed)
             seconds, steps = time.perf_counter() - began, max(map(len, out))
             slots = sum(map(len, ids)) / len(ids) + steps / 2
             print(

@@ -28,6 +28,7 @@ from gptjax.errors import InputError
 from gptjax.evals.base import spread
 from gptjax.evals.generation import ResponseConfig, responses, scored_prompts, scored_responses
 from gptjax.evals.lm import response_loss
+from gptjax.generation.decode import Decoder
 from gptjax.model import gpt, heads
 from gptjax.model.flops import flops_per_token
 from gptjax.model.spec import GPTConfig, ModelOptions, parameter_count
@@ -163,7 +164,8 @@ def build(c: SFTConfig, mesh, claim: Claim) -> Stage:
         make = lambda params: new_state(heads.grow_vocabulary(params, model.vocab_size), train.tx, c.precision)
         return jax.jit(make, out_shardings=train.shardings)(base.params)
 
-    sampler = (c.samples, demonstrations, model, template, c.seed, c.precision.dtype, mesh)
+    decoder = Decoder(model, template.vocab_size, c.precision.dtype, mesh)
+    sampler = (c.samples, demonstrations, decoder, template, c.seed)
     evaluators = [
         Evaluator(response_loss(train.objective.loss, spread(validation, c.eval.batches), mesh), c.eval.every),
         Evaluator(responses(*sampler)),

@@ -10,6 +10,7 @@ from gptjax import paths, run_config
 from gptjax.data.tokenizer import Tokenizer
 from gptjax.distributed import hosts
 from gptjax.errors import InputError
+from gptjax.generation.decode import Decoder
 from gptjax.model import gpt
 from gptjax.model.attention import resolve
 from gptjax.model.spec import GPTConfig
@@ -34,6 +35,11 @@ class Model:
     mesh: jax.sharding.Mesh
     template: str | None = None
     weights: str = ""
+
+    @property
+    def decoder(self) -> Decoder:
+        """What generates from its params, within the tokenizer's vocabulary."""
+        return Decoder(self.config, self.tokenizer.vocab_size, self.dtype, self.mesh)
 
 
 def load_model(workdir, *, step: int | str | None = None, mesh: jax.sharding.Mesh | None = None,

@@ -8,15 +8,14 @@ import dataclasses
 import math
 import os
 import re
-from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
-from gptjax.evals import generation as samples
 from gptjax.generation import decode as generation
+from gptjax.generation.decode import Decoder, Stop
 from gptjax.generation.sampling import Sampling
 from gptjax.model import gpt
 from gptjax.model.attention import resolve
@@ -137,47 +136,35 @@ class Captured(Exception):
     """Carries the arguments of decode out of generate."""
 
 
-def decode_arguments(model, prompts, sizes, monkeypatch, **options):
+def decode_arguments(decoder, prompts, stop, sampling, sizes, monkeypatch):
     """What generate hands to decode on a mesh of these sizes; found on CPU devices, since it makes real arrays."""
 
-    def capture(*arguments, **more):
-        raise Captured(arguments, more)
+    def capture(*arguments):
+        raise Captured(*arguments)
 
     monkeypatch.setattr(generation, "decode", capture)
     with jax.set_mesh(make_mesh(sizes)), pytest.raises(Captured) as found:
-        generation.generate(None, model, prompts, **options)
+        generation.generate(None, decoder, prompts, stop, sampling)
     monkeypatch.undo()
     return found.value.args
 
 
-@pytest.mark.parametrize("caller", ["sample.py", "pretrain.py"])
 @pytest.mark.parametrize("rows", [1, 8])
-def test_sampling_from_a_prompt_long_enough_for_splash(chips, rows, caller, monkeypatch, tmp_path):
+def test_sampling_from_a_prompt_long_enough_for_splash(chips, rows, monkeypatch):
     """A prompt of 65 tokens and more is padded to 128, which Splash takes: one row or several, on eight chips."""
     sizes = MeshConfig(data=1, fsdp=8)
     mesh = make_mesh(sizes, chips)
     model = GPTConfig(512, 2, 2, 128, 256, attention=resolve("auto", "tpu"))
-    options = {"max_new_tokens": 128, "sampling": Sampling(0.8, top_p=0.95), "eot_id": 3, "dtype": jnp.bfloat16,
-               "seed": 0, "vocab": 512}  # fmt: skip
-    if caller == "sample.py":
-        options["mesh"] = mesh
-    else:  # the options are those that its evaluator gives
-        seen = {}
-        monkeypatch.setattr(samples, "generate", lambda *_, **given: seen.update(given) or [[]] * rows)
-        tokenizer = SimpleNamespace(decode=lambda _: "", eot_id=3, vocab_size=512)
-        prompts = {f"prompt {i}": [1] for i in range(rows)}
-        evaluate = samples.continuations(samples.SamplesConfig(), prompts, model, tokenizer, 0, BF16.dtype, mesh)
-        with jax.set_mesh(mesh):
-            evaluate(SimpleNamespace(params=None, step=0))
-        options = seen
-    arguments, more = decode_arguments(model, [[1] * 70] * rows, sizes, monkeypatch, **options)
+    decoder, stop, sampling = Decoder(model, 512, BF16.dtype, mesh), Stop(128, 3), Sampling(0.8, top_p=0.95)
+    _, _, *given, stop, sampling = decode_arguments(decoder, [[1] * 70] * rows, stop, sampling, sizes, monkeypatch)
     state, shardings = state_shardings(gpt.abstract_params(model), make_optimizer(OptimizerConfig()), BF16, mesh)
     whole = NamedSharding(mesh, PartitionSpec())
-    inputs = [jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=whole) for x in arguments[2:]]
+    inputs = [jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=whole) for x in given]
     assert inputs[0].shape[1] == 128
     with as_in_training(mesh):
         try:
-            lowered = generation.decode.lower(abstract(state.params, shardings.params), model, *inputs, **more)
+            params = abstract(state.params, shardings.params)
+            lowered = generation.decode.lower(params, decoder, *inputs, stop, sampling)
         except NotImplementedError as error:  # it comes with a program of a thousand lines
             pytest.fail(str(error))
         assert kernels(lowered.compile()) >= 1

@@ -14,7 +14,7 @@ from gptjax.data.bpe import character_tokenizer, make_tokenizer, train_bpe
 from gptjax.data.chat import chat_tokenizer
 from gptjax.data.tokenizer import Tokenizer
 from gptjax.errors import InputError
-from gptjax.generation.decode import generate
+from gptjax.generation.decode import Decoder, Stop, generate
 from gptjax.generation.sampling import Sampling
 from gptjax.interop import huggingface
 from gptjax.model import gpt, heads
@@ -115,7 +115,7 @@ def copied(exported, tmp_path):
 
 def written(model, prompt="the cat", n=12):
     ids = model.tokenizer.encode(prompt)
-    return generate(model.params, model.config, [ids], max_new_tokens=n, sampling=Sampling(0.0), mesh=model.mesh)[0]
+    return generate(model.params, Decoder(model.config, mesh=model.mesh), [ids], Stop(n), Sampling(0.0))[0]
 
 
 @pytest.mark.parametrize("name", ["config.json", "generation_config.json"])
@@ -157,7 +157,7 @@ def test_an_empty_prompt_begins_with_the_models_own_token(exported, tmp_path, mo
     convert.import_weights(tmp_path / "out", tmp_path / "w")
     model = load_model(tmp_path / "w")
     given = []
-    monkeypatch.setattr(sample, "generate", lambda params, config, ids, **options: given.extend(ids) or ids)
+    monkeypatch.setattr(sample, "generate", lambda params, decoder, ids, *_, seed: given.extend(ids) or ids)
     continue_texts(model, ["", "the"], max_new_tokens=4, sampling=Sampling(0.0), seed=0)
     assert given == [[ids["<s>"]], [ids["<s>"], *tokenizer.encode("the")]]
     plain = dataclasses.replace(tokenizer.specials, adds_bos=False)
@@ -247,7 +247,7 @@ def test_invalid_prompts(exported, tmp_path, monkeypatch, capsys):
     convert.import_weights(directory, tmp_path / "w")
     model = load_model(tmp_path / "w")
     capsys.readouterr()
-    monkeypatch.setattr(sample, "generate", lambda params, config, ids, **options: ids)
+    monkeypatch.setattr(sample, "generate", lambda params, decoder, ids, *_, seed: ids)
 
     def write(prompt, n, model=model):
         return continue_texts(model, [prompt, prompt], max_new_tokens=n, sampling=Sampling(0.0), seed=0)

@@ -111,4 +111,4 @@ def test_wikitext2(shared_data):
     start = tokens[:200_000]
     text = detokenize(start, WIKITEXT)
     assert tokenize(text, WIKITEXT) == start
-    assert text.count("  ") == 3
+    assert len(re.findall(r"  \S", text)) == 3 and text.count("  ") <= 4  # the last line is cut

@@ -18,11 +18,12 @@ from gptjax.aot import programs
 from gptjax.config import build, config_dict
 from gptjax.cost import topology
 from gptjax.errors import InputError
-from gptjax.finetune import FinetuneConfig, each_seed, finetune
+from gptjax.finetune import FinetuneConfig, finetune
 from gptjax.model import gpt, heads
 from gptjax.model.spec import GPTConfig
 from gptjax.objectives.finetune import finetune_loss, task_logits, task_loss
 from gptjax.objectives.lm import lm_loss
+from gptjax.seeds import each_seed
 from gptjax.trained import load_model
 from gptjax.training.schedule import Schedule, ScheduleConfig
 
@@ -253,8 +254,8 @@ def test_choices_and_seeds(pretrained, rows, tmp_path):
     """The mean over seeds and its standard error; a second call finds all runs finished."""
     c = config(pretrained, rows, data__train=str(rows / "choices.jsonl"), data__task="choice", steps=30)
     with on_one_device():
-        found = each_seed(c, tmp_path, (0, 1))
-        again = each_seed(c, tmp_path, (0, 1))
+        found = each_seed(finetune, c, tmp_path, (0, 1))
+        again = each_seed(finetune, c, tmp_path, (0, 1))
     assert found == again == json.loads((tmp_path / "results.json").read_text())
     of_seed = [json.loads((tmp_path / f"seed{s}" / "results.json").read_text())["validation"] for s in (0, 1)]
     values = [r["accuracy"] for r in of_seed]

@@ -12,7 +12,7 @@ from test_gpt import random_params
 
 from gptjax.errors import InputError
 from gptjax.generation import plain
-from gptjax.generation.decode import decode, generate
+from gptjax.generation.decode import Decoder, Stop, decode, generate
 from gptjax.generation.sampling import Sampling, filtered_logits, sample
 from gptjax.model import gpt
 from gptjax.model.spec import GPTConfig
@@ -56,7 +56,7 @@ def test_greedy_decoding_equals_the_full_forward():
     params = random_params(c)
     expected, margin = greedy_without_cache(params, c, PROMPTS, 12)
     assert margin > 1e-4  # no toss-ups, so equal tokens say something
-    assert generate(params, c, PROMPTS, max_new_tokens=12, sampling=GREEDY) == expected
+    assert generate(params, Decoder(c), PROMPTS, Stop(12), GREEDY) == expected
 
 
 @pytest.mark.parametrize(
@@ -74,7 +74,7 @@ def test_decoding_equals_the_plain_decoder(name, sampling):
     eot_id = alone(1, None)[2]
     rows = np.array([prompts[0], [0] * 4 + prompts[1]])
     out, counts, _ = decode(
-        params, c, rows, np.array([6, 2]), np.array(limits), keys, new_tokens=9, sampling=sampling, eot_id=eot_id
+        params, Decoder(c), rows, np.array([6, 2]), np.array(limits), keys, Stop(9, eot_id), sampling
     )
     for i in range(2):
         assert out[i, : counts[i]].tolist() == alone(i, eot_id)
@@ -122,7 +122,7 @@ def test_cached_logits_equal_the_full_forward(name, unstacked):
 
 def test_bfloat16_generates():
     c = VARIANTS["post"]
-    out = generate(random_params(c), c, PROMPTS, max_new_tokens=5, sampling=GREEDY, dtype=jnp.bfloat16)
+    out = generate(random_params(c), Decoder(c, dtype=jnp.bfloat16), PROMPTS, Stop(5), GREEDY)
     assert [len(row) for row in out] == [5] * 4 and all(0 <= t < 53 for row in out for t in row)
 
 
@@ -132,9 +132,8 @@ WARM = Sampling(temperature=3.0)
 SHALLOW = dataclasses.replace(TINY, n_layer=1)
 
 
-def run(prompts, **options):
-    options = {"max_new_tokens": 10, "sampling": WARM, **options}
-    return generate(random_params(SHALLOW), SHALLOW, prompts, **options)
+def run(prompts, max_new_tokens=10, seed=0):
+    return generate(random_params(SHALLOW), Decoder(SHALLOW), prompts, Stop(max_new_tokens), WARM, seed=seed)
 
 
 def test_a_row_does_not_depend_on_its_neighbors_nor_on_how_far_it_is_padded():
@@ -182,8 +181,8 @@ def counter():
     return params
 
 
-def count_on(prompts, max_new_tokens=8, **options):
-    return generate(counter(), COUNTER, prompts, max_new_tokens=max_new_tokens, sampling=GREEDY, **options)
+def count_on(prompts, max_new_tokens=8, eot_id=None):
+    return generate(counter(), Decoder(COUNTER), prompts, Stop(max_new_tokens, eot_id), GREEDY)
 
 
 def test_each_row_stops_at_its_own_end_of_text():
@@ -207,7 +206,7 @@ def test_decode_counts_the_end_of_text_and_fills_what_follows():
     prompts, lengths = jnp.array([[0, 2], [7, 9], [0, 4]]), jnp.array([1, 2, 1])
     keys = jax.random.split(jax.random.key(0), 3)
     out, counts, log_probs = decode(
-        counter(), COUNTER, prompts, lengths, jnp.array([6, 4, 0]), keys, new_tokens=6, sampling=GREEDY, eot_id=5
+        counter(), Decoder(COUNTER), prompts, lengths, jnp.array([6, 4, 0]), keys, Stop(6, 5), GREEDY
     )
     assert out.dtype == jnp.int32
     assert counts.tolist() == [3, 4, 0]
@@ -344,8 +343,8 @@ def test_the_coldest_temperatures_are_greedy(temperature):
         np.testing.assert_array_equal(tokens, logits.argmax(-1))
     row = np.array([[3, 4]], np.int32)
     _, count, log_probs = decode(
-        random_params(SHALLOW), SHALLOW, row, np.array([2]), np.array([3]), jax.random.split(jax.random.key(0), 1),
-        new_tokens=3, sampling=Sampling(temperature),
+        random_params(SHALLOW), Decoder(SHALLOW), row, np.array([2]), np.array([3]),
+        jax.random.split(jax.random.key(0), 1), Stop(3), Sampling(temperature),
     )  # fmt: skip
     assert count.tolist() == [3] and np.isfinite(log_probs).all()
 
@@ -354,7 +353,7 @@ def test_generated_tokens_follow_the_models_distribution():
     """End to end: the first and the second new token of 512 rows, against the probabilities the model gives."""
     c, params, n = TINY, random_params(TINY), 512
     s = Sampling(temperature=2.0, top_k=4)
-    out = np.array(generate(params, c, [[5, 6, 7]] * n, max_new_tokens=2, sampling=s))
+    out = np.array(generate(params, Decoder(c), [[5, 6, 7]] * n, Stop(2), s))
 
     def probabilities(texts):
         rows = np.zeros((4, CONTEXT), np.int32)

@@ -22,7 +22,7 @@ from safetensors.numpy import load_file, save_file
 from gptjax.data.bpe import character_tokenizer, train_bpe
 from gptjax.data.tokenizer import Tokenizer
 from gptjax.errors import InputError
-from gptjax.interop import huggingface
+from gptjax.interop import huggingface, layout
 from gptjax.model import gpt, layers
 from gptjax.model.attention import causal_mask, reference_attention
 from gptjax.model.spec import GPTConfig
@@ -447,7 +447,7 @@ def sort_model():
         tied_head=False, dropout=c["resid_pdrop"],
     )  # fmt: skip
     params = {}
-    for row in huggingface.table(config):
+    for row in layout.table(config):
         name = row.theirs if row.theirs.startswith("lm_head") else f"transformer.{row.theirs}"
         linear = ".attn." in name or ".mlp." in name
         layers = [tensors.pop(name.format(i)) for i in range(config.n_layer)] if "{}" in name else [tensors.pop(name)]

@@ -28,8 +28,8 @@ def model():
 
 
 def made_requests(seed: int = 0) -> list[Request]:
-    """Few-shot-like requests: a shared prefix, contexts of four choices, one-token choices, a repeated request, one that
-    another begins with, short and long ones."""
+    """A shared prefix, contexts of four choices, one-token choices, a repeated request, one that another begins with,
+    short and long ones."""
     rng = np.random.default_rng(seed)
     draw = lambda n: tuple(map(int, rng.integers(0, 97, n)))
     prefix, out = draw(30), []

@@ -12,7 +12,7 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 from numerics import approx, assert_close, model_terms
 
-from gptjax.generation.decode import generate
+from gptjax.generation.decode import Decoder, Stop, generate
 from gptjax.generation.sampling import Sampling
 from gptjax.model import gpt, heads
 from gptjax.model.spec import GPTConfig
@@ -130,7 +130,7 @@ def texts(mesh=None, rules=Rules()):
     with jax.set_mesh(mesh), use_rules(rules):
         placed = jax.device_put(params, parameter_shardings(gpt.abstract_params(MODEL), mesh))
         prompts = [[1, 2, 3], [4], [5, 6, 7, 8, 9]]
-        return generate(placed, MODEL, prompts, mesh=mesh, max_new_tokens=7, sampling=Sampling(0.8), seed=3)
+        return generate(placed, Decoder(MODEL, mesh=mesh), prompts, Stop(7), Sampling(0.8), seed=3)
 
 
 @pytest.mark.parametrize("rules", [Rules(), slow(Rules(embed="fsdp,seq", residual="seq", heads="none"))])

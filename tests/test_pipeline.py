@@ -13,7 +13,7 @@ from numerics import assert_close, model_terms
 from test_gpt import random_params
 
 from gptjax.errors import InputError
-from gptjax.generation.decode import generate
+from gptjax.generation.decode import Decoder, Stop, generate
 from gptjax.generation.sampling import Sampling
 from gptjax.model import gpt, heads
 from gptjax.model.spec import GPT3, GPTConfig
@@ -278,7 +278,7 @@ def test_text_is_generated_on_a_mesh_with_stages():
     def run(mesh):
         with jax.set_mesh(mesh):
             params = on(mesh, random_params(model), gpt.abstract_params(model))
-            return generate(params, model, [[1, 2, 3], [4]], max_new_tokens=5, sampling=Sampling(0.0), mesh=mesh)
+            return generate(params, Decoder(model, mesh=mesh), [[1, 2, 3], [4]], Stop(5), Sampling(0.0))
 
     assert run(mesh_of(stage=2, data=2)) == run(ALONE)
 

@@ -75,7 +75,7 @@ REFERENCES = [["the cat sat on a mat today"], ["there is a dog in the park", "a 
 
 
 def bleu_by_hand(predictions, references):
-    """Papineni et al. 2002, of the closest reference lengths the shortest, for texts that sacrebleu splits at spaces."""
+    """Papineni et al. 2002, of the closest reference lengths the shortest; for texts that are split at spaces."""
     grams = lambda words, n: [tuple(words[i : i + n]) for i in range(len(words) - n + 1)]
     length, closest, logs = 0, 0, 0.0
     for n in range(1, 5):

@@ -13,7 +13,7 @@ from conftest import ROOT
 from runs import one_device_environment
 
 from gptjax import convert, lock, paths
-from gptjax.command_line import _PathParser, _StepParser
+from gptjax.command_line import _PathParser, _SeedsParser, _StepParser
 from gptjax.config import build, config_dict
 from gptjax.data import sources
 from gptjax.data.records import pretraining_run
@@ -342,3 +342,9 @@ def test_step_is_a_number_or_best():
     assert _StepParser().parse("best") == "best" and _StepParser().parse("120") == 120
     with pytest.raises(ValueError, match="neither a number nor 'best'"):
         _StepParser().parse("bset")
+
+
+def test_seeds_are_whole_numbers_with_commas():
+    assert _SeedsParser().parse("0,12, 3") == [0, 12, 3]
+    with pytest.raises(ValueError, match="whole numbers with commas"):
+        _SeedsParser().parse("0,x")

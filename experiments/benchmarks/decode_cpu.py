@@ -49,7 +49,7 @@ def serve_torch(directory: str):
 def serve_gptjax(directory: str):
     import jax
 
-    from gptjax.generation.decode import decode
+    from gptjax.generation.decode import Decoder, Stop, decode
     from gptjax.generation.sampling import Sampling
     from gptjax.model import gpt
 
@@ -61,9 +61,8 @@ def serve_gptjax(directory: str):
         batch = int(line)
         full = np.full(batch, PROMPT, np.int32)
         out, *_ = decode(
-            params, config, prompts(batch), full, np.full(batch, NEW), keys(batch), new_tokens=NEW,
-            sampling=Sampling(0.0),
-        )  # fmt: skip
+            params, Decoder(config), prompts(batch), full, np.full(batch, NEW), keys(batch), Stop(NEW), Sampling(0.0)
+        )
         return {"tokens": np.asarray(out).tolist()}
 
     serve({"about": f"jax {jax.__version__}"}, work)

@@ -13,7 +13,6 @@ from tqdm import tqdm
 
 from experiments.ppo_exact import mutations
 from gptjax import command_line, json_files
-from gptjax.errors import InputError
 
 
 def main(_):
@@ -21,15 +20,11 @@ def main(_):
         for name, function in mutations.MUTATIONS.items():
             print(f"{name:<36}{function.__doc__.splitlines()[0]}")
         return
-    try:
-        seeds = [int(s) for s in FLAGS.seeds.split(",")]
-    except ValueError as error:
-        raise InputError(f"--seeds={FLAGS.seeds}: give whole numbers with commas between.") from error
     if FLAGS.mutation:
         mutations.plant(FLAGS.mutation)
     from experiments.ppo_exact.task import Task, TaskConfig  # after the fault is planted
 
-    for seed in seeds:
+    for seed in FLAGS.seeds:
         began = time.perf_counter()
         task = Task(seed, TaskConfig(iterations=FLAGS.iterations))
         with tqdm(total=FLAGS.iterations, desc=f"seed {seed}", unit="it", leave=False) as bar:
@@ -50,7 +45,7 @@ def main(_):
 
 if __name__ == "__main__":
     FLAGS = flags.FLAGS
-    flags.DEFINE_string("seeds", "0,1,2,3,4", "Seeds, with commas between.")
+    command_line.define_seeds("0,1,2,3,4", "a run for each.")
     flags.DEFINE_integer("iterations", 200, "PPO iterations.", lower_bound=1)
     flags.DEFINE_string("mutation", None, "A fault to plant; see --list_mutations.")
     flags.DEFINE_bool("list_mutations", False, "The faults that can be planted.")

@@ -18,15 +18,10 @@ from tqdm import tqdm
 
 from experiments.reward_exact.task import Task, TaskConfig, outside_the_bar
 from gptjax import command_line, json_files
-from gptjax.errors import InputError
 
 
 def main(_):
-    try:
-        seeds = [int(s) for s in FLAGS.seeds.split(",")]
-    except ValueError as error:
-        raise InputError(f"--seeds={FLAGS.seeds}: give whole numbers with commas between.") from error
-    for seed in seeds:
+    for seed in FLAGS.seeds:
         began = time.perf_counter()
         task = Task(seed, TaskConfig(prompts=FLAGS.prompts, pairs=FLAGS.pairs))
         with tqdm(total=task.steps, desc=f"seed {seed}", unit="step", leave=False) as bar:
@@ -48,7 +43,7 @@ def line(r: dict) -> str:
 
 if __name__ == "__main__":
     FLAGS = flags.FLAGS
-    flags.DEFINE_string("seeds", "0,1,2", "Seeds, with commas between.")
+    command_line.define_seeds("0,1,2", "a run for each.")
     flags.DEFINE_integer("prompts", 6000, "Prompts, each with one ranking, seen once.", lower_bound=1)
     flags.DEFINE_enum("pairs", "all", ("all", "one"), "Which pairs of a ranking to learn from.")
     flags.DEFINE_bool("json", False, "One JSON object per seed.")

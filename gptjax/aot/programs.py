@@ -22,7 +22,7 @@ from gptjax.data.transforms import NEW_TOKENS
 from gptjax.dpo import DPOConfig
 from gptjax.errors import InputError
 from gptjax.finetune import FinetuneConfig
-from gptjax.generation.decode import decode
+from gptjax.generation.decode import Decoder, Stop, decode
 from gptjax.generation.sampling import Sampling
 from gptjax.model import gpt, heads
 from gptjax.model.attention import resolve
@@ -46,13 +46,12 @@ from gptjax.training.offload import MEMORY
 
 @dataclasses.dataclass(frozen=True)
 class Program:
-    """jitted.lower(*arguments, **options) under jax.set_mesh(mesh) is the program. tokens: that one run goes through.
+    """jitted.lower(*arguments) under jax.set_mesh(mesh) is the program. tokens: that one run goes through.
     parts: our own count of the bytes on one device, by what they are. arrays: the largest of what the forward pass
     keeps, (name, shape over all devices, bytes on one device)."""
 
     jitted: Any
     arguments: tuple
-    options: dict
     mesh: Any
     tokens: int
     work: Work
@@ -66,7 +65,7 @@ class Program:
         jax.config.update(name, float("inf"))
         try:
             with jax.set_mesh(self.mesh):
-                return self.jitted.lower(*self.arguments, **self.options).compile()
+                return self.jitted.lower(*self.arguments).compile()
         finally:
             jax.config.update(name, before)
 
@@ -182,7 +181,7 @@ def _step_program(c, model, program, mesh, time, shapes, *, sequences, chunk) ->
         state_bytes=state_bytes["params"] + state_bytes["optimizer"], parameter_bytes=state_bytes["params"],
         kept_bytes=kept, bubble=pipeline.make_plan(model, mesh.shape, sequences).bubble,
     )  # fmt: skip
-    return Program(train.step, (state, batch, rates), {}, mesh, tokens, work, parts, arrays)
+    return Program(train.step, (state, batch, rates), mesh, tokens, work, parts, arrays)
 
 
 # --- generation -------------------------------------------------------------------------------------------
@@ -214,13 +213,10 @@ def decode_program(c: PretrainConfig, mesh, *, rows: int, prompt: int, new_token
     matrices = 2 * (non_embedding_count(model) + model.vocab_size * model.d_model) / tensor
     mean_cache = cache * (prompt + new_tokens / 2) / (prompt + new_tokens)
     work = Work(flops, 0.0, flops, (new_tokens + 1) * matrices + new_tokens * mean_cache)
-    options = dict(
-        new_tokens=new_tokens, sampling=Sampling(0.8, top_p=0.95), eot_id=0, vocab=model.vocab_size,
-        dtype=c.precision.dtype, mesh=mesh,
-    )  # fmt: skip
     parts = {"params": device_bytes(params), "key-value cache": cache + cache * prompt // (prompt + new_tokens) // 2}
-    arguments = (params, model, prompts, lengths, limits, keys)
-    return Program(decode, arguments, options, mesh, rows * (prompt + new_tokens), work, parts)
+    decoder = Decoder(model, model.vocab_size, c.precision.dtype, mesh)
+    arguments = (params, decoder, prompts, lengths, limits, keys, Stop(new_tokens, 0), Sampling(0.8, top_p=0.95))
+    return Program(decode, arguments, mesh, rows * (prompt + new_tokens), work, parts)
 
 
 def _shapes(boxed):
@@ -294,7 +290,7 @@ def collect_program(c: PPOConfig, policy: GPTConfig, reward: GPTConfig | None, m
     read = (spec.response + 1) * matrices + spec.response * cache * (p.slots + spec.response / 2) / texts
     work = Work(flops, 0.0, flops, read)
     parts = _ppo_bytes(p, offload=False) | {"key-value cache": cache + cache * p.slots // texts // 2}
-    return Program(jitted, (p.state, p.reference, p.reward, prompts, lengths, key), {}, mesh, rows * texts, work, parts)
+    return Program(jitted, (p.state, p.reference, p.reward, prompts, lengths, key), mesh, rows * texts, work, parts)
 
 
 def _collect(c: PPOConfig, spec: RLSpec):
@@ -342,4 +338,4 @@ def update_program(c: PPOConfig, policy: GPTConfig, reward: GPTConfig | None, me
     work = Work(flops, 0.0, flops, steps * (2 * state + 2 * gradients))
     parts = _ppo_bytes(p, c.offload) | {"gradients": gradients}
     arguments = (p.state, experience, ptx, replicated(mesh, ((), jnp.float32), ((), jnp.float32)), *resident)
-    return Program(jitted, arguments, {}, mesh, c.ppo.epochs * rows * texts + ptx_tokens, work, parts)
+    return Program(jitted, arguments, mesh, c.ppo.epochs * rows * texts + ptx_tokens, work, parts)

@@ -6,7 +6,7 @@ import json
 import os
 import re
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import tokenizers
 from etils import epath
@@ -92,6 +92,11 @@ def character_tokenizer(texts: Iterable[str]) -> Tokenizer:
     characters = sorted(set().union(*map(set, texts)))
     if not characters:
         raise InputError("The source has no text to collect characters from: give a source that has some.")
+    return character_tokenizer_of(characters)
+
+
+def character_tokenizer_of(characters: Sequence[str]) -> Tokenizer:
+    """A tokenizer whose id i is characters[i]; they are distinct. InputError: a lone surrogate."""
     check_unicode(["".join(characters)])
     engine = tokenizers.Tokenizer(models.BPE(vocab={c: i for i, c in enumerate(characters)}, merges=[]))
     engine.decoder = decoders.Fuse()

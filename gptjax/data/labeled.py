@@ -168,7 +168,7 @@ def load_labeled(c: LabeledConfig, tokenizer: Tokenizer, marks: Marks, context: 
         train, (held_out, more) = found, read(c.valid, labels)
         left_out = left_out + more
     else:
-        train, held_out = hold_out([(p.key, p) for p in found], fraction, seed, c.train, "valid")
+        train, held_out = hold_out([(p.key, p) for p in found], fraction, seed, c.train, "valid", "text")
     warn_if_few(train, held_out, c.train, "valid")
     test, more = read(c.test, labels, needs_label=False) if c.test else ([], LeftOut())
 

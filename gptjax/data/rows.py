@@ -1,5 +1,5 @@
 """Shared by the loaders of demonstrations, comparisons, prompts and labeled rows: field names, length checks, dropped
-rows, and the train/validation split by prompt.
+rows, and the train/validation split by text (of a prompt; of a labeled row its input).
 """
 
 from __future__ import annotations
@@ -309,19 +309,19 @@ def load_split(
 
 
 def hold_out(
-    made: list[tuple[str, Any]], fraction: float, seed: int, source: str, key: str = "validation"
+    made: list[tuple[str, Any]], fraction: float, seed: int, source: str, key: str = "validation", what: str = "prompt"
 ) -> tuple[list, list]:
-    """(training examples, validation examples) of (text of its prompt, example) pairs, by prompt as in load_split. key:
-    of the config, for messages."""
-    draws = {prompt: _draw(seed, prompt) for prompt, _ in made}
+    """(training examples, validation examples) of (text, example) pairs; examples with the same text stay together, as
+    in load_split. key: of the config, what: the text is, for messages."""
+    draws = {text: _draw(seed, text) for text, _ in made}
     if len(draws) < 2:
         raise InputError(
-            f"The source {source!r} has only one prompt, so none can be held out: give another source with "
+            f"The source {source!r} has only one {what}, so none can be held out: give another source with "
             f"{FLAGS}{key}=PATH."
         )
-    # At least the prompt with the lowest draw is held out, and the one with the highest is not.
+    # At least the text with the lowest draw is held out, and the one with the highest is not.
     bound = min(max(int(fraction * 2**64), min(draws.values()) + 1), max(draws.values()))
-    return [e for prompt, e in made if draws[prompt] >= bound], [e for prompt, e in made if draws[prompt] < bound]
+    return [e for text, e in made if draws[text] >= bound], [e for text, e in made if draws[text] < bound]
 
 
 def warn_if_few(train: list, held_out: list, source: str, key: str = "validation") -> None:
@@ -359,7 +359,7 @@ def fraction_of(validation: str) -> float | None:
         return None
 
 
-def _draw(seed: int, prompt: str) -> int:
-    """A number in [0, 2⁶⁴) that depends only on seed and prompt."""
-    digest = hashlib.sha256(f"{seed}:{prompt}".encode("utf-8", "surrogatepass")).digest()
+def _draw(seed: int, text: str) -> int:
+    """A number in [0, 2⁶⁴) that depends only on seed and text."""
+    digest = hashlib.sha256(f"{seed}:{text}".encode("utf-8", "surrogatepass")).digest()
     return int.from_bytes(digest[:8], "big")

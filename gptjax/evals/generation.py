@@ -8,10 +8,9 @@ from gptjax.data.demonstrations import Demonstrations
 from gptjax.data.tokenizer import Tokenizer
 from gptjax.distributed import hosts
 from gptjax.errors import InputError
-from gptjax.generation.decode import generate
+from gptjax.generation.decode import Decoder, Stop, generate
 from gptjax.generation.respond import respond
 from gptjax.generation.sampling import Sampling
-from gptjax.model.spec import GPTConfig
 from gptjax.ranges import Count, TopP
 from gptjax.training.stage import Evaluation
 
@@ -60,19 +59,15 @@ def sample_prompts(prompts, tokenizer: Tokenizer, context_length: int) -> dict[s
     return encoded
 
 
-def continuations(c: SamplesConfig, prompts: dict[str, list[int]], model: GPTConfig, tokenizer: Tokenizer, seed: int,
-                  dtype, mesh):  # fmt: skip
+def continuations(c: SamplesConfig, prompts: dict[str, list[int]], decoder: Decoder, tokenizer: Tokenizer, seed: int):
     """Returns evaluate(state) -> Evaluation: a continuation of each prompt, with the same noise each time. prompts:
     {text: ids}."""
+    stop, sampling = Stop(c.max_new_tokens, tokenizer.eot_id), Sampling(c.temperature, top_p=c.top_p)
 
     def evaluate(state) -> Evaluation:
         if not prompts:
             return Evaluation({})
-        out = generate(
-            state.params, model, list(prompts.values()), max_new_tokens=c.max_new_tokens,
-            sampling=Sampling(c.temperature, top_p=c.top_p), seed=seed, eot_id=tokenizer.eot_id,
-            vocab=tokenizer.vocab_size, dtype=dtype, mesh=mesh,
-        )  # fmt: skip
+        out = generate(state.params, decoder, list(prompts.values()), stop, sampling, seed=seed)
         rows = [{"prompt": p, "text": tokenizer.decode(ids)} for p, ids in zip(prompts, out, strict=True)]
         for row in rows:
             hosts.say(f"--- sample at step {int(state.step)} ---\n{row['prompt']}{row['text']}\n")
@@ -104,36 +99,33 @@ def scored_prompts(c: ResponseConfig, demonstrations: Demonstrations) -> list:
     return [d.ids[: d.prompt] for d in demonstrations.validation if d.prompt][: 4 * c.count]
 
 
-def _sampled(c: ResponseConfig, params, model: GPTConfig, prompts, template: Template, seed: int, dtype, mesh):
-    """One sampled response to each prompt, as ids, with end-of-text if it was produced."""
-    return respond(
-        params, model, prompts, template, max_new_tokens=c.max_new_tokens, temperature=c.temperature, seed=seed,
-        dtype=dtype, mesh=mesh,
-    )  # fmt: skip
-
-
-def scored_responses(reward_model, c: ResponseConfig, demonstrations: Demonstrations, model: GPTConfig,
-                     template: Template, seed: int, dtype, mesh):  # fmt: skip
+def scored_responses(reward_model, c: ResponseConfig, demonstrations: Demonstrations, decoder: Decoder,
+                     template: Template, seed: int):  # fmt: skip
     """Returns evaluate(state) -> Evaluation: 'reward', the reward model's mean score of sampled responses, by which the
     best checkpoint is selected. reward_model: with score(prompts, responses) -> [number of responses]."""
     prompts = scored_prompts(c, demonstrations)
 
     def evaluate(state) -> Evaluation:
-        sampled = _sampled(c, state.params, model, prompts, template, seed, dtype, mesh)
+        sampled = respond(
+            state.params, decoder, template, prompts, max_new_tokens=c.max_new_tokens, temperature=c.temperature,
+            seed=seed,
+        )  # fmt: skip
         reward = float(reward_model.score(prompts, sampled).mean())
         return Evaluation({"reward": reward, "selection": -reward})
 
     return evaluate
 
 
-def responses(c: ResponseConfig, demonstrations: Demonstrations, model: GPTConfig, template: Template, seed: int, dtype,
-              mesh):  # fmt: skip
+def responses(c: ResponseConfig, demonstrations: Demonstrations, decoder: Decoder, template: Template, seed: int):
     """Returns evaluate(state) -> Evaluation: responses to the first validation prompts, with the demonstrations."""
     shown = [d for d in demonstrations.validation if d.prompt][: c.count]
 
     def evaluate(state) -> Evaluation:
         prompts = [d.ids[: d.prompt] for d in shown]
-        sampled = _sampled(c, state.params, model, prompts, template, seed, dtype, mesh) if shown else []
+        sampled = respond(
+            state.params, decoder, template, prompts, max_new_tokens=c.max_new_tokens, temperature=c.temperature,
+            seed=seed,
+        )  # fmt: skip
         rows = [
             {"prompt": template.decode(d.ids[: d.prompt]), "text": template.decode(response),
              "demonstration": template.decode(d.ids[d.prompt :])}

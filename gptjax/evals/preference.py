@@ -11,6 +11,7 @@ import numpy as np
 
 from gptjax.distributed import hosts
 from gptjax.evals.base import evaluation_sums, spread
+from gptjax.evals.calibration import bin_figures
 from gptjax.objectives.preference import ranking_statistics
 from gptjax.parallel.sharding import batch_sharding
 from gptjax.training.stage import Evaluation
@@ -148,19 +149,16 @@ def length_baseline(p: Pairs) -> dict | None:
 def calibration(p: Pairs, bins: int = 10) -> list[dict]:
     """Pairs in `bins` equal parts by |margin|: the predicted agreement, sigma(|margin|), and the observed one.
 
-    They are equal for a calibrated model (Stiennon et al. 2020 appendix G.2 plots them).
+    They are equal for a calibrated model (Stiennon et al. 2020 appendix G.2 plots them). The observed one's 95 % Wilson
+    interval is too narrow where a prompt has several pairs, which are not independent.
     """
     order = np.argsort(np.abs(p.margin), kind="stable")
     rows = []
     for part in np.array_split(order, min(bins, max(len(order), 1))):
         if part.size:
             size = np.abs(p.margin[part])
-            rows.append({
-                "margin": float(size.mean()),
-                "predicted": float((1 / (1 + np.exp(-size))).mean()),
-                "observed": _accuracy(p.margin[part]),
-                "pairs": int(part.size),
-            })  # fmt: skip
+            row = bin_figures(1 / (1 + np.exp(-size)), np.sign(p.margin[part]) / 2 + 0.5)  # a tie is half right
+            rows.append({"margin": float(size.mean()), "pairs": row.pop("items"), **row})
     return rows
 
 

@@ -4,8 +4,10 @@ Prompts of unequal length are padded on the left, so that every row writes the s
 segment of their own, which nothing else sees, and positions count from each row's first real token.
 """
 
+import dataclasses
 import functools
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -19,46 +21,73 @@ from gptjax.model import gpt
 from gptjax.model.spec import GPTConfig
 from gptjax.parallel.mesh import batch_shards
 
-_STATIC = ("config", "new_tokens", "sampling", "eot_id", "pad_id", "vocab", "dtype", "mesh")
+
+@dataclasses.dataclass(frozen=True)
+class Decoder:
+    """What decodes: the model without its parameters, and how it computes.
+
+    vocab: only ids below it are produced (a tokenizer smaller than the model); None = all.
+    dtype: of activations and cache. mesh: of the parameters; None = a single device.
+    """
+
+    config: GPTConfig
+    vocab: int | None = None
+    dtype: Any = jnp.float32
+    mesh: jax.sharding.Mesh | None = None
 
 
-@functools.partial(jax.jit, static_argnames=_STATIC)
-def decode(params, config: GPTConfig, prompts_BQ, lengths_B, limits_B, keys_B, *, new_tokens: int, sampling: Sampling,
-           eot_id: int | tuple[int, ...] | None = None, pad_id: int | None = None, vocab: int | None = None,
-           dtype=jnp.float32, mesh=None):  # fmt: skip
+@dataclasses.dataclass(frozen=True)
+class Stop:
+    """When a row ends: after max_new_tokens, or once it has produced eot_id, or one of them; None = no such token.
+
+    pad_id: what fills the rest of the row; None = the (first) eot_id again, or 0.
+    """
+
+    max_new_tokens: int
+    eot_id: int | tuple[int, ...] | None = None
+    pad_id: int | None = None
+
+    @property
+    def ids(self) -> tuple[int, ...]:
+        """The tokens that end a row."""
+        return () if self.eot_id is None else (self.eot_id,) if isinstance(self.eot_id, int) else tuple(self.eot_id)
+
+    @property
+    def fill(self) -> int:
+        return next(i for i in (self.pad_id, *self.ids, 0) if i is not None)
+
+
+@functools.partial(jax.jit, static_argnames=("decoder", "stop", "sampling"))
+def decode(params, decoder: Decoder, prompts_BQ, lengths_B, limits_B, keys_B, stop: Stop, sampling: Sampling):
     """Continues every prompt.
 
     Args:
         prompts_BQ: int, padded on the left; lengths_B: int, real tokens of each row.
         limits_B: int, at most so many new tokens per row.
         keys_B: typed keys, one per row, so that a row's text does not depend on its neighbors.
-        new_tokens: R, static; Q + R is the size of the cache.
-        eot_id: a row ends once it has produced this token, or one of these; None = no such token. pad_id: what
-            follows it; None = the (first) eot_id again, or 0.
-        vocab: only ids below it are produced (a tokenizer smaller than the model); None = all.
+        stop: its max_new_tokens is R; Q + R is the size of the cache.
     Returns:
         (tokens int32 [B, R], how many of each row are real int32 [B], their log-probabilities float32 [B, R]); the
         end-of-text token is counted. The log-probabilities are those of the distribution at this temperature before
         top-k and top-p (at temperature 0: of temperature 1).
     """
-    B, Q = prompts_BQ.shape
+    config, dtype, mesh = decoder.config, decoder.dtype, decoder.mesh
+    (B, Q), R = prompts_BQ.shape, stop.max_new_tokens
     pad_B = Q - lengths_B
     positions_BQ = jnp.maximum(jnp.arange(Q)[None] - pad_B[:, None], 0)
     real_BQ = jnp.arange(Q)[None] >= pad_B[:, None]
     segments_BQ = real_BQ.astype(jnp.int32)
     x_BQD, kv = gpt.prefill(params, config, prompts_BQ, positions_BQ, segments_BQ, dtype=dtype, mesh=mesh)
-    cache = jax.tree.map(lambda a: jnp.pad(a, ((0, 0), (0, 0), (0, 0), (0, new_tokens), (0, 0))), kv)
+    cache = jax.tree.map(lambda a: jnp.pad(a, ((0, 0), (0, 0), (0, 0), (0, R), (0, 0))), kv)
     step_params = params
     if _unstacks_layers(mesh):
         step_params, cache = gpt.unstack_layers(params, cache, config)
     # Slots of new tokens count as filled from the start: causality hides those that are not written yet.
-    filled_BS = jnp.concatenate([real_BQ, jnp.ones((B, new_tokens), bool)], axis=1)
-    stops = stop_tokens(eot_id)
-    fill = next(i for i in (pad_id, *stops, 0) if i is not None)
+    filled_BS = jnp.concatenate([real_BQ, jnp.ones((B, R), bool)], axis=1)
 
     def choose(x_BD, i):
         """The i-th new token of each row, and its log-probability."""
-        logits_BV = gpt.logits(params, config, x_BD)[:, :vocab]
+        logits_BV = gpt.logits(params, config, x_BD)[:, : decoder.vocab]
         keys = jax.vmap(jax.random.fold_in, (0, None))(keys_B, i)
         token_B = jax.vmap(lambda logits_V, key: sample(logits_V, key, sampling))(logits_BV, keys)
         logits_BV = logits_BV / (1.0 if sampling.greedy else sampling.temperature)
@@ -67,13 +96,13 @@ def decode(params, config: GPTConfig, prompts_BQ, lengths_B, limits_B, keys_B, *
 
     def emit(token_B, log_prob_B, i, out_BR, log_probs_BR, count_B, done_B):
         """Writes a token of each row, or the filler where the row is done."""
-        token_B = jnp.where(done_B, fill, token_B)
+        token_B = jnp.where(done_B, stop.fill, token_B)
         out_BR = lax.dynamic_update_slice(out_BR, token_B[:, None], (0, i))
         log_prob_B = jnp.where(done_B, 0.0, log_prob_B)
         log_probs_BR = lax.dynamic_update_slice(log_probs_BR, log_prob_B[:, None], (0, i))
         count_B = count_B + ~done_B
-        for stop in stops:
-            done_B = done_B | (token_B == stop)
+        for end in stop.ids:
+            done_B = done_B | (token_B == end)
         return token_B, out_BR, log_probs_BR, count_B, done_B | (count_B >= limits_B)
 
     def body(carry):
@@ -86,13 +115,11 @@ def decode(params, config: GPTConfig, prompts_BQ, lengths_B, limits_B, keys_B, *
         token_B, *rest = emit(*choose(x_B1D[:, 0], i), i, *rest)
         return i + 1, token_B, cache, *rest
 
-    out_BR, log_probs_BR = jnp.full((B, new_tokens), fill, jnp.int32), jnp.zeros((B, new_tokens), jnp.float32)
+    out_BR, log_probs_BR = jnp.full((B, R), stop.fill, jnp.int32), jnp.zeros((B, R), jnp.float32)
     first = choose(x_BQD[:, -1], 0)
     token_B, *rest = emit(*first, 0, out_BR, log_probs_BR, jnp.zeros(B, jnp.int32), limits_B <= 0)
     carry = (jnp.int32(1), token_B, cache, *rest)
-    *_, out_BR, log_probs_BR, count_B, _ = lax.while_loop(
-        lambda c: (c[0] < new_tokens) & ~jnp.all(c[-1]), body, carry
-    )
+    *_, out_BR, log_probs_BR, count_B, _ = lax.while_loop(lambda c: (c[0] < R) & ~jnp.all(c[-1]), body, carry)
     return out_BR, count_B, log_probs_BR
 
 
@@ -100,11 +127,6 @@ def _unstacks_layers(mesh) -> bool:
     """On a CPU: see gpt.unstack_layers. Stages keep their layers to themselves."""
     platform = jax.default_backend() if mesh is None else mesh.devices.flat[0].platform
     return platform == "cpu" and (mesh is None or mesh.shape["stage"] == 1)
-
-
-def stop_tokens(eot_id: int | Sequence[int] | None) -> tuple[int, ...]:
-    """The ids that end a row, of `decode`'s and `generate`'s eot_id."""
-    return () if eot_id is None else (eot_id,) if isinstance(eot_id, int) else tuple(eot_id)
 
 
 def bucket(n: int, limit: int) -> int:
@@ -121,16 +143,15 @@ def _batch_shards() -> int:
     return 1 if mesh.empty else batch_shards(mesh.shape)
 
 
-def generate(params, config: GPTConfig, prompts: Sequence[Sequence[int]], *, max_new_tokens: int, sampling: Sampling,
-             seed: int = 0, eot_id: int | tuple[int, ...] | None = None, keep_eot: bool = False,
-             vocab: int | None = None, dtype=jnp.float32, mesh=None) -> list[list[int]]:  # fmt: skip
+def generate(params, decoder: Decoder, prompts: Sequence[Sequence[int]], stop: Stop, sampling: Sampling, *,
+             seed: int = 0, keep_eot: bool = False) -> list[list[int]]:  # fmt: skip
     """Token lists in, token lists out: new tokens only, without the end-of-text token unless keep_eot.
 
-    The same seed gives the same text for a row, whatever the other rows are. A row stops at end-of-text, after
-    max_new_tokens, or when the context is full. Raises InputError for an empty prompt or one longer than the
-    context.
+    The same seed gives the same text for a row, whatever the other rows are. A row stops where `stop` says, or when
+    the context is full. Raises InputError for an empty prompt or one longer than the context.
     """
-    if max_new_tokens < 1:
+    config = decoder.config
+    if stop.max_new_tokens < 1:
         raise InputError("max_new_tokens must be at least 1.")
     if not len(prompts):
         return []
@@ -146,21 +167,21 @@ def generate(params, config: GPTConfig, prompts: Sequence[Sequence[int]], *, max
     lengths_B = np.array([len(p) for p in prompts], np.int32)
     Q = bucket(int(lengths_B.max()), config.context_length)
     # The last context position can still predict: a prompt of the full context gets one new token.
-    limits_B = np.minimum(max_new_tokens, config.context_length - lengths_B + 1).astype(np.int32)
+    limits_B = np.minimum(stop.max_new_tokens, config.context_length - lengths_B + 1).astype(np.int32)
     B = -(-len(prompts) // _batch_shards()) * _batch_shards()
     tokens_BQ = np.zeros((B, Q), np.int32)
     for row, prompt in zip(tokens_BQ, prompts, strict=False):
         row[Q - len(prompt) :] = prompt
     padding = (0, B - len(prompts))  # rows beyond the prompts, whose limit is 0: they are done from the start
     keys_B = jax.vmap(lambda i: jax.random.fold_in(jax.random.key(seed), i))(np.arange(B))
+    stop = dataclasses.replace(stop, max_new_tokens=bucket(int(limits_B.max()), config.context_length))
     out_BR, count_B, _ = decode(
-        params, config, tokens_BQ, np.pad(lengths_B, padding, constant_values=1), np.pad(limits_B, padding), keys_B,
-        new_tokens=bucket(int(limits_B.max()), config.context_length), sampling=sampling, eot_id=eot_id,
-        vocab=vocab, dtype=dtype, mesh=mesh,
+        params, decoder, tokens_BQ, np.pad(lengths_B, padding, constant_values=1), np.pad(limits_B, padding), keys_B,
+        stop, sampling,
     )  # fmt: skip
     out_BR, count_B = (hosts.whole(a)[: len(prompts)] for a in (out_BR, count_B))
     texts = []
     for row, count in zip(out_BR, count_B, strict=True):
         text = row[:count].tolist()
-        texts.append(text[:-1] if not keep_eot and text and text[-1] in stop_tokens(eot_id) else text)
+        texts.append(text[:-1] if not keep_eot and text and text[-1] in stop.ids else text)
     return texts

@@ -6,24 +6,19 @@ import warnings
 import numpy as np
 
 from gptjax.errors import InputError
+from gptjax.interop.layout import HEAD, embedding_names
 from gptjax.model.layers import INIT_STD, LAYER_NORM_EPS
 from gptjax.model.spec import GPTConfig
 
 MODEL_TYPES = {"gpt2": "pre", "openai-gpt": "post"}
 ARCHITECTURES = {"pre": "GPT2LMHeadModel", "post": "OpenAIGPTLMHeadModel"}
 SCORERS = {"pre": "GPT2ForSequenceClassification", "post": "OpenAIGPTForSequenceClassification"}
-HEAD, SCORE = "lm_head.weight", "score.weight"
+SCORE = "score.weight"
 _LAYER = re.compile(r"h\.(\d+)\.")
 _OTHER_POSITIONS = ("rotary", "rotary_dim", "rotary_pct", "rope_theta", "rope_scaling", "rope_parameters", "alibi")
 _ALIASES = {"n_embd": "hidden_size", "n_positions": "max_position_embeddings", "n_layer": "num_hidden_layers",
             "n_head": "num_attention_heads"}  # transformers' aliases, common to all models  # fmt: skip
 _TANH_GELU = ("gelu_new", "gelu_pytorch_tanh", "gelu_fast")  # three names of one function
-
-
-def embedding_names(norm: str) -> tuple[str, str]:
-    """Names of the token and position embedding of a layout ('pre': GPT-2, 'post': OpenAI-GPT), without prefix."""
-    names = {"pre": ("wte", "wpe"), "post": ("tokens_embed", "positions_embed")}[norm]
-    return tuple(f"{name}.weight" for name in names)
 
 
 def model_config(settings, tensors, where) -> GPTConfig:
@@ -52,7 +47,7 @@ def model_config(settings, tensors, where) -> GPTConfig:
     try:
         return GPTConfig(
             sizes["vocab_size"], sizes["n_layer"], sizes["n_head"], sizes["n_embd"], sizes["n_positions"],
-            norm=norm, tied_head=_tied(settings, tensors, norm), dropout=rates["resid_pdrop"],
+            norm=norm, tied_head=is_tied(settings, tensors, norm), dropout=rates["resid_pdrop"],
         )  # fmt: skip
     except (InputError, TypeError) as error:
         raise InputError(f"{where}: config.json has an invalid value: {error}") from None
@@ -125,7 +120,8 @@ def _refuse_other_architectures(settings, norm, width, where):
         )
 
 
-def _tied(settings, tensors, norm):
+def is_tied(settings: dict, tensors, norm: str) -> bool:
+    """Whether the output projection is the token embedding: unless config.json unties it or it is another matrix."""
     if settings.get("tie_word_embeddings") is False:
         return False
     head, wte = tensors.get(HEAD), tensors.get(embedding_names(norm)[0])

@@ -1,11 +1,9 @@
-"""Import and export of weights in Hugging Face's GPT-2 and OpenAI-GPT layouts (safetensors).
+"""Import and export of weights in Hugging Face's GPT-2 and OpenAI-GPT layouts (safetensors, also in shards).
 
     config, params = read("path/to/gpt2")                 a directory, or one .safetensors file
     write("path/to/export", config, params, tokenizer)    loads with transformers' Auto classes
 
-Arrays are numpy; torch is not needed. Like gptjax, both layouts store weights as [in, out] (transformers' Conv1D). They
-differ in that q, k and v are concatenated and that our tensors are stacked over layers. Sources: transformers'
-modeling_gpt2.py and modeling_openai.py.
+Arrays are numpy; torch is not needed. The layouts are in layout.py.
 """
 
 import contextlib
@@ -14,77 +12,24 @@ import os
 import re
 import shutil
 from pathlib import Path
-from typing import Any, NamedTuple
 
-import ml_dtypes  # noqa: F401  (registers bfloat16 with numpy, which safetensors does not do itself)
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
-from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save_file
+from safetensors import SafetensorError
 
 from gptjax.errors import InputError
-from gptjax.interop.hf_config import ARCHITECTURES, HEAD, SCORE, embedding_names, model_config, settings_of
+from gptjax.interop import shards
+from gptjax.interop.hf_config import ARCHITECTURES, SCORE, model_config, settings_of
 from gptjax.interop.hf_tokenizer import dump, read_json, token_ids, write_tokenizer
+from gptjax.interop.layout import HEAD, Tensor, assemble, differences, listed, table
 from gptjax.model.spec import GPTConfig
 
-_PREFIX = "transformer."  # of every tensor but the head; absent from files of the bare model
-_BUFFERS = re.compile(r"h\.\d+\.attn\.(bias|masked_bias)|position_ids")  # causal masks and position ids, not weights
-_FLOATS = ("F64", "F32", "F16", "BF16")
-
-
-class Row(NamedTuple):
-    """A parameter of gptjax and the corresponding Hugging Face tensor."""
-
-    ours: str  # path in the parameter tree; those under blocks/ are stacked [layer, ...]
-    theirs: str  # Hugging Face name without prefix; {} is the layer
-    shape: tuple[int, ...]  # of the Hugging Face tensor
-    shape_here: tuple[int, ...]  # of one layer of ours: a reshape of the former
-
-
-def table(config: GPTConfig) -> list[Row]:
-    """The Row of every parameter of a model."""
-    V, T, D, F = config.vocab_size, config.context_length, config.d_model, config.d_ff
-    wte, wpe = embedding_names(config.norm)
-
-    def row(ours, theirs, shape, shape_here=None):
-        return Row(ours, theirs, shape, shape_here or shape)
-
-    rows = [
-        row("wte", wte, (V, D)),
-        row("wpe", wpe, (T, D)),
-        row("blocks/ln_1/scale", "h.{}.ln_1.weight", (D,)),
-        row("blocks/ln_1/bias", "h.{}.ln_1.bias", (D,)),
-        row("blocks/attn/c_attn/kernel", "h.{}.attn.c_attn.weight", (D, 3 * D), (D, 3, D)),
-        row("blocks/attn/c_attn/bias", "h.{}.attn.c_attn.bias", (3 * D,), (3, D)),
-        row("blocks/attn/c_proj/kernel", "h.{}.attn.c_proj.weight", (D, D)),
-        row("blocks/attn/c_proj/bias", "h.{}.attn.c_proj.bias", (D,)),
-        row("blocks/ln_2/scale", "h.{}.ln_2.weight", (D,)),
-        row("blocks/ln_2/bias", "h.{}.ln_2.bias", (D,)),
-        row("blocks/mlp/c_fc/kernel", "h.{}.mlp.c_fc.weight", (D, F)),
-        row("blocks/mlp/c_fc/bias", "h.{}.mlp.c_fc.bias", (F,)),
-        row("blocks/mlp/c_proj/kernel", "h.{}.mlp.c_proj.weight", (F, D)),
-        row("blocks/mlp/c_proj/bias", "h.{}.mlp.c_proj.bias", (D,)),
-    ]
-    if config.norm == "pre":
-        rows += [row("ln_f/scale", "ln_f.weight", (D,)), row("ln_f/bias", "ln_f.bias", (D,))]
-    if not config.tied_head:
-        rows.append(row("lm_head", HEAD, (V, D)))
-    return rows
+MAX_SHARD_SIZE = "5GB"
+PREFIX = "transformer."  # of every tensor but the head; absent from files of the bare model
+BUFFERS = re.compile(r"h\.\d+\.attn\.(bias|masked_bias)|position_ids")  # causal masks and position ids, not weights
 
 
 # --- import ---------------------------------------------------------------------------------------------------
-
-
-class _Tensor(NamedTuple):
-    """A tensor in an open file, read by `load`."""
-
-    file: Any
-    name: str
-    shape: tuple[int, ...]
-    dtype: str
-
-    def load(self) -> np.ndarray:
-        return self.file.get_tensor(self.name)
 
 
 def read(source: str | os.PathLike) -> tuple[GPTConfig, dict]:
@@ -101,76 +46,46 @@ def read(source: str | os.PathLike) -> tuple[GPTConfig, dict]:
         InputError: a missing or damaged file; an unsupported architecture (the message names the key of config.json);
         missing, extra or mis-shaped tensors (all in one message); NaN or infinite values.
     """
-    files, settings, where = _locate(_local(source))
+    file, settings, where = _locate(local(source))
     with contextlib.ExitStack() as stack:
-        tensors = _open(files, stack)
+        tensors = _open(file, stack)
         config = model_config(settings, tensors, where)
         if config.tied_head:
             tensors.pop(HEAD, None)  # a copy of the embedding
-        rows = table(config)
-        layers = {row.ours: range(config.n_layer) if "{}" in row.theirs else (0,) for row in rows}
-        expected = {row.theirs.format(i): row.shape for row in rows for i in layers[row.ours]}
-        faults = _differences(expected, {name: tensor.shape for name, tensor in tensors.items()})
-        faults += [
-            f"{name}: expected floating-point numbers, found {tensor.dtype}"
-            for name, tensor in tensors.items()
-            if name in expected and tensor.dtype not in _FLOATS
-        ]
-        if faults:
-            raise InputError(
-                f"{where} is not the {config.n_layer}-layer {ARCHITECTURES[config.norm]} that its config.json or its "
-                "tensors' shapes describe:"
-                + "".join(f"\n  {fault}" for fault in faults)
-                + "\nUse a config.json and safetensors that were saved together, without extra heads."
-            )
-        params, broken = {}, []
-        for row in rows:
-            # Copy one tensor at a time into the stack, so that memory holds the model only once.
-            stacked = np.empty((len(layers[row.ours]), *row.shape_here), np.float32)
-            for i in layers[row.ours]:
-                tensor = tensors[row.theirs.format(i)]
-                with np.errstate(over="ignore"):  # a float64 that overflows float32 is reported below
-                    stacked[i] = tensor.load().reshape(row.shape_here)
-                if not np.isfinite(stacked[i]).all():
-                    broken.append(tensor.name)
-            params[row.ours] = stacked if "{}" in row.theirs else stacked[0]
-    if broken:
-        raise InputError(
-            f"{where} has NaN or infinite values in {_listed(broken)}: every output would be NaN. Download the file "
-            "again, or use an earlier checkpoint."
-        )
+        params = assemble(
+            config.n_layer, table(config), tensors, where=where,
+            wrong=f"{where} is not the {config.n_layer}-layer {ARCHITECTURES[config.norm]} that its config.json or its "
+            "tensors' shapes describe:",
+            fix="Use a config.json and safetensors that were saved together, without extra heads.",
+        )  # fmt: skip
     return config, unflatten_dict(params, sep="/")
 
 
-def _listed(names) -> str:
-    more = f" and {len(names) - 10} more tensors" if len(names) > 10 else ""
-    return ", ".join(names[:10]) + more
-
-
-def _local(path):
+def local(path: str | os.PathLike) -> Path:
+    """A path on this machine, ~ being the home folder. InputError: a URL."""
     if "://" in os.fspath(path):
         raise InputError(f"{path} is not a local path: copy the directory to this machine (gcloud storage cp -r).")
     return Path(path).expanduser()
 
 
-def _locate(source: Path) -> tuple[list[Path], dict | None, Path]:
-    """(safetensors files, contents of config.json or None, path for messages) of a checkpoint."""
+def _locate(source: Path) -> tuple[Path, dict | None, Path]:
+    """(safetensors file or index of shards, contents of config.json or None, path for messages) of a checkpoint."""
     directory = source if source.is_dir() else source.parent
     pickles = sorted(source.glob("pytorch_model*.bin")) if source.is_dir() else [source]
-    index, single = directory / "model.safetensors.index.json", directory / "model.safetensors"
+    index, single = directory / shards.INDEX, directory / shards.SINGLE
     if not source.exists():
         raise InputError(
             f"{source} does not exist: give a directory with model.safetensors, or that file. Download a model of the "
             "Hub first: hf download NAME --local-dir DIR."
         )
-    if source.suffix == ".safetensors" and source.is_file():
-        files = [source]
+    if source.is_file() and source.name.endswith((".safetensors", ".safetensors.index.json")):
+        file = source
     elif source.is_dir() and single.exists():
-        files = [single]
+        file = single
     elif source.is_dir() and index.exists():
-        files = _shards(index)
+        file = index
     elif source.is_dir() and len(found := list(source.glob("*.safetensors"))) == 1:
-        files = found
+        file = found[0]
     elif pickles:
         raise InputError(
             f"{pickles[0]} is not a safetensors file. Pickles are not read because they can execute code. Convert "
@@ -183,62 +98,27 @@ def _locate(source: Path) -> tuple[list[Path], dict | None, Path]:
             "the .safetensors file itself."
         )
     settings = directory / "config.json"
-    return files, read_json(settings) if settings.exists() else None, source
+    return file, read_json(settings) if settings.exists() else None, source
 
 
-def _shards(index):
-    names = read_json(index).get("weight_map")
-    if not isinstance(names, dict) or any(Path(str(name)).name != name for name in names.values()):
-        raise InputError(f"{index} has no valid weight_map from tensors to file names: download it again.")
-    files = [index.parent / name for name in sorted(set(names.values()))]
-    absent = [file.name for file in files if not file.exists()]
-    if absent:
-        raise InputError(f"{index} names missing shards: {', '.join(absent)}. Put them in the same directory.")
-    return files
-
-
-def _open(files, stack) -> dict[str, _Tensor]:
-    """All weights of the files, by name without prefix. Only the headers are read."""
+def _open(file: Path, stack: contextlib.ExitStack) -> dict[str, Tensor]:
+    """All weights of a checkpoint, by name without prefix. Only the headers are read."""
+    found = shards.open_sharded(file, stack) if file.suffix == ".json" else shards.open_single(file, stack)
     tensors = {}
-    for path in files:
-        try:
-            file = stack.enter_context(safe_open(path, framework="numpy"))
-        except (SafetensorError, OSError) as error:
-            with contextlib.suppress(OSError), open(path, "rb") as pointer:
-                if pointer.read(40).startswith(b"version https://git-lfs"):
-                    raise InputError(f"{path} is a Git LFS pointer, not the weights: run git lfs pull.") from None
-            raise InputError(f"{path} is damaged or not a safetensors file ({error}): download it again.") from None
-        for name in file.keys():
-            short = name.removeprefix(_PREFIX)
-            if not _BUFFERS.fullmatch(short):
-                view = file.get_slice(name)
-                # If a weight occurs with and without prefix, the second keeps its full name and is reported as extra.
-                key = name if short in tensors else short
-                tensors[key] = _Tensor(file, name, tuple(view.get_shape()), view.get_dtype())
+    for name, tensor in found.items():
+        short = name.removeprefix(PREFIX)
+        if not BUFFERS.fullmatch(short):
+            # If a weight occurs with and without prefix, the second keeps its full name and is reported as extra.
+            tensors[name if short in tensors else short] = tensor
     return tensors
-
-
-def _differences(expected, found) -> list[str]:
-    """One line per missing, mis-shaped or extra tensor; expected, found: {name: shape}."""
-    missing = [f"missing {name}: expected shape {list(shape)}" for name, shape in expected.items() if name not in found]
-    misshaped = [
-        f"mis-shaped {name}: expected shape {list(shape)}, found {list(found[name])}"
-        for name, shape in expected.items()
-        if name in found and tuple(found[name]) != shape
-    ]
-    extra = [
-        f"extra {name}: expected none, found shape {list(shape)}"
-        for name, shape in found.items()
-        if name not in expected
-    ]
-    return missing + misshaped + extra
 
 
 # --- export --------------------------------------------------------------------------------------------------
 
 
 def write(directory: str | os.PathLike, config: GPTConfig, params, tokenizer=None, *, template: str | None = None,
-          generation: dict | None = None, head: dict | None = None) -> None:  # fmt: skip
+          generation: dict | None = None, head: dict | None = None,
+          max_shard_size: str = MAX_SHARD_SIZE) -> None:  # fmt: skip
     """Writes a directory that transformers' AutoModelForCausalLM and AutoTokenizer load, in float32.
 
     With a scalar head it is for AutoModelForSequenceClassification, whose logit at a text's last non-padding token is
@@ -251,41 +131,27 @@ def write(directory: str | os.PathLike, config: GPTConfig, params, tokenizer=Non
         template: kind of the Template (data/chat.py) that the model was trained with; 'chat' adds a chat_template.
         generation: further settings for generation_config.json.
         head: of a reward model, {'kernel' [d_model], 'bias' []}; params are then its trunk's.
+        max_shard_size: the largest file of weights, as '5GB'; more are written as shards with an index.
     Raises:
         InputError: banded attention, which neither layout supports; a directory that is not empty; a full disk;
         parameters that do not match the configuration, or are not finite; a tokenizer with more ids than the model.
     """
-    directory = _local(directory)
+    directory, largest = local(directory), shards.parse_size(max_shard_size)
     _check_export(directory, config, tokenizer)
     if head is not None:
         config, params = dataclasses.replace(config, tied_head=True), _with_bias(config, params, head)
-    flat = flatten_dict(params, sep="/")
-    tensors, expected = {}, {}
-    for row in table(config):
-        stacked = "{}" in row.theirs
-        expected[row.ours] = ((config.n_layer,) if stacked else ()) + row.shape_here
-        name = row.theirs if row.theirs == HEAD else _PREFIX + row.theirs
-        if tuple(np.shape(flat.get(row.ours))) == expected[row.ours]:
-            array = np.asarray(flat[row.ours], np.float32)
-            for i, tensor in enumerate(array if stacked else [array]):
-                tensors[name.format(i)] = np.ascontiguousarray(tensor).reshape(row.shape)
-    if faults := _differences(expected, {name: np.shape(array) for name, array in flat.items()}):
-        raise InputError(
-            "The parameters do not match the configuration:"
-            + "".join(f"\n  {fault}" for fault in faults)
-            + "\nGive the configuration that they were trained with."
-        )
+    tensors = _tensors(config, params)
     if head is not None:
-        tensors[SCORE] = np.asarray(head["kernel"], np.float32)[None]
-    if broken := [name for name, tensor in tensors.items() if not np.isfinite(tensor).all()]:
+        tensors[SCORE] = _tensor(SCORE, np.asarray(head["kernel"])[None], (1, config.d_model))
+    if broken := [name for name, tensor in tensors.items() if not np.isfinite(tensor.load()).all()]:
         raise InputError(
-            f"The parameters have NaN or infinite values in {_listed(broken)}: every output would be NaN. Export an "
+            f"The parameters have NaN or infinite values in {listed(broken)}: every output would be NaN. Export an "
             "earlier checkpoint with --step."
         )
     temporary = directory.parent / f".{directory.name}.{os.getpid()}.tmp"
     try:
         temporary.mkdir(parents=True)
-        save_file(tensors, temporary / "model.safetensors", metadata={"format": "pt"})
+        shards.write(temporary, tensors, largest)
         of_config, of_generation = token_ids(tokenizer)
         dump(temporary / "config.json", settings_of(config, of_config, scorer=head is not None))
         if head is None:
@@ -302,6 +168,33 @@ def write(directory: str | os.PathLike, config: GPTConfig, params, tokenizer=Non
         shutil.rmtree(temporary, ignore_errors=True)
 
 
+def _tensors(config: GPTConfig, params) -> dict[str, Tensor]:
+    """The tensors of an export in transformers' order, layer by layer. InputError: parameters of another config."""
+    rows = {row.ours: row for row in table(config)}
+    flat = flatten_dict(params, sep="/")
+    expected = {name: (config.n_layer,) * row.stacked + row.shape_here for name, row in rows.items()}
+    if faults := differences(expected, {name: np.shape(array) for name, array in flat.items()}):
+        raise InputError(
+            "\n  ".join(["The parameters do not match the configuration:", *faults])
+            + "\nGive the configuration that they were trained with."
+        )
+    arrays = {name: np.asarray(flat[name]) for name in rows}
+    stacked = [row for row in rows.values() if row.stacked]
+    first, last = ([name for name in rows if name.startswith(start)] for start in (("w",), ("ln_f", "lm_head")))
+    order = [(rows[name], arrays[name], None) for name in first]
+    order += [(row, arrays[row.ours], i) for i in range(config.n_layer) for row in stacked]
+    order += [(rows[name], arrays[name], None) for name in last]
+    tensors = {}
+    for row, array, i in order:
+        name = (row.theirs if row.theirs == HEAD else PREFIX + row.theirs).format(i)
+        tensors[name] = _tensor(name, array if i is None else array[i], row.shape)
+    return tensors
+
+
+def _tensor(name: str, array: np.ndarray, shape: tuple[int, ...]) -> Tensor:
+    return Tensor(name, shape, "F32", lambda: np.asarray(array, np.float32).reshape(shape))
+
+
 def _with_bias(config, params, head):
     """The trunk with the score's bias folded in, because the head of transformers' classifier has none: a multiple of
     the kernel is added to the bias of the last LayerNorm, which only the head reads."""
@@ -309,10 +202,10 @@ def _with_bias(config, params, head):
     if not kernel.any():
         raise InputError("The reward model's head is zero, so it gives every text the same score: train it first.")
     shift = (float(head["bias"]) / (kernel @ kernel) * kernel).astype(np.float32)
-    flat = {name: np.array(array) for name, array in flatten_dict(params, sep="/").items()}
-    last = flat["ln_f/bias"] if config.norm == "pre" else flat["blocks/ln_2/bias"][-1]
-    last += shift
-    return unflatten_dict(flat, sep="/")
+    flat, name = flatten_dict(params, sep="/"), "ln_f/bias" if config.norm == "pre" else "blocks/ln_2/bias"
+    biases = np.array(flat[name])  # a copy of this one alone
+    biases[... if config.norm == "pre" else -1] += shift
+    return unflatten_dict(flat | {name: biases}, sep="/")
 
 
 def _check_export(directory, config, tokenizer):

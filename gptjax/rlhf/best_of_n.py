@@ -69,8 +69,8 @@ def main(_):
     repeated = [ids for ids in prompts.ids[: FLAGS.limit] for _ in range(FLAGS.n)]
     with jax.set_mesh(model.mesh):
         responses = respond(
-            model.params, model.config, repeated, template, max_new_tokens=FLAGS.max_new_tokens, temperature=1.0,
-            seed=FLAGS.seed, dtype=model.dtype, mesh=model.mesh,
+            model.params, model.decoder, template, repeated, max_new_tokens=FLAGS.max_new_tokens, temperature=1.0,
+            seed=FLAGS.seed,
         )  # fmt: skip
     scores = reward.score(repeated, responses).reshape(-1, FLAGS.n)
     best, kl = best_of_n(scores, FLAGS.n)

@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 
 from gptjax.distributed import hosts
-from gptjax.generation.decode import decode
+from gptjax.generation.decode import Decoder, Stop, decode
 from gptjax.generation.sampling import Sampling
 from gptjax.objectives import ppo
 from gptjax.parallel.mesh import batch_shards
@@ -102,11 +102,11 @@ def sample(policy, prompts_BQ, lengths_B, key, spec: RLSpec):
     """
     B = prompts_BQ.shape[0]
     keys_B = jax.vmap(lambda i: jax.random.fold_in(key, i))(jnp.arange(B))
+    decoder = Decoder(spec.policy, spec.vocab, spec.dtype, spec.mesh)
+    stop = Stop(spec.response, spec.eos_id, spec.pad_id)
     response_BR, count_B, log_prob_BR = decode(
-        policy, spec.policy, prompts_BQ, lengths_B, jnp.full(B, spec.response), keys_B, new_tokens=spec.response,
-        sampling=Sampling(spec.temperature), eot_id=spec.eos_id, pad_id=spec.pad_id, vocab=spec.vocab,
-        dtype=spec.dtype, mesh=spec.mesh,
-    )  # fmt: skip
+        policy, decoder, prompts_BQ, lengths_B, jnp.full(B, spec.response), keys_B, stop, Sampling(spec.temperature)
+    )
     mask_BR = (jnp.arange(spec.response)[None] < count_B[:, None]).astype(jnp.float32)
     return jnp.concatenate([prompts_BQ, response_BR], axis=1), mask_BR, log_prob_BR
 

@@ -61,7 +61,7 @@ def token_f1(prediction: str, gold: str, normalize: Callable[[str], str] = squad
 
 def alias_match(prediction: str, aliases: Sequence[str]) -> float:
     """1.0 where a prediction is one of an answer's aliases, by TriviaQA's normalization."""
-    return best_of(functools.partial(exact_match, normalize=trivia_normalize), prediction, aliases)
+    return best_of(trivia_match, prediction, aliases)
 
 
 # --- BLEU and ROUGE, through the packages that papers report --------------------------------------------------------
@@ -196,3 +196,33 @@ def first_sentences(text: str, n: int = 1) -> str:
         if text[ends[-1] if ends else 0 : match.end()].strip():
             ends.append(match.end())
     return text[: ends[n - 1]].strip() if len(ends) >= n else text
+
+
+# --- as task files name them: (prediction, answer) -> float ----------------------------------------------------------
+
+trivia_match = functools.partial(exact_match, normalize=trivia_normalize)
+
+
+def rouge1(prediction: str, answer: str) -> float:
+    """ROUGE-1 (`rouge`)."""
+    return rouge(prediction, [answer])["rouge1"]
+
+
+def rouge2(prediction: str, answer: str) -> float:
+    """ROUGE-2 (`rouge`)."""
+    return rouge(prediction, [answer])["rouge2"]
+
+
+def rougeLsum(prediction: str, answer: str) -> float:
+    """ROUGE-L over sentences (`rouge`)."""
+    return rouge(prediction, [answer])["rougeLsum"]
+
+
+def same_final_answer(prediction: str, answer: str) -> float:
+    """1.0 where a number (of `final_answer`) is the one that a worked answer ends in."""
+    return float(prediction == final_answer(answer))
+
+
+def first_three_sentences(text: str) -> str:
+    """GPT-2's summaries (`first_sentences`)."""
+    return first_sentences(text, 3)

@@ -18,6 +18,7 @@ The kinds, with the keys of a form that each one needs:
     partial     contexts, continuation, gold which context makes one continuation likeliest (Trinh and Le 2018)
     cloze       context, answer              is the answer what greedy decoding gives, and its perplexity
     text        text                         perplexity of whole texts
+    threshold   text, label                  is the mean log-probability of a text's tokens above a threshold
     generation  context, answers             text generated up to `stop`, compared with the answers
     code        context, tests, entry        programs generated and run: pass@k (Chen et al. 2021)
 
@@ -25,17 +26,20 @@ The kinds, with the keys of a form that each one needs:
 """
 
 import dataclasses
+import hashlib
 import importlib
 import re
 import tomllib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from gptjax import paths
 from gptjax.config import nearest
 from gptjax.data import sources
+from gptjax.data.formats import may_hold_rows
 from gptjax.data.rows import reach
+from gptjax.data.tables import Table
 from gptjax.errors import InputError
 
 PUBLISHED = Path(__file__).parent / "published"
@@ -44,6 +48,7 @@ KINDS = {
     "partial": ("contexts", "continuation", "gold"),
     "cloze": ("context", "answer"),
     "text": ("text",),
+    "threshold": ("text", "label"),
     "generation": ("context", "answers"),
     "code": ("context", "tests", "entry"),
 }
@@ -53,15 +58,18 @@ KINDS = {
 class Task:
     """A task file's keys.
 
-    about: a line with the source. kind, metric, form: see above. files: patterns of file names under --data; the last
-    part may have *. pool: the same for the rows that examples are drawn from; empty = the task's own rows, without the
-    one that is asked. description: text before the examples. delimiter: between context and answer. separator: between
-    examples. fewshot: 'per_item', examples drawn anew for every item (GPT-3 §2.4), or 'fixed', the same for all.
-    answer_context: see above. prepare, detokenize, units: 'module:function' of a row, of a text, and how many units a
+    about: a line with the source. kind, metric, form: see above. files: patterns of file names under --data. pool: the
+    same for the rows that examples are drawn from; empty = the task's own rows, without the one that is asked. columns:
+    names of the columns of .csv and .tsv files without a header. description: text before the examples. delimiter:
+    between context and answer. separator: between examples. fewshot: 'per_item', examples drawn anew for every item
+    (GPT-3 §2.4), or 'fixed', the same for all. answer_context: see above. prepare, detokenize, units: 'module:function' of a row, of a text, and how many units a
     text is counted as (words).
-    stop, max_new_tokens, beams, length_penalty, temperature, samples: of generation; beams 1 is greedy decoding or
-    sampling. metrics: 'module:function' of (generated, answers) -> float, by name. extract: 'module:function' of a
-    generated text -> the answer in it.
+    stop, max_new_tokens, beams, length_penalty, temperature, top_k, top_p, samples: of generation; beams 1 is greedy
+    decoding or sampling. extract: 'module:function' of a generated text -> the answer in it, of which the commonest of
+    all samples is scored. metrics: 'module:function' of (prediction, answer) -> float, by name; the best answer counts.
+    corpus_metrics: the same of (all predictions, the answers of each) -> a tuple that begins with value and standard
+    error. allow_code_execution: of kind 'code', which runs what the model wrote (code_execution.py).
+    sha256: of the file.
     """
 
     name: str
@@ -71,6 +79,7 @@ class Task:
     form: tuple[Mapping[str, Any], ...]
     files: tuple[str, ...] = ()
     pool: tuple[str, ...] = ()
+    columns: tuple[str, ...] = ()
     description: str = ""
     delimiter: str = " "
     separator: str = "\n\n"
@@ -84,9 +93,14 @@ class Task:
     beams: int = 1
     length_penalty: float = 0.6
     temperature: float = 0.0
+    top_k: int = 0
+    top_p: float = 1.0
     samples: int = 1
-    metrics: Mapping[str, str] = dataclasses.field(default_factory=dict)
     extract: str | None = None
+    metrics: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    corpus_metrics: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    allow_code_execution: bool = False
+    sha256: str = ""
 
     def __post_init__(self):
         where = f"Task {self.name}"
@@ -104,7 +118,8 @@ class Task:
 @dataclasses.dataclass(frozen=True)
 class Item:
     """One question. pairs: (context, continuation) of each candidate; of generation and code (context, ''). gold: the
-    index of the right pair. answers: what a generated text is compared with. text: of kind 'text'. where: file and
+    index of the right pair. answers: what a generated text is compared with; of code its tests and the
+    function's name. text: of the kinds text and threshold. where: file and
     row."""
 
     where: str
@@ -128,17 +143,17 @@ def load_task(name: str) -> Task:
             raise InputError(f"The task file {name} does not exist.")
         raise InputError(f"There is no task {name!r}{nearest(name, available())} A task of your own is a .toml file.")
     try:
-        keys = tomllib.loads(path.read_text())
+        keys = tomllib.loads(path.read_text(encoding="utf-8"))
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise InputError(f"The task file {path} cannot be read ({error}): fix it.") from None
-    known = {field.name: field for field in dataclasses.fields(Task)}
+    known = {field.name for field in dataclasses.fields(Task)} - {"name", "sha256"}
     for key in keys:
         if key not in known:
             raise InputError(f"{path}: there is no key {key!r}{nearest(key, known)}")
     if missing := [key for key in ("about", "kind", "metric", "form") if key not in keys]:
         raise InputError(f"{path}: {', '.join(missing)} must be given.")
     values = {key: tuple(value) if isinstance(value, list) else value for key, value in keys.items()}
-    return Task(name=path.stem, **values)
+    return Task(name=path.stem, sha256=hashlib.sha256(path.read_bytes()).hexdigest(), **values)
 
 
 def function(name: str) -> Callable:
@@ -157,7 +172,7 @@ def find_file(task: Task, data: str, patterns: Sequence[str]) -> str:
     root = Path(paths.local(data))
     for pattern in patterns:
         if found := sorted(root.glob(pattern)):
-            return str(found[0] if len(found) == 1 else found[0].parent)
+            return str(found[0] if len(found) == 1 else root / pattern)
     fields = " or ".join(", ".join(sorted(fields_of(form))) for form in task.form)
     raise InputError(
         f"{data} has no file for the task {task.name}: it looks for {', '.join(patterns) or 'none'}, rows (.jsonl, "
@@ -169,16 +184,25 @@ def load_items(task: Task, source: str) -> list[Item]:
     """All items of a source of rows. InputError: a row that has none of the task's forms, or an empty one."""
     prepare = function(task.prepare) if task.prepare else lambda row: [row]
     items = []
-    for row in sources.rows(source):
-        prepared = prepare(row.value)
-        for value in [prepared] if isinstance(prepared, Mapping) else prepared:
-            try:
-                items.append(make_item(task, value, row.where))
-            except InputError as error:
-                raise InputError(f"{row.where}: {error}") from None
+    for row in _rows(task, source):
+        try:
+            prepared = prepare(row.value)
+            values = [prepared] if isinstance(prepared, Mapping) else prepared
+            items += [make_item(task, value, row.where) for value in values]
+        except InputError as error:
+            raise InputError(f"{row.where}: {error}") from None
+        except (KeyError, TypeError, ValueError) as error:  # of a prepare function
+            raise InputError(f"{row.where}: {task.prepare} cannot read the row ({error!r}): fix it.") from None
     if not items:
         raise InputError(f"{source} has no rows for the task {task.name}.")
     return items
+
+
+def _rows(task: Task, source: str) -> Iterable[sources.Row]:
+    """The rows of a source; of texts, whose files need no rows, {text} of each."""
+    if task.kind == "text" and paths.local(source).is_file() and not may_hold_rows(source):
+        return [sources.Row(document.name, {"text": document.text}) for document in sources.documents(source)]
+    return sources.rows(source, table=Table(columns=task.columns or None))
 
 
 def make_item(task: Task, row: Mapping[str, Any], where: str = "") -> Item:
@@ -189,9 +213,15 @@ def make_item(task: Task, row: Mapping[str, Any], where: str = "") -> Item:
         raise InputError(f"The row has the fields {', '.join(map(repr, row))}; task {task.name} needs {wanted}.")
     if task.kind == "text":
         return Item(where, text=fill(form["text"], row), row=row)
+    if task.kind == "threshold":
+        label = fill(form["label"], row)
+        if label not in ("0", "1"):
+            raise InputError(f"The label {label!r} is not 0 or 1: fix the row.")
+        return Item(where, gold=int(label), text=fill(form["text"], row), row=row)
     if task.kind in ("generation", "code"):
-        answers = tuple(_texts(form["answers"], row)) if task.kind == "generation" else ()
-        if task.kind == "generation" and not any(answer.strip() for answer in answers):
+        code = task.kind == "code"
+        answers = (fill(form["tests"], row), fill(form["entry"], row)) if code else tuple(_texts(form["answers"], row))
+        if not any(answer.strip() for answer in answers):
             raise InputError("The answer is empty: nothing could be compared with it.")
         return Item(where, ((fill(form["context"], row), ""),), answers=answers, row=row)
     if task.kind == "cloze":
@@ -264,5 +294,3 @@ def solved(task: Task, item: Item) -> str:
     """An item with its answer, as an example shows it."""
     context, continuation = item.pairs[item.gold]
     return context + (task.delimiter + item.answers[0] if task.kind == "generation" else continuation)
-
-

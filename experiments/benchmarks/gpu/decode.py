@@ -7,7 +7,7 @@ import numpy as np
 
 from experiments.benchmarks._peer import quartiles
 from experiments.benchmarks.gpu.common import Scale, half, seconds_of
-from gptjax.generation.decode import decode
+from gptjax.generation.decode import Decoder, Stop, decode
 from gptjax.generation.sampling import Sampling
 from gptjax.generation.speed import bytes_per_token
 from gptjax.hardware import memory_bandwidth
@@ -25,8 +25,8 @@ def run(scale: Scale, name: str, torch=None) -> dict:
         prompts = np.random.default_rng(0).integers(0, model.vocab_size, (batch, scale.prompt), dtype=np.int32)
         full, limits = np.full(batch, scale.prompt, np.int32), np.full(batch, scale.new_tokens)
         run = functools.partial(
-            decode, params, model, prompts, full, limits, jax.random.split(jax.random.key(0), batch),
-            new_tokens=scale.new_tokens, sampling=Sampling(0.0), dtype=dtype,
+            decode, params, Decoder(model, dtype=dtype), prompts, full, limits,
+            jax.random.split(jax.random.key(0), batch), Stop(scale.new_tokens), Sampling(0.0),
         )  # fmt: skip
         seconds_of(run, 2)
         if torch:

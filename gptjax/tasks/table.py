@@ -1,0 +1,81 @@
+"""Results of tasks, as a table, as files and as a picture of skill over training."""
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+
+from gptjax import json_files
+from gptjax.tasks.harness import Result
+
+
+def table(results: Sequence[Result]) -> str:
+    """A line for each metric of each task, with its standard error; the task's main metric is marked *. Below, what was
+    counted: prompts cut, examples left out, continuations encoded apart from their context."""
+    rows = [("task", "shots", "items", "metric", "value", "± s.e.")]
+    for result in results:
+        names = sorted(result.metrics, key=lambda name: name != result.metric)
+        for i, name in enumerate(names):
+            value, error = result.metrics[name]
+            first = (result.task, str(result.shots), f"{result.items:,}") if i == 0 else ("", "", "")
+            rows.append((*first, name + " *" * (i == 0), number(value), "" if math.isnan(error) else number(error)))
+    widths = [max(len(row[i]) for row in rows) for i in range(6)]
+    left = (True, False, False, True, False, False)
+    lines = [
+        "  ".join(c.ljust(w) if lft else c.rjust(w) for c, w, lft in zip(row, widths, left, strict=True)).rstrip()
+        for row in rows
+    ]
+    for result in results:
+        if counted := [f"{result.protocol[key]:,} {text}" for key, text in _COUNTED if result.protocol.get(key)]:
+            lines.append(f"{result.task}, {result.shots}-shot: {'; '.join(counted)}")
+    return "\n".join(lines)
+
+
+_COUNTED = (
+    ("truncated", "prompts cut on the left"),
+    ("examples_dropped", "examples left out of prompts that were too long"),
+    ("spanned", "continuations encoded apart from their context, since a token spanned both"),
+)
+
+
+def number(value: float) -> str:
+    return f"{value:.4f}" if abs(value) < 1000 else f"{value:,.4g}"
+
+
+def write(results: Sequence[tuple[int, Result]], folder: Path, about: dict, log_samples: bool) -> None:
+    """Writes (step, result) pairs: tasks.json with all metrics and protocols and, if log_samples, a file of records for
+    each task, number of examples and step."""
+    folder.mkdir(parents=True, exist_ok=True)
+    records = [{"step": step, **result.record()} for step, result in results]
+    (folder / "tasks.json").write_text(json_files.dumps({**about, "results": records}) + "\n")
+    if log_samples:
+        for step, result in results:
+            path = folder / f"samples-{result.task}-{result.shots}shot-{step}.jsonl"
+            path.write_text("".join(json_files.dumps(sample) + "\n" for sample in result.samples))
+
+
+def plot_over_steps(results: Sequence[tuple[int, Result]], path: Path) -> None:
+    """A picture of each task's main metric over the steps of training, with a band of two standard errors."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    tasks = list(dict.fromkeys(result.task for _, result in results))
+    columns = min(3, len(tasks))
+    rows = -(-len(tasks) // columns)
+    figure, axes = plt.subplots(rows, columns, figsize=(4.2 * columns, 3.1 * rows), squeeze=False, layout="constrained")
+    for ax in axes.flat[len(tasks) :]:
+        ax.axis("off")
+    for ax, task in zip(axes.flat, tasks, strict=False):
+        for shots in sorted({result.shots for _, result in results if result.task == task}):
+            points = sorted((step, r.metrics[r.metric]) for step, r in results if (r.task, r.shots) == (task, shots))
+            steps, values, errors = ([point[0] for point in points], [v for _, (v, _) in points],
+                                     [0 if math.isnan(e) else e for _, (_, e) in points])  # fmt: skip
+            (line,) = ax.plot(steps, values, marker="o", markersize=3, label=f"{shots}-shot")
+            low, high = ([v + side * e for v, e in zip(values, errors, strict=True)] for side in (-2, 2))
+            ax.fill_between(steps, low, high, color=line.get_color(), alpha=0.15, linewidth=0)
+        metric = next(result.metric for _, result in results if result.task == task)
+        ax.set(title=task, xlabel="step", ylabel=metric)
+        ax.legend(frameon=False, fontsize="small")
+    figure.savefig(path, dpi=110)
+    plt.close(figure)

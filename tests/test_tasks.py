@@ -1,0 +1,314 @@
+"""Zero- and few-shot tasks: framing, prompts, metrics of models whose probabilities are known, bad input."""
+
+import json
+import math
+
+import numpy as np
+import pytest
+
+from gptjax.data import bpe
+from gptjax.errors import InputError
+from gptjax.tasks import harness, table
+from gptjax.tasks.kinds import Scorer
+from gptjax.tasks.likelihood import Score
+from gptjax.tasks.prompts import Prompts
+from gptjax.tasks.requests import encode_pair
+from gptjax.tasks.task import available, find_file, load_items, load_task, make_item
+
+TEXT = "Question: what is it? Answer: the house is red. the cat is in the house. yes no True False " * 3
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return bpe.train_bpe([TEXT], 300)
+
+
+def planted(tokenizer, log_prob, context_length=1000) -> Scorer:
+    """A model that gives each token of a request log_prob(context ids so far, token)."""
+
+    def log_likelihoods(requests):
+        out = []
+        for r in requests:
+            ids = [*r.context, *r.continuation]
+            values = [log_prob(ids[:i], ids[i]) for i in range(len(r.context), len(ids))]
+            out.append(Score(sum(values), len(values), all(v == 0 for v in values), values[-1] == 0, False, r.spanned))
+        return out
+
+    return Scorer(tokenizer, context_length, log_likelihoods, lambda prompts, task: [["red. And so"] for _ in prompts])
+
+
+def write_rows(folder, name, rows):
+    (folder / name).write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def test_choices_by_the_five_normalizations(tokenizer, tmp_path):
+    """Every token costs 1 nat, so that sums prefer few tokens, means are ties, and characters prefer long choices; the
+    choices' own probability after the answer context cancels."""
+    rows = [
+        {"query": "the cat is in the", "choices": ["house", "house house house", "cat é"], "gold": g} for g in (0, 1, 2)
+    ]
+    write_rows(tmp_path, "copa.jsonl", rows)
+    task = load_task("copa")
+    result = harness.evaluate(planted(tokenizer, lambda ids, token: -1.0), task, str(tmp_path))
+    texts = rows[0]["choices"]
+    tokens = [len(encode_pair(tokenizer, "the cat is in the", " " + text).continuation) for text in texts]
+    best = {
+        "acc": int(np.argmin(tokens)),
+        "acc_token": 0,
+        "acc_norm": int(np.argmax([-t / len(text) for t, text in zip(tokens, texts, strict=True)])),
+        "acc_bytes": int(np.argmax([-t / len(text.encode()) for t, text in zip(tokens, texts, strict=True)])),
+    }
+    assert result.samples[0]["predicted"] == best
+    assert len(set(best.values())) > 1
+    for name in best:
+        assert result.metrics[name] == (pytest.approx(1 / 3), pytest.approx(1 / 3))  # s = 1/sqrt(3), n = 3
+    assert result.samples[0]["tokens"] == tokens
+
+
+def test_the_answer_context_is_divided_out(tokenizer, tmp_path):
+    """A choice that is likely anyway loses: p(choice | context) / p(choice | answer context), GPT-3 §2.4."""
+    write_rows(tmp_path, "arc_easy.jsonl", [{"query": "Question: what is it?", "choices": ["red", "no"], "gold": 1}])
+    red = set(encode_pair(tokenizer, "Answer:", " red").continuation)
+    after_question = lambda ids: "Question" in tokenizer.decode(ids)
+
+    def log_prob(ids, token):
+        if token in red:
+            return -1.0  # whatever was asked
+        return -3.0 if after_question(ids) else -9.0
+
+    result = harness.evaluate(planted(tokenizer, log_prob), load_task("arc_easy"), str(tmp_path))
+    assert result.metrics["acc"][0] == 0.0 and result.metrics["acc_answer_context"][0] == 1.0
+    sample = result.samples[0]
+    assert len(sample["log_probs_answer_context"]) == 2 and math.isnan(result.metrics["acc"][1])
+
+
+def test_perplexity_of_a_planted_model(tokenizer, tmp_path):
+    """-log p = 2 nats a token: every perplexity is exp(2 tokens / units) of the original text."""
+    page = " \n = Cats = \n \n the cat , it is red . yes @-@ no \n"
+    (tmp_path / "valid.txt").write_text(page + page.replace("Cats", "Houses"))
+    result = harness.evaluate(planted(tokenizer, lambda ids, token: -2.0, 16), load_task("wikitext"), str(tmp_path))
+    assert result.items == 2
+    tokens, words = sum(s["tokens"] for s in result.samples), sum(s["units"] for s in result.samples)
+    assert result.metrics["word_perplexity"][0] == pytest.approx(math.exp(2 * tokens / words))
+    assert result.metrics["token_perplexity"][0] == pytest.approx(math.exp(2))
+    assert result.metrics["bits_per_byte"][0] == pytest.approx(
+        2 * tokens / math.log(2) / sum(s["bytes"] for s in result.samples)
+    )
+    assert result.protocol["windows"] > 2
+
+
+def test_lambada_by_the_word_and_by_its_last_token(tokenizer, tmp_path):
+    write_rows(tmp_path, "lambada_test.jsonl", [{"text": "the cat is in the blueish"}, {"text": "it is in the house"}])
+    last = {encode_pair(tokenizer, "x", " " + w).continuation[-1] for w in ("blueish", "house")}
+    result = harness.evaluate(
+        planted(tokenizer, lambda ids, token: 0.0 if token in last else -5.0), load_task("lambada"), str(tmp_path)
+    )
+    assert result.metrics["acc_last_token"][0] == 1.0 and result.metrics["acc"][0] < 1.0
+    pairs = [encode_pair(tokenizer, "the cat is in the", " blueish"), encode_pair(tokenizer, "it is in the", " house")]
+    nats = [5.0 * sum(t not in last for t in pair.continuation) for pair in pairs]
+    assert result.metrics["perplexity"][0] == pytest.approx(math.exp(np.mean(nats)))
+
+
+def test_a_threshold_on_the_mean_log_probability(tokenizer, tmp_path):
+    """Acceptable sentences have likelier tokens, whatever their length; the threshold is found on the training rows."""
+    good, bad = ["the cat is in the house", "it is red"], ["house the the", "red is is it is it no yes no"]
+    rows = [{"sentence": s, "label": 1} for s in good] + [{"sentence": s, "label": 0} for s in bad]
+    write_rows(tmp_path, "cola_dev.jsonl", rows)
+    write_rows(tmp_path, "cola_train.jsonl", rows[1:3] * 5)
+    ids = {tuple(tokenizer.encode(text)): -1.0 for text in good} | {tuple(tokenizer.encode(t)): -2.0 for t in bad}
+
+    def log_prob(before, token):
+        return next(v for text, v in ids.items() if text[: len(before) - 1] == tuple(before[1:]) and token in text)
+
+    result = harness.evaluate(planted(tokenizer, log_prob), load_task("cola_zero_shot"), str(tmp_path))
+    assert result.metrics["auc"][0] == 1.0 and result.metrics["matthews"][0] == 1.0
+    assert result.protocol["threshold_from"] == "pool" and result.protocol["threshold"] == pytest.approx(-1.0)
+
+
+def test_partial_evaluation_scores_what_follows_the_referent(tokenizer, tmp_path):
+    row = {
+        "sentence": "the cat is in the house because _ is red.",
+        "option1": "the cat",
+        "option2": "the house",
+        "answer": "2",
+    }
+    write_rows(tmp_path, "winogrande.jsonl", [row])
+    (item,) = load_items(load_task("winogrande"), str(tmp_path / "winogrande.jsonl"))
+    assert item.pairs == (
+        ("the cat is in the house because the cat", " is red."),
+        ("the cat is in the house because the house", " is red."),
+    )
+    assert item.gold == 1
+
+
+def test_examples_are_drawn_at_random_without_the_question(tokenizer, tmp_path):
+    rows = [{"query": f"it is {i}", "choices": [f"a{i}", f"b{i}"], "gold": i % 2} for i in range(12)]
+    write_rows(tmp_path, "piqa.jsonl", rows)
+    task = load_task("piqa")
+    items = load_items(task, str(tmp_path / "piqa.jsonl"))
+    prompts = Prompts(task, items, str(tmp_path), 3, seed=0)
+    seen = []
+    for i, item in enumerate(items):
+        text = prompts.before(item, lambda text: True)
+        blocks = text.split("\n\n")
+        assert len(blocks) == 4 and blocks[-1] == ""
+        assert f"it is {i}Answer" not in text
+        for block in blocks[:3]:
+            n = int(block.split("it is ")[1].split("Answer")[0])
+            assert block == f"it is {n}Answer: {'ab'[n % 2]}{n}"
+        assert text == prompts.before(item, lambda text: True)  # the same again
+        seen.append(text)
+    assert (
+        len(set(seen)) > 6
+        and Prompts(task, items, str(tmp_path), 3, seed=1).before(items[0], lambda t: True) != seen[0]
+    )
+
+
+def test_a_long_prompt_loses_its_first_examples_never_the_question(tokenizer, tmp_path):
+    rows = [{"query": f"the cat is in the house {i} ", "choices": ["red", "no"], "gold": 0} for i in range(9)]
+    write_rows(tmp_path, "piqa.jsonl", rows)
+    one = len(tokenizer.encode("the cat is in the house 1 Answer: red"))
+    result = harness.evaluate(planted(tokenizer, lambda i, t: -1.0, 3 * one), load_task("piqa"), str(tmp_path), shots=5)
+    for sample, row in zip(result.samples, rows, strict=True):
+        for prompt, continuation in zip(sample["prompts"], sample["continuations"], strict=True):
+            assert prompt.endswith(row["query"] + "Answer:")
+            assert len(tokenizer.encode(prompt + continuation)) <= 3 * one + 1
+        assert "Answer: red" in sample["prompts"][0]
+    assert result.protocol["examples_dropped"] > 0 and result.protocol["truncated"] == 0
+
+
+def test_generated_answers_are_cut_extracted_and_scored(tokenizer, tmp_path):
+    (tmp_path / "t.toml").write_text(
+        'about = "a test"\nkind = "generation"\nmetric = "f1"\nfiles = ["rows.jsonl"]\nmax_new_tokens = 8\n'
+        'extract = "gptjax.tasks.metrics:first_sentences"\n[[form]]\ncontext = "{q}"\nanswers = "a"\n'
+        '[metrics]\nf1 = "gptjax.tasks.metrics:token_f1"\nexact_match = "gptjax.tasks.metrics:exact_match"\n'
+    )
+    write_rows(tmp_path, "rows.jsonl", [{"q": "it is", "a": ["no", "Red."]}, {"q": "it is", "a": ["blue"]}])
+    result = harness.evaluate(planted(tokenizer, None), load_task(str(tmp_path / "t.toml")), str(tmp_path))
+    assert result.metrics["exact_match"] == (0.5, pytest.approx(0.5)) and result.protocol["decoding"] == "greedy"
+    assert [s["predicted"] for s in result.samples] == ["red.", "red."] and result.metrics["f1"][0] == 0.5
+
+
+def test_a_token_across_the_border_is_encoded_apart_and_counted(tmp_path):
+    """An own vocabulary may merge the end of a context with the beginning of its continuation."""
+    tokenizer = bpe.train_bpe(["abab " * 50], 260)
+    assert len(tokenizer.encode("ab")) < len(tokenizer.encode("a")) + len(tokenizer.encode("b"))
+    request = encode_pair(tokenizer, "a", "b")
+    assert (
+        request.spanned and tokenizer.decode(request.context) == "a" and tokenizer.decode(request.continuation) == "b"
+    )
+    plain = encode_pair(tokenizer, "x ", "y")
+    assert not plain.spanned and tokenizer.decode(plain.continuation) == " y"
+    empty = encode_pair(tokenizer, "", "y")
+    assert empty.context == (tokenizer.bos_id,)
+
+
+@pytest.mark.parametrize("name", available())
+def test_every_published_task_file_can_be_read(name):
+    task = load_task(name)
+    assert task.about and task.files and task.form
+
+
+PUBLISHED_ROWS = {
+    "arc_easy": ({"question": "Which?", "choices": {"text": ["x", "y"], "label": ["A", "B"]}, "answerKey": "B"}, 1),
+    "boolq": ({"passage": "P.", "question": "is it", "answer": True}, 1),
+    "rte": ({"premise": "P.", "hypothesis": "H.", "label": "not_entailment"}, 1),
+    "hellaswag_completion": ({"ctx": "A man", "endings": ["a", "b", "c", "d"], "label": "2"}, 2),
+    "storycloze": (
+        {f"InputSentence{i}": "S." for i in range(1, 5)}
+        | {"RandomFifthSentenceQuiz1": "a", "RandomFifthSentenceQuiz2": "b", "AnswerRightEnding": "2"}, 1,
+    ),
+    "anli_r1": ({"premise": "P", "hypothesis": "H", "label": 2}, 2),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", PUBLISHED_ROWS)
+def test_published_rows_become_items(name):
+    row, gold = PUBLISHED_ROWS[name]
+    assert make_item(load_task(name), row).gold == gold
+
+
+def test_prepared_rows_become_items(tmp_path):
+    def items(name, row):
+        write_rows(tmp_path, f"{name}.jsonl", [row])
+        return load_items(load_task(name), str(tmp_path / f"{name}.jsonl"))
+
+    article = {"article": "Text.", "questions": ["q1", "q2"], "options": [list("wxyz")] * 2, "answers": ["D", "A"]}
+    assert [item.gold for item in items("race", article)] == [3, 0]
+    copa = {
+        "premise": "The man fell.",
+        "choice1": "He slipped.",
+        "choice2": "He flew.",
+        "question": "cause",
+        "label": 0,
+    }
+    assert items("copa", copa)[0].pairs[0] == ("The man fell because", " he slipped.")
+    pronoun = {"text": "The cup fell because it was wet.", "pronoun": "it", "pronoun_loc": 21,
+               "options": ["The cup", "The table"], "label": 0}  # fmt: skip
+    assert items("winograd", pronoun)[0].pairs[1] == ("The cup fell because the table", " was wet.")
+    cbt = {
+        "sentences": ["One.", "Two."],
+        "question": "The XXXXX ran away .",
+        "options": ["cat", "dog"],
+        "answer": "dog",
+    }
+    (item,) = items("cbt_cn", cbt)
+    assert item.pairs[item.gold] == ("One. Two. The", " dog ran away .")
+    hellaswag = {
+        "activity_label": "Ice",
+        "ctx_a": "A man is",
+        "ctx_b": "he",
+        "endings": ["runs [x] off.", "sits."],
+        "label": 1,
+    }
+    assert items("hellaswag", hellaswag)[0].pairs[0] == ("Ice: A man is He", " runs off.")
+
+
+REFUSED = {
+    "an unknown task": (lambda d: load_task("picqa"), "piqa"),
+    "no task file": (lambda d: load_task(str(d / "my.toml")), "does not exist"),
+    "no data": (lambda d: find_file(load_task("piqa"), str(d), ("piqa.jsonl",)), "goal, label, sol1, sol2"),
+    "an empty answer": (lambda d: make_item(load_task("lambada"), {"context": "a", "answer": " "}), "answer is empty"),
+    "a wrong label": (lambda d: make_item(load_task("piqa"), {"query": "a", "choices": ["b"], "gold": 3}), "not among"),
+    "missing fields": (lambda d: make_item(load_task("piqa"), {"question": "a"}), "goal, label, sol1, sol2"),
+    "too few labels": (
+        lambda d: make_item(
+            load_task("arc_easy"), {"question": "q", "choices": {"text": ["x", "y"], "label": ["A"]}, "answerKey": "A"}
+        ), "2 choices for the labels A",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_bad_input_is_one_clear_error(case, tmp_path):
+    action, message = REFUSED[case]
+    with pytest.raises(InputError, match=message):
+        action(tmp_path)
+
+
+def test_more_examples_than_the_pool_has_are_refused(tokenizer, tmp_path):
+    write_rows(tmp_path, "piqa.jsonl", [{"query": "a", "choices": ["b", "c"], "gold": 0}] * 3)
+    with pytest.raises(InputError, match="2 items to draw examples from, fewer than --num_fewshot=3"):
+        harness.evaluate(planted(tokenizer, lambda i, t: -1.0), load_task("piqa"), str(tmp_path), shots=3)
+
+
+@pytest.mark.parametrize("line, message", [
+    ("kinds = 'choice'", "there is no key 'kinds'"), ("kind = 'choise'", "'choise' is unknown"),
+    ("kind = 'partial'", "needs contexts, continuation"), ("kind = ", "cannot be read"),
+])  # fmt: skip
+def test_a_wrong_task_file_is_refused(line, message, tmp_path):
+    path = tmp_path / "my.toml"
+    path.write_text(
+        f'about = "x"\nmetric = "acc"\n{line}\n[[form]]\ncontext = "{{a}}"\nchoices = "b"\ngold = "{{c}}"\n'
+    )
+    with pytest.raises(InputError, match=message):
+        load_task(str(path))
+
+
+def test_the_table_has_the_main_metric_first_and_what_was_counted(tokenizer, tmp_path):
+    write_rows(tmp_path, "piqa.jsonl", [{"query": "a", "choices": ["b", "c"], "gold": 0}] * 3)
+    result = harness.evaluate(planted(tokenizer, lambda i, t: -1.0), load_task("piqa"), str(tmp_path))
+    result.protocol["truncated"] = 2
+    lines = table.table([result]).splitlines()
+    assert lines[1].split()[:6] == ["piqa", "0", "3", "acc_token", "*", "1.0000"]
+    assert lines[-1] == "piqa, 0-shot: 2 prompts cut on the left"
