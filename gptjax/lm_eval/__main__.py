@@ -34,12 +34,10 @@ def main(given: list[str]) -> int:
     try:
         if set(given[:2]) & set(_HELP) or not given:
             print(usage.paragraphs(__doc__, usage.width()), end="\n\n", flush=True)
-        from gptjax.lm_eval import adapter  # noqa: F401  registers the model
-
-        from lm_eval.__main__ import cli_evaluate
+        from gptjax.lm_eval import adapter  # registers the model
 
         sys.argv = ["lm-eval", *(harness_arguments(given) if given else ["run", "--help"])]
-        cli_evaluate()
+        adapter.cli_evaluate()
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

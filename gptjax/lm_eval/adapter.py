@@ -14,7 +14,7 @@ from gptjax.console import progress
 from gptjax.data.chat import ROLES, Template
 from gptjax.data.tokenizer import Tokenizer
 from gptjax.errors import InputError
-from gptjax.generation.decode import generate
+from gptjax.generation.decode import Decoder, Stop, generate
 from gptjax.generation.sampling import Sampling
 from gptjax.interop.hf_tokenizer import CHAT_TEMPLATE
 from gptjax.tasks.likelihood import log_likelihoods
@@ -25,6 +25,7 @@ from gptjax.training.precision import DTYPES, frozen
 
 try:
     import lm_eval.models  # noqa: F401  first: in a registry that has ours alone, its own models would not be found
+    from lm_eval.__main__ import cli_evaluate  # noqa: F401  for __main__.py
     from lm_eval.api.model import LM
     from lm_eval.api.registry import register_model
     from lm_eval.models.utils import normalize_gen_kwargs
@@ -45,9 +46,9 @@ log = logging.getLogger(__name__)
 class GPTJAX(LM):
     """A workdir's model.
 
-    workdir, step: as trained.load_model. dtype: a key of precision.DTYPES; None = the run's own. batch_size: packed rows
-    scored, or prompts continued, at a time; None or 'auto' = 16. seed: of sampled text. max_batch_size and device are
-    the harness's and change nothing: JAX decides where things run, and a batch of the default size fits.
+    workdir, step: as trained.load_model. dtype: a key of precision.DTYPES; None = the run's own. batch_size: packed
+    rows scored, or prompts continued, at a time; None or 'auto' = 16. seed: of sampled text. max_batch_size and device
+    are the harness's and change nothing: JAX decides where things run.
     """
 
     def __init__(self, workdir, step: int | str | None = None, dtype: str | None = None, seed: int = 0,
@@ -157,27 +158,26 @@ class GPTJAX(LM):
         return ids[-room:]
 
     def _continue(self, prompts: Sequence[list[int]], generation: "Generation") -> list[str]:
-        """The text that follows each prompt. Decoded in pieces, after each of which rows with a stop string are done."""
+        """The text that follows each prompt, decoded in pieces: after each, the rows with a stop string are done."""
         new: list[list[int]] = [[] for _ in prompts]
-        open_, piece = list(range(len(prompts))), _FIRST_PIECE if generation.until else generation.max_new_tokens
-        written = 0
-        while open_ and written < generation.max_new_tokens:
+        going, written = list(range(len(prompts))), 0
+        piece = _FIRST_PIECE if generation.until else generation.max_new_tokens
+        while going and written < generation.max_new_tokens:
             piece = min(piece, generation.max_new_tokens - written)
-            for i, ids in zip(open_, self._decode([prompts[i] + new[i] for i in open_], piece, generation), strict=True):
+            pieces = self._decode([prompts[i] + new[i] for i in going], piece, generation)
+            for i, ids in zip(going, pieces, strict=True):
                 new[i] += ids
             written += piece
-            open_ = [i for i in open_ if len(new[i]) == written and self._text(new[i], generation.until)[1]]
+            going = [i for i in going if len(new[i]) == written and self._text(new[i], generation.until)[1]]
             piece = written  # as much again, so that a text is prefilled a few times only
         return [self._text(ids, generation.until)[0] for ids in new]
 
     def _decode(self, prompts: list[list[int]], n: int, generation: "Generation") -> list[list[int]]:
         model, self._calls = self.model, self._calls + 1
         with jax.set_mesh(model.mesh):
-            return generate(
-                self._params, model.config, prompts, max_new_tokens=n,
-                sampling=generation.sampling, seed=self._seed + self._calls, eot_id=model.tokenizer.stop_ids,
-                vocab=model.tokenizer.vocab_size, dtype=model.dtype, mesh=model.mesh,
-            )  # fmt: skip
+            decoder = Decoder(model.config, model.tokenizer.vocab_size, model.dtype, model.mesh)
+            stop = Stop(n, model.tokenizer.stop_ids)
+            return generate(self._params, decoder, prompts, stop, generation.sampling, seed=self._seed + self._calls)
 
     @functools.cached_property
     def _params(self):
@@ -201,8 +201,8 @@ class Generation:
 
     @classmethod
     def of(cls, gen_kwargs: dict, context_length: int) -> "Generation":
-        """From the harness's gen_kwargs. A number of new tokens that the context has no room for is clipped to half of
-        it, so that models of a short context can be asked too. InputError: a setting that decoding here does not have."""
+        """From the harness's gen_kwargs. More new tokens than the context has room for are clipped to half of it, so
+        that models of a short context can be asked too. InputError: a setting that decoding here does not have."""
         given = normalize_gen_kwargs(copy.deepcopy(gen_kwargs), _MAX_GEN_TOKENS)
         new = given.pop("max_gen_toks")
         until = tuple(stop for stop in given.pop("until") if stop)

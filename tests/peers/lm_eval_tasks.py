@@ -25,7 +25,8 @@ def rest(doc):
 def of_page(doc, results):
     (log_prob,) = results
     words, size = len(re.split(r"\\s+", doc["page"])), len(doc["page"].encode("utf-8"))
-    return {"word_perplexity": (log_prob, words), "byte_perplexity": (log_prob, size), "bits_per_byte": (log_prob, size)}
+    of_bytes = (log_prob, size)
+    return {"word_perplexity": (log_prob, words), "byte_perplexity": of_bytes, "bits_per_byte": of_bytes}
 
 
 def same(doc, results):
@@ -36,7 +37,8 @@ CHOICE = "output_type: multiple_choice\nmetric_list:\n" + "".join(
     for name in ("acc", "acc_norm", "acc_bytes", "acc_mutual_info")
 )
 CLOZE = (
-    "output_type: loglikelihood\nmetric_list:\n  - {metric: perplexity, aggregation: perplexity, higher_is_better: false}\n"
+    "output_type: loglikelihood\nmetric_list:\n"
+    "  - {metric: perplexity, aggregation: perplexity, higher_is_better: false}\n"
     "  - {metric: acc, aggregation: mean, higher_is_better: true}\n"
 )
 TASKS = {
@@ -63,7 +65,7 @@ TASKS = {
     "generation_kwargs: {until: [], max_gen_toks: 24, do_sample: false}\n",
 }
 ROWS_OF = {"everything": "gsm8k"}
-WORDS = "the cat sat on a mat and ran to its naïve café where 345 dogs jump over lazy foxes — quickly ; it isn't".split()
+WORDS = "the cat sat on a mat and ran to its naïve café where 345 dogs jump over lazy foxes — quickly ; isn't".split()
 
 
 def write(folder, answers, n: int = 12, seed: int = 0):
