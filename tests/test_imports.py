@@ -23,7 +23,7 @@ LAYERS = (
     ("rlhf",),
     ("run", "seeds"),
     ("pretrain", "finetune", "sft", "reward", "dpo", "ppo"),
-    ("sample", "evaluate", "contamination", "describe", "convert"),
+    ("sample", "evaluate", "lm_eval", "contamination", "describe", "convert"),
     ("aot",),
     ("__main__",),
 )

@@ -13,7 +13,7 @@ from gptjax.model.attention.tree import tree_mask
 from gptjax.model.spec import GPTConfig
 from gptjax.parallel.mesh import MeshConfig, make_mesh
 from gptjax.tasks.likelihood import log_likelihoods
-from gptjax.tasks.packing import pack, row_length
+from gptjax.tasks.packing import pack, row_capacity
 from gptjax.tasks.requests import Request, rolling_windows, truncated
 from gptjax.trained import Model
 
@@ -113,19 +113,21 @@ def test_every_request_is_in_a_row_that_it_fits():
     seen = [i for rows in packed.values() for row in rows for i, _, _ in row.asked]
     assert sorted(set(seen)) == list(range(len(requests)))
     assert all(len(row.tokens) == length for length, rows in packed.items() for row in rows)
-    assert row_length(Request((1,) * 100, (1,) * 29)) == 128 and row_length(Request((1,) * 100, (1,) * 30)) == 256
+    assert {len(row.tokens) for rows in packed.values() for row in rows} <= {128, 256, 384, 512}
+    assert row_capacity(Request((1,) * 500, (1,) * 13)) == 512 and row_capacity(Request((1,) * 500, (1,) * 14)) == 1024
 
 
 @pytest.mark.parametrize("window", [None, 3])
 @pytest.mark.parametrize("path", ["cpu", "xla"])
 def test_tree_attention_is_softmax_over_the_path_from_the_root(path, window):
-    (row,) = pack(made_requests(3)[:20])[128][:1]
+    row = next(rows[0] for rows in pack(made_requests(3)[:20]).values())
+    T = len(row.tokens)
     keys = jax.random.split(jax.random.key(1), 3)
-    q, k, v = (np.asarray(jax.random.normal(key, (1, 128, 2, 8))) for key in keys)
+    q, k, v = (np.asarray(jax.random.normal(key, (1, T, 2, 8))) for key in keys)
     visible_until, positions = row.visible_until[None], row.positions[None]
     out = tree_attention(q, k, v, visible_until, positions, window, path)
     expected = np.zeros_like(out[0])
-    for t in range(128):
+    for t in range(T):
         seen = [s for s in range(t + 1) if row.visible_until[s] > t]
         if window:
             seen = [s for s in seen if row.positions[t] - row.positions[s] < window]
@@ -133,7 +135,7 @@ def test_tree_attention_is_softmax_over_the_path_from_the_root(path, window):
             scores = k[0, seen, head] @ q[0, t, head] / 8**0.5
             weights = np.exp(scores - scores.max())
             expected[t, head] = weights @ v[0, seen, head] / weights.sum()
-    assert_close(out[0], expected, terms=8 + 128)
+    assert_close(out[0], expected, terms=8 + T)
     mask = tree_mask(visible_until, positions, window)[0]
     assert mask.sum(-1).min() >= 1
 

@@ -8,7 +8,8 @@ import numpy as np
 
 from gptjax.tasks.requests import Request
 
-_SMALLEST = 128  # slots of a row: matrix products of fewer rows waste the hardware
+# Slots of a row: several requests fill a long one better than one a short one; steps few enough to compile for each.
+_LEAST, _STEP = 512, 128
 
 
 class Row(NamedTuple):
@@ -22,37 +23,40 @@ class Row(NamedTuple):
     asked: np.ndarray
 
 
-def row_length(request: Request) -> int:
-    """Slots of the rows that a request is packed in: a power of two that it fits, at least 128."""
-    return max(_SMALLEST, 1 << (len(request.context) + len(request.continuation) - 2).bit_length())
+def row_capacity(request: Request) -> int:
+    """Slots that the rows which a request is packed in may have: a power of two that it fits, at least 512."""
+    return max(_LEAST, 1 << (len(request.context) + len(request.continuation) - 2).bit_length())
 
 
 def pack(requests: Sequence[Request], share: bool = True) -> dict[int, list[Row]]:
-    """{row length: rows} of all requests.
+    """{row length: rows} of all requests. A row is as long as it is filled, rounded up to an eighth of its capacity, or
+    to 128.
 
     Sorted by their tokens, each request shares with its predecessor as much as with any before it, so that rows are
     filled in that order. share: False repeats shared beginnings, for models that have no attention to share them by.
     """
-    by_length: dict[int, list[int]] = {}
+    by_capacity: dict[int, list[int]] = {}
     for i, request in enumerate(requests):
-        by_length.setdefault(row_length(request), []).append(i)
-    packed = {}
-    for length, members in sorted(by_length.items()):
-        builder, rows = _Builder(length), []
+        by_capacity.setdefault(row_capacity(request), []).append(i)
+    packed: dict[int, list[Row]] = {}
+    for capacity, members in sorted(by_capacity.items()):
+        builder, builders = _Builder(capacity), []
         for i in sorted(members, key=lambda i: (*requests[i].context, *requests[i].continuation)):
             if not builder.add(i, requests[i], share):
-                rows.append(builder.row())
-                builder = _Builder(length)
+                builders.append(builder)
+                builder = _Builder(capacity)
                 builder.add(i, requests[i], share)
-        packed[length] = [*rows, builder.row()]
-    return packed
+        step = max(_STEP, capacity // 8)
+        for row in [b.row(step) for b in (*builders, builder)]:
+            packed.setdefault(len(row.tokens), []).append(row)
+    return dict(sorted(packed.items()))
 
 
 class _Builder:
     """A row that requests are added to."""
 
-    def __init__(self, length: int):
-        self.length = length
+    def __init__(self, capacity: int):
+        self.capacity = capacity
         self.tokens: list[int] = []
         self.positions: list[int] = []
         self.visible_until: list[int] = []
@@ -66,7 +70,7 @@ class _Builder:
         shared = 0
         while share and shared < min(len(read), len(self.path)) and self.tokens[self.path[shared]] == read[shared]:
             shared += 1
-        if len(self.tokens) + len(read) - shared > self.length:
+        if len(self.tokens) + len(read) - shared > self.capacity:
             return False
         self._close(shared)
         for position in range(shared, len(read)):
@@ -84,9 +88,10 @@ class _Builder:
             self.visible_until[slot] = len(self.tokens)
         del self.path[depth:]
 
-    def row(self) -> Row:
+    def row(self, step: int) -> Row:
+        """The row, as long as a multiple of step."""
         self._close(0)
-        padding = range(len(self.tokens), self.length)
+        padding = range(len(self.tokens), -(-len(self.tokens) // step) * step)
         read = sorted({slot for _, slot, _ in self.asked})
         place = {slot: i for i, slot in enumerate(read)}
         return Row(
