@@ -2,12 +2,13 @@
 
     python -m gptjax.evaluate --workdir=runs/x [--source=PATH] [--stride=256] [--per_document] [--json]
     python -m gptjax.evaluate --workdir=runs/x --tasks=lambada,piqa,my.toml --data=DIR [--num_fewshot=0,1,8]
-        [--every_checkpoint] [--log_samples] [--limit=100] [--json]
+        [--every_checkpoint] [--log_samples] [--limit=100] [--compare=runs/sft/tasks] [--json]
 
 With --tasks: each task's rows are looked for in --data; the table has every metric with its standard error, and
 <workdir>/tasks/tasks.json (--out) the protocol too: templates, normalization, prefix token, what was cut. A task is a
 small file, published ones in gptjax/tasks/published, the format in gptjax/tasks/task.py. --every_checkpoint draws
-skill over training.
+skill over training; reliability diagrams of choices, those of --compare beside them (before and after RLHF), are drawn
+too.
 
 Without --tasks and without --source: the validation split the run held out; of a mixture each part's and the mean under
 its weights. With --source: every document of it, told apart and joined as in training. Each token is scored once; the
@@ -129,6 +130,7 @@ def _evaluate_tasks() -> list[tuple[int, Result]]:
             table.write(results, folder, about, FLAGS.log_samples)
     if FLAGS.every_checkpoint:
         table.plot_over_steps(results, folder / "tasks.png")
+    table.plot_reliability([*map(Path, FLAGS.compare), folder], folder / "reliability.png")
     print(f"written to {folder}")
     return results
 
@@ -209,6 +211,7 @@ if __name__ == "__main__":
     flags.DEFINE_bool("every_checkpoint", False, "Every checkpoint on disk, and a picture of skill over training.")
     flags.DEFINE_bool("log_samples", False, "Write a record of each item.")
     command_line.define_path("out", None, "Folder for the results of tasks; WORKDIR/tasks if not given.")
+    flags.DEFINE_list("compare", [], "Folders with other models' results, drawn beside in the reliability diagrams.")
     flags.DEFINE_bool("allow_code_execution", False, "Run programs that the model wrote (tasks of kind code).")
     flags.mark_flag_as_required("workdir")
     command_line.run(main)

@@ -327,3 +327,23 @@ def test_the_table_has_the_main_metric_first_and_what_was_counted(tokenizer, tmp
     lines = table.table([result]).splitlines()
     assert lines[1].split()[:6] == ["piqa", "0", "3", "acc_token", "*", "1.0000"]
     assert lines[-1] == "piqa, 0-shot: 2 prompts cut on the left"
+
+
+def test_calibration_of_choices_and_its_picture(tokenizer, tmp_path, monkeypatch):
+    """Half of the probability on each of two choices, right half of the time: calibrated, Brier .5, log 2 nats."""
+    rows = [{"query": "it is", "choices": ["red", "red"], "gold": g} for g in (0, 1) * 4]
+    write_rows(tmp_path, "copa.jsonl", rows)
+    result = harness.evaluate(planted(tokenizer, lambda i, t: -1.0), load_task("copa"), str(tmp_path))
+    assert result.metrics["ece"][0] == 0.0 and result.metrics["brier"] == (0.5, 0.0)
+    assert result.metrics["nll"][0] == pytest.approx(math.log(2))
+    drawn = {}
+    monkeypatch.setattr(table.calibration, "reliability_plot", lambda path, curves: drawn.update({path.name: curves}))
+    for name in ("before", "after"):
+        table.write([(1, result)], tmp_path / name, {"workdir": name}, log_samples=True)
+    table.plot_reliability([tmp_path / "before", tmp_path / "after"], tmp_path / "reliability.png")
+    assert list(drawn) == ["reliability-copa-0shot.png"] and list(drawn.popitem()[1]) == [
+        str(tmp_path / n) for n in ("before", "after")
+    ]
+    assert len((tmp_path / "after" / "samples-copa-0shot-1.jsonl").read_text().splitlines()) == 8
+    with pytest.raises(InputError, match="no tasks.json"):
+        table.plot_reliability([tmp_path / "nowhere"], tmp_path / "reliability.png")

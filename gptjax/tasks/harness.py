@@ -26,8 +26,8 @@ def scorer(model: Model, rows: int = 16, seed: int = 0) -> Scorer:
 
 @dataclasses.dataclass(frozen=True)
 class Result:
-    """metrics: {name: (value, standard error)}. protocol: how they were computed, and what was counted on the
-    way. samples: a record of each item."""
+    """metrics: {name: (value, standard error)}. protocol: how they were computed, and what was counted on the way.
+    samples: a record of each item. calibration: kinds.Scored's."""
 
     task: str
     shots: int
@@ -36,12 +36,13 @@ class Result:
     metrics: dict[str, tuple[float, float]]
     protocol: dict[str, Any]
     samples: list[dict]
+    calibration: dict[str, Any] | None = None
 
     def record(self) -> dict:
         """For JSON, without the samples."""
         values = {name: {"value": value, "stderr": error} for name, (value, error) in self.metrics.items()}
         return {"task": self.task, "shots": self.shots, "items": self.items, "metric": self.metric,
-                "metrics": values, "protocol": self.protocol}  # fmt: skip
+                "metrics": values, "calibration": self.calibration, "protocol": self.protocol}  # fmt: skip
 
 
 _SCORE = {"text": score_texts, "threshold": score_threshold, "generation": score_generated, "code": score_generated}
@@ -63,7 +64,9 @@ def evaluate(scorer: Scorer, task: Task, data: str, *, shots: int = 0, limit: in
     if task.metric not in found.metrics:
         raise InputError(f"Task {task.name} has no metric {task.metric!r}, only {', '.join(found.metrics)}.")
     protocol = {**_protocol(scorer, task, prompts), **found.counts}
-    return Result(task.name, shots, len(asked), task.metric, found.metrics, protocol, found.samples)
+    return Result(
+        task.name, shots, len(asked), task.metric, found.metrics, protocol, found.samples, found.calibration
+    )
 
 
 def _protocol(scorer: Scorer, task: Task, prompts: Prompts) -> dict:

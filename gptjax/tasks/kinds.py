@@ -8,7 +8,7 @@ import numpy as np
 
 from gptjax.data.tokenizer import Tokenizer
 from gptjax.errors import InputError
-from gptjax.evals import classification
+from gptjax.evals import calibration, classification
 from gptjax.tasks import code_execution, metrics, standard_errors
 from gptjax.tasks.likelihood import Score
 from gptjax.tasks.prompts import Prompts
@@ -28,18 +28,20 @@ class Scorer(NamedTuple):
 
 class Scored(NamedTuple):
     """metrics: {name: (value, standard error)}. samples: a record of each item. counts: what was counted on the way:
-    truncated prompts, ..."""
+    truncated prompts, ... calibration: evals/calibration.py's figures, of choices."""
 
     metrics: dict[str, tuple[float, float]]
     samples: list[dict]
     counts: dict[str, Any]
+    calibration: dict[str, Any] | None = None
 
 
 # --- choice, partial, cloze -----------------------------------------------------------------------------------
 
 
 def score_pairs(scorer: Scorer, task: Task, items: Sequence[Item], prompts: Prompts) -> Scored:
-    """The kinds choice, partial and cloze: log-probabilities of continuations."""
+    """The kinds choice, partial and cloze: log-probabilities of continuations. Of choices also brier, nll and ece of
+    their probabilities, the softmax of what the task's metric compares."""
     tokenizer, requests, where = scorer.tokenizer, [], []
     for item in items:
 
@@ -66,7 +68,15 @@ def score_pairs(scorer: Scorer, task: Task, items: Sequence[Item], prompts: Prom
         "spanned": sum(s.spanned for s in scores[:n_items]),
         "examples_dropped": prompts.dropped,
     }
-    return Scored((_cloze_metrics if task.kind == "cloze" else _choice_metrics)(samples), samples, counts)
+    if task.kind == "cloze":
+        return Scored(_cloze_metrics(samples), samples, counts)
+    found = _choice_metrics(samples)
+    scored_by = task.metric if task.metric in samples[0]["scores"] else "acc"
+    chances = [classification.probabilities(np.array(s["scores"][scored_by])) for s in samples]
+    figures = calibration.calibration(chances, [s["gold"] for s in samples])
+    for name in ("brier", "nll"):
+        found[name] = figures[name], math.nan if figures[f"{name}_se"] is None else figures[f"{name}_se"]
+    return Scored({**found, "ece": (figures["ece"], math.nan)}, samples, counts, {"scores": scored_by, **figures})
 
 
 def _sample(task: Task, item: Item, before: str, scores: Sequence, unconditional) -> dict:

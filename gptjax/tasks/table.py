@@ -1,10 +1,13 @@
 """Results of tasks, as a table, as files and as a picture of skill over training."""
 
+import json
 import math
 from collections.abc import Sequence
 from pathlib import Path
 
 from gptjax import json_files
+from gptjax.errors import InputError
+from gptjax.evals import calibration
 from gptjax.tasks.harness import Result
 
 
@@ -51,6 +54,21 @@ def write(results: Sequence[tuple[int, Result]], folder: Path, about: dict, log_
         for step, result in results:
             path = folder / f"samples-{result.task}-{result.shots}shot-{step}.jsonl"
             path.write_text("".join(json_files.dumps(sample) + "\n" for sample in result.samples))
+
+
+def plot_reliability(folders: Sequence[Path], path: Path) -> None:
+    """A reliability diagram for each task of choices and number of examples in the last of several folders' tasks.json,
+    with a curve for each folder: written to path, with the task's name. InputError: a folder without results."""
+    found = {}
+    for folder in folders:
+        try:
+            results = json.loads((folder / "tasks.json").read_text())["results"]
+        except FileNotFoundError:
+            raise InputError(f"{folder} has no tasks.json: run evaluate --tasks with --out={folder} first.") from None
+        found[str(folder)] = {(r["task"], r["shots"]): r["calibration"] for r in results if r.get("calibration")}
+    for task, shots in found[str(folders[-1])]:
+        curves = {name: of[task, shots] for name, of in found.items() if (task, shots) in of}
+        calibration.reliability_plot(path.with_name(f"{path.stem}-{task}-{shots}shot{path.suffix}"), curves)
 
 
 def plot_over_steps(results: Sequence[tuple[int, Result]], path: Path) -> None:
