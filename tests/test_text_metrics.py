@@ -10,8 +10,6 @@ import time
 
 import numpy as np
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
 from gptjax.errors import InputError
 from gptjax.tasks import metrics as m
@@ -61,8 +59,8 @@ def test_the_best_of_several_golds():
     golds = ["Paris, France", "paris", "City of Light"]
     assert m.best_of(m.exact_match, "The Paris", golds) == 1
     assert m.best_of(m.token_f1, "city", golds) == pytest.approx(1 / 2)
-    assert m.alias_match("Onion-skins.", ["Onion", "Onion skins"]) == 1
-    assert m.alias_match("Onionskins", ["Onion", "Onion skins"]) == 0
+    assert m.best_of(m.trivia_match, "Onion-skins.", ["Onion", "Onion skins"]) == 1
+    assert m.best_of(m.trivia_match, "Onionskins", ["Onion", "Onion skins"]) == 0
     for bad in ([], "Paris"):
         with pytest.raises(InputError, match="give a list"):
             m.best_of(m.exact_match, "Paris", bad)
@@ -204,8 +202,7 @@ def test_pass_at_k_of_many_samples():
 # --- parts of a text, stop strings ----------------------------------------------------------------------------------
 
 
-def test_first_line_and_sentences():
-    assert m.first_line("\n  a b \nc") == "a b" and m.first_line(" \n ") == ""
+def test_first_sentences():
     text = ' It is 3.5 m. "Really?" he said. Yes! No. More'
     assert m.first_sentences(text) == "It is 3.5 m."
     assert m.first_sentences(text, 2) == 'It is 3.5 m. "Really?" he said.'
@@ -220,35 +217,9 @@ def test_stop_strings():
     assert stops.cut_at_stop("a\n\nQ: b", ["Q:", "\n\n"]) == "a"
     assert stops.cut_at_stop("abc", ["x"]) == "abc" and stops.cut_at_stop("abc", []) == "abc"
     assert stops.find_stop("abcab", ["b", "bc"]) == 1
-    assert stops.safe_length("abc\n", ["\n\nQ:"]) == 3 and stops.safe_length("abc\n\nQ", ["\n\nQ:", "c"]) == 2
-    assert stops.safe_length("abc", ["d"]) == 3 and stops.safe_length("", ["d"]) == 0
     for bad in ([""], "Q:"):
         with pytest.raises(InputError, match="Stop strings"):
             stops.find_stop("a", bad)
-
-
-letters = st.text(alphabet="ab\n", max_size=10)
-
-
-@given(text=letters, more=letters, some=st.lists(st.text(alphabet="ab\n", min_size=1, max_size=3), max_size=3))
-def test_what_is_safe_stays(text, more, some):
-    safe = text[: stops.safe_length(text, some)]
-    final = stops.cut_at_stop(text + more, some)
-    assert final.startswith(safe)
-    if stops.find_stop(text, some) is None and len(safe) < len(text):  # and no more could have been said
-        assert any(stop.startswith(text[len(safe) :]) for stop in some)
-    else:
-        assert len(safe) == len(stops.cut_at_stop(text, some))
-
-
-def test_a_stop_may_span_tokens():
-    pieces = ["ab", "c\n", "\nQ", ": d", "e"]
-    decode = lambda tokens: "".join(pieces[t] for t in tokens)
-    assert stops.tokens_to_stop(range(5), decode, ["\n\n"]) == 3
-    assert stops.tokens_to_stop(range(5), decode, ["\n\nQ:", "de"]) == 4
-    assert stops.tokens_to_stop(range(5), decode, ["de"]) == 5
-    assert stops.tokens_to_stop(range(5), decode, ["a"]) == 1
-    assert stops.tokens_to_stop(range(4), decode, ["de"]) is None
 
 
 # --- standard errors ------------------------------------------------------------------------------------------------
@@ -283,17 +254,9 @@ def test_of_a_ratio_and_a_perplexity():
     assert se.bits_per_unit(x, u) == pytest.approx(tuple(v / math.log(2) for v in se.ratio(x, u)))
     assert se.ratio(x, np.ones(n)) == pytest.approx(se.mean(x))  # the same denominators: a mean
     assert se.ratio(2.5 * u, u) == (2.5, pytest.approx(0, abs=1e-12))
+    assert se.perplexity([1e6, 1e6], [1, 1])[0] == math.inf  # e^1e6 is more than a float holds
     jackknife = [np.delete(x, i).sum() / np.delete(u, i).sum() for i in range(n)]
     assert se.ratio(x, u)[1] == pytest.approx(math.sqrt((n - 1) * np.var(jackknife)), rel=0.3)
-
-
-def test_wilson():
-    """The roots of (p - share)^2 = z^2 p (1 - p) / n, which define it; published: 81 of 263, Newcombe 1998, table I."""
-    assert se.wilson(81, 263) == pytest.approx((0.2553, 0.3662), abs=5e-5)
-    assert se.wilson(0, 20) == pytest.approx((0, 0.1611), abs=5e-5)
-    for successes, n in ((0, 5), (3, 7), (7, 7), (50, 400)):
-        for p in se.wilson(successes, n):
-            assert (p - successes / n) ** 2 == pytest.approx(se.NORMAL_95**2 * p * (1 - p) / n, abs=1e-12)
 
 
 def test_bootstrap_of_a_mean_is_its_error():

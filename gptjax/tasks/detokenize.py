@@ -237,10 +237,6 @@ def words_and_line_ends(text: str) -> int:
     return words(text) + text.count("\n")
 
 
-def utf8_bytes(text: str) -> int:
-    return len(text.encode("utf-8"))
-
-
 # --- lm-eval's protocol ---------------------------------------------------------------------------------------
 
 _MARKS = ((" @-@ ", "-"), (" @,@ ", ","), (" @.@ ", "."), *((f" {c} ", f"{c} ") for c in ":;.!?,"))

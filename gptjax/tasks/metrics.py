@@ -59,11 +59,6 @@ def token_f1(prediction: str, gold: str, normalize: Callable[[str], str] = squad
     return 2 * common / (len(predicted) + len(expected))
 
 
-def alias_match(prediction: str, aliases: Sequence[str]) -> float:
-    """1.0 where a prediction is one of an answer's aliases, by TriviaQA's normalization."""
-    return best_of(trivia_match, prediction, aliases)
-
-
 # --- BLEU and ROUGE, through the packages that papers report --------------------------------------------------------
 
 
@@ -177,11 +172,6 @@ def pass_at_k(samples: int, correct: int, k: int) -> float:
 
 
 # --- the part of a text that is scored --------------------------------------------------------------------------
-
-
-def first_line(text: str) -> str:
-    """Up to the first line break, after white space at the start."""
-    return (text.strip().splitlines() or [""])[0].rstrip()
 
 
 _SENTENCE_END = re.compile(r"[.!?]+[\"'”’)\]]*(?=\s+[^a-z\s]|\s*$)|\n")

@@ -1,7 +1,6 @@
 """What is scored: a continuation, given a context, as token ids. The rules of framing, splitting and truncation are
 lm-evaluation-harness 0.4.13's, so that its numbers are ours (`encode_pair`, `rolling_windows`)."""
 
-import math
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
@@ -86,8 +85,3 @@ def truncated(request: Request, context_length: int) -> tuple[Request, bool]:
     ids = (*request.context, *request.continuation)[excess:]
     n = min(len(request.continuation), context_length)
     return Request(ids[:-n], ids[-n:], request.spanned), True
-
-
-def perplexity(log_prob: float, units: int) -> float:
-    """exp(-log p / units), inf where that is more than a float holds."""
-    return math.exp(min(-log_prob / units, 709.0)) if -log_prob / units < 709 else math.inf

@@ -9,8 +9,6 @@ from collections.abc import Callable, Hashable, Sequence
 
 import numpy as np
 
-NORMAL_95 = 1.959963984540054  # of a normal variable, 95 % lie within so many standard deviations
-
 
 def mean(values: Sequence[float]) -> tuple[float, float]:
     """(mean, its standard error s / sqrt(n), s with n - 1 degrees of freedom)."""
@@ -44,20 +42,13 @@ def perplexity(nats: Sequence[float], units: Sequence[float]) -> tuple[float, fl
     """(exp(sum of nats / sum of units), its standard error), of documents: -log p of each, and its words, tokens or
     whatever the perplexity is per. Delta method: that of the ratio, times exp."""
     found, stderr = ratio(nats, units)
-    return math.exp(found), math.exp(found) * stderr
+    value = math.exp(found) if found < 709 else math.inf  # e^710 is more than a float holds
+    return value, value * stderr
 
 
 def bits_per_unit(nats: Sequence[float], units: Sequence[float]) -> tuple[float, float]:
     """(bits per byte or character, its standard error), as `perplexity`."""
     return tuple(figure / math.log(2) for figure in ratio(nats, units))
-
-
-def wilson(successes: float, n: int, z: float = NORMAL_95) -> tuple[float, float]:
-    """(low, high) of a share's confidence interval (Wilson 1927), which holds near 0 and 1 and for few items."""
-    share, z2 = successes / n, z * z
-    center = (share + z2 / (2 * n)) / (1 + z2 / n)
-    half = z / (1 + z2 / n) * math.sqrt(share * (1 - share) / n + z2 / (4 * n * n))
-    return max(0.0, center - half), min(1.0, center + half)
 
 
 def bootstrap(statistic: Callable[[np.ndarray], float], n: int, *, seed: int = 0, resamples: int = 1000) -> float:
