@@ -6,9 +6,11 @@ from collections.abc import Sequence
 import jax
 
 from gptjax.console import progress
+from gptjax.data.tokenizer import Tokenizer
 from gptjax.generation.beam import beam_search, gnmt_penalty
 from gptjax.generation.decode import Stop, generate
 from gptjax.generation.sampling import Sampling
+from gptjax.tasks.requests import prefix_token
 from gptjax.tasks.stop_strings import cut_at_stop, find_stop
 from gptjax.tasks.task import Task
 from gptjax.trained import Model
@@ -21,9 +23,7 @@ def generate_texts(model: Model, prompts: Sequence[str], task: Task, *, rows: in
     """task.samples texts for each prompt, each cut at the first of task.stop. A prompt longer than the context leaves
     is cut on the left. rows: prompts at a time, of similar length."""
     tokenizer, room = model.tokenizer, model.config.context_length - task.max_new_tokens
-    bos = [tokenizer.bos_id] if tokenizer.specials.adds_bos else []
-    ids = [[*bos, *tokenizer.encode(prompt)[-(room - len(bos)) :]] for prompt in prompts]
-    ids = [tokens or [tokenizer.bos_id] for tokens in ids]
+    ids = [prompt_ids(tokenizer, prompt)[-room:] for prompt in prompts]
     order = sorted(range(len(ids)), key=lambda i: len(ids[i]))
     texts: list[list[str]] = [[] for _ in ids]
     stops = tuple(dict.fromkeys((*tokenizer.stop_ids, *stop_tokens(tokenizer, task.stop))))
@@ -39,6 +39,13 @@ def generate_texts(model: Model, prompts: Sequence[str], task: Task, *, rows: in
     return texts
 
 
+def prompt_ids(tokenizer: Tokenizer, prompt: str) -> list[int]:
+    """A prompt's tokens, after beginning-of-text where the tokenizer adds it or there would be none. InputError: it is
+    empty and the tokenizer has no such token."""
+    ids = tokenizer.encode(prompt)
+    return [prefix_token(tokenizer), *ids] if tokenizer.specials.adds_bos or not ids else ids
+
+
 def _new_tokens(model: Model, params, prompts, task: Task, stops: tuple[int, ...], seed: int) -> list[list[int]]:
     stop = Stop(task.max_new_tokens, stops)
     if task.beams > 1:
@@ -49,7 +56,7 @@ def _new_tokens(model: Model, params, prompts, task: Task, stops: tuple[int, ...
     return generate(params, model.decoder, prompts, stop, sampling, seed=seed, keep_eot=True)
 
 
-def stop_tokens(tokenizer, stops: Sequence[str]) -> list[int]:
+def stop_tokens(tokenizer: Tokenizer, stops: Sequence[str]) -> list[int]:
     """Tokens whose text contains a stop string: a row that produces one can end there. The text is cut in any case, so
     where there are many such tokens only the first are used."""
     return [i for i in range(tokenizer.vocab_size) if find_stop(tokenizer.decode([i]), stops) is not None][

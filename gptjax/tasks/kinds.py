@@ -10,6 +10,7 @@ from gptjax.data.tokenizer import Tokenizer
 from gptjax.errors import InputError
 from gptjax.evals import calibration, classification
 from gptjax.tasks import code_execution, metrics, standard_errors
+from gptjax.tasks.generate import prompt_ids
 from gptjax.tasks.likelihood import Score
 from gptjax.tasks.prompts import Prompts
 from gptjax.tasks.requests import Request, encode_pair, prefix_token, rolling_windows
@@ -172,7 +173,8 @@ def score_threshold(scorer: Scorer, task: Task, items: Sequence[Item], prompts: 
     requests = []
     for item in (*items, *of_pool):
         requests.append(encode_pair(scorer.tokenizer, "", item.text))
-    means = np.array([s.log_prob / s.tokens for s in scorer.log_likelihoods(requests)])
+    scores = scorer.log_likelihoods(requests)
+    means = np.array([s.log_prob / s.tokens for s in scores])
     values, gold = means[: len(items)], np.array([item.gold for item in items])
     tuned_on, tuned_gold = (means[len(items) :], np.array([i.gold for i in of_pool])) if of_pool else (values, gold)
     threshold = best_threshold(tuned_on, tuned_gold)
@@ -187,7 +189,8 @@ def score_threshold(scorer: Scorer, task: Task, items: Sequence[Item], prompts: 
         "acc": standard_errors.mean((predicted == gold).astype(float)),
         "auc": (auc(values, gold), standard_errors.bootstrap(lambda i: auc(values[i], gold[i]), len(items))),
     }
-    return Scored(found, samples, {"threshold": threshold, "threshold_from": "pool" if of_pool else "the items"})
+    counts = {"truncated": sum(s.truncated for s in scores[: len(items)]), "threshold": threshold}
+    return Scored(found, samples, counts | {"threshold_from": "pool" if of_pool else "the items"})
 
 
 def best_threshold(scores: np.ndarray, gold: np.ndarray) -> float:
@@ -210,7 +213,8 @@ def auc(scores: np.ndarray, gold: np.ndarray) -> float:
 
 def score_generated(scorer: Scorer, task: Task, items: Sequence[Item], prompts: Prompts) -> Scored:
     """The kinds generation and code."""
-    encode, room = scorer.tokenizer.encode, scorer.context_length - task.max_new_tokens
+    room = scorer.context_length - task.max_new_tokens
+    length = lambda prompt: len(prompt_ids(scorer.tokenizer, prompt))
     if room < 1:
         raise InputError(
             f"Task {task.name} generates {task.max_new_tokens} tokens and the model's context is "
@@ -219,33 +223,40 @@ def score_generated(scorer: Scorer, task: Task, items: Sequence[Item], prompts: 
     before = []
     for item in items:
         question = item.pairs[0][0]
-        shown = prompts.before(item, lambda shown, question=question: len(encode(shown + question)) <= room)
+        shown = prompts.before(item, lambda shown, question=question: length(shown + question) <= room)
         before.append(shown + question)
-    cut = sum(len(encode(prompt)) > room for prompt in before)
+    cut = sum(length(prompt) > room for prompt in before)
     texts = scorer.generate(before, task)
     samples = [
         {"where": item.where, "prompt": prompt, "generated": generated, "answers": list(item.answers)}
         for item, prompt, generated in zip(items, before, texts, strict=True)
     ]
     counts = {"truncated": cut, "examples_dropped": prompts.dropped}
-    measure = _code_metrics if task.kind == "code" else _answer_metrics
-    return Scored(measure(task, items, samples), samples, counts)
+    if task.kind == "code":
+        return Scored(_code_metrics(task, items, samples), samples, counts)
+    found, signatures = _answer_metrics(task, samples)
+    return Scored(found, samples, counts | signatures)
 
 
-def _answer_metrics(task: Task, items: Sequence[Item], samples: list[dict]) -> dict[str, tuple[float, float]]:
+def _answer_metrics(task: Task, samples: list[dict]) -> tuple[dict[str, tuple[float, float]], dict[str, str]]:
+    """(The metrics, the signatures of those of the whole corpus that have one: '<name>_signature').
+
+    What is extracted from each generated text is voted on, added to the samples and compared with the answers."""
     extract = function(task.extract) if task.extract else str.strip
     for sample in samples:
         sample["predicted"] = metrics.majority_vote([extract(text) for text in sample["generated"]])
     predictions, answers = [s["predicted"] or "" for s in samples], [s["answers"] for s in samples]
-    found = {}
+    found, signatures = {}, {}
     for name, of in task.metrics.items():
         values = [metrics.best_of(function(of), p, a) for p, a in zip(predictions, answers, strict=True)]
         found[name] = standard_errors.mean(values)
         for sample, value in zip(samples, values, strict=True):
             sample[name] = value
     for name, of in task.corpus_metrics.items():
-        found[name] = tuple(function(of)(predictions, answers)[:2])
-    return found
+        value, error, *signature = function(of)(predictions, answers)
+        found[name] = value, error
+        signatures |= {f"{name}_signature": text for text in signature}
+    return found, signatures
 
 
 def _code_metrics(task: Task, items: Sequence[Item], samples: list[dict]) -> dict[str, tuple[float, float]]:
