@@ -18,7 +18,6 @@ has none.
 
 import contextlib
 import dataclasses
-import itertools
 import math
 import sys
 from pathlib import Path
@@ -41,7 +40,7 @@ from gptjax.parallel.mesh import batch_shards
 from gptjax.parallel.sharding import batch_sharding
 from gptjax.tasks import harness, table
 from gptjax.tasks.harness import Result
-from gptjax.tasks.task import find_file, load_task
+from gptjax.tasks.task import find_files, load_task
 from gptjax.trained import Model, load_model
 from gptjax.training.checkpoint import Checkpointer
 from gptjax.training.step import jit_eval_step
@@ -112,20 +111,32 @@ def _evaluate_tasks() -> list[tuple[int, Result]]:
     """(step, result) of every checkpoint asked for, task and number of examples."""
     if FLAGS.data is None:
         raise InputError("--tasks needs --data=DIR, the folder with the tasks' files.")
-    tasks = [load_task(name) for name in FLAGS.tasks]
+    tasks = [load_task(name) for name in dict.fromkeys(FLAGS.tasks)]
+    if twice := [task.name for i, task in enumerate(tasks) if task.name in {other.name for other in tasks[:i]}]:
+        raise InputError(f"--tasks has two files of the name {twice[0]!r}, as their results would have: rename one.")
     if FLAGS.allow_code_execution:
         tasks = [dataclasses.replace(task, allow_code_execution=True) for task in tasks]
-    shots = [int(k) for k in FLAGS.num_fewshot]
+    shots = shots_of(FLAGS.num_fewshot)
     for task in tasks:  # a missing file is known before hours of computing
-        find_file(task, FLAGS.data, task.files)
+        find_files(task, FLAGS.data, task.files)
+    asked = [(task, k) for task in tasks for k in (shots if task.takes_examples else [0])]
     steps = Checkpointer(FLAGS.workdir).steps() if FLAGS.every_checkpoint else [FLAGS.step]
+    if not steps:
+        raise InputError(f"{FLAGS.workdir} has no checkpoint: is it the workdir of a run?")
     results, folder = [], Path(paths.local(FLAGS.out or f"{FLAGS.workdir}/tasks"))
     for step in steps:
         model = load_model(FLAGS.workdir, step=step)
         about = {"workdir": str(FLAGS.workdir), "weights": model.weights, "dtype": jnp.dtype(model.dtype).name}
         score = harness.scorer(model, rows=FLAGS.batch_size, seed=FLAGS.seed)
-        for task, k in itertools.product(tasks, shots):
-            result = harness.evaluate(score, task, FLAGS.data, shots=k, limit=FLAGS.limit, seed=FLAGS.seed)
+        for task, k in asked:
+            print(f"step {model.step:,}: {task.name}, {k}-shot")
+            try:
+                result = harness.evaluate(score, task, FLAGS.data, shots=k, limit=FLAGS.limit, seed=FLAGS.seed)
+            except InputError as error:
+                n = len(results)
+                before = "The result before it is" if n == 1 else f"The {n} results before it are"
+                kept = f" {before} in {folder / 'tasks.json'}." if n else ""
+                raise InputError(f"{task.name}, {k}-shot: {error}{kept}") from error
             results.append((model.step, result))
             table.write(results, folder, about, FLAGS.log_samples)
     if FLAGS.every_checkpoint:
@@ -133,6 +144,13 @@ def _evaluate_tasks() -> list[tuple[int, Result]]:
     table.plot_reliability([*map(Path, FLAGS.compare), folder], folder / "reliability.png")
     print(f"written to {folder}")
     return results
+
+
+def shots_of(given: list[str]) -> list[int]:
+    """--num_fewshot as numbers, each once. InputError: one is not a whole number from 0 on, or there is none."""
+    if not given or not all(k.isascii() and k.isdigit() for k in given):
+        raise InputError(f"--num_fewshot={','.join(given)}: give whole numbers from 0 on, with commas between.")
+    return list(dict.fromkeys(map(int, given)))
 
 
 def _tables(results: list[tuple[int, Result]]) -> str:
@@ -205,7 +223,7 @@ if __name__ == "__main__":
     flags.DEFINE_bool("json", False, "JSON instead of a table.")
     flags.DEFINE_list("tasks", None, "Names of tasks, or .toml files.")
     command_line.define_path("data", None, "The folder with the tasks' files, or a single file.")
-    flags.DEFINE_list("num_fewshot", ["0"], "Examples in a prompt; several with commas.")
+    flags.DEFINE_list("num_fewshot", ["0"], "Examples in a prompt; several with commas. Whole texts have none.")
     flags.DEFINE_integer("limit", None, "Only the first so many items of a task.", lower_bound=1)
     flags.DEFINE_integer("seed", 0, "Which examples are drawn, and samples.", lower_bound=0)
     flags.DEFINE_bool("every_checkpoint", False, "Every checkpoint on disk, and a picture of skill over training.")

@@ -13,7 +13,7 @@ from gptjax.tasks.kinds import Scorer
 from gptjax.tasks.likelihood import Score
 from gptjax.tasks.prompts import Prompts
 from gptjax.tasks.requests import encode_pair
-from gptjax.tasks.task import available, find_file, load_items, load_task, make_item
+from gptjax.tasks.task import available, find_files, load_items, load_task, make_item
 
 TEXT = "Question: what is it? Answer: the house is red. the cat is in the house. yes no True False " * 3
 
@@ -282,7 +282,7 @@ def test_prepared_rows_become_items(tmp_path):
 REFUSED = {
     "an unknown task": (lambda d: load_task("picqa"), "piqa"),
     "no task file": (lambda d: load_task(str(d / "my.toml")), "does not exist"),
-    "no data": (lambda d: find_file(load_task("piqa"), str(d), ("piqa.jsonl",)), "goal, label, sol1, sol2"),
+    "no data": (lambda d: find_files(load_task("piqa"), str(d), ("piqa.jsonl",)), "goal, label, sol1, sol2"),
     "an empty answer": (lambda d: make_item(load_task("lambada"), {"context": "a", "answer": " "}), "answer is empty"),
     "a wrong label": (lambda d: make_item(load_task("piqa"), {"query": "a", "choices": ["b"], "gold": 3}), "not among"),
     "missing fields": (lambda d: make_item(load_task("piqa"), {"question": "a"}), "goal, label, sol1, sol2"),

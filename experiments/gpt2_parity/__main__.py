@@ -22,7 +22,7 @@ from absl import flags
 from gptjax import command_line, convert, json_files, paths
 from gptjax.errors import InputError
 from gptjax.tasks import harness
-from gptjax.tasks.task import find_file, load_task
+from gptjax.tasks.task import find_files, load_task
 from gptjax.trained import Model, load_model
 
 SIZES = {12: "124M", 24: "355M", 36: "774M", 48: "1558M"}  # by layers
@@ -42,8 +42,8 @@ class Row(NamedTuple):
 
 
 class Comparison(NamedTuple):
-    """ours, error: None where the task's data is not there. apart: standard errors between ours and the published one
-    (that of the difference where both are known)."""
+    """ours, error: None where the task's data is not there. apart: ours minus the published one, in
+    standard errors: the larger of the two where both are known, since the items are the same."""
 
     row: Row
     ours: float | None
@@ -87,7 +87,7 @@ def compare(model: Model, data: str, rows: int = 16) -> list[Comparison]:
         task, key = load_task(row.task), (row.task, row.shots)
         if key not in results:
             try:
-                find_file(task, data, task.files)
+                find_files(task, data, task.files)
             except InputError as error:
                 print(f"{row.task}: {error}")
                 results[key] = None

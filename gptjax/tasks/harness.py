@@ -2,6 +2,7 @@
 were computed by."""
 
 import dataclasses
+from pathlib import Path
 from typing import Any
 
 from gptjax.errors import InputError
@@ -10,7 +11,7 @@ from gptjax.tasks.generate import generate_texts
 from gptjax.tasks.kinds import Scorer, score_generated, score_pairs, score_texts, score_threshold
 from gptjax.tasks.prompts import Prompts
 from gptjax.tasks.requests import prefix_token
-from gptjax.tasks.task import Task, find_file, load_items
+from gptjax.tasks.task import Task, find_files, load_items
 from gptjax.trained import Model
 
 
@@ -56,14 +57,15 @@ def evaluate(scorer: Scorer, task: Task, data: str, *, shots: int = 0, limit: in
     from the task's pool, never the item that is asked. limit: only the first so many items. InputError: no file, bad
     rows, a K larger than the pool.
     """
-    items = load_items(task, find_file(task, data, task.files))
+    files = find_files(task, data, task.files)
+    items = load_items(task, *files)
     asked = items[:limit]
     prompts = Prompts(task, items, data, shots, seed)
     score = _SCORE.get(task.kind, score_pairs)
     found = score(scorer, task, asked, prompts)
     if task.metric not in found.metrics:
         raise InputError(f"Task {task.name} has no metric {task.metric!r}, only {', '.join(found.metrics)}.")
-    protocol = {**_protocol(scorer, task, prompts), **found.counts}
+    protocol = {"files": [Path(file).name for file in files], **_protocol(scorer, task, prompts), **found.counts}
     return Result(
         task.name, shots, len(asked), task.metric, found.metrics, protocol, found.samples, found.calibration
     )

@@ -51,9 +51,19 @@ def race(row: Row) -> list[Row]:
     if isinstance(questions, str):
         questions, options, answers = [questions], [options], [answers]
     return [
-        {"article": row["article"], "question": question, "options": choices, "gold": "ABCD".index(answer)}
+        {"article": row["article"], "question": question, "options": choices, "gold": list("ABCD").index(answer)}
         for question, choices, answer in zip(questions, options, answers, strict=True)
     ]
+
+
+def science_question(row: Row) -> Row:
+    """ARC and OpenBookQA as AllenAI publishes them, {question: {stem, choices: [{text, label}]}, answerKey}, -> as
+    Hugging Face has them, {question, question_stem, choices: {text: [...], label: [...]}, answerKey}."""
+    if not isinstance(row.get("question"), Mapping):
+        return row
+    stem, choices = row["question"]["stem"], row["question"]["choices"]
+    lists = {key: [choice[key] for choice in choices] for key in ("text", "label")}
+    return {**row, "question": stem, "question_stem": stem, "choices": lists}
 
 
 def copa(row: Row) -> Row:
@@ -116,14 +126,17 @@ def squad(row: Row) -> Row:
     return {**row, "answers": list(answers) or ["unanswerable"]}
 
 
-_HEADING = re.compile(r"^ = [^=].*[^=] = $", re.MULTILINE)
+_HEADING = re.compile(r"^ = [^=](?:.*[^=])? = $", re.MULTILINE)
 
 
 def wikitext_pages(row: Row) -> list[Row]:
-    """WikiText {text}, a whole file or a page -> {page}: split before each heading of the first level."""
+    """WikiText {text}, a whole file or a page -> {page}: split before each heading of the first level. InputError: a
+    row that is a single line, as in Hugging Face's tables, whose pages are lost."""
     if "page" in row:
         return [row]
     text = row["text"]
+    if "\n" not in text.strip():
+        raise InputError("The row is a single line, and pages are scored whole: join the lines in a .txt file.")
     starts = [match.start() for match in _HEADING.finditer(text)]
     bounds = [0, *(start for start in starts if text[:start].strip()), len(text)]
     return [{"page": text[a:b]} for a, b in zip(bounds, bounds[1:], strict=False) if text[a:b].strip()]

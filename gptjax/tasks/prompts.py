@@ -2,30 +2,31 @@
 
 import hashlib
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 import numpy as np
 
 from gptjax.errors import InputError
-from gptjax.tasks.task import Item, Task, find_file, load_items, solved
+from gptjax.tasks.task import Item, Task, find_pool, load_items, solved
 
 
 class Prompts:
     """The K-shot prompts of a task.
 
-    pool: the items that examples are drawn from, `items` itself if the task has no pool. source: the same in words.
-    dropped: examples left out so far because the prompt was too long.
+    pool: the items that examples are drawn from, `items` itself where the pool's file is not there. source: the same in
+    words. dropped: examples left out so far because the prompt was too long.
     """
 
     def __init__(self, task: Task, items: Sequence[Item], data: str, shots: int, seed: int):
         self.task, self.shots, self.seed, self.dropped = task, shots, seed, 0
-        self._own = not task.pool
         self._place = {id(item): i for i, item in enumerate(items)}
-        reads_pool = task.pool and (shots or task.kind == "threshold")
-        self.pool = load_items(task, find_file(task, data, task.pool)) if reads_pool else items
-        pool = ", ".join(task.pool) or "the evaluated items, without the one that is asked"
+        files = find_pool(task, data) if shots or task.kind == "threshold" else []
+        self._own = not files
+        self.pool = load_items(task, *files) if files else items
+        pool = ", ".join(Path(file).name for file in files) or "the evaluated items, without the one that is asked"
         drawn = "anew for each item" if task.fewshot == "per_item" else "once for all items"
         self.source = f"{shots} drawn {drawn} from {pool}" if shots else "none"
-        if shots and task.kind in ("text", "threshold"):
+        if shots and not task.takes_examples:
             raise InputError(f"Task {task.name} scores whole texts, which have no examples: use --num_fewshot=0.")
         if shots > len(self.pool) - self._own:
             raise InputError(

@@ -45,13 +45,13 @@ def number(value: float) -> str:
 
 
 def write(results: Sequence[tuple[int, Result]], folder: Path, about: dict, log_samples: bool) -> None:
-    """Writes (step, result) pairs: tasks.json with all metrics and protocols and, if log_samples, a file of records for
-    each task, number of examples and step."""
+    """Writes (step, result) pairs: tasks.json with all metrics and protocols and, if log_samples, a file with a record
+    of each item of the last one. Called after each result, so that an error loses none before it."""
     folder.mkdir(parents=True, exist_ok=True)
     records = [{"step": step, **result.record()} for step, result in results]
     (folder / "tasks.json").write_text(json_files.dumps({**about, "results": records}) + "\n")
     if log_samples:
-        for step, result in results:
+        for step, result in results[-1:]:
             path = folder / f"samples-{result.task}-{result.shots}shot-{step}.jsonl"
             path.write_text("".join(json_files.dumps(sample) + "\n" for sample in result.samples))
 

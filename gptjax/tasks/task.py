@@ -10,7 +10,7 @@ is measured.
     [[form]]                                # how rows may look; the first whose fields are in a row is used
     context = "Question: {goal}\\nAnswer:"
     choices = ["{sol1}", "{sol2}"]          # or the name of a field with a list
-    gold = "{label}"                        # its index, or one of `labels`
+    gold = "{label}"                        # its index, or one of `labels`: ["A", "B"], or [["no", "0"], ["yes", "1"]]
 
 The kinds, with the keys of a form that each one needs:
 
@@ -28,6 +28,7 @@ The kinds, with the keys of a form that each one needs:
 import dataclasses
 import hashlib
 import importlib
+import itertools
 import re
 import tomllib
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -58,18 +59,18 @@ KINDS = {
 class Task:
     """A task file's keys.
 
-    about: a line with the source. kind, metric, form: see above. files: patterns of file names under --data. pool: the
-    same for the rows that examples are drawn from; empty = the task's own rows, without the one that is asked. columns:
-    names of the columns of .csv and .tsv files without a header. description: text before the examples. delimiter:
-    between context and answer. separator: between examples. fewshot: 'per_item', examples drawn anew for every item
-    (GPT-3 §2.4), or 'fixed', the same for all. answer_context:
-    see above. prepare, detokenize, units: 'module:function' of a row, of a text, and how many units (words) a text
-    counts as.
-    stop, max_new_tokens, beams, length_penalty, temperature, top_k, top_p, samples: of generation; beams 1 is greedy
-    decoding or sampling. extract: 'module:function' of a generated text -> the answer in it, of which the commonest of
-    all samples is scored. metrics: 'module:function' of (prediction, answer) -> float, by name; the best answer counts.
-    corpus_metrics: the same of (all predictions, the answers of each) -> a tuple that begins with value and standard
-    error. allow_code_execution: of kind 'code', which runs what the model wrote (code_execution.py).
+    about: a line with the source. kind, metric, form: see above. files: patterns of file names under --data, of which
+    training files count only where a pattern says train. pool: the same for the rows that examples are drawn from;
+    where there are none, the task's own rows, without the one that is asked. columns: names of the columns of .csv and
+    .tsv files without a header. description: text before the examples. delimiter: between context and answer.
+    separator: between examples. fewshot: 'per_item', examples drawn anew for every item (GPT-3 §2.4), or 'fixed', the
+    same for all. answer_context: see above. prepare, detokenize, units: 'module:function' of a row, of a text, and how
+    many units (words) a text counts as. stop, max_new_tokens, beams, length_penalty, temperature, top_k, top_p,
+    samples: of generation; beams 1 is greedy decoding or sampling. extract: 'module:function' of a generated text ->
+    the answer in it, of which the commonest of all samples is scored. metrics: 'module:function' of (prediction,
+    answer) -> float, by name; the best answer counts. corpus_metrics: the same of (all predictions, the answers of
+    each) -> value, standard error and, for the protocol, a signature if it has one. allow_code_execution: of kind
+    'code', which runs what the model wrote (code_execution.py).
     sha256: of the file.
     """
 
@@ -103,8 +104,18 @@ class Task:
     allow_code_execution: bool = False
     sha256: str = ""
 
+    @property
+    def takes_examples(self) -> bool:
+        """Whether prompts can have solved examples, which whole texts cannot."""
+        return self.kind not in ("text", "threshold")
+
     def __post_init__(self):
         where = f"Task {self.name}"
+        for key in ("files", "pool", "columns", "stop", "form"):
+            element = Mapping if key == "form" else str
+            if not isinstance(value := getattr(self, key), tuple) or not all(isinstance(v, element) for v in value):
+                wanted = "[[form]] tables" if key == "form" else 'a list of texts, as ["a", "b"]'
+                raise InputError(f"{where}: {key} must be {wanted}.")
         if self.kind not in KINDS:
             raise InputError(f"{where}: kind={self.kind!r} is unknown{nearest(self.kind, KINDS)}")
         if self.fewshot not in ("per_item", "fixed"):
@@ -114,6 +125,8 @@ class Task:
         for form in self.form:
             if missing := [key for key in KINDS[self.kind] if key not in form]:
                 raise InputError(f"{where}: a form of kind {self.kind!r} needs {', '.join(missing)}: add them.")
+            if wrong := [key for key, value in form.items() if not isinstance(value, str | list)]:
+                raise InputError(f"{where}: {wrong[0]} of a form must be text or a list of texts.")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -166,14 +179,17 @@ def function(name: str) -> Callable:
         raise InputError(f"There is no function {name!r} ({error}): give module:function.") from None
 
 
-def find_file(task: Task, data: str, patterns: Sequence[str]) -> str:
-    """The first of a task's files in a folder. InputError: none of them is there."""
+_TRAIN = re.compile(r"(?<![a-z])train(?:ing)?(?![a-z])", re.IGNORECASE)
+_SPLIT = re.compile(r"(?<![a-z])(?:(val|valid|validation|dev)|(test))(?![a-z])", re.IGNORECASE)
+
+
+def find_files(task: Task, data: str, patterns: Sequence[str]) -> list[str]:
+    """What the first pattern with files finds in a folder: a file, or several of one split. InputError: none of them is
+    there, or what is there is of several splits."""
     if paths.local(data).is_file():
-        return str(data)
-    root = Path(paths.local(data))
-    for pattern in patterns:
-        if found := sorted(root.glob(pattern)):
-            return str(found[0] if len(found) == 1 else root / pattern)
+        return [str(data)]
+    if found := _found(task, Path(paths.local(data)), patterns):
+        return found
     fields = " or ".join(", ".join(sorted(fields_of(form))) for form in task.form)
     raise InputError(
         f"{data} has no file for the task {task.name}: it looks for {', '.join(patterns) or 'none'}, rows (.jsonl, "
@@ -181,21 +197,48 @@ def find_file(task: Task, data: str, patterns: Sequence[str]) -> str:
     )
 
 
-def load_items(task: Task, source: str) -> list[Item]:
-    """All items of a source of rows. InputError: a row that has none of the task's forms, or an empty one."""
+def find_pool(task: Task, data: str) -> list[str]:
+    """The files with the rows that examples are drawn from; if data is a file, next to it. Empty: there are none.
+    InputError: the task needs them, for its threshold."""
+    folder = Path(paths.local(data))
+    folder = folder.parent if folder.is_file() else folder
+    found = [file for file in _found(task, folder, task.pool) if file != str(paths.local(data))]
+    if not found and task.pool and task.kind == "threshold":
+        raise InputError(
+            f"{folder} has no rows to find the threshold of task {task.name} on: it looks for {', '.join(task.pool)}."
+        )
+    return found
+
+
+def _found(task: Task, root: Path, patterns: Sequence[str]) -> list[str]:
+    for pattern in patterns:
+        found = [p for p in sorted(root.glob(pattern)) if _TRAIN.search(pattern) or not _TRAIN.search(p.name)]
+        splits = {match.lastindex for p in found if (match := _SPLIT.search(p.name))}
+        if len(splits) > 1:
+            raise InputError(
+                f"For the task {task.name} {root} has files of several splits ({', '.join(p.name for p in found)}): "
+                "leave there the one to be evaluated, or give it with --data=FILE."
+            )
+        if found:
+            return [str(path) for path in found]
+    return []
+
+
+def load_items(task: Task, *files: str) -> list[Item]:
+    """All items of files of rows. InputError: a row that has none of the task's forms, or an empty one."""
     prepare = function(task.prepare) if task.prepare else lambda row: [row]
     items = []
-    for row in _rows(task, source):
+    for row in itertools.chain.from_iterable(_rows(task, file) for file in files):
         try:
             prepared = prepare(row.value)
             values = [prepared] if isinstance(prepared, Mapping) else prepared
             items += [make_item(task, value, row.where) for value in values]
         except InputError as error:
             raise InputError(f"{row.where}: {error}") from None
-        except (KeyError, TypeError, ValueError) as error:  # of a prepare function
+        except (AttributeError, LookupError, TypeError, ValueError) as error:  # of a prepare function
             raise InputError(f"{row.where}: {task.prepare} cannot read the row ({error!r}): fix it.") from None
     if not items:
-        raise InputError(f"{source} has no rows for the task {task.name}.")
+        raise InputError(f"{', '.join(files)}: no rows for the task {task.name}.")
     return items
 
 
@@ -236,19 +279,24 @@ def make_item(task: Task, row: Mapping[str, Any], where: str = "") -> Item:
     else:
         context = fill(form["context"], row)
         pairs = tuple((context, task.delimiter + choice) for choice in _texts(form["choices"], row))
-    if empty := [i for i, pair in enumerate(pairs) if not pair[0].strip() + pair[1].strip()]:
+    if empty := [i for i, (_, continuation) in enumerate(pairs) if not continuation.strip()]:
         raise InputError(f"Choice {empty[0]} is empty: every choice needs text.")
     return Item(where, pairs, _gold(form, row, len(pairs)), row=row)
 
 
 def _gold(form: Mapping[str, Any], row: Mapping[str, Any], choices: int) -> int:
     given = fill(form["gold"], row)
-    labels = _texts(form["labels"], row) if "labels" in form else [str(i) for i in range(choices)]
+    labels = form.get("labels", [str(i) for i in range(choices)])
+    if isinstance(labels, str):
+        labels = _texts(labels, row)
+    spellings = [[label] if isinstance(label, str) else label for label in labels]
+    names = [" or ".join(of_one) for of_one in spellings[:choices]]
     if len(labels) < choices:
-        raise InputError(f"There are {choices} choices for the labels {', '.join(labels)}: fix the row.")
-    if given not in labels[:choices]:
-        raise InputError(f"The answer {given!r} is not among {', '.join(labels[:choices])}: fix the row.")
-    return labels.index(given)
+        raise InputError(f"There are {choices} choices for the labels {', '.join(names)}: fix the row.")
+    found = next((i for i, of_one in enumerate(spellings[:choices]) if given in of_one), None)
+    if found is None:
+        raise InputError(f"The answer {given!r} is not among {', '.join(names)}: fix the row.")
+    return found
 
 
 _FIELD = re.compile(r"\{([^{}]+)\}")
@@ -262,7 +310,7 @@ def fields_of(form: Mapping[str, Any]) -> set[str]:
             found.add(value)
         else:
             for template in [value] if isinstance(value, str) else value:
-                found.update(_FIELD.findall(template))
+                found.update(_FIELD.findall(template) if isinstance(template, str) else ())
     return found
 
 
