@@ -121,10 +121,8 @@ def _evaluate_tasks() -> list[tuple[int, Result]]:
         find_files(task, FLAGS.data, task.files)
     asked = [(task, k) for task in tasks for k in (shots if task.takes_examples else [0])]
     steps = Checkpointer(FLAGS.workdir).steps() if FLAGS.every_checkpoint else [FLAGS.step]
-    if not steps:
-        raise InputError(f"{FLAGS.workdir} has no checkpoint: is it the workdir of a run?")
     results, folder = [], Path(paths.local(FLAGS.out or f"{FLAGS.workdir}/tasks"))
-    for step in steps:
+    for step in steps or [None]:  # without any, load_model says what is missing
         model = load_model(FLAGS.workdir, step=step)
         about = {"workdir": str(FLAGS.workdir), "weights": model.weights, "dtype": jnp.dtype(model.dtype).name}
         score = harness.scorer(model, rows=FLAGS.batch_size, seed=FLAGS.seed)

@@ -14,7 +14,7 @@ from gptjax.tasks.kinds import Scorer
 from gptjax.tasks.likelihood import Score
 from gptjax.tasks.prepare import wikitext_pages
 from gptjax.tasks.prompts import Prompts
-from gptjax.tasks.task import PUBLISHED, find_files, find_pool, load_items, load_task, make_item
+from gptjax.tasks.task import PUBLISHED, find_files, find_pool, load_items, load_task, make_item, solved
 
 
 @pytest.fixture(scope="module")
@@ -106,6 +106,14 @@ def test_labels_as_names_booleans_and_numbers(name, row, answers):
         make_item(load_task(name), row | {"label": -1})
 
 
+def test_examples_show_the_answer_not_an_alias():
+    row = {"question": "Which?", "answer": {"value": "Onion", "aliases": ["Onion skins", "Onion"]}}
+    task = load_task("triviaqa")
+    item = make_item(task, row)
+    assert item.answers == ("Onion", "Onion skins") and solved(task, item) == "Q: Which?\n\nA: Onion"
+    assert make_item(task, {"context": "c", "answer": "x", "aliases": ["y"]}).answers == ("x", "y")
+
+
 def test_lines_of_wikitext_are_no_pages(tmp_path):
     assert [row["page"] for row in wikitext_pages({"text": " = A = \n \n a . \n = B = \n \n b \n"})] == [
         " = A = \n \n a . \n", " = B = \n \n b \n"
@@ -137,6 +145,13 @@ def test_values_of_another_type_in_a_task_file_are_refused(keys, message, tmp_pa
     (tmp_path / "my.toml").write_text(f'about = "x"\nkind = "choice"\nmetric = "acc"\n{keys}{form}')
     with pytest.raises(InputError, match=message):
         load_task(str(tmp_path / "my.toml"))
+
+
+def test_an_item_whose_choices_are_all_cut_is_one_item(tokenizer, tmp_path):
+    write_rows(tmp_path / "piqa.jsonl", PIQA)
+    cut = lambda requests: [Score(-1.0, 1, False, False, True, False) for _ in requests]
+    result = harness.evaluate(scorer(tokenizer)._replace(log_likelihoods=cut), load_task("piqa"), str(tmp_path))
+    assert result.protocol["truncated"] == len(PIQA)
 
 
 # --- generated text --------------------------------------------------------------------------------------------

@@ -17,6 +17,7 @@ from gptjax.errors import InputError
 from gptjax.generation.decode import Decoder, Stop, generate
 from gptjax.generation.sampling import Sampling
 from gptjax.interop.hf_tokenizer import CHAT_TEMPLATE
+from gptjax.tasks.generate import prompt_ids
 from gptjax.tasks.likelihood import log_likelihoods
 from gptjax.tasks.requests import encode_pair, prefix_token, rolling_windows
 from gptjax.tasks.stop_strings import find_stop
@@ -151,11 +152,7 @@ class GPTJAX(LM):
     # --- generation ---------------------------------------------------------------------------------------
 
     def _prompt(self, context: str, room: int) -> list[int]:
-        tokenizer = self._tokenizer(context)
-        ids = tokenizer.encode(context)
-        if not ids or tokenizer.specials.adds_bos:
-            ids = [prefix_token(self.model.tokenizer), *ids]
-        return ids[-room:]
+        return prompt_ids(self._tokenizer(context), context)[-room:]
 
     def _continue(self, prompts: Sequence[list[int]], generation: "Generation") -> list[str]:
         """The text that follows each prompt, decoded in pieces: after each, the rows with a stop string are done."""

@@ -29,7 +29,7 @@ class Scorer(NamedTuple):
 
 class Scored(NamedTuple):
     """metrics: {name: (value, standard error)}. samples: a record of each item. counts: what was counted on the way:
-    truncated prompts, ... calibration: evals/calibration.py's figures, of choices."""
+    truncated items, ... calibration: evals/calibration.py's figures, of choices."""
 
     metrics: dict[str, tuple[float, float]]
     samples: list[dict]
@@ -65,7 +65,7 @@ def score_pairs(scorer: Scorer, task: Task, items: Sequence[Item], prompts: Prom
         unconditional = scores[offset + start :][:n] if task.answer_context is not None else None
         samples.append(_sample(task, item, before, scores[start : start + n], unconditional))
     counts = {
-        "truncated": sum(s.truncated for s in scores[:n_items]),
+        "truncated": sum(sample["truncated"] for sample in samples),
         "spanned": sum(s.spanned for s in scores[:n_items]),
         "examples_dropped": prompts.dropped,
     }

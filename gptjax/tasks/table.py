@@ -13,7 +13,7 @@ from gptjax.tasks.harness import Result
 
 def table(results: Sequence[Result]) -> str:
     """A line for each metric of each task, with its standard error; the task's main metric is marked *. Below, what was
-    counted: prompts cut, examples left out, continuations encoded apart from their context."""
+    counted: items cut, examples left out, continuations encoded apart from their context."""
     rows = [("task", "shots", "items", "metric", "value", "± s.e.")]
     for result in results:
         names = sorted(result.metrics, key=lambda name: name != result.metric)
@@ -34,7 +34,7 @@ def table(results: Sequence[Result]) -> str:
 
 
 _COUNTED = (
-    ("truncated", "prompts cut on the left"),
+    ("truncated", "items cut on the left"),
     ("examples_dropped", "examples left out of prompts that were too long"),
     ("spanned", "continuations encoded apart from their context, since a token spanned both"),
 )

@@ -19,7 +19,8 @@ The kinds, with the keys of a form that each one needs:
     cloze       context, answer              is the answer what greedy decoding gives, and its perplexity
     text        text                         perplexity of whole texts
     threshold   text, label                  is the mean log-probability of a text's tokens above a threshold
-    generation  context, answers             text generated up to `stop`, compared with the answers
+    generation  context, answers             text generated up to `stop`, compared with the answers; examples show the
+                                             first, or `shown`
     code        context, tests, entry        programs generated and run: pass@k (Chen et al. 2021)
 
 {a.b.0} reaches into objects and lists. `prepare = "module:function"` changes a row, or makes several of it, first.
@@ -263,8 +264,11 @@ def make_item(task: Task, row: Mapping[str, Any], where: str = "") -> Item:
             raise InputError(f"The label {label!r} is not 0 or 1: fix the row.")
         return Item(where, gold=int(label), text=fill(form["text"], row), row=row)
     if task.kind in ("generation", "code"):
-        code = task.kind == "code"
-        answers = (fill(form["tests"], row), fill(form["entry"], row)) if code else tuple(_texts(form["answers"], row))
+        if task.kind == "code":
+            answers = (fill(form["tests"], row), fill(form["entry"], row))
+        else:
+            shown = [fill(form["shown"], row)] if "shown" in form else []
+            answers = tuple(dict.fromkeys([*shown, *_texts(form["answers"], row)]))
         if not any(answer.strip() for answer in answers):
             raise InputError("The answer is empty: nothing could be compared with it.")
         return Item(where, ((fill(form["context"], row), ""),), answers=answers, row=row)
