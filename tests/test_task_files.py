@@ -14,7 +14,17 @@ from gptjax.tasks.kinds import Scorer
 from gptjax.tasks.likelihood import Score
 from gptjax.tasks.prepare import wikitext_pages
 from gptjax.tasks.prompts import Prompts
-from gptjax.tasks.task import PUBLISHED, find_files, find_pool, load_items, load_task, make_item, solved
+from gptjax.tasks.task import (
+    PUBLISHED,
+    available,
+    find_files,
+    find_pool,
+    function,
+    load_items,
+    load_task,
+    make_item,
+    solved,
+)
 
 
 @pytest.fixture(scope="module")
@@ -86,6 +96,15 @@ def test_a_single_file_is_not_its_own_pool(tokenizer, tmp_path):
     write_rows(cola, [{"sentence": "the cat", "label": 1}])
     with pytest.raises(InputError, match="no rows to find the threshold"):
         harness.evaluate(scorer(tokenizer), load_task("cola_zero_shot"), str(cola))
+
+
+@pytest.mark.parametrize("name", available())
+def test_published_tasks_name_functions_that_there_are(name):
+    task = load_task(name)
+    named = [task.prepare, task.detokenize, task.units, task.extract, *task.metrics.values()]
+    assert all(callable(function(of)) for of in [*filter(None, named), *task.corpus_metrics.values()])
+    if task.kind == "generation":
+        assert task.metric in {*task.metrics, *task.corpus_metrics}
 
 
 # --- rows ------------------------------------------------------------------------------------------------------
