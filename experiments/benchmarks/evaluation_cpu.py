@@ -11,6 +11,7 @@ lm-eval, torch and transformers (make bench makes an environment that has them).
 """
 
 import argparse
+import contextlib
 import functools
 import json
 import os
@@ -103,7 +104,7 @@ def export(directory: str, layers: int):
     from gptjax.model import gpt
     from gptjax.model.spec import GPTConfig
 
-    tokenizer = train_bpe([" ".join(manual())], 16384)
+    tokenizer = train_bpe([" ".join(manual())], 8192)
     config = GPTConfig(**SHAPE, n_layer=layers)
     write(f"{directory}/hf", config, jax.jit(lambda key: gpt.init(config, key))(jax.random.key(0)), tokenizer)
     convert.import_weights(f"{directory}/hf", f"{directory}/run")
@@ -156,7 +157,8 @@ def main():
 
     began, load = time.time(), os.getloadavg()[0]
     with tempfile.TemporaryDirectory() as directory:
-        shape = export(directory, args.layers)
+        with contextlib.redirect_stdout(sys.stderr):  # stdout is for the result
+            shape = export(directory, args.layers)
         command = (sys.executable, "-m", "experiments.benchmarks.evaluation_cpu", f"--weights={directory}")
         names = {"lm-eval hf": "hf", "gptjax": "gptjax"}
         sides = {side: Peer(*command, f"--serve={name}") for side, name in names.items()}
