@@ -62,7 +62,7 @@ def run(module, *arguments) -> list[dict]:
     environment = {**os.environ, "NPROC": "2"}
     result = subprocess.run(
         [sys.executable, "-m", module, "--json", *arguments],
-        cwd=ROOT, env=environment, capture_output=True, text=True, timeout=900,
+        cwd=ROOT, env=environment, capture_output=True, text=True, timeout=1800,
     )  # fmt: skip
     assert result.returncode == 0, result.stderr[-2000:]
     return [json.loads(line) for line in result.stdout.splitlines()]

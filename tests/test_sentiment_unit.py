@@ -43,7 +43,7 @@ def test_the_fit_meets_the_conditions_of_a_minimum(C):
     w, b = np.asarray(found.w_D, np.float64), float(found.b)
     error = C * (1 / (1 + np.exp(-(x.astype(np.float64) @ w + b))) - y)
     g = x.T.astype(np.float64) @ error
-    tolerance = 2e-3  # the solver's 1e-3, and its sums in float32
+    tolerance = 6e-3  # the solver's 5e-3, and its sums in float32
     assert np.abs(g + np.sign(w))[w != 0].max(initial=0) < tolerance
     assert np.abs(g)[w == 0].max(initial=0) < 1 + tolerance and abs(error.sum()) < tolerance
     assert abs(float(probe.violation(x, y, found.w_D, found.b, C)) - float(found.violation)) < 1e-3

@@ -58,7 +58,7 @@ TASKS = {
     "gsm8k": "output_type: generate_until\nmetric_list:\n"
     "  - {metric: same, aggregation: mean, higher_is_better: true}\n"
     'doc_to_text: "{{question}}"\ndoc_to_target: "{{answer}}"\nprocess_results: !function utils.same\n'
-    'generation_kwargs: {until: ["\\n", "the", "é "], max_gen_toks: 40}\n',
+    'generation_kwargs: {until: ["\\n", "at", "é", "og"], max_gen_toks: 40}\n',
     "everything": "output_type: generate_until\nmetric_list:\n"
     "  - {metric: same, aggregation: mean, higher_is_better: true}\n"
     'doc_to_text: "{{question}}"\ndoc_to_target: "{{answer}}"\nprocess_results: !function utils.same\n'

@@ -9,6 +9,7 @@ import os
 import subprocess
 import sys
 
+import jax
 import numpy as np
 import pytest
 from numerics import assert_close, model_terms
@@ -20,6 +21,7 @@ lm_eval = pytest.importorskip("lm_eval", reason=NEEDS)
 
 import lm_eval_tasks as local  # noqa: E402
 from lm_eval.api.instance import Instance  # noqa: E402
+from lm_eval.api.metrics import mean_stderr  # noqa: E402
 from lm_eval.models.huggingface import HFLM  # noqa: E402
 from lm_eval.tasks import TaskManager  # noqa: E402
 from test_huggingface import TEXT, random_params  # noqa: E402
@@ -33,9 +35,10 @@ from gptjax.interop import huggingface  # noqa: E402
 from gptjax.lm_eval.__main__ import main  # noqa: E402
 from gptjax.lm_eval.adapter import GPTJAX, Generation  # noqa: E402
 from gptjax.model.spec import GPTConfig  # noqa: E402
-from gptjax.sample import continue_texts  # noqa: E402
+from gptjax.parallel.mesh import MeshConfig, make_mesh  # noqa: E402
 from gptjax.tasks import harness  # noqa: E402
 from gptjax.tasks.task import load_task  # noqa: E402
+from gptjax.trained import load_model  # noqa: E402
 
 CONTEXT = 96
 
@@ -46,9 +49,17 @@ def exported(folder, template=None):
     config = GPTConfig(tokenizer.vocab_size, 2, 2, 32, CONTEXT)
     params = random_params(config, seed=1)
     params["wte"] *= 0.3  # far from uniform, so that an error is seen, and yet no text repeats one token
+    begins = [tokenizer.decode([i]).startswith(" ") for i in range(tokenizer.vocab_size)]
+    params["wte"][~np.array(begins)] *= 0.1  # it writes whole words: what it writes is encoded as it was written
     huggingface.write(folder / "hf", config, params, tokenizer, template=template)
     convert.import_weights(folder / "hf", folder / "run")
     return folder / "hf", folder / "run"
+
+
+def on_one_device(ours, run):
+    """Programs for the eight virtual devices of the tests take longer to compile; the command's test has them."""
+    ours.model = load_model(run, mesh=make_mesh(MeshConfig(), jax.devices()[:1]))
+    return ours
 
 
 @pytest.fixture(scope="module")
@@ -56,11 +67,11 @@ def models(tmp_path_factory):
     folder = tmp_path_factory.mktemp("models")
     hf, run = exported(folder)
     theirs = HFLM(pretrained=str(hf), dtype="float32", batch_size=4, device="cpu")
-    ours = GPTJAX(run, batch_size=3)
+    ours = on_one_device(GPTJAX(run, batch_size=3), run)
 
     def written(contexts):
-        short = [c[-90:] for c in contexts]
-        return continue_texts(ours.model, short, max_new_tokens=3, sampling=Sampling(0.0), seed=0)
+        return [ours.generate_until([Instance("generate_until", {}, (c, {"until": [], "max_gen_toks": 1}), 0)])[0]
+                for c in contexts]  # fmt: skip
 
     local.write(folder / "tasks", written)
     return theirs, ours, folder
@@ -126,7 +137,7 @@ def test_greedy_text_is_the_same(models, manager, task):
     theirs, ours = (responses(results(model, manager, task), task) for model in models[:2])
     assert ours == theirs and len({text for (text,) in ours}) > 6
     if task == "gsm8k":
-        assert sum(len(text) < 60 for (text,) in ours) >= 4  # some ended at a stop string, or nothing was tested
+        assert sum(len(text) < 40 for (text,) in ours) >= 4  # some ended at a stop string, or nothing was tested
 
 
 # --- our own harness --------------------------------------------------------------------------------------
@@ -151,11 +162,13 @@ def test_our_harness_gives_the_same_numbers(models, manager, tmp_path, task):
     path = tmp_path / f"{task}.toml"
     path.write_text(f'about = "as the local task"\n{keys}')
     found = harness.evaluate(harness.scorer(ours.model), load_task(str(path)), str(folder / f"tasks/{task}.jsonl"))
-    reference = results(ours, manager, task)["results"][f"{task}_local"]
+    reference = results(ours, manager, task)
     for name, theirs in names.items():
-        assert found.metrics[name][0] == pytest.approx(reference[f"{theirs},none"], rel=1e-6), name
+        value = reference["results"][f"{task}_local"][f"{theirs},none"]
+        assert found.metrics[name][0] == pytest.approx(value, rel=1e-6), name
         if theirs.startswith("acc"):
-            assert found.metrics[name][1] == pytest.approx(reference[f"{theirs}_stderr,none"], rel=1e-6), name
+            error = mean_stderr([sample[theirs] for sample in reference["samples"][f"{task}_local"]])
+            assert found.metrics[name][1] == pytest.approx(error, rel=1e-6), name
 
 
 # --- chat templates ---------------------------------------------------------------------------------------
@@ -164,7 +177,8 @@ def test_our_harness_gives_the_same_numbers(models, manager, tmp_path, task):
 @pytest.fixture(scope="module")
 def chat_models(tmp_path_factory):
     hf, run = exported(tmp_path_factory.mktemp("chat"), template="chat")
-    return HFLM(pretrained=str(hf), dtype="float32", batch_size=4, device="cpu"), GPTJAX(run)
+    ours = on_one_device(GPTJAX(run), run)
+    return HFLM(pretrained=str(hf), dtype="float32", batch_size=4, device="cpu"), ours
 
 
 HISTORY = [{"role": "system", "content": "be kind."}, {"role": "user", "content": "the cat?\n"},
@@ -211,13 +225,12 @@ def test_generation_settings():
     assert of(num_beams=1, repetition_penalty=1.0).sampling.greedy
 
 
-def test_sampled_text_differs_between_repeats_and_keeps_within_bounds(models):
+def test_sampled_text_differs_between_repeats(models):
     _, ours, _ = models
     settings = {"until": ["345"], "max_gen_toks": 40, "do_sample": True, "temperature": 1.0, "top_k": 20}
     request = lambda context: Instance("generate_until", {}, (context, settings), 0)
     texts = ours.generate_until([request("the cat")] * 7 + [request("a " * 300), request("")])
-    assert len(set(texts)) >= 8 and all(len(ours.model.tokenizer.encode(text)) <= 48 for text in texts)
-    assert not any("345" in text for text in texts)
+    assert len(set(texts)) >= 8 and not any("345" in text for text in texts)
 
 
 # --- the command and the registry -------------------------------------------------------------------------
