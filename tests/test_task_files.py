@@ -125,6 +125,17 @@ def test_labels_as_names_booleans_and_numbers(name, row, answers):
         make_item(load_task(name), row | {"label": -1})
 
 
+def test_few_shot_translation_is_pairs_of_sentences(tokenizer, tmp_path):
+    """GPT-3's appendix G: 'X =', an empty line, the translation; zero-shot it is asked a question."""
+    write_rows(tmp_path / "wmt_de_en.jsonl", [{"translation": {"de": f"das {i}", "en": f"the {i}"}} for i in range(2)])
+    task = load_task("wmt_de_en_few_shot")
+    items = load_items(task, str(tmp_path / "wmt_de_en.jsonl"))
+    prompt = Prompts(task, items, str(tmp_path), 1, seed=0).before(items[0], lambda text: True) + items[0].pairs[0][0]
+    assert prompt == "das 1 =\n\n the 1\n\ndas 0 =\n\n"
+    (item, _) = load_items(load_task("wmt_de_en"), str(tmp_path / "wmt_de_en.jsonl"))
+    assert item.pairs[0][0] == "Q: What is the English translation of das 0\nA:"
+
+
 def test_examples_show_the_answer_not_an_alias():
     row = {"question": "Which?", "answer": {"value": "Onion", "aliases": ["Onion skins", "Onion"]}}
     task = load_task("triviaqa")

@@ -326,7 +326,7 @@ def test_the_table_has_the_main_metric_first_and_what_was_counted(tokenizer, tmp
     result.protocol["truncated"] = 2
     lines = table.table([result]).splitlines()
     assert lines[1].split()[:6] == ["piqa", "0", "3", "acc_token", "*", "1.0000"]
-    assert lines[-1] == "piqa, 0-shot: 2 items cut on the left"
+    assert lines[-1] == "piqa, 0-shot: choice, piqa.jsonl; prefix token <|endoftext|>; 2 items cut on the left"
 
 
 def test_calibration_of_choices_and_its_picture(tokenizer, tmp_path, monkeypatch):

@@ -12,8 +12,8 @@ from gptjax.tasks.harness import Result
 
 
 def table(results: Sequence[Result]) -> str:
-    """A line for each metric of each task, with its standard error; the task's main metric is marked *. Below, what was
-    counted: items cut, examples left out, continuations encoded apart from their context."""
+    """A line for each metric of each task, with its standard error; the task's main metric is marked *. Below, each
+    task's `protocol`."""
     rows = [("task", "shots", "items", "metric", "value", "± s.e.")]
     for result in results:
         names = sorted(result.metrics, key=lambda name: name != result.metric)
@@ -27,10 +27,18 @@ def table(results: Sequence[Result]) -> str:
         "  ".join(c.ljust(w) if lft else c.rjust(w) for c, w, lft in zip(row, widths, left, strict=True)).rstrip()
         for row in rows
     ]
-    for result in results:
-        if counted := [f"{result.protocol[key]:,} {text}" for key, text in _COUNTED if result.protocol.get(key)]:
-            lines.append(f"{result.task}, {result.shots}-shot: {'; '.join(counted)}")
-    return "\n".join(lines)
+    return "\n".join([*lines, *map(protocol, results)])
+
+
+def protocol(result: Result) -> str:
+    """A line: the files, examples, decoding and prefix token, and what was counted: items cut, examples left out,
+    continuations encoded apart from their context. tasks.json has all of it, templates too."""
+    given = result.protocol
+    parts = [f"{given['kind']}, {', '.join(given['files'])}"]
+    parts += [f"examples: {given['examples']}"] if result.shots else []
+    parts += [given["decoding"]] if "decoding" in given else [f"prefix token {given['prefix_token'] or 'none'}"]
+    parts += [f"{given[key]:,} {text}" for key, text in _COUNTED if given.get(key)]
+    return f"{result.task}, {result.shots}-shot: {'; '.join(parts)}"
 
 
 _COUNTED = (
