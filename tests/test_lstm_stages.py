@@ -22,7 +22,7 @@ from gptjax.errors import InputError
 from gptjax.evaluate import score
 from gptjax.finetune import FinetuneConfig, finetune
 from gptjax.generation import plain
-from gptjax.generation.decode import generate
+from gptjax.generation.decode import Decoder, Stop, generate
 from gptjax.generation.sampling import Sampling
 from gptjax.model import architecture, heads
 from gptjax.model.architecture import ModelConfig
@@ -72,7 +72,7 @@ def test_it_learns_and_is_opened_again(learned):
         assert score(model, pretraining_text(learned), 8)["loss"] == pytest.approx(last["loss"], rel=0.1)  # 2 batches
         prompts = [model.tokenizer.encode(text) for text in ("ba ko mi", "zu")]
         sampling = Sampling(0.8)
-        drawn = generate(model.params, model.config, prompts, max_new_tokens=6, sampling=sampling, seed=1)
+        drawn = generate(model.params, Decoder(model.config), prompts, Stop(6), sampling, seed=1)
         for i, (prompt, out) in enumerate(zip(prompts, drawn, strict=True)):
             key = jax.random.fold_in(jax.random.key(1), i)
             assert out == plain.decode(model.params, model.config, prompt, key, new_tokens=6, sampling=sampling)
