@@ -1,0 +1,1 @@
+"""In-context learning on rules that only a prompt's examples reveal: __main__.py."""
