@@ -1,4 +1,4 @@
-"""The in-context study's rules: the closed form of the best accuracy, reached by the best answer through the harness."""
+"""The in-context rules: the closed form of the best accuracy, reached by the best answer through the harness."""
 
 import itertools
 import json
