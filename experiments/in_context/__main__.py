@@ -28,15 +28,15 @@ from gptjax.trained import load_model
 SIZES = {"1x16": (1, 1, 16), "2x32": (2, 2, 32), "2x64": (2, 4, 64), "4x128": (4, 4, 128)}  # layers, heads, width
 SHOTS = (0, 1, 2, 4, 8, 16)
 CONTEXT = 128
-LENGTH = 32  # examples of a document: "a>b;" is 4 characters, and these are a context
+LENGTH = 31  # examples of a document, 4 bytes each: with its end-of-text it fills most of a context
 
 
 def size_config(size: str, source: Path, steps: int, seed: int):
-    """The pre-training of a size: characters, one document in a row."""
+    """The pre-training of a size, on bytes."""
     c = config_dict(PretrainConfig)
     n_layer, n_head, d_model = SIZES[size]
     c.model.update(n_layer=n_layer, n_head=n_head, d_model=d_model, context_length=CONTEXT, dropout=0.0)
-    c.data.update(source=str(source), tokenizer="char", validation="0.02", isolate_documents=True)
+    c.data.update(source=str(source), tokenizer="bpe:257", validation="0.02", isolate_documents=True)
     c.steps, c.batch_size, c.seed = steps, 32, seed
     c.schedule.warmup_tokens = 100.0 * c.batch_size * CONTEXT
     c.optimizer.update(learning_rate=3e-3 if d_model <= 64 else 1e-3, b2=0.99, weight_decay=0.1)
