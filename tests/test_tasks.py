@@ -65,6 +65,18 @@ def test_choices_by_the_five_normalizations(tokenizer, tmp_path):
     assert result.samples[0]["tokens"] == tokens
 
 
+def test_characters_are_not_bytes(tokenizer, tmp_path):
+    """'house' costs 5 nats, 'éééé' 6: a character of the first is cheaper, a byte of the second."""
+    write_rows(tmp_path, "copa.jsonl", [{"query": "the", "choices": ["house", "éééé"], "gold": 1}] * 2)
+    ids = [encode_pair(tokenizer, "the", " " + text).continuation for text in ("house", "éééé")]
+    assert not set(ids[0]) & set(ids[1])
+    log_prob = lambda before, token: -5 / len(ids[0]) if token in ids[0] else -6 / len(ids[1])
+    result = harness.evaluate(planted(tokenizer, log_prob), load_task("copa"), str(tmp_path))
+    assert result.samples[0]["scores"]["acc_norm"] == pytest.approx([-1, -1.5])
+    assert result.samples[0]["scores"]["acc_bytes"] == pytest.approx([-1, -0.75])
+    assert result.metrics["acc_norm"][0] == 0.0 and result.metrics["acc_bytes"][0] == 1.0
+
+
 def test_the_answer_context_is_divided_out(tokenizer, tmp_path):
     """A choice that is likely anyway loses: p(choice | context) / p(choice | answer context), GPT-3 §2.4."""
     write_rows(tmp_path, "arc_easy.jsonl", [{"query": "Question: what is it?", "choices": ["red", "no"], "gold": 1}])
