@@ -10,7 +10,6 @@ import pytest
 
 from experiments.in_context import __main__ as study
 from experiments.in_context import arithmetic, rules
-from gptjax.data.bpe import character_tokenizer
 from gptjax.errors import InputError
 from gptjax.tasks import generators, harness
 from gptjax.tasks.kinds import Scorer
@@ -24,26 +23,24 @@ ALL_RULES = {
 }
 
 
-def posterior(name, query: str) -> np.ndarray:
-    """Probability of each answer to a question, given the examples: by counting the rules that agree with them."""
+def posterior(name, shown: str, asked: str) -> float:
+    """Probability that a question has this answer, of a word of both, given the examples: by counting the rules that
+    agree with them."""
     kind = rules.KINDS[name]
-    *shown, question = query.split(";")
-    place = kind.symbols.index
-    known = {place(e[0]): place(e[2]) for e in shown}
-    x = place(question[0])
+    places = [tuple(map(kind.symbols.index, word)) for word in shown.split()]
+    x, y = map(kind.symbols.index, asked.strip())
     if name == "table":  # each answer is drawn by itself
-        return np.eye(8)[known[x]] if x in known else np.full(8, 1 / 8)
-    agree = [rule for rule in ALL_RULES[name] if all(rule[i] == y for i, y in known.items())]
-    return np.bincount([rule[x] for rule in agree], minlength=len(kind.symbols)) / len(agree)
+        return float(dict(places)[x] == y) if x in dict(places) else 1 / 8
+    agree = [rule for rule in ALL_RULES[name] if all(rule[i] == of_i for i, of_i in places)]
+    return sum(rule[x] == y for rule in agree) / len(agree)
 
 
 def best_scorer(name, tokenizer) -> Scorer:
     def log_likelihoods(requests):
         out = []
         for r in requests:
-            p = posterior(name, tokenizer.decode(r.context))[
-                rules.KINDS[name].symbols.index(tokenizer.decode(r.continuation))
-            ]
+            shown = tokenizer.decode(r.context).replace("<|endoftext|>", "")
+            p = posterior(name, shown, tokenizer.decode(r.continuation))
             out.append(Score(float(np.log(max(p, 1e-9))), 1, p > 0.5, p > 0.5, False, False))
         return out
 
@@ -53,7 +50,7 @@ def best_scorer(name, tokenizer) -> Scorer:
 @pytest.mark.parametrize("shots", [0, 1, 2, 5])
 @pytest.mark.parametrize("name", rules.KINDS)
 def test_the_best_answer_has_the_best_accuracy(name, shots, tmp_path):
-    tokenizer = character_tokenizer(["".join(k.symbols for k in rules.KINDS.values()) + ">;"])
+    tokenizer = rules.make_tokenizer()
     path = tmp_path / "rows.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in rules.questions(name, shots, 400, 0)))
     result = harness.evaluate(best_scorer(name, tokenizer), load_task(TASK), str(path))
@@ -94,11 +91,13 @@ def test_the_closed_form_of_a_table_by_enumeration(shots):
     assert total / 8 ** (shots + 1) == pytest.approx(rules.KINDS["table"].best(shots))
 
 
-def test_a_document_follows_one_rule():
-    for row in rules.documents(60, 32, seed=3):
-        pairs = {tuple(pair.split(">")) for pair in row["text"].split(";") if pair}
-        assert len(row["text"]) == 128 and len({x for x, _ in pairs}) == len(pairs)
-    kinds = {next(n for n, k in rules.KINDS.items() if row["text"][0] in k.symbols) for row in rules.documents(3, 4, 0)}
+def test_a_document_follows_one_rule_and_an_example_is_a_token():
+    tokenizer, kinds = rules.make_tokenizer(), set()
+    for row in rules.documents(60, 17, seed=3):
+        words = row["text"].split()
+        assert len(words) == len(tokenizer.encode(row["text"])) == 17
+        assert len(set(words)) == len({word[0] for word in words})
+        kinds |= {name for name, kind in rules.KINDS.items() if words[0][0] in kind.symbols}
     assert kinds == set(rules.KINDS)
 
 

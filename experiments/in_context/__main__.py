@@ -19,23 +19,22 @@ from absl import flags
 
 from experiments.in_context import arithmetic, gpts, picture, rules
 from gptjax import command_line, json_files
-from gptjax.data.bpe import train_bpe
 from gptjax.model.spec import parameter_count
-from gptjax.tasks import harness
+from gptjax.tasks import harness, standard_errors
 from gptjax.tasks.task import load_task
 from gptjax.trained import Model
 
 RULE_SHOTS = (0, 1, 2, 4, 8, 16)
-RULE_CONTEXT, RULE_LENGTH = 128, 17  # examples of a document, of 4 bytes each: the prompts are no longer
-ARITHMETIC_SHOTS, ARITHMETIC_SIZES = (0, 1, 4, 8), ("1x16", "2x32", "2x128")
+RULE_CONTEXT, RULE_LENGTH = 72, 17  # examples of a document, each a token; four documents with their ends are a context
+ARITHMETIC_SHOTS, ARITHMETIC_SIZES = (0, 1, 4), ("2x16", "2x32", "2x64")
 
 
 def rules_corpus(folder: Path, steps: int) -> gpts.Corpus:
     """More documents than a run reads, so that none is seen twice."""
-    n = max(2000, -(-steps * gpts.BATCH * RULE_CONTEXT * 103 // (100 * 4 * RULE_LENGTH)))
+    n = max(2000, -(-steps * gpts.BATCH * RULE_CONTEXT * 103 // (100 * (RULE_LENGTH + 1))))
     source = folder / "documents.jsonl"
     _write(source, rules.documents(n, RULE_LENGTH, seed=0))
-    return gpts.Corpus(source, train_bpe([";>"], 257), RULE_CONTEXT, steps)  # bytes
+    return gpts.Corpus(source, rules.make_tokenizer(), RULE_CONTEXT, steps)
 
 
 def arithmetic_corpus(folder: Path, task: str, data: str, steps: int) -> tuple[gpts.Corpus, dict]:
@@ -55,20 +54,22 @@ def _write(path: Path, rows: list[dict]):
         path.write_text(text)
 
 
-def measure_rules(model: Model, folder: Path, items: int, seed: int) -> dict:
-    """{kind of rule: {K: (accuracy, standard error)}} of a trained model."""
-    task, found = load_task(str(Path(__file__).parent / "rule.toml")), {}
-    scorer = harness.scorer(model, rows=8)
-    for name in rules.KINDS:
-        found[name] = {}
-        for shots in RULE_SHOTS:
-            path = folder / f"{name}-{shots}.jsonl"
-            _write(path, rules.questions(name, shots, items, 1000 + seed))
-            found[name][shots] = harness.evaluate(scorer, task, str(path)).metrics["acc"]
+def measure_rules(model: Model, seed: int, *, folder: Path, items: int) -> dict:
+    """{kind of rule: {K: (accuracy, standard error)}} of a trained model: one evaluation, which compiles
+    once."""
+    asked = [(name, shots) for name in rules.KINDS for shots in RULE_SHOTS]
+    path = folder / f"questions-{items}-{seed}.jsonl"
+    _write(path, [row for name, shots in asked for row in rules.questions(name, shots, items, 1000 + seed)])
+    task = load_task(str(Path(__file__).parent / "rule.toml"))
+    samples = harness.evaluate(harness.scorer(model, rows=8), task, str(path)).samples
+    right = [float(sample["predicted"]["acc"] == sample["gold"]) for sample in samples]
+    found = {name: {} for name in rules.KINDS}
+    for i, (name, shots) in enumerate(asked):
+        found[name][shots] = standard_errors.mean(right[i * items : (i + 1) * items])
     return found
 
 
-def measure_arithmetic(model: Model, task: str, data: str, items: int | None, seed: int) -> dict:
+def measure_arithmetic(model: Model, seed: int, *, task: str, data: str, items: int | None) -> dict:
     """{task: {K: (accuracy, standard error)}}: the share of answers that greedy decoding gives."""
     scorer, loaded = harness.scorer(model, rows=8), load_task(task)
     evaluate = functools.partial(harness.evaluate, scorer, loaded, data, limit=items, seed=seed)
@@ -80,7 +81,8 @@ def study(corpus: gpts.Corpus, sizes, seeds, measure) -> list[dict]:
     results = []
     for seed in seeds:
         for size in sizes:
-            model = gpts.train(corpus, size, seed, corpus.source.parent / f"{size}-{seed}")
+            workdir = corpus.source.parent / f"{size}-{seed}"
+            model = gpts.train(corpus, size, seed, workdir)
             accuracy = measure(model, seed)
             results.append({"size": size, "seed": seed, "parameters": parameter_count(model.config),
                             "accuracy": accuracy})  # fmt: skip
@@ -90,32 +92,32 @@ def study(corpus: gpts.Corpus, sizes, seeds, measure) -> list[dict]:
     return results
 
 
-def main(_):
-    workdir, seeds = Path(FLAGS.workdir), FLAGS.seeds
-    folder = workdir / "rules"
-    found = study(rules_corpus(folder, FLAGS.steps), gpts.SIZES, seeds,
-                  lambda model, seed: measure_rules(model, folder, FLAGS.items, seed))  # fmt: skip
-    panels, counts = dict.fromkeys(rules.KINDS, found), {}
-    data = FLAGS.arithmetic
-    if data is None:
-        data = str(workdir / "questions")
-        arithmetic.write_questions(Path(data), seed=1)
-    for task in arithmetic.TASKS:
-        corpus, counts[task] = arithmetic_corpus(workdir / task, task, data, FLAGS.arithmetic_steps)
-        measure = functools.partial(_measure_task, task, data)
-        panels[task] = study(corpus, ARITHMETIC_SIZES, seeds, measure)
+def write(workdir: Path, of_rules: list[dict], of_tasks: dict[str, list[dict]], about: dict):
+    """results.json and in_context.png of the records of `study`; the picture has the first seed."""
     best = {name: {k: kind.best(k) for k in RULE_SHOTS} for name, kind in rules.KINDS.items()}
-    results = {"steps": {"rules": FLAGS.steps, "arithmetic": FLAGS.arithmetic_steps}, "questions": counts, "best": best,
-               "rules": found, **{task: panels[task] for task in arithmetic.TASKS}}  # fmt: skip
-    json_files.write_json(workdir / "results.json", results)
-    panels = {name: [r for r in records if r["seed"] == seeds[0]] for name, records in panels.items()}
+    json_files.write_json(workdir / "results.json", {**about, "best": best, "rules": of_rules, **of_tasks})
+    panels = dict.fromkeys(rules.KINDS, of_rules) | of_tasks
+    panels = {name: [r for r in records if r["seed"] == records[0]["seed"]] for name, records in panels.items()}
     titles = {name: name for name in rules.KINDS} | arithmetic.TASKS
     picture.draw(panels, titles, best, workdir / "in_context.png")
     print(f"written to {workdir / 'results.json'} and {workdir / 'in_context.png'}")
 
 
-def _measure_task(task: str, data: str, model: Model, seed: int) -> dict:
-    return measure_arithmetic(model, task, data, FLAGS.arithmetic_items, seed)
+def main(_):
+    workdir, data, seeds = Path(FLAGS.workdir), FLAGS.arithmetic, FLAGS.seeds
+    folder = workdir / "rules"
+    measure = functools.partial(measure_rules, folder=folder, items=FLAGS.items)
+    of_rules = study(rules_corpus(folder, FLAGS.steps), gpts.SIZES, seeds, measure)
+    if data is None:
+        data = str(workdir / "questions")
+        arithmetic.write_questions(Path(data), seed=1)
+    of_tasks, questions = {}, {}
+    for task in arithmetic.TASKS:
+        corpus, questions[task] = arithmetic_corpus(workdir / task, task, data, FLAGS.arithmetic_steps)
+        measure = functools.partial(measure_arithmetic, task=task, data=data, items=FLAGS.arithmetic_items)
+        of_tasks[task] = study(corpus, ARITHMETIC_SIZES, seeds, measure)
+    about = {"steps": {"rules": FLAGS.steps, "arithmetic": FLAGS.arithmetic_steps}, "questions": questions}
+    write(workdir, of_rules, of_tasks, about)
 
 
 if __name__ == "__main__":
@@ -125,8 +127,8 @@ if __name__ == "__main__":
         "arithmetic", None, "Folder with OpenAI's files of two-digit addition and subtraction; questions are generated "
         "if not given.",
     )  # fmt: skip
-    flags.DEFINE_integer("steps", 1500, "Optimizer steps of the models of rules.", lower_bound=1)
-    flags.DEFINE_integer("arithmetic_steps", 3000, "Optimizer steps of the models of arithmetic.", lower_bound=1)
+    flags.DEFINE_integer("steps", 500, "Optimizer steps of the models of rules.", lower_bound=1)
+    flags.DEFINE_integer("arithmetic_steps", 1500, "Optimizer steps of the models of arithmetic.", lower_bound=1)
     flags.DEFINE_integer("items", 500, "Questions for each kind of rule and K.", lower_bound=2)
     flags.DEFINE_integer("arithmetic_items", None, "The first so many questions of arithmetic; all if not given.",
                          lower_bound=2)  # fmt: skip

@@ -1,6 +1,6 @@
 """GPT-3's two-digit arithmetic, learned from solved questions in its exact format (Brown et al. 2020 §3.9.1).
 
-A document has one to nine solved questions of a task, each drawn uniformly from all pairs of operands but those of an
+A document has one to five solved questions of a task, each drawn uniformly from all pairs of operands but those of an
 evaluated question, in either order: where "What is 98 plus 45?" is evaluated, neither 98 plus 45 nor 45 plus 98 is in
 any document.
 """
@@ -19,8 +19,8 @@ from gptjax.tasks.generators import Row
 from gptjax.tasks.task import find_files, load_items, load_task
 
 TASKS = {"arithmetic_2da": "two-digit addition"}
-MOST = 9  # questions of a document, so that the longest prompts are no longer than what was learned
-CONTEXT = 192  # tokens: MOST questions of at most 19 + 1 each, with a bit to spare
+MOST = 5  # questions of a document: the longest prompts are no longer than what was learned
+CONTEXT = 100  # tokens, for MOST questions of at most 19
 QUESTIONS = 2000  # for each task, where no files of them are given: as many as OpenAI's have
 VOCABULARY = 282  # of `make_tokenizer`: 256 bytes, 25 merges, end-of-text
 

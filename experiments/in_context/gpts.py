@@ -10,8 +10,8 @@ from gptjax.data.tokenizer import Tokenizer
 from gptjax.pretrain import PretrainConfig, pretrain
 from gptjax.trained import Model, load_model
 
-SIZES = {"1x16": (1, 1, 16), "2x32": (2, 2, 32), "2x64": (2, 4, 64), "2x128": (2, 4, 128)}  # layers, heads, width
-BATCH = 16
+SIZES = {"1x16": (1, 1, 16), "2x16": (2, 1, 16), "2x32": (2, 2, 32), "2x64": (2, 2, 64)}  # layers, heads, width
+BATCH = 32
 
 
 class Corpus(NamedTuple):
@@ -32,7 +32,7 @@ def size_config(corpus: Corpus, size: str, seed: int):
     c.data.update(tokenizer=str(folder / "tokenizer"), cache=str(folder / "tokens"))  # the same for all sizes
     c.steps, c.batch_size, c.seed = corpus.steps, BATCH, seed
     c.schedule.warmup_tokens = min(100.0, corpus.steps / 2) * c.batch_size * corpus.context
-    c.optimizer.update(learning_rate=3e-3 if d_model <= 64 else 2e-3, b2=0.99, weight_decay=0.1)
+    c.optimizer.update(learning_rate=3e-3, b2=0.99, weight_decay=0.1)
     c.eval.every = c.checkpoint.every = max(corpus.steps // 4, 1)
     c.eval.batches = 8
     return c
