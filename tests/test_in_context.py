@@ -138,7 +138,8 @@ def test_no_document_has_an_evaluated_question(asked):
             assert int(answer) == int(a) + (1 if word == "plus" else -1) * int(b)
             seen.add((word, int(a), int(b)))
     assert not seen & taken
-    assert len(seen | taken) > 19_900 and len(rows) == 2 * 10**4 - len(taken)
+    assert len(rows) == 2 * 10**4 - len(taken)
+    assert len(seen | taken) > 19_840  # of 12,600 questions 60,000 draws leave out 108 ± 10
 
 
 def test_a_training_set_that_would_be_empty_is_refused():
