@@ -52,7 +52,7 @@ def training_rows(task: str, asked: Iterable[str]) -> list[Row]:
     """All solved questions of a task but those with the operands of an asked one. asked: contexts.
     InputError: none is left."""
     taken = {operands(context) for context in asked}
-    rows = [row for row in generators.arithmetic(task, 10**4) if operands(row["context"])]
+    rows = [row for row in generators.arithmetic(task, 10**4) if operands(row["context"]) not in taken]
     if not rows:
         raise InputError(f"The questions of {task} leave none to learn from: evaluate fewer.")
     return rows
