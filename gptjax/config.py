@@ -87,7 +87,7 @@ def build(cls, section, path="config"):
     section = section.to_dict() if isinstance(section, mlc.ConfigDict) else dict(section)
     for key in section:
         if key not in fields:
-            raise InputError(f"Unknown key {path}.{key}{nearest(key, fields)}.")
+            raise InputError(f"Unknown key {path}.{key}{nearest(key, fields)}")
     values = {}
     for name, value in section.items():
         kind = hints[name]
@@ -122,9 +122,9 @@ def with_sharding_rules(stage):
 
 
 def nearest(name, names) -> str:
-    """' (did you mean x?)', or the list of what there is."""
+    """The end of a sentence about an unknown name: ": did you mean 'x'?", or ": there are x, y."."""
     close = difflib.get_close_matches(str(name), [str(n) for n in names], n=1)
-    return f": did you mean {close[0]!r}?" if close else f": there are {', '.join(sorted(map(str, names)))}"
+    return f": did you mean {close[0]!r}?" if close else f": there are {', '.join(sorted(map(str, names)))}."
 
 
 def choose(presets: dict, name: str, what: str):
