@@ -3,9 +3,8 @@
     python -m gptjax.dpo --config=configs/dpo.py --workdir=runs/dpo --config.init_from=runs/sft \
         --config.data.source=comparisons.jsonl
 
-The data's rows are those of gptjax.reward. The model in init_from is the initial policy and the reference, whose
-log-probabilities are computed once, before the first step. The same command resumes an interrupted run, bitwise
-identical.
+Rows as for gptjax.reward. init_from is the initial policy and the reference, whose log-probabilities are computed once.
+The same command resumes an interrupted run, bitwise identical.
 """
 
 import dataclasses
@@ -84,13 +83,12 @@ def build(c: DPOConfig, mesh, claim: Claim) -> Stage:
     base = load_base(c.init_from, claim.workdir, mesh=mesh)
     if base.template is None:
         raise InputError(f"{c.init_from} answers no prompts: give the workdir of an SFT run as init_from.")
-    model = dataclasses.replace(c.model, dropout=c.model.dropout or 0.0).apply(base.config)
+    model = c.model.no_dropout_by_default().apply(base.config)
     pipeline.make_plan(model, mesh.shape, c.microbatch_rows)
 
     # --- data, and the reference's log-probabilities of its completions ---
     template = Template(base.tokenizer, base.template)
     comparisons = load_comparisons(c.data, template, model.context_length, c.seed)
-    # counted: tokens of a completion as the schedule counts them; length: the same, padded for the mesh
     counted, length = padded_length(comparisons, c.data.max_length or model.context_length, mesh.shape["seq"])
     check_fits(mesh.shape, n_head=model.n_head, time=length, **c.rows)
     hosts.agree("The comparisons", comparisons.fingerprint)
@@ -112,7 +110,7 @@ def build(c: DPOConfig, mesh, claim: Claim) -> Stage:
     init = lambda: jax.jit(lambda p: new_state(p, train.tx, c.precision), out_shardings=train.shardings)(base.params)
     return supervised(
         c, train, batches, schedule, mesh, workdir=claim.workdir, init=init, data=comparisons.fingerprint,
-        changed=f"{c.data.source} has changed since the run began: put it back or take another --workdir.",
+        changed=f"{c.data.source} has changed since the run began: restore it, or give another --workdir.",
         evaluators=(Evaluator(ranking_sums(train.objective.loss, held_out, mesh, c.eval.batches), c.eval.every),),
         begin=lambda _: hosts.say(f"{comparisons}; {schedule.steps:,} steps of {c.batch_size} prompts"),
     )  # fmt: skip

@@ -111,7 +111,7 @@ def reward_program(c: RewardConfig, base: GPTConfig, mesh, completions: int = co
 
 def dpo_program(c: DPOConfig, base: GPTConfig, mesh, completions: int = comparisons.MOST) -> Program:
     """The same of DPO (dpo.py) on a model like `base`, each prompt with the most completions."""
-    model = dataclasses.replace(c.model, dropout=c.model.dropout or 0.0).apply(base)
+    model = c.model.no_dropout_by_default().apply(base)
     time, rows = c.data.max_length or model.context_length, c.microbatch_rows
     shapes = _comparison_shapes(completions, time) | {
         "starts": ((completions,), jnp.int32), "reference": ((completions,), jnp.float32)

@@ -29,7 +29,7 @@ def load_callable(name: str) -> Callable:
             f"The reward function {name!r} cannot be imported ({error}): check its name and the Python path."
         ) from error
     if not callable(found):
-        raise InputError(f"The reward function {name!r} is a {type(found).__name__}, not a function: give another name.")
+        raise InputError(f"The reward function {name!r} is a {type(found).__name__}, not a function: give its name.")
     return found
 
 
