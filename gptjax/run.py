@@ -30,7 +30,7 @@ from gptjax.parallel.sharding import Rules, use_rules
 from gptjax.training import loop
 from gptjax.training.checkpoint import Checkpointer
 from gptjax.training.metrics import MetricWriter
-from gptjax.training.stage import RunConfig, RunResult, Stage
+from gptjax.training.stage import RunConfig, RunResult, Stage, selection_value
 
 
 def require(c: RunConfig, texts: Mapping[str, str]):
@@ -142,10 +142,9 @@ def _train(stage: Stage, mesh, workdir) -> RunResult:
         if finished:
             stage.finish(state, checkpointer)
         steps, evaluations = int(state.step), writer.evaluations()
-    compared = lambda line: line.get("selection", line.get("loss"))
-    scored = [e for e in evaluations if compared(e) is not None and math.isfinite(compared(e))]
+    scored = [e for e in evaluations if selection_value(e) is not None and math.isfinite(selection_value(e))]
     return RunResult(
         workdir=str(workdir), finished=finished, steps=steps, metrics=writer.last(),
-        evaluation=evaluations[-1] if evaluations else None, best=min(scored, key=compared, default=None),
+        evaluation=evaluations[-1] if evaluations else None, best=min(scored, key=selection_value, default=None),
         flops=stage.flops and stage.flops(steps), seconds=seconds,
     )  # fmt: skip

@@ -18,6 +18,7 @@ from gptjax.parallel.sharding import parameter_shardings
 from gptjax.training.checkpoint import Checkpointer
 from gptjax.training.metrics import JsonLines
 from gptjax.training.precision import DTYPES
+from gptjax.training.stage import selection_value
 
 
 @dataclasses.dataclass(frozen=True)
@@ -171,7 +172,7 @@ def best_step(workdir, checkpointer: Checkpointer) -> int:
     steps = checkpointer.steps()
     found = {}
     for line in JsonLines.read(paths.local(workdir) / "evaluations.jsonl"):
-        value = line.get("selection", line.get("loss"))
+        value = selection_value(line)
         if line["step"] in steps and value is not None:
             found[line["step"]] = value
     if found:
