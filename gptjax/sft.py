@@ -175,9 +175,11 @@ def build(c: SFTConfig, mesh, claim: Claim) -> Stage:
     ]
     if reward_model:
         evaluators.insert(1, Evaluator(scored_responses(reward_model, *sampler), c.eval.every))
+    # The MFU is counted from the tokens in the loss, which are not all that is computed if prompts are not among them.
+    counted = c.data.loss_on == "all"
     return supervised(
         c, train, batches, schedule, mesh, workdir=claim.workdir, init=init, data=demonstrations.fingerprint,
-        flops_per_token=None if mix is None and c.data.loss_on == "response" else flops_per_token(model).palm,
+        flops_per_token=flops_per_token(model).palm if counted else None,
         changed=f"{c.data.source} has changed since the run began: restore it, or give another --workdir.",
         evaluators=tuple(evaluators), begin=lambda state: describe(c, model, demonstrations, packed, schedule, mesh),
     )  # fmt: skip
