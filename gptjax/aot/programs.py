@@ -1,4 +1,4 @@
-"""The stages' device programs from shapes alone, as their mains put them together: what aot.py compiles.
+"""The stages' device programs from shapes alone, made by the functions that their mains call: what check.py compiles.
 
 Nothing is allocated: states, batches and frozen models are jax.ShapeDtypeStruct with shardings.
 """
@@ -46,9 +46,9 @@ from gptjax.training.offload import MEMORY
 
 @dataclasses.dataclass(frozen=True)
 class Program:
-    """jitted.lower(*arguments) under jax.set_mesh(mesh) is the program. tokens: that one run goes through.
-    parts: our own count of the bytes on one device, by what they are. arrays: the largest of what the forward pass
-    keeps, (name, shape over all devices, bytes on one device)."""
+    """jitted.lower(*arguments) under jax.set_mesh(mesh) is the program. tokens: that one execution processes.
+    parts: our own estimate of the bytes on one device, by what they are. arrays: the largest that the forward pass
+    saves, (name, shape over all devices, bytes on one device)."""
 
     jitted: Any
     arguments: tuple
@@ -59,7 +59,7 @@ class Program:
     arrays: tuple[tuple[str, tuple[int, ...], int], ...] = ()
 
     def compile(self):
-        """Not through the persistent cache, which can write programs for a described TPU but not read them."""
+        """Compiles without the persistent cache, which can write programs for a described TPU but not read them."""
         name = "jax_persistent_cache_min_compile_time_secs"
         before = getattr(jax.config, name)
         jax.config.update(name, float("inf"))
@@ -96,13 +96,13 @@ def train_program(c: PretrainConfig, mesh) -> Program:
 
 
 def sft_program(c: SFTConfig, base: GPTConfig, mesh) -> Program:
-    """The same of supervised fine-tuning (sft.py) from a model like `base`, whatever rows are packed with."""
+    """The same for supervised fine-tuning (sft.py) of a model like `base`."""
     model = c.model.apply(base)
     return _language_program(c, model, sft.program, mesh, c.data.max_length or model.context_length, c.data.packing)
 
 
 def reward_program(c: RewardConfig, base: GPTConfig, mesh, completions: int = comparisons.MOST) -> Program:
-    """The same of a reward model (reward.py) on a trunk like `base`, each prompt with the most completions."""
+    """The same for a reward model (reward.py) on a trunk like `base`, with the maximum number of completions."""
     model = reward.trunk(c, base)
     time, rows = c.data.max_length or model.context_length, c.microbatch_rows
     shapes = _comparison_shapes(completions, time)
@@ -110,7 +110,7 @@ def reward_program(c: RewardConfig, base: GPTConfig, mesh, completions: int = co
 
 
 def dpo_program(c: DPOConfig, base: GPTConfig, mesh, completions: int = comparisons.MOST) -> Program:
-    """The same of DPO (dpo.py) on a model like `base`, each prompt with the most completions."""
+    """The same for DPO (dpo.py) of a model like `base`, with the maximum number of completions."""
     model = c.model.no_dropout_by_default().apply(base)
     time, rows = c.data.max_length or model.context_length, c.microbatch_rows
     shapes = _comparison_shapes(completions, time) | {
@@ -122,8 +122,8 @@ def dpo_program(c: DPOConfig, base: GPTConfig, mesh, completions: int = comparis
 
 
 def finetune_program(c: FinetuneConfig, base: GPTConfig, mesh, choices: int = 4) -> Program:
-    """The same of fine-tuning on a labeled task (finetune.py) on a model like `base`. choices: of a choice whose config
-    does not list its labels."""
+    """The same for fine-tuning on a labeled task (finetune.py) of a model like `base`. choices: how many, in a choice
+    task whose config does not list its labels."""
     model = c.model.apply(base, vocab_size=base.vocab_size + NEW_TOKENS)
     time, low_high = c.data.max_length or model.context_length, c.data.score_range
     labels = low_high[1] - low_high[0] + 1 if low_high else len(names_of(c.data.labels) or range(choices))
@@ -188,7 +188,7 @@ def _step_program(c, model, program, mesh, time, shapes, *, sequences, chunk) ->
 
 
 def forward_flops(c: GPTConfig, time: int) -> float:
-    """Of one sequence of `time` tokens, causal attention halved."""
+    """FLOPs of a forward pass over one sequence of `time` tokens, causal attention counted as half."""
     return flops_per_token(dataclasses.replace(c, context_length=time)).causal / 3 * time
 
 
@@ -230,7 +230,7 @@ def _shapes(boxed):
 
 @dataclasses.dataclass(frozen=True)
 class PPOParts:
-    """The abstract models of PPO on a mesh, as ppo.py sets them up. slots: the widest that prompts are padded to."""
+    """The abstract models of PPO on a mesh, as in ppo.py. slots: the largest width that prompts are padded to."""
 
     spec: RLSpec
     program: PPOProgram
@@ -272,12 +272,12 @@ def _ppo_bytes(p: PPOParts, offload: bool) -> dict[str, int]:
 
 
 def collect_program(c: PPOConfig, policy: GPTConfig, reward: GPTConfig | None, mesh) -> Program:
-    """Sampling and the four models' view of the samples, with all that lies in memory meanwhile (rlhf/rollout.py)."""
+    """Sampling and the four models' forward passes (rlhf/rollout.py), with everything that is in memory meanwhile."""
     p = ppo_parts(c, policy, reward, mesh)
     spec, rows = p.spec, c.batch_size
-    cut = batch_sharding(mesh, 0)
-    prompts = jax.ShapeDtypeStruct((rows, p.slots), jnp.int32, sharding=cut)
-    lengths = jax.ShapeDtypeStruct((rows,), jnp.int32, sharding=cut)
+    by_row = batch_sharding(mesh, 0)
+    prompts = jax.ShapeDtypeStruct((rows, p.slots), jnp.int32, sharding=by_row)
+    lengths = jax.ShapeDtypeStruct((rows,), jnp.int32, sharding=by_row)
     key = jax.eval_shape(lambda: jax.random.key(0))
     (key,) = replicated(mesh, (key.shape, key.dtype))
     jitted = jax.jit(_collect(c, spec), keep_unused=True)
@@ -311,8 +311,8 @@ def update_program(c: PPOConfig, policy: GPTConfig, reward: GPTConfig | None, me
     """All epochs and minibatches of one iteration, and PPO-ptx's text (rlhf/update.py)."""
     p = ppo_parts(c, policy, reward, mesh)
     spec, rows, texts = p.spec, c.batch_size, p.slots + p.spec.response
-    cut = batch_sharding(mesh, 0)
-    array = lambda slots, dtype: jax.ShapeDtypeStruct((rows, slots), dtype, sharding=cut)
+    by_row = batch_sharding(mesh, 0)
+    array = lambda slots, dtype: jax.ShapeDtypeStruct((rows, slots), dtype, sharding=by_row)
     experience = rollout.Experience(
         tokens=array(texts, jnp.int32),
         real=array(texts, jnp.float32),
