@@ -35,8 +35,8 @@ PRESETS = {"gpt1": GPT1} | {f"gpt2:{k}": v for k, v in GPT2.items()} | {f"gpt3:{
 
 @dataclasses.dataclass(frozen=True)
 class Request:
-    """program: of PROGRAMS. rows, prompt_length, new_tokens: of decode; None = half the context each. policy: of PPO, or
-    the base model of SFT, fine-tuning, DPO and reward models. reward: of PPO, or None."""
+    """program: of PROGRAMS. rows, prompt_length, new_tokens: of decode; None = half the context. policy: of PPO, or the
+    base model of SFT, fine-tuning, DPO and reward models. reward: of PPO, or None."""
 
     program: str = "train"
     rows: int = 8

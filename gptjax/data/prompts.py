@@ -103,9 +103,8 @@ def _eights(n: int) -> int:
 
 class PromptBatches:
     """Batches of an endless stream of the prompts, reshuffled each epoch. A batch is a pure function of (seed,
-    position),
-    and so is its width: the smallest of `widths` (ascending) that fits its longest prompt. shuffle: version of
-    lm.shuffled.
+    position), and so is its width: the smallest of `widths` (ascending) that fits its longest prompt. shuffle: version
+    of lm.shuffled.
 
     InputError: no prompts, or one longer than the last of `widths`.
     """
