@@ -109,12 +109,12 @@ def build(cls, section, path="config"):
 
 
 def with_sharding_rules(stage):
-    """Of a stage, whose first argument is a config: called with that config's mesh.rules active, and with an output
-    whose failing does not end it (console.lenient_output)."""
+    """Decorates a function whose first argument is a config: it runs with that config's mesh.rules active, and printing
+    does not raise in it (console.lenient_output)."""
 
     @functools.wraps(stage)
     def under_rules(config, *args, **kwargs):
-        section = (config.get("mesh") or {}).get("rules") or {}  # a config may leave out what it takes as it is
+        section = (config.get("mesh") or {}).get("rules") or {}  # a config may leave out keys
         with console.lenient_output(), sharding.use_rules(build(sharding.Rules, section, "config.mesh.rules")):
             return stage(config, *args, **kwargs)
 
@@ -142,7 +142,7 @@ _LINE = re.compile(r"(\w+): +(.*)")
 def documentation(cls) -> tuple[str, dict[str, str]]:
     """(what a config dataclass is, {key: its explanation}), from its docstring and those of the classes it extends.
 
-    A key has a line `key: explanation`, which goes on in indented lines; the text before the first is about the whole.
+    A key has a line `key: explanation`, continued in indented lines; the text before the first key is about the whole.
     """
     about, explained = "", {}
     for base in reversed(cls.__mro__):

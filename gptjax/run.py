@@ -97,7 +97,7 @@ def run(name: str, config_class: type[RunConfig], build: Callable[..., Stage], c
         stage = build(c, mesh, Claim(name, workdir, kind))
         result = _train(stage, mesh, workdir)
         if hosts.first():
-            print(f"{time.perf_counter() - began:.0f} s in all; report: {report.write(workdir)}")
+            print(f"{time.perf_counter() - began:.0f} s in total; report: {report.write(workdir)}")
     return result
 
 

@@ -42,6 +42,7 @@ from gptjax.rlhf.reward_model import prompt_room
 from gptjax.sft import SFTConfig
 from gptjax.training import precision
 from gptjax.training.offload import MEMORY
+from gptjax.training.state import unboxed_shapes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -202,7 +203,7 @@ def decode_program(c: PretrainConfig, mesh, *, rows: int, prompt: int, new_token
     check_fits(mesh.shape, n_head=c.model.n_head, batch_size=rows, microbatch_size=rows)
     model = dataclasses.replace(c.model, attention=resolve(c.model.attention, mesh.devices.flat[0].platform))
     boxed = gpt.abstract_params(model)
-    params = placed(_shapes(boxed), parameter_shardings(boxed, mesh))
+    params = placed(unboxed_shapes(boxed), parameter_shardings(boxed, mesh))
     key = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), rows))
     prompts, lengths, limits, keys = replicated(
         mesh, ((rows, prompt), jnp.int32), ((rows,), jnp.int32), ((rows,), jnp.int32), (key.shape, key.dtype)
@@ -217,12 +218,6 @@ def decode_program(c: PretrainConfig, mesh, *, rows: int, prompt: int, new_token
     decoder = Decoder(model, model.vocab_size, c.precision.dtype, mesh)
     arguments = (params, decoder, prompts, lengths, limits, keys, Stop(new_tokens, 0), Sampling(0.8, top_p=0.95))
     return Program(decode, arguments, mesh, rows * (prompt + new_tokens), work, parts)
-
-
-def _shapes(boxed):
-    from flax.linen import meta
-
-    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), meta.unbox(boxed))
 
 
 # --- PPO --------------------------------------------------------------------------------------------------
@@ -252,7 +247,7 @@ def ppo_parts(c: PPOConfig, policy: GPTConfig, reward: GPTConfig | None, mesh) -
     room = prompt_room(context_lengths(spec), spec.response, "rollout.max_new_tokens")
     slots = bucket_widths(c.data.max_length or room, c.data.buckets, room)[-1]
     frozen = lambda boxed: placed(
-        jax.eval_shape(lambda p: precision.frozen(p, spec.dtype), _shapes(boxed)), parameter_shardings(boxed, mesh)
+        jax.eval_shape(lambda p: precision.frozen(p, spec.dtype), unboxed_shapes(boxed)), parameter_shardings(boxed, mesh)
     )
     reward_params = frozen(heads.abstract_scalar_model(reward)) if reward else None
     reference = frozen(boxed_params(spec)[0])

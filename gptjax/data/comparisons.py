@@ -45,7 +45,7 @@ class ComparisonConfig:
     fields: the rows' name for our field NAME; it may reach inside, as 'a.0.b', and join several, as 'a,b'
         (rows.Record).
     validation: share of the prompts that is held out, or another source.
-    max_length: most tokens of a prompt and completion; None = the model's context.
+    max_length: maximum number of tokens of a prompt and completion; None = the model's context.
     drop_long: leave longer rows out, rather than stop.
     bad_rows: 'stop', or 'drop' rows with anything else wrong; what is left out is written to dropped_rows.jsonl.
     """

@@ -62,7 +62,7 @@ class LabeledConfig:
         answers), 'mctest' (its .tsv, with the .ans next to it).
     columns: names of the columns of .csv and .tsv files without a header, with commas; None = the first line has them.
     format: 'csv' or 'tsv' for files whose names do not say so.
-    max_length: tokens of a sequence; None = the model's context.
+    max_length: maximum number of tokens of a sequence; None = the model's context.
     bad_rows: 'stop', or 'drop' bad rows, which are written to dropped_rows.jsonl.
     """
 
