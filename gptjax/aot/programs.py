@@ -246,9 +246,8 @@ def ppo_parts(c: PPOConfig, policy: GPTConfig, reward: GPTConfig | None, mesh) -
     program = ppo_program(c, spec)
     room = prompt_room(context_lengths(spec), spec.response, "rollout.max_new_tokens")
     slots = bucket_widths(c.data.max_length or room, c.data.buckets, room)[-1]
-    frozen = lambda boxed: placed(
-        jax.eval_shape(lambda p: precision.frozen(p, spec.dtype), unboxed_shapes(boxed)), parameter_shardings(boxed, mesh)
-    )
+    in_dtype = lambda boxed: jax.eval_shape(lambda p: precision.frozen(p, spec.dtype), unboxed_shapes(boxed))
+    frozen = lambda boxed: placed(in_dtype(boxed), parameter_shardings(boxed, mesh))
     reward_params = frozen(heads.abstract_scalar_model(reward)) if reward else None
     reference = frozen(boxed_params(spec)[0])
     return PPOParts(spec, program, placed(program.abstract, program.shardings), reference, reward_params, slots)

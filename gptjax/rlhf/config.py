@@ -147,7 +147,7 @@ class EvaluationConfig:
 
     every: iterations between evaluations of the policy's moving average; it is also evaluated at the start and the end.
     source: held-out prompts; None = the prompts that are trained on, of which none are held out.
-    prompts: how many prompts are answered.
+    prompts: how many prompts are answered, rounded up to a number that divides over the devices and groups.
     lm_batches: batches of pre-training validation text whose loss is measured, if that text is available; 0 = none.
     samples: how many responses are written to samples.jsonl.
     gold_fn: 'package.module:function', a reward that is measured but not trained on, to detect over-optimization (Gao
