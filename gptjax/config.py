@@ -108,14 +108,18 @@ def build(cls, section, path="config"):
         raise InputError(f"{path}: {error}.") from error
 
 
+def sharding_rules(config) -> sharding.Rules:
+    """The mesh.rules of a config (a ConfigDict or dict); the default ones if it leaves them out."""
+    return build(sharding.Rules, (config.get("mesh") or {}).get("rules") or {}, "config.mesh.rules")
+
+
 def with_sharding_rules(stage):
     """Decorates a function whose first argument is a config: it runs with that config's mesh.rules active, and printing
     does not raise in it (console.lenient_output)."""
 
     @functools.wraps(stage)
     def under_rules(config, *args, **kwargs):
-        section = (config.get("mesh") or {}).get("rules") or {}  # a config may leave out keys
-        with console.lenient_output(), sharding.use_rules(build(sharding.Rules, section, "config.mesh.rules")):
+        with console.lenient_output(), sharding.use_rules(sharding_rules(config)):
             return stage(config, *args, **kwargs)
 
     return under_rules

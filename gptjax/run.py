@@ -26,7 +26,7 @@ from gptjax.data.records import start_record, write_record
 from gptjax.distributed import hosts
 from gptjax.errors import InputError
 from gptjax.parallel.mesh import make_mesh
-from gptjax.parallel.sharding import Rules, use_rules
+from gptjax.parallel.sharding import use_rules
 from gptjax.training import loop
 from gptjax.training.checkpoint import Checkpointer
 from gptjax.training.metrics import MetricWriter
@@ -90,8 +90,7 @@ def run(name: str, config_class: type[RunConfig], build: Callable[..., Stage], c
         InputError: any user-correctable error.
     """
     began = time.perf_counter()
-    rules = configs.build(Rules, (config.get("mesh") or {}).get("rules") or {}, "config.mesh.rules")
-    with console.lenient_output(), use_rules(rules), lock.held(workdir) as workdir:
+    with console.lenient_output(), use_rules(configs.sharding_rules(config)), lock.held(workdir) as workdir:
         c = configs.build(config_class, config)
         mesh = make_mesh(c.mesh)
         stage = build(c, mesh, Claim(name, workdir, kind))
