@@ -124,7 +124,7 @@ def prepare(
 def _check_arguments(directory, validation: float | str, shard_tokens: int, token_dtype: str | None):
     """InputError: a remote directory, or a value out of range."""
     if "://" in str(directory):
-        raise InputError(f"Token shards are memory-mapped and cannot be in {directory}: give a local directory.")
+        raise InputError(f"Token shards are memory-mapped, so {directory} must be a local directory: give another one.")
     if token_dtype not in (None, "uint16", "uint32"):
         raise InputError(f"The token dtype {token_dtype!r} is unknown: use 'uint16' or 'uint32'.")
     if not isinstance(validation, str) and not 0 < validation < 1:
