@@ -128,8 +128,8 @@ def _compare_origin(workdir, old: dict, new: dict, has_checkpoints: bool) -> set
             changed.append(f"  {name}: {where} {_CHANGED[what].format(value, then[key])}")
     if changed:
         raise InputError(
-            f"The models that {workdir} began with have changed:\n" + "\n".join(changed) + "\n"
-            "Restore them, or start again in a new --workdir."
+            f"{workdir} began with other models than there are now:\n" + "\n".join(changed) + "\n"
+            "Put back what was there, or start again in a new --workdir."
         )
     for name in sorted(unknown):
         print(f"note: This run was started by an earlier version, which kept no digest of {name}: it is assumed "
