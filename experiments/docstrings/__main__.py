@@ -1,10 +1,11 @@
-"""The whole story on one real task: pre-train → SFT → reward model → PPO, PPO-ptx, GRPO and DPO → best-of-n → report.
+"""The whole story on one real task: pre-train → fine-tune → SFT → reward → PPO, PPO-ptx, GRPO, DPO → evaluate → report.
 
     python -m experiments.docstrings --config=configs/demo.py --workdir=runs/demo
 
-`make demo` runs it. The pre-trained model is the workdir itself, the other stages lie in it: sft/, reward/, ppo/
-(without pre-training gradients), ppo_ptx/ (with them), grpo/ and dpo/. An interrupted demo resumes. How long it takes
-is in experiments/README.md. The gold score of a summary is experiments/docstrings/labeler.py's.
+`make demo` runs it. The pre-trained model is the workdir itself, the other stages lie in it: finetuned/ and
+from_scratch/ (GPT-1's fine-tuning, with and without pre-training), sft/, reward/, ppo/ (without pre-training
+gradients), ppo_ptx/ (with them), grpo/ and dpo/. An interrupted demo resumes; what is measured at its end is measured
+again. How long it takes is in experiments/README.md. The gold score of a summary is labeler.py's.
 --scale shortens the stages after pre-training (0.05 for a smoke test).
 """
 
@@ -16,11 +17,12 @@ import jax
 import numpy as np
 from absl import flags
 
-from experiments.docstrings import labeler, story, task
+from experiments.docstrings import finetuned, labeler, quiz, story, task
 from gptjax import command_line
 from gptjax.config import config_dict
 from gptjax.data.chat import Template
 from gptjax.dpo import DPOConfig, dpo
+from gptjax.finetune import finetune
 from gptjax.generation.respond import respond
 from gptjax.ppo import PPOConfig, ppo
 from gptjax.pretrain import pretrain
@@ -50,30 +52,39 @@ def main(_):
     data = workdir / "task"
     task.write(data, FLAGS.config.seed)
 
-    heading("2. Supervised fine-tuning: signature -> summary line")
+    heading("2. Fine-tuning on a labeled task, as GPT-1, with and without pre-training")
+    for name, pretrained in zip(finetuned.RUNS, (True, False), strict=True):
+        timed(name, finetune(finetuned.config(workdir, data, scale, pretrained), str(workdir / name)))
+
+    heading("3. Supervised fine-tuning: signature -> summary line")
     timed("SFT", sft(sft_config(workdir, data, scale), str(workdir / "sft")))
 
-    heading("3. Rankings by the rule-based labeler, and a reward model of them")
+    heading("4. Rankings by the rule-based labeler, and a reward model of them")
     ceiling = write_comparisons(workdir, data, scale)
     timed("sampling and ranking", None)
     timed("reward model", reward(reward_config(workdir, data), str(workdir / "reward")))
 
     for name, coefficient in (("ppo", 0.0), ("ppo_ptx", 1.0)):
-        heading(f"4. PPO {'with' if coefficient else 'without'} pre-training gradients")
+        heading(f"5. PPO {'with' if coefficient else 'without'} pre-training gradients")
         timed(name, ppo(ppo_config(workdir, data, scale, coefficient), str(workdir / name)))
 
-    heading(f"5. GRPO: groups of {GROUP} samples in place of the value network")
+    heading(f"6. GRPO: groups of {GROUP} samples in place of the value network")
     timed("grpo", ppo(grpo_config(workdir, data, scale), str(workdir / "grpo")))
 
-    heading("6. DPO: from the rankings themselves, without a reward model")
+    heading("7. DPO: from the rankings themselves, without a reward model")
     timed("dpo", dpo(dpo_config(workdir, data, scale), str(workdir / "dpo")))
 
-    heading("7. Best-of-n and the table")
+    heading("8. Best-of-n and the table")
     result = story.measure(workdir, data, prompt=PROMPT, response=RESPONSE, best_of=BEST_OF, limit=FLAGS.limit)
     timed("measuring", None)
+
+    heading("9. Zero- and few-shot, and calibration before and after RLHF")
+    result |= {"finetuned": finetuned.measure(workdir, data), "quiz": quiz.measure(workdir, data, 2 * FLAGS.limit)}
+    timed("quiz", None)
     result |= {"pair_accuracy_ceiling": ceiling, "seconds": seconds}
     (workdir / "story.json").write_text(json.dumps(result, indent=1) + "\n")
-    story.say(result)
+    for part, of in ((story, result), (finetuned, result["finetuned"]), (quiz, result["quiz"])):
+        part.say(of)
     print(f"{time.perf_counter() - began:.0f} s in all; report: {story.write_report(workdir, result)}")
 
 

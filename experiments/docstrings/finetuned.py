@@ -1,0 +1,94 @@
+"""GPT-1's fine-tuning on the quiz (task.questions), from the pre-trained model and from random weights."""
+
+import html
+import json
+from pathlib import Path
+
+import numpy as np
+
+from experiments.docstrings.plot import COLORS
+from gptjax import report
+from gptjax.config import config_dict
+from gptjax.finetune import FinetuneConfig
+from gptjax.training.metrics import JsonLines
+
+RUNS = {"finetuned": "pre-trained, then fine-tuned", "from_scratch": "fine-tuned without pre-training"}  # workdir: name
+LENGTH = 64  # tokens of a signature, a summary and the three marks
+
+
+def config(workdir: Path, data: Path, scale: float, pretrained: bool):
+    """GPT-1's recipe but for a higher learning rate, since the model is small, and a single epoch at most."""
+    c = config_dict(FinetuneConfig)
+    c.init_from, c.transfer = str(workdir), None if pretrained else -1
+    c.data.update(task="choice", train=str(data / "quiz_train.jsonl"), valid=str(data / "quiz.jsonl"),
+                  max_length=LENGTH)  # fmt: skip
+    c.data.fields.update(context="signature", label="answer")
+    c.steps, c.batch_size = max(2, round(60 * scale)), 16
+    c.model.dropout = 0.1
+    c.optimizer.update(name="gpt1_adam", learning_rate=5e-4, b1=0.9, b2=0.999, weight_decay=0.01, clip_norm=1.0)
+    c.schedule.update(kind="gpt1_linear", warmup_fraction=0.1)
+    c.eval.update(every=max(2, round(20 * scale)), batches=6)
+    c.checkpoint.every = 60
+    return c
+
+
+def measure(workdir: Path, data: Path) -> dict:
+    """{'runs': [{name, accuracy, stderr}], 'majority', 'questions', 'steps'}: accuracy on the quiz's held-out files.
+    majority: of the commonest place of the right answer."""
+    answers = [json.loads(line)["answer"] for line in (data / "quiz.jsonl").read_text().splitlines()]
+    rows = []
+    for name, title in RUNS.items():
+        found = json.loads((workdir / name / "results.json").read_text())
+        of = found["validation"]
+        rows.append({"name": title, "accuracy": of["accuracy"], "stderr": of["accuracy_stderr"]})
+    return {"runs": rows, "majority": float(np.bincount(answers).max() / len(answers)), "questions": len(answers),
+            "steps": found["step"]}  # fmt: skip
+
+
+def say(result: dict):
+    for row in result["runs"]:
+        print(f"{row['name']:<34}{row['accuracy']:.3f} ± {row['stderr']:.3f}")
+    print(f"{'majority class':<34}{result['majority']:.3f}")
+
+
+def section(workdir: Path, result: dict) -> str:
+    """Of report.html: the table and the curves of both runs."""
+    rows = "".join(
+        f"<tr><th>{html.escape(row['name'])}</th><td class=n>{row['accuracy']:.3f} ± {row['stderr']:.3f}</td></tr>"
+        for row in result["runs"]
+    )
+    return (
+        "<p>GPT-1's way to use a pre-trained model: [start] signature [delimiter] summary [extract] for each of four "
+        "summaries of one file, a linear head on the last hidden state, a softmax over the four, and the language "
+        f"model's loss with weight .5. Accuracy ± standard error on {result['questions']:,} questions of files that no "
+        f"stage has seen, after {result['steps']:,} steps.</p>"
+        f"<table><tr><th></th><th>accuracy</th></tr>{rows}"
+        f"<tr><th>majority class</th><td class=n>{result['majority']:.3f}</td></tr></table>"
+        + report.image(picture(workdir, result), "fine-tuning with and without pre-training")
+    )
+
+
+def picture(workdir: Path, result: dict):
+    """A matplotlib Figure: loss of the task in training, and accuracy on held-out questions."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, (loss, accuracy) = plt.subplots(1, 2, figsize=(9, 3.3), constrained_layout=True)
+    for (name, title), row, color in zip(RUNS.items(), result["runs"], COLORS, strict=False):
+        lines = JsonLines.read(workdir / name / "metrics.jsonl")
+        loss.plot([x["step"] for x in lines], [x["task_loss"] for x in lines], lw=1.2, color=color, label=title)
+        lines = JsonLines.read(workdir / name / "evaluations.jsonl")
+        accuracy.plot([x["step"] for x in lines], [x["accuracy"] for x in lines], "o--", ms=3, lw=1, color=color)
+        accuracy.errorbar(result["steps"], row["accuracy"], row["stderr"], fmt="o", ms=6, capsize=3, color=color,
+                          label=title)  # fmt: skip
+    accuracy.axhline(result["majority"], color="#666666", lw=1, ls=":", label="majority class")
+    titles = ("loss of the task in training, nats", "accuracy, held-out files (during training: some questions)")
+    for axis, title in zip((loss, accuracy), titles, strict=True):
+        axis.set_title(title, loc="left", fontsize=10)
+        axis.set_xlabel("step")
+        axis.spines[["top", "right"]].set_visible(False)
+        axis.grid(alpha=0.25)
+        axis.legend(frameon=False, fontsize=8)
+    return figure
