@@ -120,7 +120,7 @@ def ppo_config(workdir: Path, data: Path, scale: float, ptx_coefficient: float):
     c = config_dict(PPOConfig)
     c.policy, c.reward = str(workdir / "sft"), str(workdir / "reward")
     c.data.update(source=str(data / "prompts.jsonl"), max_length=PROMPT, drop_long=True)
-    c.steps, c.batch_size = max(2, round(12 * scale)), 64
+    c.steps, c.batch_size = max(2, round(8 * scale)), 64
     c.rollout.update(max_new_tokens=RESPONSE, missing_eos=-3.0)
     c.ppo.update(epochs=2, minibatches=2, ptx_coefficient=ptx_coefficient, ema_decay=0.5)
     c.ptx.update(per_episode=0.5, context_length=story.CONTEXT)
@@ -136,9 +136,8 @@ def ppo_config(workdir: Path, data: Path, scale: float, ptx_coefficient: float):
 
 
 def grpo_config(workdir: Path, data: Path, scale: float):
-    """PPO's, with groups and fewer iterations."""
+    """PPO's, with groups."""
     c = ppo_config(workdir, data, scale, 0.0)
-    c.steps = max(2, round(8 * scale))
     c.rollout.group_size = GROUP
     return c
 

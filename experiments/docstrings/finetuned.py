@@ -17,7 +17,7 @@ LENGTH = 64  # tokens of a signature, a summary and the three marks
 
 
 def config(workdir: Path, data: Path, scale: float, pretrained: bool):
-    """GPT-1's recipe but for a higher learning rate, since the model is small, and a single epoch at most."""
+    """GPT-1's recipe but for a higher learning rate, since the model is small, a longer warm-up and fewer epochs."""
     c = config_dict(FinetuneConfig)
     c.init_from, c.transfer = str(workdir), None if pretrained else -1
     c.data.update(task="choice", train=str(data / "quiz_train.jsonl"), valid=str(data / "quiz.jsonl"),
@@ -80,11 +80,11 @@ def picture(workdir: Path, result: dict):
         lines = JsonLines.read(workdir / name / "metrics.jsonl")
         loss.plot([x["step"] for x in lines], [x["task_loss"] for x in lines], lw=1.2, color=color, label=title)
         lines = JsonLines.read(workdir / name / "evaluations.jsonl")
-        accuracy.plot([x["step"] for x in lines], [x["accuracy"] for x in lines], "o--", ms=3, lw=1, color=color)
-        accuracy.errorbar(result["steps"], row["accuracy"], row["stderr"], fmt="o", ms=6, capsize=3, color=color,
-                          label=title)  # fmt: skip
+        found = [(x["step"], x["accuracy"], x["accuracy_stderr"]) for x in lines if x["step"] < result["steps"]]
+        found.append((result["steps"], row["accuracy"], row["stderr"]))
+        accuracy.errorbar(*zip(*found, strict=True), fmt="o-", ms=4, lw=1, capsize=3, color=color, label=title)
     accuracy.axhline(result["majority"], color="#666666", lw=1, ls=":", label="majority class")
-    titles = ("loss of the task in training, nats", "accuracy, held-out files (during training: some questions)")
+    titles = ("loss of the task in training, nats", "accuracy ± s.e., held-out files; at the end all questions")
     for axis, title in zip((loss, accuracy), titles, strict=True):
         axis.set_title(title, loc="left", fontsize=10)
         axis.set_xlabel("step")

@@ -50,7 +50,6 @@ def say(result: dict):
 def section(result: dict) -> str:
     """Of report.html: all normalizations and the calibration of each model, and the pictures."""
     first = result["models"][0]
-    protocol = first["protocol"]
     head = "".join(f"<th>{h}</th>" for h in ("", "shots", *NORMALIZATIONS.values(), "ECE (95 %)"))
     rows = ""
     for row in result["models"]:
@@ -58,7 +57,7 @@ def section(result: dict) -> str:
         cells = "".join("<td class=n>{value:.3f} ± {stderr:.3f}</td>".format(**metric) for metric in metrics)
         ece = "{ece:.3f} ({ece_low:.3f} to {ece_high:.3f})".format(**row["calibration"])
         rows += f"<tr><th>{row['name']}</th><td class=n>{row['shots']}</td>{cells}<td class=n>{ece}</td></tr>"
-    template = html.escape(protocol["form"][0]["context"] + "…")
+    template = html.escape(first["protocol"]["form"][0]["context"] + "…")
     return (
         f"<p>Which of four summaries of one file belongs to the signature? {first['items']:,} questions of files that "
         f"no stage has seen, answered without training by the likeliest summary after</p><pre>{template}</pre>"
@@ -66,10 +65,21 @@ def section(result: dict) -> str:
         "The last one compares how much likelier the signature makes a summary: its softmax is what calibration (ECE: "
         "expected calibration error) and reliability are about. Examples come from the demonstrations' files. SFT and "
         "RLHF trained on another form, a chat, so this also shows what they left of the model's own skill.</p>"
-        f"<table><tr>{head}</tr>{rows}</table>"
+        f"<table><tr>{head}</tr>{rows}</table><p>{_protocols(result)}</p>"
         + report.image(picture(result), "accuracy on the quiz")
         + report.image(reliability(result), "calibration before and after RLHF")
     )
+
+
+def _protocols(result: dict) -> str:
+    """What was done to the prompts: a sentence for each number of examples, the same for every model."""
+    found = []
+    for row in result["models"][: len(SHOTS)]:
+        protocol = row["protocol"]
+        text = f"{row['shots']}-shot: prefix token {protocol['prefix_token']}, examples {protocol['examples']}, "
+        text += f"{protocol['examples_dropped']:,} of them left out where they did not fit the context, "
+        found.append(text + f"{protocol['truncated']:,} questions cut.")
+    return html.escape(" ".join(found))
 
 
 def picture(result: dict):
@@ -94,17 +104,18 @@ def picture(result: dict):
         ms=4, capsize=3, color=COLORS[0],
     )  # fmt: skip
     curve.set_xlabel("step of pre-training")
+    bars.margins(y=0.2)  # room for the legend
     for axis, title in ((bars, "accuracy ± standard error"), (curve, "zero-shot accuracy over pre-training")):
         axis.axhline(0.25, color="#666666", lw=1, ls=":", label="chance")
         axis.set_title(title, loc="left", fontsize=10)
         axis.spines[["top", "right"]].set_visible(False)
         axis.grid(alpha=0.25, axis="y")
-        axis.legend(frameon=False, fontsize=8, loc="lower right")
+        axis.legend(frameon=False, fontsize=8, loc="upper right", ncols=3)
     return figure
 
 
 def reliability(result: dict):
-    """A matplotlib Figure: zero-shot reliability diagrams of SFT and of what RLHF and DPO made of it."""
+    """A matplotlib Figure: every model's zero-shot reliability diagram."""
     rows = [row for row in result["models"] if row["shots"] == 0]
     return report.reliability_diagram(
         {f"{row['name']} (ECE {row['calibration']['ece']:.3f})": row["calibration"]["reliability"] for row in rows}
