@@ -243,7 +243,7 @@ def test_written_files_hold_the_parts(examples, parts, tmp_path, monkeypatch):
         "comparison_prompts": pairs["comparisons"],
         "prompts": [{"prompt": prompt} for prompt in prompts],
         "evaluation": pairs["evaluation"],
-        "quiz": task.questions(parts["evaluation"], SEED),
+        "quiz": task.questions(parts["evaluation"], SEED)[: task.QUESTIONS],
         "quiz_train": task.questions(parts["demonstrations"], SEED),
     }
 

@@ -96,7 +96,7 @@ def sft_config(workdir: Path, data: Path, scale: float):
     c = config_dict(SFTConfig)
     c.init_from = str(workdir)
     c.data.update(source=str(data / "demonstrations.jsonl"), drop_long=True)
-    c.epochs, c.batch_size = max(2.5 * scale, 0.05), 16
+    c.epochs, c.batch_size = max(2.0 * scale, 0.05), 16
     c.optimizer.update(learning_rate=1e-3, b2=0.95)
     c.schedule.update(kind="cosine", final_fraction=0.1)
     c.mix.fraction = 0.1  # as InstructGPT's RL initialization: the model must not forget its pre-training
@@ -198,5 +198,5 @@ if __name__ == "__main__":
     FLAGS = flags.FLAGS
     command_line.define_flags()
     flags.DEFINE_float("scale", 1.0, "Length of the stages after pre-training.", lower_bound=0.0)
-    flags.DEFINE_integer("limit", 128, "Evaluation signatures.", lower_bound=1)
+    flags.DEFINE_integer("limit", 128, "Evaluation signatures; the quiz has twice as many questions.", lower_bound=1)
     command_line.run(main)

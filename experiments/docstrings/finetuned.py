@@ -13,7 +13,7 @@ from gptjax.finetune import FinetuneConfig
 from gptjax.training.metrics import JsonLines
 
 RUNS = {"finetuned": "pre-trained, then fine-tuned", "from_scratch": "fine-tuned without pre-training"}  # workdir: name
-LENGTH = 64  # tokens of a signature, a summary and the three marks
+LENGTH = 48  # tokens of a signature, a summary and the three marks; longer ones are cut
 
 
 def config(workdir: Path, data: Path, scale: float, pretrained: bool):
@@ -23,12 +23,12 @@ def config(workdir: Path, data: Path, scale: float, pretrained: bool):
     c.data.update(task="choice", train=str(data / "quiz_train.jsonl"), valid=str(data / "quiz.jsonl"),
                   max_length=LENGTH)  # fmt: skip
     c.data.fields.update(context="signature", label="answer")
-    c.steps, c.batch_size = max(2, round(60 * scale)), 16
+    c.steps, c.batch_size = max(2, round(40 * scale)), 16
     c.model.dropout = 0.1
-    c.optimizer.update(name="gpt1_adam", learning_rate=5e-4, b1=0.9, b2=0.999, weight_decay=0.01, clip_norm=1.0)
+    c.optimizer.update(name="gpt1_adam", learning_rate=1e-3, b1=0.9, b2=0.999, weight_decay=0.01, clip_norm=1.0)
     c.schedule.update(kind="gpt1_linear", warmup_fraction=0.1)
-    c.eval.update(every=max(2, round(20 * scale)), batches=6)
-    c.checkpoint.every = 60
+    c.eval.update(every=max(2, round(20 * scale)), batches=4)
+    c.checkpoint.every = 40
     return c
 
 

@@ -29,7 +29,7 @@ VALIDATION = 0.05  # of the files, as configs/demo.py holds them out
 SHARES = {"demonstrations": 55, "comparisons": 25, "prompts": 15}  # of the examples in the other files
 LONGEST_PROMPT = 160
 SUMMARY_LENGTHS = range(10, 121)
-CHOICES = 4
+CHOICES, QUESTIONS = 4, 256  # of the quiz, at most
 
 _SENTENCE = re.compile(r".*?[.!?](?=\s+[^a-z\s]|\s*$)")  # 'e.g. this' goes on
 _NOT_PROSE = re.compile(r"[\w.]+\(|[^\w\"'`(]|\S+ =|.*(->|>>>|::)")  # 'f(x) -> y', '>>> f(1)', 'atom = *cfws', '---'
@@ -138,7 +138,7 @@ def write(directory: str | os.PathLike, seed: int) -> None:
 
     demonstrations.jsonl, comparison_prompts.jsonl (where the real summary is one of the candidates) and
     evaluation.jsonl have rows {"prompt", "response"}; prompts.jsonl has rows {"prompt"}, each signature once;
-    quiz.jsonl and quiz_train.jsonl have the `questions` of the evaluation files and of the demonstrations' ones.
+    quiz.jsonl and quiz_train.jsonl have `questions` of the evaluation files (QUESTIONS) and of the demonstrations'.
     """
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
@@ -148,8 +148,8 @@ def write(directory: str | os.PathLike, seed: int) -> None:
         _write_rows(directory / f"{file}.jsonl", ({"prompt": e.prompt, "response": e.summary} for e in parts[part]))
     unique = dict.fromkeys(e.prompt for e in parts["prompts"])
     _write_rows(directory / "prompts.jsonl", ({"prompt": prompt} for prompt in unique))
-    for part, file in {"evaluation": "quiz", "demonstrations": "quiz_train"}.items():
-        _write_rows(directory / f"{file}.jsonl", questions(parts[part], seed))
+    _write_rows(directory / "quiz.jsonl", questions(parts["evaluation"], seed)[:QUESTIONS])
+    _write_rows(directory / "quiz_train.jsonl", questions(parts["demonstrations"], seed))
 
 
 def _write_rows(path: Path, rows: Iterable[dict]) -> None:
