@@ -245,7 +245,27 @@ def test_written_files_hold_the_parts(examples, parts, tmp_path, monkeypatch):
         "evaluation": pairs["evaluation"],
         "quiz": task.questions(parts["evaluation"], SEED)[: task.QUESTIONS],
         "quiz_train": task.questions(parts["demonstrations"], SEED),
+        "sentences": task.sentences(parts["evaluation"], SEED),
+        "sentences_train": task.sentences(parts["demonstrations"], SEED),
     }
+
+
+def test_half_of_the_sentences_have_two_words_swapped(parts):
+    rows = task.sentences(parts["demonstrations"], SEED)
+    real = {" ".join(e.summary.split()) for e in parts["demonstrations"]}
+    assert len(rows) == len(real)
+    assert {row["text"] for row in rows if row["label"] == "1"} <= real
+    same_words = {}
+    for text in real:
+        same_words.setdefault(" ".join(sorted(text.split())), []).append(text.split())
+    for row in (row for row in rows if row["label"] == "0"):
+        words = row["text"].split()
+        apart = [
+            [i for i, (a, b) in enumerate(zip(words, other, strict=True)) if a != b]
+            for other in same_words[" ".join(sorted(words))]
+        ]
+        assert any(len(places) == 2 and places[1] == places[0] + 1 for places in apart)
+    assert abs(np.mean([row["label"] == "0" for row in rows]) - 0.5) < 4 * np.sqrt(0.25 / len(rows))
 
 
 def test_a_question_has_one_right_answer_and_three_of_the_same_file(parts):
@@ -318,7 +338,7 @@ def asked(tmp_path, monkeypatch):
     def scorer(model):
         def score(request):
             context, text = tokenizer.decode(request.context), tokenizer.decode(request.continuation)
-            signature = context.splitlines()[-2] if "def" in context else None
+            signature = context.splitlines()[-2]
             knows = {"ppo": 5.0, "1": -5.0}.get(model.name, 0.0) * (facts.get(signature) == text)
             return Score(knows - 20.0 + 3 * (text == "Close the x."), 1, False, False, False, False)
 

@@ -1,10 +1,9 @@
-"""GPT-1's fine-tuning on the quiz (task.questions), from the pre-trained model and from random weights."""
+"""GPT-1's fine-tuning on a labeled task (task.sentences), from the pre-trained model and from random weights."""
 
 import html
 import json
+from collections import Counter
 from pathlib import Path
-
-import numpy as np
 
 from experiments.docstrings.plot import COLORS
 from gptjax import report
@@ -13,36 +12,35 @@ from gptjax.finetune import FinetuneConfig
 from gptjax.training.metrics import JsonLines
 
 RUNS = {"finetuned": "pre-trained, then fine-tuned", "from_scratch": "fine-tuned without pre-training"}  # workdir: name
-LENGTH = 48  # tokens of a signature, a summary and the three marks; longer ones are cut
+LENGTH = 32  # tokens of a summary and the two marks; longer ones are cut
 
 
 def config(workdir: Path, data: Path, scale: float, pretrained: bool):
     """GPT-1's recipe but for a higher learning rate, since the model is small, a longer warm-up and fewer epochs."""
     c = config_dict(FinetuneConfig)
     c.init_from, c.transfer = str(workdir), None if pretrained else -1
-    c.data.update(task="choice", train=str(data / "quiz_train.jsonl"), valid=str(data / "quiz.jsonl"),
+    c.data.update(train=str(data / "sentences_train.jsonl"), valid=str(data / "sentences.jsonl"), labels="0,1",
                   max_length=LENGTH)  # fmt: skip
-    c.data.fields.update(context="signature", label="answer")
-    c.steps, c.batch_size = max(2, round(40 * scale)), 16
+    c.steps, c.batch_size = max(2, round(100 * scale)), 32
     c.model.dropout = 0.1
     c.optimizer.update(name="gpt1_adam", learning_rate=1e-3, b1=0.9, b2=0.999, weight_decay=0.01, clip_norm=1.0)
     c.schedule.update(kind="gpt1_linear", warmup_fraction=0.1)
-    c.eval.update(every=max(2, round(20 * scale)), batches=4)
-    c.checkpoint.every = 40
+    c.eval.update(every=max(2, round(50 * scale)))
+    c.checkpoint.every = 100
     return c
 
 
 def measure(workdir: Path, data: Path) -> dict:
-    """{'runs': [{name, accuracy, stderr}], 'majority', 'questions', 'steps'}: accuracy on the quiz's held-out files.
-    majority: of the commonest place of the right answer."""
-    answers = [json.loads(line)["answer"] for line in (data / "quiz.jsonl").read_text().splitlines()]
+    """{'runs': [{name, accuracy, stderr}], 'majority', 'sentences', 'steps'}: accuracy on the held-out files. majority:
+    the share of the commoner label there."""
+    labels = [json.loads(line)["label"] for line in (data / "sentences.jsonl").read_text().splitlines()]
     rows = []
     for name, title in RUNS.items():
         found = json.loads((workdir / name / "results.json").read_text())
         of = found["validation"]
         rows.append({"name": title, "accuracy": of["accuracy"], "stderr": of["accuracy_stderr"]})
-    return {"runs": rows, "majority": float(np.bincount(answers).max() / len(answers)), "questions": len(answers),
-            "steps": found["step"]}  # fmt: skip
+    majority = max(Counter(labels).values()) / len(labels)
+    return {"runs": rows, "majority": majority, "sentences": len(labels), "steps": found["step"]}
 
 
 def say(result: dict):
@@ -58,10 +56,10 @@ def section(workdir: Path, result: dict) -> str:
         for row in result["runs"]
     )
     return (
-        "<p>GPT-1's way to use a pre-trained model: [start] signature [delimiter] summary [extract] for each of four "
-        "summaries of one file, a linear head on the last hidden state, a softmax over the four, and the language "
-        f"model's loss with weight .5. Accuracy ± standard error on {result['questions']:,} questions of files that no "
-        f"stage has seen, after {result['steps']:,} steps.</p>"
+        "<p>GPT-1's way to use a pre-trained model: [start] text [extract], a linear head on the last hidden state, "
+        "and the language model's loss with weight .5. The task: is this the summary line of a docstring, or were two "
+        "neighboring words of it swapped? Accuracy ± standard error on "
+        f"{result['sentences']:,} lines of files that no stage has seen, after {result['steps']:,} steps.</p>"
         f"<table><tr><th></th><th>accuracy</th></tr>{rows}"
         f"<tr><th>majority class</th><td class=n>{result['majority']:.3f}</td></tr></table>"
         + report.image(picture(workdir, result), "fine-tuning with and without pre-training")
@@ -84,7 +82,7 @@ def picture(workdir: Path, result: dict):
         found.append((result["steps"], row["accuracy"], row["stderr"]))
         accuracy.errorbar(*zip(*found, strict=True), fmt="o-", ms=4, lw=1, capsize=3, color=color, label=title)
     accuracy.axhline(result["majority"], color="#666666", lw=1, ls=":", label="majority class")
-    titles = ("loss of the task in training, nats", "accuracy ± s.e., held-out files; at the end all questions")
+    titles = ("loss of the task in training, nats", "accuracy ± standard error, held-out files")
     for axis, title in zip((loss, accuracy), titles, strict=True):
         axis.set_title(title, loc="left", fontsize=10)
         axis.set_xlabel("step")
