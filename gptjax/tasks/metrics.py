@@ -7,6 +7,7 @@ A metric of one item is a number from 0 to 1; BLEU is of a corpus, from 0 to 100
 import collections
 import functools
 import importlib
+import itertools
 import re
 import string
 from collections.abc import Callable, Sequence
@@ -257,11 +258,23 @@ def first_sentences(text: str, n: int = 1) -> str:
     """The first n sentences: GPT-2's summaries are the first 3 of 100 tokens after 'TL;DR:', its translations the
     first one (section 3.6, 3.7). A sentence ends at . ! or ?, with quotes and parentheses that it closes, before white
     space and no lower-case letter, or at a line break; 'Mr. Smith' has an end too many."""
-    text, ends = text.strip(), []
+    text, ends = text.strip(), _sentence_ends(text.strip())
+    return text[: ends[n - 1]].strip() if len(ends) >= n else text
+
+
+def sentence_lines(text: str) -> str:
+    """The sentences of a text (`first_sentences`), one a line: what rouge-score's rougeLsum reads."""
+    text = text.strip()
+    ends = [0, *_sentence_ends(text), len(text)]
+    return "\n".join(filter(None, (text[a:b].strip() for a, b in itertools.pairwise(ends))))
+
+
+def _sentence_ends(text: str) -> list[int]:
+    ends = []
     for match in _SENTENCE_END.finditer(text):
         if text[ends[-1] if ends else 0 : match.end()].strip():
             ends.append(match.end())
-    return text[: ends[n - 1]].strip() if len(ends) >= n else text
+    return ends
 
 
 # --- as task files name them: (prediction, answer) -> float ----------------------------------------------------------
@@ -280,8 +293,9 @@ def rouge2(prediction: str, answer: str) -> float:
 
 
 def rougeLsum(prediction: str, answer: str) -> float:
-    """ROUGE-L over sentences (`rouge`)."""
-    return rouge(prediction, [answer])["rougeLsum"]
+    """ROUGE-L over sentences (`rouge`), which are split into lines first: a model's text is a single line, and
+    rougeLsum of one line is rougeL."""
+    return rouge(sentence_lines(prediction), [sentence_lines(answer)])["rougeLsum"]
 
 
 def same_final_answer(prediction: str, answer: str) -> float:
