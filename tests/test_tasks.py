@@ -324,6 +324,9 @@ def test_more_examples_than_the_pool_has_are_refused(tokenizer, tmp_path):
     ("kinds = 'choice'", "there is no key 'kinds'"), ("kind = 'choise'", "'choise' is unknown"),
     ("kind = 'partial'", "needs contexts, continuation"), ("kind = ", "cannot be read"),
     ("kind = 'choice'\ndecided_by = 'acc_toke'", "decided_by='acc_toke' is unknown: did you mean 'acc_token'"),
+    ("kind = 'choice'\nfewshot = 'each'", "fewshot='each' is unknown: there are fixed, per_item"),
+    ("kind = 'choice'\nmetrics = 'f1'", "metrics must be a table"),
+    ("kind = 'choice'\nextract = 3", "no function 3"),
     ("kind = 'choice'\nsamples = 0", "samples=0: give at least 1"),
     ("kind = 'choice'\nsamples = '4'", "samples='4' must be of type int"),
     ("kind = 'choice'\nprepare = 'gptjax.tasks.prepare:copas'", "no function 'gptjax.tasks.prepare:copas'"),
@@ -350,6 +353,11 @@ def test_a_metric_that_is_not_measured_is_refused_before_anything_runs(kind, for
     keys = {"metrics": {"f1": "gptjax.tasks.metrics:token_f1"}} if kind == "generation" else {}
     with pytest.raises(InputError, match=f"metric='{metric}' is not measured.*{nearest}"):
         Task("my", "about", kind, metric, (form,), **keys)
+
+
+def test_a_task_that_measures_nothing_is_refused():
+    with pytest.raises(InputError, match="measures nothing: add .metrics."):
+        Task("my", "about", "generation", "f1", ({"context": "{a}", "answers": "b"},))
 
 
 def test_a_misspelled_key_of_a_form_is_refused():

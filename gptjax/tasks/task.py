@@ -163,7 +163,7 @@ class Task:
                    "decided_by": ("", *self.decisions)}  # fmt: skip
         for key, names in choices.items():
             if (value := getattr(self, key)) not in names:
-                raise InputError(f"{where}: {key}={value!r} is unknown{nearest(value, filter(None, names))}")
+                raise InputError(f"{where}: {key}={value!r} is unknown{nearest(value, [name for name in names if name])}")
         for key in ("max_new_tokens", "beams", "samples"):
             if getattr(self, key) < 1:
                 raise InputError(f"{where}: {key}={getattr(self, key)}: give at least 1.")
@@ -177,9 +177,14 @@ class Task:
             known = (*KINDS[self.kind], *OPTIONAL.get(self.kind, ()), "group")
             if wrong := [key for key in form if key not in known]:
                 raise InputError(f"{where}: a form has no key {wrong[0]!r}{nearest(wrong[0], known)}")
+        for key in ("metrics", "corpus_metrics"):
+            if not isinstance(getattr(self, key), Mapping):
+                raise InputError(f"{where}: {key} must be a table, as [{key}] with f1 = 'module:function' below it.")
         named = (self.prepare, self.detokenize, self.units, self.extract)
         for name in (*filter(None, named), *self.metrics.values(), *self.corpus_metrics.values()):
             function(name)
+        if not self.measured:
+            raise InputError(f"{where} measures nothing: add [metrics] with f1 = 'module:function' below it.")
         if self.metric not in self.measured:
             raise InputError(f"{where}: metric={self.metric!r} is not measured{nearest(self.metric, self.measured)}")
 
@@ -231,7 +236,7 @@ def load_task(name: str) -> Task:
 
 def function(name: str) -> Callable:
     """'module:function' -> the function. InputError: there is none."""
-    module, _, attribute = name.partition(":")
+    module, _, attribute = str(name).partition(":")
     try:
         return getattr(importlib.import_module(module), attribute)
     except (ImportError, AttributeError, ValueError) as error:
