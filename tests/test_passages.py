@@ -130,6 +130,24 @@ def test_record_by_hand(tokenizer, tmp_path):
     assert first.names == ("Ann Lee", "Bo", "Rome") and first.answers == ("Bo", "Ann Lee") and second.gold == 2
 
 
+def test_record_is_decided_per_token(tokenizer, tmp_path):
+    """A sentence of n tokens costs 2 + n nats: the shortest has the largest sum, the longest the largest mean."""
+
+    def log_likelihoods(requests):
+        lengths = [len(request.continuation) for request in requests]
+        return [Score(-2.0 - n, n, False, False, False, False) for n in lengths]
+
+    row = {"passage": "P", "query": "@placeholder left", "entities": ["Bo", "the blue house", "Ann"], "answers": ["Bo"]}
+    scorer = model(tokenizer)._replace(log_likelihoods=log_likelihoods)
+    result = evaluated(scorer, "record", tmp_path, row)
+    (sample,) = result.samples
+    assert sample["predicted"]["acc_token"] != sample["predicted"]["acc"] == int(np.argmin(sample["tokens"]))
+    longest = row["entities"][int(np.argmax(sample["tokens"]))]
+    assert result.metrics["exact_match"][0] == float(longest == "Bo")
+    again = evaluated(scorer, "record", tmp_path, {**row, "answers": [longest]})
+    assert again.metrics["exact_match"][0] == 1.0 and again.metrics["acc_token"][0] == 1.0
+
+
 def test_record_gives_part_of_a_name_part_of_f1(tokenizer, tmp_path):
     row = {"passage": "Ann Lee met Ann.", "query": "@placeholder left", "entities": ["Ann Lee", "Ann"],
            "answers": ["Ann Lee"]}  # fmt: skip

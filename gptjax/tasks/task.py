@@ -160,10 +160,10 @@ class Task:
         if self.kind not in KINDS:
             raise InputError(f"{where}: kind={self.kind!r} is unknown{nearest(self.kind, KINDS)}")
         choices = {"fewshot": ("per_item", "fixed"), "over_answers": ("best", "leave_one_out"),
-                   "decided_by": ("", *self.decisions)}  # fmt: skip
+                   "decided_by": self.decisions}  # fmt: skip
         for key, names in choices.items():
-            if (value := getattr(self, key)) not in names:
-                raise InputError(f"{where}: {key}={value!r} is unknown{nearest(value, [name for name in names if name])}")
+            if (value := getattr(self, key)) and value not in names:
+                raise InputError(f"{where}: {key}={value!r} is unknown{nearest(value, names)}")
         for key in ("max_new_tokens", "beams", "samples"):
             if getattr(self, key) < 1:
                 raise InputError(f"{where}: {key}={getattr(self, key)}: give at least 1.")
