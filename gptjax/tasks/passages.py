@@ -1,7 +1,7 @@
 """Rows of published data sets with several questions on a passage, as the rows that a task's forms name (task.py,
 `prepare`): as their authors publish them, a file's one object included, and as they are on the Hugging Face Hub.
 
-Framing: Brown et al. 2020 (GPT-3), appendix G; its line breaks are those of the figures there.
+Framing: Brown et al. 2020 (GPT-3), figures G.6, G.15, G.18, G.20, G.25 and G.33.
 """
 
 from collections.abc import Iterable, Mapping
