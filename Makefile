@@ -9,26 +9,31 @@ ACCELERATOR ?= $(shell if nvidia-smi -L >/dev/null 2>&1; then echo 'jax[cuda12]'
 export JAX_COMPILATION_CACHE_DIR ?= $(CURDIR)/.jax_cache
 export JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS ?= 0
 
-# Tests run in so many processes, whole files at a time; 0 is one process, as plain `pytest` is.
+# Tests run in so many processes, which begin with a part each and take from one another's rest; 0 is one process, as
+# plain `pytest` is.
 WORKERS ?= 2
-PYTEST := $(VENV)/bin/python -m pytest -q -n $(WORKERS) --dist loadfile
+PYTEST := $(VENV)/bin/python -m pytest -q -n $(WORKERS) --dist worksteal
 # Most tests are made of compilation, not arithmetic: they leave out LLVM's optimization of XLA's programs and XLA's newer
 # code generator, so that compiling takes a seventh of the time. With OPTIMIZED=1 no test does, as those that are marked
 # `optimized`.
 OPTIMIZED ?=
 QUICK := $(if $(OPTIMIZED),,JAX_DISABLE_MOST_OPTIMIZATIONS=1 XLA_FLAGS="$(XLA_FLAGS) --xla_cpu_use_fusion_emitters=false")
 
-.PHONY: demo test test-slow test-peers lint bench bench-gpu clean
+.PHONY: demo test test-slow test-long test-peers lint bench bench-gpu clean
 
 demo: $(VENV)/.installed
 	$(VENV)/bin/python -m experiments.docstrings --config=configs/demo.py --workdir=runs/demo $(DEMO_FLAGS)
 
 test: $(VENV)/.installed-test
-	$(QUICK) $(PYTEST) -m "not slow" $(PYTEST_FLAGS)
+	$(QUICK) $(PYTEST) -m "not slow and not long" $(PYTEST_FLAGS)
 
 test-slow: $(VENV)/.installed-test
 	$(QUICK) $(PYTEST) -m "slow and not optimized" $(PYTEST_FLAGS)
 	$(PYTEST) -m "slow and optimized" $(PYTEST_FLAGS)
+
+# Before a release: compilations for large TPU slices, and nanoGPT's loss. .ci/run does not call it.
+test-long: $(VENV)/.installed-test
+	$(PYTEST) -m long $(PYTEST_FLAGS)
 
 # Parity with torch and transformers, in an environment of its own.
 test-peers: $(PEERS)/.installed

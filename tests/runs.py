@@ -22,9 +22,10 @@ TIMED = (  # never the same twice
 
 
 def one_device_environment(**more) -> dict:
-    """Environment of a process that has one CPU device, not the 8 of conftest.py."""
+    """Environment of a process that has one CPU device, not the 8 of conftest.py, nor their pool of threads."""
     flags = os.environ.get("XLA_FLAGS", "").replace("--xla_force_host_platform_device_count=8", "")
-    return {**os.environ, "XLA_FLAGS": flags, **more}
+    kept = {k: v for k, v in os.environ.items() if k != "NPROC"}
+    return {**kept, "XLA_FLAGS": flags, **more}
 
 
 def main_of(module, *arguments) -> tuple[int, str, str]:
