@@ -1,6 +1,7 @@
 """Fine-tuning: GPT-1's loss and its parts, the head, what is transferred, and the stage on a task to be learned."""
 
 import dataclasses
+import functools
 import json
 import random
 import shutil
@@ -51,6 +52,7 @@ def batch(n=1, outputs=C, seed=0):
     }
 
 
+@functools.cache
 def loss_of(task, lm_weight):
     loss = finetune_loss(MODEL, task, lm_weight, 0.0, jnp.float32, 5)
     return jax.jit(jax.value_and_grad(lambda p, b: loss(p, b, None).total))

@@ -435,8 +435,8 @@ def test_pieces_of_a_batch_give_the_same_figures(config, first_two, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_mesh_of_8_gives_the_figures_of_one_device(config, first_two, tmp_path, monkeypatch):
-    """Of a pipeline, with layers cut up over two axes and other rules of what is cut."""
+def test_a_mesh_of_8_gives_the_run_of_one_device(config, straight, first_two, tmp_path, monkeypatch):
+    """In two stages, whose layers are cut up over two axes, by other rules: the same samples and figures."""
     for module in (sys.modules["gptjax.run"], sys.modules["gptjax.trained"]):
         monkeypatch.setattr(module, "make_mesh", make_mesh)
     mesh = {"mesh__data": 1, "mesh__stage": 2, "mesh__fsdp": 2, "mesh__tensor": 2}
@@ -444,3 +444,5 @@ def test_a_mesh_of_8_gives_the_figures_of_one_device(config, first_two, tmp_path
     ppo(config(**VARIANT, **mesh, **rules), str(tmp_path / "run"), share)
     nearly(without_times(lines(tmp_path / "run")), first_two)
     assert lines(tmp_path / "run")[0]["objective/kl"] == 0.0
+    found, expected = ([s["text"] for s in lines(w, "samples")] for w in (tmp_path / "run", straight))
+    assert found == expected[:4]

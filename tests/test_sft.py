@@ -43,6 +43,11 @@ TERMS = model_terms(GPTConfig(300, n_layer=2, n_head=4, d_model=32, context_leng
 
 
 @pytest.fixture(autouse=True)
+def programs_of_what_is_patched():
+    """In place of conftest's: nothing that is patched here is traced, so all runs share their programs."""
+
+
+@pytest.fixture(autouse=True)
 def one_device():
     with on_one_device():
         yield
