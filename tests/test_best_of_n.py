@@ -5,8 +5,6 @@ import inspect
 import itertools
 import json
 import re
-import subprocess
-import sys
 import types
 
 import numpy as np
@@ -15,9 +13,8 @@ from alignment_runs import (
     on_one_device,
     write,
 )
-from conftest import ROOT
 from ppo_runs import shortened
-from runs import one_device_environment
+from runs import main_of
 
 from gptjax.errors import InputError
 from gptjax.rlhf import best_of_n as best_of_n_tool
@@ -99,15 +96,13 @@ def test_best_of_n_on_the_command_line(tuned, reward_dir, alignment, tmp_path):
     """It leaves out what it is told to."""
     rows = [{"q": json.loads(line)["prompt"]} for line in alignment["prompts"].read_text().splitlines()]
     source = write(tmp_path / "rows.jsonl", [{"q": "ba ko " * 30}, {"question": "ba"}, *rows])
-    done = subprocess.run(
-        [sys.executable, "-m", "gptjax.rlhf.best_of_n", f"--policy={tuned}", f"--reward={reward_dir}",
-         f"--prompts={source}", "--n=4", "--limit=3", "--max_new_tokens=8", "--fields.prompt=q", "--drop_long",
-         "--bad_rows=drop"],
-        cwd=ROOT, env=one_device_environment(), capture_output=True, text=True, timeout=200,
+    code, out, err = main_of(
+        "gptjax.rlhf.best_of_n", f"--policy={tuned}", f"--reward={reward_dir}", f"--prompts={source}", "--n=4",
+        "--limit=3", "--max_new_tokens=8", "--fields.prompt=q", "--drop_long", "--bad_rows=drop",
     )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    assert "rows left out: 1 too long, 1 bad" in done.stderr
-    *rows, last = map(json.loads, done.stdout.splitlines())
+    assert code == 0, err
+    assert "rows left out: 1 too long, 1 bad" in err
+    *rows, last = map(json.loads, out.splitlines())
     assert len(rows) == 3 and all(r.keys() == {"prompt", "response", "score"} for r in rows)
     assert last["n"] == 4 and last["kl"] == pytest.approx(np.log(4) - 3 / 4)
     assert last["score"] == pytest.approx(np.mean([r["score"] for r in rows]), abs=1e-5)

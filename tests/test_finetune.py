@@ -268,6 +268,7 @@ def test_choices_and_seeds(pretrained, rows, tmp_path):
     assert of_loss["stderr"] == pytest.approx(abs(np.diff(of_loss["values"])[0]) / 2)
 
 
+@pytest.mark.slow
 def test_eight_devices_are_one_device(pretrained, rows, learned, tmp_path):
     c = config(pretrained, rows, steps=3, mesh__data=2, mesh__tensor=2, mesh__seq=2, eval__every=30)
     finetune(c, tmp_path / "eight")

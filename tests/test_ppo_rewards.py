@@ -173,7 +173,7 @@ def test_adaptive_kl_moves_towards_the_target(ruled, tmp_path):
     ],
 )
 def test_callables_that_can_not_be(ruled, tmp_path, rule, says):
-    """The workdir is claimed by then: only a first sampling could tell. (All of them: test_update.py.)"""
+    """The workdir is claimed by then: only a first sampling could tell. (All of them: test_rewards.py.)"""
     refused(ruled(eval__lm_batches=0), tmp_path / "run", says, claimed=True, reward_fn=rule)
 
 
