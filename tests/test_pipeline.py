@@ -22,6 +22,8 @@ from gptjax.parallel import pipeline
 from gptjax.parallel.mesh import AXES, MeshConfig, make_mesh
 from gptjax.parallel.pipeline import Plan, make_plan, work
 from gptjax.parallel.sharding import parameter_shardings
+from gptjax.rlhf import networks, rollout, update
+from gptjax.rlhf.networks import RLSpec
 from gptjax.rlhf.reward_model import score_at_end
 
 MODEL = GPTConfig(64, n_layer=8, n_head=4, d_model=32, context_length=16, attention="xla")
@@ -236,6 +238,38 @@ def test_reward_models_loss():
             return jax.device_get(jax.jit(jax.value_and_grad(loss))(on(mesh, scalar_model(), boxed)))
 
     same(run(mesh_of(stage=4, fsdp=2)), run(ALONE), SMALL_TERMS)
+
+
+@functools.cache
+def ppo_on(mesh):
+    """A rollout by the policy, its judgment by the four models, and the gradients of policy and value."""
+    spec = RLSpec(policy=SMALL, value=SMALL, reward=SMALL, response=6, eos_id=5, pad_id=7, vocab=60, mesh=mesh)
+    prompts, lengths = batch()["tokens"][:, :8], np.arange(ROWS, dtype=np.int32) % 8 + 1
+    language, scores = gpt.abstract_params(SMALL), heads.abstract_scalar_model(SMALL)
+    with jax.set_mesh(mesh):
+        policy, reference = on(mesh, random_params(SMALL), language), on(mesh, random_params(SMALL, 1), language)
+        value, reward = on(mesh, scalar_model(2), scores), on(mesh, scalar_model(3), scores)
+        tokens, mask, log_prob = rollout.sample(policy, prompts, lengths, jax.random.key(3), spec)
+        scored = rollout.score(policy, value, reference, reward, tokens, lengths, mask, spec)
+        real = networks.real_tokens(lengths, mask, prompts.shape[1])
+        advantage = jnp.sin(jnp.arange(mask.size)).reshape(mask.shape)
+        arrays = dict(
+            tokens=tokens, mask=mask, real=real, advantage=advantage, returns=scored["value"] + advantage / 10,
+            reward=advantage, **{k: scored[k] for k in ("log_prob", "ref_log_prob", "value")},
+        )  # fmt: skip
+        made = rollout.Experience(**{name: a[None] for name, a in arrays.items()})
+        gradients = jax.jit(lambda p, v, b: update.ppo_gradients(update.UpdateConfig(), spec, p, v, b))
+        return jax.device_get((tokens, mask, log_prob, scored, gradients(policy, value, made)))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("sizes", [dict(stage=2, fsdp=2, tensor=2), dict(fsdp=4, seq=2)], ids=str)
+def test_ppo_samples_scores_and_learns(sizes):
+    found, expected = ppo_on(mesh_of(**sizes)), ppo_on(ALONE)
+    np.testing.assert_array_equal(found[0], expected[0])
+    assert_close(found[1:4], expected[1:4], terms=SMALL_TERMS)
+    losses = lambda result: (result[4][1]["loss/policy"] + 1, result[4][0])
+    same(losses(found), losses(expected), SMALL_TERMS)
 
 
 def test_text_is_generated_on_a_mesh_with_stages():

@@ -347,33 +347,24 @@ def get_config():
 """
 
 
-FINISH = """
-import sys
-from killed import get_config
-from gptjax.ppo import ppo
-
-for workdir in sys.argv[1:]:
-    assert ppo(get_config(), workdir).finished
-"""
-
-
 @pytest.mark.slow
-def test_kill_9_and_gone_on_with(tuned, reward_dir, alignment, tmp_path):
-    """A second process goes on with it, and makes the run without any interruption."""
-    options = WHOLE | {"steps": 8}
+def test_kill_9_and_gone_on_with(straight, tuned, reward_dir, alignment, tmp_path):
+    options = WHOLE | {"steps": 12}
     text = KILLED.format(policy=str(tuned), reward=str(reward_dir), prompts=str(alignment["prompts"]), options=options)
-    (tmp_path / "killed.py").write_text(text)
-    environment = one_device_environment(PYTHONPATH=f"{tmp_path}:{ROOT / 'tests'}:{ROOT}")
-    parts, straight = tmp_path / "parts", tmp_path / "straight"
+    (tmp_path / "config.py").write_text(text)
+    environment = one_device_environment(PYTHONPATH=f"{ROOT / 'tests'}:{ROOT}")
 
-    def start(*words):
+    def start(workdir):
         return subprocess.Popen(
-            [sys.executable, *words], cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-            text=True,
+            [sys.executable, "-m", "gptjax.ppo", f"--config={tmp_path}/config.py", f"--workdir={workdir}"],
+            cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
         )  # fmt: skip
 
-    process = start("-m", "gptjax.ppo", f"--config={tmp_path}/killed.py", f"--workdir={parts}")
-    there, deadline = parts / "checkpoints", time.monotonic() + 150
+    whole = start(tmp_path / "straight")
+    output = whole.communicate(timeout=200)[0]
+    assert whole.returncode == 0, output
+    process, there = start(tmp_path / "parts"), tmp_path / "parts" / "checkpoints"
+    deadline = time.monotonic() + 150
     while process.poll() is None and time.monotonic() < deadline:
         if there.exists() and any(n.isdecimal() and int(n) >= 4 for n in os.listdir(there)):
             break
@@ -381,10 +372,10 @@ def test_kill_9_and_gone_on_with(tuned, reward_dir, alignment, tmp_path):
     assert process.poll() is None
     process.kill()
     process.communicate()
-    again = start("-c", FINISH, str(parts), str(straight))
+    again = start(tmp_path / "parts")
     output = again.communicate(timeout=200)[0]
     assert again.returncode == 0 and "resuming from iteration" in output, output
-    assert_same_ppo(parts, straight, 8)
+    assert_same_ppo(tmp_path / "parts", tmp_path / "straight", 12)
 
 
 def test_a_reference_that_moved_on_is_refused(config, straight, tuned, tmp_path, monkeypatch):
@@ -434,15 +425,20 @@ def test_pieces_of_a_batch_give_the_same_figures(config, first_two, tmp_path):
     nearly(without_times(lines(tmp_path / "run")), first_two)
 
 
+MESHES = {
+    "stage 2 fsdp 2 tensor 2": {"mesh__data": 1, "mesh__stage": 2, "mesh__fsdp": 2, "mesh__tensor": 2},
+    "data 2 fsdp 2 tensor 2, other rules": {
+        "mesh__data": 2, "mesh__fsdp": 2, "mesh__tensor": 2, "mesh__rules__embed": "data,fsdp",
+        "mesh__rules__heads": "none", "mesh__rules__residual": "seq",
+    },
+}  # fmt: skip
+
+
 @pytest.mark.slow
-def test_a_mesh_of_8_gives_the_run_of_one_device(config, straight, first_two, tmp_path, monkeypatch):
-    """In two stages, whose layers are cut up over two axes, by other rules: the same samples and figures."""
+@pytest.mark.parametrize("name", MESHES)
+def test_a_mesh_of_8_gives_the_figures_of_one_device(config, first_two, tmp_path, monkeypatch, name):
     for module in (sys.modules["gptjax.run"], sys.modules["gptjax.trained"]):
         monkeypatch.setattr(module, "make_mesh", make_mesh)
-    mesh = {"mesh__data": 1, "mesh__stage": 2, "mesh__fsdp": 2, "mesh__tensor": 2}
-    rules = {"mesh__rules__heads": "none", "mesh__rules__residual": "seq"}
-    ppo(config(**VARIANT, **mesh, **rules), str(tmp_path / "run"), share)
+    ppo(config(**VARIANT, **MESHES[name]), str(tmp_path / "run"), share)
     nearly(without_times(lines(tmp_path / "run")), first_two)
     assert lines(tmp_path / "run")[0]["objective/kl"] == 0.0
-    found, expected = ([s["text"] for s in lines(w, "samples")] for w in (tmp_path / "run", straight))
-    assert found == expected[:4]

@@ -1,20 +1,22 @@
 """PPO on a task whose optimum is known in closed form (experiments/ppo_exact)."""
 
 import json
+import os
 import subprocess
 import sys
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import ROOT
 from numerics import approx, assert_close, model_terms
-from runs import one_device_environment
 
 from experiments.ppo_exact.task import EOS, LENGTH, MODEL, Task, responses
 
 pytestmark = pytest.mark.optimized
+
+ROOT = Path(__file__).resolve().parent.parent
 
 
 @pytest.fixture(scope="module")
@@ -57,9 +59,10 @@ def test_sampled_responses_get_their_own_reward(task):
 
 def run(module, *arguments) -> list[dict]:
     """In a process of its own: eight virtual devices in this one make it several times as slow."""
+    environment = {**os.environ, "NPROC": "2"}
     result = subprocess.run(
         [sys.executable, "-m", module, "--json", *arguments],
-        cwd=ROOT, env=one_device_environment(), capture_output=True, text=True, timeout=1800,
+        cwd=ROOT, env=environment, capture_output=True, text=True, timeout=1800,
     )  # fmt: skip
     assert result.returncode == 0, result.stderr[-2000:]
     return [json.loads(line) for line in result.stdout.splitlines()]
