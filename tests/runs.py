@@ -24,10 +24,9 @@ TIMED = (  # never the same twice
 
 
 def one_device_environment(**more) -> dict:
-    """Environment of a process that has one CPU device, not the 8 of conftest.py, nor their pool of threads."""
+    """Environment of a process that has one CPU device, not the 8 of conftest.py."""
     flags = os.environ.get("XLA_FLAGS", "").replace("--xla_force_host_platform_device_count=8", "")
-    kept = {k: v for k, v in os.environ.items() if k != "NPROC"}
-    return {**kept, "XLA_FLAGS": flags, **more}
+    return {**os.environ, "XLA_FLAGS": flags, **more}
 
 
 def nonsense(folder) -> Path:
