@@ -9,10 +9,9 @@ ACCELERATOR ?= $(shell if nvidia-smi -L >/dev/null 2>&1; then echo 'jax[cuda12]'
 export JAX_COMPILATION_CACHE_DIR ?= $(CURDIR)/.jax_cache
 export JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS ?= 0
 
-# Tests run in so many processes, which begin with a part each and take from one another's rest; 0 is one process, as
-# plain `pytest` is.
+# Tests run in so many processes, whole files at a time; 0 is one process, as plain `pytest` is.
 WORKERS ?= 2
-PYTEST := $(VENV)/bin/python -m pytest -q -n $(WORKERS) --dist worksteal
+PYTEST := $(VENV)/bin/python -m pytest -q -n $(WORKERS) --dist loadfile
 # Most tests are made of compilation, not arithmetic: they leave out LLVM's optimization of XLA's programs and XLA's newer
 # code generator, so that compiling takes a seventh of the time. With OPTIMIZED=1 no test does, as those that are marked
 # `optimized`.
