@@ -371,7 +371,7 @@ def test_gpt3_xl_on_v5e_16(libtpu):
     within_ten_percent(config, found)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_gpt3_175b_on_v5p_1024(libtpu):
     """512 chips, 3.2M tokens, fsdp 64 x tensor 8; what it sends is what scaling on paper says, but for what the
     partitioner gathers twice."""

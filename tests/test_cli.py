@@ -346,7 +346,7 @@ def mixture(folder):
     return folder, {"data__mixture": weights, "data__tokenizer": "bpe:300", "data__isolate_documents": True}
 
 
-@pytest.mark.parametrize("kind", [json_lines, parquet, directory, mixture])
+@pytest.mark.parametrize("kind", [json_lines, parquet, directory, pytest.param(mixture, marks=pytest.mark.slow)])
 def test_every_kind_of_source_trains(tmp_path, kind):
     """On 8 devices, parameters cut up over them, with samples: the prompts need not divide over the devices.
 

@@ -43,6 +43,11 @@ TERMS = model_terms(GPTConfig(300, n_layer=2, n_head=4, d_model=32, context_leng
 
 
 @pytest.fixture(autouse=True)
+def programs_of_what_is_patched():
+    """In place of conftest's: nothing that is patched here is traced, so all runs share their programs."""
+
+
+@pytest.fixture(autouse=True)
 def one_device():
     with on_one_device():
         yield
@@ -350,6 +355,7 @@ def test_the_selected_checkpoint_is_the_one_that_is_loaded(pretrained, alignment
     assert not np.array_equal(best.params["wte"], last.params["wte"])
 
 
+@pytest.mark.slow
 def test_selection_by_the_reward_model(pretrained, alignment, reward_dir, tmp_path, capsys):
     """The step whose responses to validation prompts score highest is the one later stages open; prompts leave room for
     less than samples.max_new_tokens, which does not stop the run."""
@@ -385,6 +391,7 @@ def test_a_reward_model_too_short_for_the_samples(pretrained, alignment, reward_
 # --- what it comes to -------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_handful_of_demonstrations_is_learnt_by_heart(pretrained, tmp_path, monkeypatch, capsys):
     """And gptjax.sample puts a prompt in the template and prints the response alone, up to end-of-text."""
     rows = demonstrations(8, seed=5, longest=4)

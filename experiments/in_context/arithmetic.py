@@ -15,8 +15,9 @@ from gptjax.data.bpe import train_bpe
 from gptjax.data.tokenizer import Tokenizer
 from gptjax.errors import InputError
 from gptjax.tasks import generators
+from gptjax.tasks.files import find_files
 from gptjax.tasks.generators import Row
-from gptjax.tasks.task import find_files, load_items, load_task
+from gptjax.tasks.task import load_items, load_task
 
 TASKS = {"arithmetic_2da": "two-digit addition"}
 MOST = 5  # questions of a document: the longest prompts are no longer than what was learned
