@@ -1,7 +1,7 @@
 """Zero- and few-shot tasks: framing, prompts, metrics of models whose probabilities are known, bad input."""
 
-import json
 import dataclasses
+import json
 import math
 
 import numpy as np

@@ -16,8 +16,8 @@ class Prompts:
     """The K-shot prompts of a task.
 
     pool: the items that examples are drawn from, `items` itself where the pool's file is not there (own). source: the
-    same in words. dropped: examples left out so far because the prompt was too long. An example is an item, or a whole group of
-    them (Item.group).
+    same in words. dropped: examples left out so far because the prompt was too long. An example is an item, or a whole
+    group of them (Item.group).
     """
 
     def __init__(self, task: Task, items: Sequence[Item], data: str, shots: int, seed: int):
