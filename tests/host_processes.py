@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 from conftest import ROOT
 from numerics import tolerance
-from test_resume import lines
+from runs import lines, one_device_environment
 
 from gptjax.config import config_dict, to_json
 from gptjax.pretrain import PretrainConfig
@@ -69,11 +69,10 @@ class Processes:
     def __init__(self, stage, config, workdir, count, *, devices=None, only=None, each=None, flags=(), **options):
         self.workdir = workdir
         port, devices = free_port(), devices or 8 // count
-        taken = ("XLA_FLAGS", "JAX_NUM_CPU_DEVICES", "GPTJAX_MUTATION")
-        environment = {k: v for k, v in os.environ.items() if k not in taken} | {
-            "JAX_PLATFORMS": "cpu", "NPROC": "32", "JAX_NUM_CPU_DEVICES": str(devices),
-            "JAX_DEFAULT_MATMUL_PRECISION": "highest", "PYTHONPATH": f"{ROOT}{os.pathsep}{TESTS}",
-        }  # fmt: skip
+        environment = one_device_environment(
+            JAX_PLATFORMS="cpu", NPROC="32", JAX_NUM_CPU_DEVICES=str(devices), JAX_DEFAULT_MATMUL_PRECISION="highest",
+            PYTHONPATH=f"{ROOT}{os.pathsep}{TESTS}",
+        )  # fmt: skip
         self._logs, self._processes = {}, {}
         for index in range(count) if only is None else only:
             job = {"JAX_COORDINATOR_ADDRESS": f"localhost:{port}", "JAX_NUM_PROCESSES": str(count),

@@ -35,8 +35,6 @@ from gptjax.rlhf.config import RolloutConfig
 from gptjax.rlhf.update import UpdateConfig
 from gptjax.training.precision import PrecisionConfig
 
-pytestmark = pytest.mark.optimized
-
 MODEL = GPTConfig(256, n_layer=2, n_head=2, d_model=32, context_length=64, attention="cudnn", unroll=1)
 BANDED = dataclasses.replace(MODEL, local_window=16)
 CALLS = re.compile(r"custom_call @(__cudnn\$\w+)\(.*?sliding_window_length\\22: (\d+)")

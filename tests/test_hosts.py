@@ -13,7 +13,7 @@ import pytest
 from conftest import ROOT
 from host_processes import Processes, assert_same_figures, free_port, hosts_config, read_config_file
 from jax.sharding import NamedSharding, PartitionSpec
-from test_resume import lines
+from runs import lines
 
 from gptjax.distributed import handshake, hosts
 from gptjax.errors import InputError

@@ -4,23 +4,25 @@ import json
 import signal
 import time
 
-import alignment_runs as runs
+import alignment_runs
 import pytest
-from host_processes import Processes, assert_same_figures, config_file, hosts_config, lines
+from host_processes import Processes, assert_same_figures, config_file, hosts_config, read_config_file
 from numerics import approx, tolerance
+from runs import lines
 
-from gptjax.ppo import PPOConfig
-from gptjax.reward import RewardConfig
-from gptjax.sft import SFTConfig
+from gptjax.ppo import PPOConfig, ppo
+from gptjax.pretrain import pretrain
+from gptjax.reward import RewardConfig, reward
+from gptjax.sft import SFTConfig, sft
 from gptjax.training.checkpoint import Checkpointer
 
 pytestmark = pytest.mark.slow
 
 
 def one_killed(config, workdir, killed):
-    """A run of 2 x 4, one process killed: the other exits by itself and names it. The step of the last checkpoint."""
+    """A run of 2 x 4, one process killed: the other exits by itself and names it. The steps of its checkpoints."""
     with Processes("pretrain", config, workdir, 2, steps=400) as run:
-        run.wait_for_lines(7)
+        run.wait_for_lines(10)
         run.signal(killed, signal.SIGKILL)
         began = time.monotonic()
         ends = run.ends(60)
@@ -28,28 +30,32 @@ def one_killed(config, workdir, killed):
     survivor = ends[1 - killed]
     assert survivor.code in (75, -signal.SIGABRT), survivor.text  # JAX may notice first where process 0 died
     assert f"error: Lost process {killed} (" in survivor.text
-    done = Checkpointer(workdir).steps()[-1]
-    assert done >= 3
-    return done
+    steps = Checkpointer(workdir).steps()
+    assert len(steps) > 1 and steps[-1] % 3 == 0
+    return steps
 
 
-def test_process_0_killed(tmp_path):
-    one_killed(hosts_config(tmp_path), tmp_path / "run", 0)
+def here(config, workdir, steps):
+    """The same run as 1 x 8, in this process."""
+    c = read_config_file(config)
+    c.steps = steps
+    assert pretrain(c, str(workdir)).finished
 
 
 def test_killed_and_resumed_on_other_hosts(tmp_path):
-    """1 x 8, 2 x 4 with fsdp, and 4 x 2 with a tensor axis over all hosts resume; together they equal one uninterrupted
+    """2 x 4 with fsdp, 1 x 8, and 4 x 2 with a tensor axis over all hosts resume; together they equal one uninterrupted
     run of 1 x 8."""
     config, workdir = hosts_config(tmp_path), tmp_path / "run"
-    done = one_killed(config, workdir, 1)
-    for more, count, mesh in ((2, 1, {}), (4, 2, {"mesh.data": 2, "mesh.fsdp": 4}), (6, 4, {"mesh.tensor": 4})):
+    done = one_killed(config, workdir, 1)[-1]
+    for more, count, mesh in ((2, 2, {"mesh.data": 2, "mesh.fsdp": 4}), (6, 4, {"mesh.tensor": 4})):
         with Processes("pretrain", config, workdir, count, steps=done + more, **mesh) as run:
             ends = run.ends()
         assert all(end.code == 0 for end in ends), "\n".join(end.text for end in ends)
         assert f"resuming from step {done + more - 2} of" in ends[0].text
-        assert [line["step"] for line in lines(workdir)] == list(range(1, done + more + 1))
-    with Processes("pretrain", config, tmp_path / "straight", 1, steps=done + 6) as run:
-        assert [end.code for end in run.ends()] == [0]
+        if count == 2:
+            here(config, workdir, done + 4)
+        assert [line["step"] for line in lines(workdir)] == list(range(1, done + max(more, 4) + 1))
+    here(config, tmp_path / "straight", done + 6)
     assert_same_losses(workdir, tmp_path / "straight")
 
 
@@ -79,50 +85,46 @@ def test_hosts_that_differ(tmp_path):
         assert "config.optimizer.learning_rate is 0.5" in end.text
 
 
-def test_a_damaged_checkpoint_is_skipped_by_all(tmp_path):
+def test_process_0_killed_and_a_damaged_checkpoint_skipped_by_all(tmp_path):
     config, workdir = hosts_config(tmp_path), tmp_path / "run"
-    with Processes("pretrain", config, workdir, 2) as run:
-        assert [end.code for end in run.ends()] == [0, 0]
-    newest = workdir / "checkpoints" / "6" / "params"
-    for path in newest.rglob("d/*"):
+    older, newest = one_killed(config, workdir, 0)[-2:]
+    for path in (workdir / "checkpoints" / str(newest) / "params").rglob("d/*"):
         path.write_bytes(path.read_bytes()[:-40] + bytes(40))
-    with Processes("pretrain", config, workdir, 2, steps=7) as run:
+    with Processes("pretrain", config, workdir, 2, steps=newest + 1) as run:
         ends = run.ends()
     assert all(end.code == 0 for end in ends), ends[0].text + ends[1].text
-    assert all("checkpoint 6 is damaged" in end.text for end in ends) and "resuming from step 3 of 7" in ends[0].text
-    assert sorted(p.name for p in (workdir / "checkpoints-damaged").iterdir()) == ["6"]
+    assert all(f"checkpoint {newest} is damaged" in end.text for end in ends)
+    assert f"resuming from step {older} of {newest + 1}" in ends[0].text
+    assert [p.name for p in (workdir / "checkpoints-damaged").iterdir()] == [str(newest)]
 
 
 # --- the stages of alignment --------------------------------------------------------------------------------
 
 
-def both(stage, tmp_path, cls, config, relative=tolerance(2000), **options):
-    """The workdirs of a stage run as 2 x 4 and as 1 x 8, whose metrics agree."""
-    config = config_file(tmp_path / f"{stage}.py", cls, config)
-    for name, count in (("two", 2), ("one", 1)):
-        with Processes(stage, config, tmp_path / stage / name, count, **options) as run:
-            ends = run.ends()
-        assert all(end.code == 0 for end in ends), "\n".join(end.text for end in ends)
-    assert_same_figures(tmp_path / stage / "two", tmp_path / stage / "one", relative)
-    return tmp_path / stage / "two", tmp_path / stage / "one"
-
-
-@pytest.fixture(autouse=True)
-def places(tmp_path):
-    for stage in ("sft", "reward", "ppo"):
-        (tmp_path / stage).mkdir()
+def both(tmp_path, run, cls, config, relative=tolerance(2000)):
+    """The workdirs of a stage run as 2 x 4 and, in this process, as 1 x 8, whose metrics agree."""
+    two, one = tmp_path / "two", tmp_path / "one"
+    file = config_file(tmp_path / "config.py", cls, config)
+    with Processes(run.__name__, file, two, 2) as processes:
+        ends = processes.ends()
+    assert all(end.code == 0 for end in ends), "\n".join(end.text for end in ends)
+    assert run(config, str(one)).finished
+    assert_same_figures(two, one, relative)
+    return two, one
 
 
 def test_sft(tmp_path, alignment, pretrained):
-    config = runs.sft_config(pretrained, alignment["demonstrations"], mix__fraction=0.25, batch_size=16)
-    options = {"steps": 4, "microbatch_size": 8, "optimizer.eps": 1e-3}  # otherwise Adam turns rounding into steps
-    two, one = both("sft", tmp_path, SFTConfig, config, **options)
+    config = alignment_runs.sft_config(
+        pretrained, alignment["demonstrations"], mix__fraction=0.25, batch_size=16, steps=4, microbatch_size=8,
+        optimizer__eps=1e-3,  # otherwise Adam turns rounding into steps
+    )  # fmt: skip
+    two, one = both(tmp_path, sft, SFTConfig, config)
     assert lines(two, "samples") == lines(one, "samples")
 
 
 def test_reward(tmp_path, alignment, tuned):
-    config = runs.reward_config(tuned, alignment["comparisons"])
-    two, one = both("reward", tmp_path, RewardConfig, config, steps=4, microbatch_size=8)
+    config = alignment_runs.reward_config(tuned, alignment["comparisons"], steps=4, microbatch_size=8)
+    two, one = both(tmp_path, reward, RewardConfig, config)
     a, b = (json.loads((w / "reward.json").read_text()) for w in (two, one))
     # not the bias: comparisons do not determine it, so Adam turns the rounding of its gradient into steps
     assert a["std_before"] == pytest.approx(b["std_before"], rel=1e-4)
@@ -134,11 +136,12 @@ def test_reward(tmp_path, alignment, tuned):
 
 def test_ppo(tmp_path, alignment, tuned, reward_dir):
     """A reward model and a reward function of the whole batch, PPO-ptx, two iterations."""
-    config = runs.ppo_config(tuned, reward_dir, alignment["prompts"])
-    options = {"reward_fn": "host_rewards:shortness", "ppo.ptx_coefficient": 1.0, "steps": 2, "seed": 1}
-    two, one = both("ppo", tmp_path, PPOConfig, config, 1e-4, **options)
+    config = alignment_runs.ppo_config(
+        tuned, reward_dir, alignment["prompts"], reward_fn="host_rewards:shortness", ppo__ptx_coefficient=1.0, seed=1
+    )
+    two, one = both(tmp_path, ppo, PPOConfig, config, 1e-4)
     assert [s["text"] for s in lines(two, "samples")] == [s["text"] for s in lines(one, "samples")]
-    with Processes("ppo", tmp_path / "ppo.py", two, 2, **options | {"steps": 3}) as run:
+    with Processes("ppo", tmp_path / "config.py", two, 2, steps=3) as run:
         ends = run.ends()
     assert all(end.code == 0 for end in ends) and "resuming from iteration 2 of 3" in ends[0].text
 
@@ -146,13 +149,16 @@ def test_ppo(tmp_path, alignment, tuned, reward_dir):
 def test_ppo_on_a_reward_model_alone(tmp_path, tuned, reward_dir):
     """No Python between the models and the update; prompts of two lengths; all hosts pad a batch to the same width."""
     rows = [{"prompt": "ko mi ru te ko mi ru" if i == 5 else "ba"} for i in range(24)]
-    config = runs.ppo_config(tuned, reward_dir, runs.write(tmp_path / "prompts.jsonl", rows), eval__lm_batches=0)
-    two, _ = both("ppo", tmp_path, PPOConfig, config, 1e-4, steps=3)
+    source = alignment_runs.write(tmp_path / "prompts.jsonl", rows)
+    config = alignment_runs.ppo_config(tuned, reward_dir, source, eval__lm_batches=0, steps=3)
+    two, _ = both(tmp_path, ppo, PPOConfig, config, 1e-4)
     assert {line["prompt/width"] for line in lines(two)} == {8, 16}
 
 
 def test_an_error_on_one_host_ends_all(tmp_path, alignment, tuned):
-    config = config_file(tmp_path / "ppo.py", PPOConfig, runs.ppo_config(tuned, None, alignment["prompts"]))
+    config = config_file(
+        tmp_path / "ppo.py", PPOConfig, alignment_runs.ppo_config(tuned, None, alignment["prompts"])
+    )
     with Processes("ppo", config, tmp_path / "w", 2, reward_fn="host_rewards:no_number", steps=1) as run:
         ends = run.ends()
     assert all(end.code == 2 and "The reward function gave nan" in end.text for end in ends)
