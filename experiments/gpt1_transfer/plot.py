@@ -1,16 +1,12 @@
 """results.json as a picture.
 
-    python -m experiments.gpt1_transfer.plot        writes results.png, which README.md shows
-
 Above: the score of each task with 95 % intervals over seeds, and against the number of layers that are transferred
 (GPT-1's Figure 2, left). Below: the zero-shot heuristics against updates of pre-training, with bands of two standard
 errors (Figure 2, right).
 """
 
-import json
 from pathlib import Path
 
-HERE = Path(__file__).resolve().parent
 COLORS = {"full": "#2e8b57", "no_auxiliary": "#3b6fb6", "no_pretraining": "#d1495b", "lstm": "#c98a1b"}
 NAMES = {"full": "full", "no_auxiliary": "no auxiliary loss", "no_pretraining": "no pre-training", "lstm": "LSTM"}
 
@@ -70,7 +66,3 @@ def _over_updates(points: list[dict], axis):
     axis.set(xlabel="updates of pre-training", ylabel=points[0]["metric"])
     axis.set_title(f"{points[0]['task']}, zero-shot", loc="left", fontsize=10)
     axis.legend(frameon=False, fontsize=8)
-
-
-if __name__ == "__main__":
-    picture(json.loads((HERE / "results.json").read_text()), HERE / "results.png")
