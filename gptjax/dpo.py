@@ -68,7 +68,7 @@ def program(c: DPOConfig, model: GPTConfig, mesh) -> TrainProgram:
     """What runs on the devices, from shapes alone."""
     loss = dpo_objective(model, c.beta, c.precision.dtype, c.loss_chunk, mesh)
     objective = Objective(loss, metrics=ranking_metrics, unit="prompts")
-    return train_program(objective, architecture.abstract_params, model, c.optimizer, c.precision, c.seed, mesh)
+    return train_program(objective, architecture.abstract_params, model, c.optimizer, c.precision, mesh)
 
 
 def build(c: DPOConfig, mesh, claim: Claim) -> Stage:

@@ -21,6 +21,7 @@ import contextlib
 import dataclasses
 import math
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import jax
@@ -43,7 +44,7 @@ from gptjax.parallel.sharding import batch_sharding
 from gptjax.tasks import harness, table
 from gptjax.tasks.files import find_files
 from gptjax.tasks.harness import Result
-from gptjax.tasks.task import load_task
+from gptjax.tasks.task import Task, load_task
 from gptjax.trained import Model, load_model
 from gptjax.training.checkpoint import Checkpointer
 from gptjax.training.step import jit_eval_step
@@ -125,31 +126,49 @@ def _evaluate_tasks() -> list[tuple[int, Result]]:
         find_files(task, FLAGS.data, task.files)
     asked = [(task, k) for task in tasks for k in (shots if task.takes_examples else [0])]
     steps = Checkpointer(FLAGS.workdir).steps() if FLAGS.every_checkpoint else [FLAGS.step]
-    results, folder = [], Path(paths.local(FLAGS.out or f"{FLAGS.workdir}/tasks"))
-    for step in steps or [None]:  # without any, load_model says what is missing
-        model = load_model(FLAGS.workdir, step=step)
-        about = {"workdir": str(FLAGS.workdir), "weights": model.weights, "dtype": jnp.dtype(model.dtype).name}
-        score = harness.scorer(model, rows=FLAGS.batch_size, seed=FLAGS.seed)
+    folder = Path(paths.local(FLAGS.out or f"{FLAGS.workdir}/tasks"))
+    results = evaluate_checkpoints(
+        FLAGS.workdir, steps or [None], asked, FLAGS.data, folder, rows=FLAGS.batch_size, limit=FLAGS.limit,
+        seed=FLAGS.seed, log_samples=FLAGS.log_samples,
+    )  # fmt: skip
+    if FLAGS.every_checkpoint:
+        table.plot_over_steps(results, folder / "tasks.png")
+    table.plot_reliability([*map(Path, FLAGS.compare), folder], folder / "reliability.png")
+    print(f"written to {folder}")
+    return results
+
+
+def evaluate_checkpoints(
+    workdir, steps: Sequence[int | str | None], asked: Sequence[tuple[Task, int]], data: str, folder: Path, *,
+    rows: int = 16, limit: int | None = None, seed: int = 0, log_samples: bool = False,
+) -> list[tuple[int, Result]]:  # fmt: skip
+    """(step, result) of each checkpoint and of each task with its number of examples; written to folder/tasks.json
+    (table.write) after each. SuperGLUE's score is one more, where all eight tasks are there.
+
+    steps: as of trained.load_model. asked: (task, examples). rows: computed at a time. The others as of
+    harness.evaluate, whose InputError says which task and what is kept.
+    """
+    results = []
+    for step in steps:
+        model = load_model(workdir, step=step)
+        about = {"workdir": str(workdir), "weights": model.weights, "dtype": jnp.dtype(model.dtype).name}
+        score = harness.scorer(model, rows=rows, seed=seed)
         for task, k in asked:
             print(f"step {model.step:,}: {task.name}, {k}-shot")
             try:
-                result = harness.evaluate(score, task, FLAGS.data, shots=k, limit=FLAGS.limit, seed=FLAGS.seed)
+                result = harness.evaluate(score, task, data, shots=k, limit=limit, seed=seed)
             except InputError as error:
                 n = len(results)
                 before = "The result before it is" if n == 1 else f"The {n} results before it are"
                 kept = f" {before} in {folder / 'tasks.json'}." if n else ""
                 raise InputError(f"{task.name}, {k}-shot: {error}{kept}") from error
             results.append((model.step, result))
-            table.write(results, folder, about, FLAGS.log_samples)
-        for k in shots:
+            table.write(results, folder, about, log_samples)
+        for k in dict.fromkeys(k for _, k in asked):
             of_k = [result for step, result in results if (step, result.shots) == (model.step, k)]
             if score_of_eight := harness.superglue_result(of_k):
                 results.append((model.step, score_of_eight))
                 table.write(results, folder, about, log_samples=False)
-    if FLAGS.every_checkpoint:
-        table.plot_over_steps(results, folder / "tasks.png")
-    table.plot_reliability([*map(Path, FLAGS.compare), folder], folder / "reliability.png")
-    print(f"written to {folder}")
     return results
 
 

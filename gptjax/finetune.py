@@ -80,12 +80,26 @@ def program(c: FinetuneConfig, model: ModelConfig, outputs: int, mesh) -> TrainP
     """What runs on the devices, from shapes alone. outputs: of the head; 1 for a choice."""
     loss = finetune_loss(model, c.data.task, c.lm_weight, c.head_dropout, c.precision.dtype, c.loss_chunk, mesh)
     objective = Objective(loss, metrics=task_metrics, unit="examples", dropout=c.head_dropout > 0)
-    return train_program(objective, abstract_classifier(outputs), model, c.optimizer, c.precision, c.seed, mesh)
+    return train_program(objective, abstract_classifier(outputs), model, c.optimizer, c.precision, mesh)
 
 
 @shared
 def abstract_classifier(outputs: int):
     return lambda model: heads.abstract_classifier(model, outputs)
+
+
+@shared
+def initializer(train: TrainProgram, model: ModelConfig, vocab: int, outputs: int, transfer: int | None, precision):
+    """Returns (params of the base model, key) -> TrainState: what is transferred of a model of `vocab` tokens, and the
+    rest drawn."""
+
+    def make(params, key):
+        trunk_key, head_key = jax.random.split(key)
+        fresh = architecture.init(dataclasses.replace(model, vocab_size=vocab), trunk_key)
+        params = heads.transferred(params, fresh, model, transfer)
+        return new_state(heads.classifier(params, model, outputs, head_key), train.tx, precision)
+
+    return jax.jit(make, out_shardings=train.shardings)
 
 
 def task_metrics(sums: dict) -> dict:
@@ -132,13 +146,7 @@ def build(c: FinetuneConfig, mesh, claim: Claim) -> Stage:
     predict = predictor(logits_of(model, c.data.task, c.precision.dtype, mesh), mesh)
 
     def init():
-        def make(params, key):
-            trunk_key, head_key = jax.random.split(key)
-            fresh = architecture.init(dataclasses.replace(model, vocab_size=vocab), trunk_key)
-            params = heads.transferred(params, fresh, model, c.transfer)
-            return new_state(heads.classifier(params, model, outputs, head_key), train.tx, c.precision)
-
-        return jax.jit(make, out_shardings=train.shardings)(base.params, jax.random.key(c.seed))
+        return initializer(train, model, vocab, outputs, c.transfer, c.precision)(base.params, jax.random.key(c.seed))
 
     def finish(state, checkpointer):
         step, params = schedule.steps, state.params

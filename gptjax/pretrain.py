@@ -64,7 +64,7 @@ def pretrain(config: mlc.ConfigDict, workdir) -> RunResult:
 def program(c: PretrainConfig, model: ModelConfig, mesh) -> TrainProgram:
     """What runs on the devices, from shapes alone."""
     objective = Objective(causal_lm_loss(model, c.precision.dtype, c.loss_chunk, mesh))
-    return train_program(objective, architecture.abstract_params, model, c.optimizer, c.precision, c.seed, mesh)
+    return train_program(objective, architecture.abstract_params, model, c.optimizer, c.precision, mesh)
 
 
 def build(c: PretrainConfig, mesh, claim: Claim, by_tokenizer: bool) -> Stage:

@@ -96,7 +96,7 @@ def program(c: RewardConfig, model: GPTConfig, mesh) -> TrainProgram:
     """What runs on the devices, from shapes alone."""
     loss = reward_loss(model, c.precision.dtype, c.objective, mesh)
     objective = Objective(loss, metrics=ranking_metrics, unit="prompts")
-    return train_program(objective, heads.abstract_scalar_model, model, c.optimizer, c.precision, c.seed, mesh)
+    return train_program(objective, heads.abstract_scalar_model, model, c.optimizer, c.precision, mesh)
 
 
 def trunk(c: RewardConfig, base: GPTConfig, **changes) -> GPTConfig:

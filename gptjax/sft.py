@@ -110,7 +110,7 @@ def sft(config: mlc.ConfigDict, workdir) -> RunResult:
 def program(c: SFTConfig, model: GPTConfig, mesh) -> TrainProgram:
     """What runs on the devices, from shapes alone."""
     objective = Objective(sft_loss(model, c.precision.dtype, c.loss_chunk, mesh), prepare=weigher(c.lm_weight))
-    return train_program(objective, gpt.abstract_params, model, c.optimizer, c.precision, c.seed, mesh)
+    return train_program(objective, gpt.abstract_params, model, c.optimizer, c.precision, mesh)
 
 
 def build(c: SFTConfig, mesh, claim: Claim) -> Stage:

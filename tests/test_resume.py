@@ -487,6 +487,6 @@ def test_compiling_is_not_training_time(text, tmp_path, monkeypatch, one_device)
             time.sleep(1.0)
             return self.step.lower(*args)
 
-    monkeypatch.setattr(supervised.Dispatch, "__init__", lambda self, step: real(self, Slow(step)))
+    monkeypatch.setattr(supervised.Dispatch, "__init__", lambda self, step, seed: real(self, Slow(step), seed))
     pretrain(tiny(text, steps=2), str(tmp_path / "run"))
     assert lines(tmp_path / "run")[0]["seconds"] < 1.0

@@ -15,15 +15,16 @@ from gptjax.parallel.sharding import Rules, forget, shared, use_rules
 from gptjax.training.optimizer import OptimizerConfig
 from gptjax.training.precision import PrecisionConfig
 from gptjax.training.state import init_state
-from gptjax.training.step import jit_eval_step, train_program
+from gptjax.training.step import jit_eval_step, jit_train_step, train_program, train_step
+from gptjax.training.supervised import Dispatch
 
 MODEL, ADAM = GPTConfig(12, n_layer=1, n_head=2, d_model=8, context_length=4, attention="cpu"), OptimizerConfig()
 
 
-def program(model=MODEL, optimizer=ADAM, seed=0, devices=1):
+def program(model=MODEL, optimizer=ADAM, devices=1):
     mesh = make_mesh(MeshConfig(), jax.devices()[:devices])
     objective = Objective(causal_lm_loss(model, jnp.float32, 128, mesh))
-    return train_program(objective, gpt.abstract_params, model, optimizer, PrecisionConfig(), seed, mesh)
+    return train_program(objective, gpt.abstract_params, model, optimizer, PrecisionConfig(), mesh)
 
 
 def test_a_second_run_has_the_same_program_whatever_its_learning_rate():
@@ -36,7 +37,7 @@ def test_a_second_run_has_the_same_program_whatever_its_learning_rate():
 @pytest.mark.parametrize(
     "other",
     [
-        {"seed": 1}, {"devices": 2}, {"model": dataclasses.replace(MODEL, dropout=0.1)},
+        {"devices": 2}, {"model": dataclasses.replace(MODEL, dropout=0.1)},
         {"optimizer": dataclasses.replace(ADAM, weight_decay=0.2)},
     ],
     ids=lambda other: next(iter(other)),
@@ -68,13 +69,27 @@ def test_it_is_traced_once():
     for rate in (1e-3, 1e-2):
         optimizer = dataclasses.replace(ADAM, learning_rate=rate)
         run = train_program(
-            Objective(counted(MODEL, mesh)), gpt.abstract_params, MODEL, optimizer, PrecisionConfig(), 0, mesh
+            Objective(counted(MODEL, mesh)), gpt.abstract_params, MODEL, optimizer, PrecisionConfig(), mesh
         )
         state = init_state(MODEL, run.tx, PrecisionConfig(), run.shardings, 0)
         for _ in range(2):
             state, metrics = run.step(state, batch, jnp.full(1, rate))
         losses.append(float(metrics["loss_sum"][0]))
     assert len(calls) == 1 and losses[0] > losses[1]  # the larger rate learned more
+
+
+def test_seeds_share_a_program_and_have_noise_of_their_own():
+    model, mesh = dataclasses.replace(MODEL, dropout=0.5), make_mesh(MeshConfig(), jax.devices()[:1])
+    objective = Objective(causal_lm_loss(model, jnp.float32, 128, mesh))
+    run = train_program(objective, gpt.abstract_params, model, ADAM, PrecisionConfig(), mesh)
+    batch = {"tokens": jnp.ones((1, 1, 2, 5), jnp.int32), "weights": jnp.ones((1, 1, 2, 4))}
+    first = lambda: init_state(model, run.tx, PrecisionConfig(), run.shardings, 0)
+    loss = lambda *seed: float(run.step(first(), batch, jnp.full(1, 1e-3), *seed)[1]["loss_sum"][0])
+    losses = {seed: Dispatch(run.step, seed, say=lambda _: None)(first(), batch, jnp.full(1, 1e-3)) for seed in (0, 7)}
+    found = {seed: float(metrics["loss_sum"][0]) for seed, (_, metrics) in losses.items()}
+    assert found[0] == loss() and found[7] == loss(jnp.uint32(7)) != found[0]
+    own = train_step(objective, run.tx, ADAM.clip_norm, PrecisionConfig(), 7, True)
+    assert float(jit_train_step(own, run.shardings)(first(), batch, jnp.full(1, 1e-3))[1]["loss_sum"][0]) == found[7]
 
 
 def test_forgotten_programs_are_made_again():

@@ -197,7 +197,7 @@ def test_the_state_is_donated_and_the_memory_told(born):
     with jax.set_mesh(mesh):
         state, batch = fresh(), stacked_batches(1)
         said = []
-        dispatch = Dispatch(run, said.append)
+        dispatch = Dispatch(run, say=said.append)
         new, _ = dispatch(state, batch, np.float32([1e-3]))
         dispatch(new, batch, np.float32([1e-3]))
         needed = memory_needed(run.lower(fresh(), batch, np.float32([1e-3])).compile())

@@ -17,7 +17,7 @@ def make_step(model: GPTConfig, compute: str = "float32"):
     """(state, jitted step over [steps, micro-batches, rows, ...] arrays), AdamW with clipping, one device."""
     precision, mesh = PrecisionConfig(compute), make_mesh(MeshConfig())
     objective = Objective(causal_lm_loss(model, precision.dtype, chunk=128, mesh=mesh))
-    train = train_program(objective, gpt.abstract_params, model, OptimizerConfig(), precision, 0, mesh)
+    train = train_program(objective, gpt.abstract_params, model, OptimizerConfig(), precision, mesh)
     return init_state(model, train.tx, precision, train.shardings, seed=0), train.step
 
 

@@ -167,7 +167,7 @@ def _step_program(c, model, program, mesh, time, shapes, *, sequences, chunk) ->
         name: jax.ShapeDtypeStruct((1, micro, rows, *shape), dtype, sharding=batch_sharding(mesh, 2))
         for name, (shape, dtype) in shapes.items()
     }
-    rates = replicated(mesh, ((1,), jnp.float32))[0]
+    rates, seed = replicated(mesh, ((1,), jnp.float32), ((), jnp.uint32))
 
     state_bytes = {
         "params": device_bytes(state.params), "optimizer": device_bytes(state.opt_state), "batch": device_bytes(batch)
@@ -182,7 +182,7 @@ def _step_program(c, model, program, mesh, time, shapes, *, sequences, chunk) ->
         state_bytes=state_bytes["params"] + state_bytes["optimizer"], parameter_bytes=state_bytes["params"],
         kept_bytes=kept, bubble=pipeline.make_plan(model, mesh.shape, sequences).bubble,
     )  # fmt: skip
-    return Program(train.step, (state, batch, rates), mesh, tokens, work, parts, arrays)
+    return Program(train.step, (state, batch, rates, seed), mesh, tokens, work, parts, arrays)
 
 
 # --- generation -------------------------------------------------------------------------------------------

@@ -13,7 +13,7 @@ from gptjax.data.labeled import Example
 from gptjax.distributed import hosts
 from gptjax.model.architecture import ModelConfig
 from gptjax.objectives.finetune import extracted, task_logits
-from gptjax.parallel.sharding import batch_sharding
+from gptjax.parallel.sharding import batch_sharding, shared
 from gptjax.training.stage import Evaluation
 from gptjax.training.stopping import leave_if_asked
 
@@ -107,6 +107,7 @@ def predictions(split: str, logits_NC, examples: Sequence[Example], labels: Sequ
     return rows
 
 
+@shared
 def logits_of(config: ModelConfig, task: str, dtype, mesh):
     """Returns (params of a classifier, batch of labeled.LabeledBatches) -> logits [B, C]."""
 
@@ -117,6 +118,7 @@ def logits_of(config: ModelConfig, task: str, dtype, mesh):
     return logits
 
 
+@shared
 def predictor(logits, mesh):
     """Returns predict(params, batches) -> float32 [examples, C], the logits of all batches' rows of weight 1.
 

@@ -24,12 +24,12 @@ from gptjax.training.state import TrainState, state_shardings
 
 
 def train_step(objective: Objective, tx, clip_norm: float, precision: PrecisionConfig, seed: int, dropout: bool):
-    """Returns step(state, (batch, learning_rate)) -> (state, metrics), to be jitted or scanned over.
+    """Returns step(state, (batch, learning_rate), seed) -> (state, metrics), to be jitted or scanned over.
 
     Args:
         tx: an optax transformation whose updates are for a learning rate of 1 (optimizer.py).
         clip_norm: global norm that gradients are clipped to; 0 = no clipping.
-        seed: of dropout's noise. dropout: whether the loss gets dropout keys.
+        seed: of dropout's noise, where the step gets none. dropout: whether the loss gets dropout keys.
 
     The batch is a dict of arrays [M, B, ...], M micro-batches of B rows; `weights` is one of them. metrics: loss_sum,
     count, grad_norm, finite, loss_scale, sums (the objective's extra sums), and target_bytes (UTF-8 bytes of the
@@ -37,7 +37,7 @@ def train_step(objective: Objective, tx, clip_norm: float, precision: PrecisionC
     scale.
     """
 
-    def step(state: TrainState, batch_and_rate):
+    def step(state: TrainState, batch_and_rate, seed=seed):
         batch, learning_rate = batch_and_rate
         batch = objective.prepare(batch)
         rows = batch["weights"].shape[1]
@@ -81,26 +81,27 @@ def train_step(objective: Objective, tx, clip_norm: float, precision: PrecisionC
 
 def jit_train_step(step, shardings: TrainState):
     """Jits several steps as one program, with the state donated: (state, batches [steps, M, B, ...], learning rates
-    [steps]) -> (state, metrics [steps]).
+    [steps], seed) -> (state, metrics [steps]). Without a seed the step uses its own.
 
     Dispatching a step of a small model takes longer than computing it, so several steps go in one dispatch.
     """
 
-    def steps(state, batches, learning_rates):
+    def steps(state, batches, learning_rates, *seed):
         if learning_rates.shape[0] == 1:  # no loop: XLA:CPU runs straight-line code faster
-            state, metrics = step(state, (jax.tree.map(lambda a: a[0], batches), learning_rates[0]))
+            state, metrics = step(state, (jax.tree.map(lambda a: a[0], batches), learning_rates[0]), *seed)
             return state, jax.tree.map(lambda m: m[None], metrics)
-        return lax.scan(step, state, (batches, learning_rates))
+        return lax.scan(lambda state, xs: step(state, xs, *seed), state, (batches, learning_rates))
 
     replicated = NamedSharding(shardings.step.mesh, PartitionSpec())
     return jax.jit(steps, donate_argnums=0, out_shardings=(shardings, replicated))
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class TrainProgram:
-    """What a stage runs on the devices; its main runs it, `aot` lowers it.
+    """What a stage runs on the devices; its main runs it, `aot` lowers it. Hashed by identity.
 
-    tx: the optimizer. abstract, shardings: the TrainState's shapes and shardings. step: returned by `jit_train_step`.
+    tx: the optimizer. abstract, shardings: the TrainState's shapes and shardings. step: returned by `jit_train_step`;
+    it gets the run's seed.
     """
 
     objective: Objective
@@ -112,7 +113,7 @@ class TrainProgram:
 
 def train_program(
     objective: Objective, abstract_params, model: ModelConfig, optimizer: OptimizerConfig, precision: PrecisionConfig,
-    seed: int, mesh,
+    mesh,
 ) -> TrainProgram:  # fmt: skip
     """The TrainProgram of an objective; the same one for equal arguments, whatever the learning rate.
 
@@ -120,15 +121,15 @@ def train_program(
         architecture.abstract_params.
     """
     optimizer = dataclasses.replace(optimizer, learning_rate=1.0)  # the step takes it as an argument
-    return _train_program(objective, abstract_params, model, optimizer, precision, seed, mesh)
+    return _train_program(objective, abstract_params, model, optimizer, precision, mesh)
 
 
 @shared
-def _train_program(objective, abstract_params, model, optimizer, precision, seed, mesh) -> TrainProgram:
+def _train_program(objective, abstract_params, model, optimizer, precision, mesh) -> TrainProgram:
     tx = make_optimizer(optimizer)
     abstract, shardings = state_shardings(abstract_params(model), tx, precision, mesh)
     dropout = model.dropout > 0 or objective.dropout
-    step = train_step(objective, tx, optimizer.clip_norm, precision, seed, dropout)
+    step = train_step(objective, tx, optimizer.clip_norm, precision, 0, dropout)
     return TrainProgram(objective, tx, abstract, shardings, jit_train_step(step, shardings))
 
 

@@ -33,7 +33,7 @@ def supervised(
         flops_per_token: training FLOPs, for MFU and RunResult; None = neither is reported.
         fields: the other fields of Stage.
     """
-    dispatch, lines = Dispatch(program.step), _Lines(c, program.objective, schedule, flops_per_token)
+    dispatch, lines = Dispatch(program.step, c.seed), _Lines(c, program.objective, schedule, flops_per_token)
 
     def advances(steps: Iterator[tuple[int, int]], start: int) -> Iterator[Advance]:
         if start < schedule.steps:
@@ -72,23 +72,23 @@ def make_schedule(c: TrainConfig, tokens: int, batches) -> Schedule:
 class Dispatch:
     """Runs consecutive steps as one device call, compiled once for each shape of the batch.
 
-    step: jitted (state, batch, learning rates [steps]) -> (state, metrics [steps]).
+    step: jitted (state, batch, learning rates [steps], seed) -> (state, metrics [steps]).
     """
 
-    def __init__(self, step, say=hosts.say):
-        self._step, self._compiled, self._say = step, {}, say
+    def __init__(self, step, seed: int = 0, say=hosts.say):
+        self._step, self._seed, self._compiled, self._say = step, np.uint32(seed), {}, say
         self.seconds_compiling = 0.0
 
     def __call__(self, state, batch, rates):
         key = jax.tree.structure(batch), tuple(x.shape for x in jax.tree.leaves(batch))
         if key not in self._compiled:
             began = time.perf_counter()
-            self._compiled[key] = self._step.lower(state, batch, rates).compile()
+            self._compiled[key] = self._step.lower(state, batch, rates, self._seed).compile()
             seconds = time.perf_counter() - began
             self.seconds_compiling += seconds
             if len(self._compiled) == 1:
                 self._announce(self._compiled[key], seconds)
-        return self._compiled[key](state, batch, rates)
+        return self._compiled[key](state, batch, rates, self._seed)
 
     def _announce(self, compiled, seconds):
         needed = memory_needed(compiled)
