@@ -89,8 +89,8 @@ def leave_future_out(law: Law, points: Points, level: float = LEVEL, pinned: flo
     Rows: cutoff (the largest fitted compute), fitted, forecast (counts), error, max_error, bias (relative, of the
     loss), covered (the share inside the interval), widening, `best` (the best run of the last budget: its compute,
     loss, the law's forecast and the baselines'), errors (standardized, before widening). The widening of a row is from
-    the forecasts before it alone, of runs up to its own cutoff. pinned: the baseline's irreducible loss; else the law's E
-    as fitted to the same points. Cutoffs with too few points are left out.
+    the forecasts before it alone, of runs up to its own cutoff. pinned: the baseline's irreducible loss; else the law's
+    E as fitted to the same points. Cutoffs with too few points are left out.
     """
     groups = compute_groups(points)
     starts = law.starts[np.random.default_rng(0).permutation(len(law.starts))[:_STARTS]]
