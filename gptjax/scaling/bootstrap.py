@@ -29,7 +29,7 @@ def bootstrap(fit: Fit, samples: int = SAMPLES, seed: int = 0) -> np.ndarray:
 
 def _leverage(fit, x):
     """Diagonal of the hat matrix of the law's derivatives, [n], below .95."""
-    derivatives = fit.law.log_loss(fit.theta[None], x)[1][0][:, ~fit.frozen]
+    derivatives = fit.law.log_loss(fit.theta[None], x)[1][0][~fit.frozen].T
     u, s, _ = np.linalg.svd(derivatives / np.maximum(np.linalg.norm(derivatives, axis=0), 1e-300), full_matrices=False)
     return np.minimum((u[:, s > 1e-10 * s[0]] ** 2).sum(1), 0.95)
 

@@ -18,7 +18,7 @@ class Law:
     """A law of the loss.
 
     inputs: the columns of the points that it takes, of N, D, C, S. parameters: as published. bounds: of these.
-    log_loss: (theta [s, p], logs of the inputs [inputs, n]) → (log loss [s, n], its derivatives by theta [s, n, p]).
+    log_loss: (theta [s, p], logs of the inputs [inputs, n]) → (log loss [s, n], its derivatives by theta [s, p, n]).
     natural: theta [..., p] → the parameters as published [..., p]; free: the inverse. starts: theta [s, p] to search
     from.
     """
@@ -57,11 +57,11 @@ def power_terms(terms: int, constant: bool) -> Callable:
             top = np.maximum(top, row)
         shares = [np.exp(row - top) for row in rows]
         total = sum(shares)
-        derivatives = np.empty((*top.shape, theta.shape[1]))
+        derivatives = np.empty((*theta.shape, top.shape[1]))
         for j, share in enumerate(shares):
-            np.divide(share, total, out=derivatives[..., j])
+            np.divide(share, total, out=derivatives[:, j])
         for j in range(terms):
-            np.multiply(derivatives[..., j], -x[j], out=derivatives[..., terms + constant + j])
+            np.multiply(derivatives[:, j], -x[j], out=derivatives[:, terms + constant + j])
         return top + np.log(total), derivatives
 
     return log_loss
@@ -154,7 +154,7 @@ def _kaplan_nd(theta, x):
     n, d = alpha_n / alpha_d * (log_n - x[0]), log_d - x[1]
     total = np.logaddexp(n, d)
     of_n, of_d = np.exp(n - total), np.exp(d - total)
-    derivatives = np.stack([alpha_n * of_n, alpha_d * of_d, alpha_d * of_n * n, alpha_d * (total - of_n * n)], -1)
+    derivatives = np.stack([alpha_n * of_n, alpha_d * of_d, alpha_d * of_n * n, alpha_d * (total - of_n * n)], 1)
     return alpha_d * total, derivatives
 
 
@@ -183,7 +183,7 @@ def _farseer(theta, x):
         of_a = -of_v * exponent * log_d
         columns = [of_u * powers[0], of_u * s * powers[0] * log_n, of_u, of_v * powers[1], of_v * B * powers[1] * log_n,
                    of_v, of_a * powers[2], of_a * A * powers[2] * log_n, of_a]  # fmt: skip
-    return total, np.stack(columns, -1)
+    return total, np.stack(columns, 1)
 
 
 def _billions(values, sign):

@@ -5,20 +5,21 @@ mean, stopping rules that have an absolute scale end before the minimum (Besirog
 relative. delta = inf makes it half the sum of squares.
 
 BFGS with exact gradients and each fit's own inverse Hessian [p, p]: with 2 to 9 parameters there is nothing to limit
-the memory of. It begins as that of Gauss and Newton, without which a and alpha, whose effects differ by a factor of
-log N, take hundreds of steps. Float64 numpy, in chunks that fit the cache, on two threads.
+the memory of. For the first steps, which begin far away, it is that of Gauss and Newton: a and alpha, whose effects differ
+by a factor of log N, would take hundreds of steps without. Float64 numpy, in blocks that fit the cache, on two threads.
 """
 
-import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 
 DELTA = 1e-3
-_CHUNK = 60_000  # points x fits at a time
+_BLOCK = 60_000  # points x fits at a time
+_THREADS = 2
 _ARMIJO, _HALVINGS = 1e-4, 30
-_STOP = 1e-13  # of the objective: the decrease that a step promises
+STOP = 1e-13
+_GAUSS_NEWTON = 8  # steps
 
 
 def huber(residual, delta: float = DELTA):
@@ -28,23 +29,27 @@ def huber(residual, delta: float = DELTA):
     return clipped * (size - 0.5 * clipped), np.copysign(clipped, residual), clipped / np.maximum(size, 1e-300)
 
 
-def minimize(log_loss: Callable, x, y, starts, *, weights=None, frozen=None, delta: float = DELTA, iterations=300):
+def minimize(
+    log_loss: Callable, x, y, starts, *, weights=None, frozen=None, delta: float = DELTA, iterations=300, stop=STOP
+):  # fmt: skip
     """(theta [s, p], objective [s]): a local minimum from each start.
 
     log_loss: of a Law. x: logs of the inputs, [inputs, n]. y: log losses, [n], or [s, n] where each fit has its own.
-    weights: of the points, [s, n]. frozen: which parameters stay where they start, bool [p].
+    weights: of the points, [s, n]. frozen: which parameters stay where they start, bool [p]. stop: a fit ends when a
+    step promises to lower its objective by less than this, relative.
     """
-    starts = np.atleast_2d(np.asarray(starts, float))
-    rows = max(1, _CHUNK // len(x[0]))
+    theta = np.atleast_2d(np.asarray(starts, float)).copy()
+    value = np.empty(len(theta))
 
-    def chunk(first):
-        part = slice(first, first + rows)
-        own = lambda values: None if values is None else np.broadcast_to(values, (len(starts), len(x[0])))[part]
-        return _bfgs(_Objective(log_loss, x, own(y), own(weights), frozen, delta), starts[part].copy(), iterations)
+    def part(first):
+        which = slice(first, None, _THREADS)
+        own = lambda values: None if values is None else np.broadcast_to(values, (len(theta), len(x[0])))[which]
+        objective = _Objective(log_loss, x, own(y), own(weights), frozen, delta)
+        theta[which], value[which] = _bfgs(objective, theta[which].copy(), iterations, stop)
 
-    with ThreadPoolExecutor(min(2, os.cpu_count() or 1)) as threads:
-        parts = list(threads.map(chunk, range(0, len(starts), rows)))
-    return np.concatenate([theta for theta, _ in parts]), np.concatenate([value for _, value in parts])
+    with ThreadPoolExecutor(_THREADS) as threads:
+        list(threads.map(part, range(min(_THREADS, len(theta)))))
+    return theta, value
 
 
 class _Objective:
@@ -55,6 +60,11 @@ class _Objective:
     def value_and_slope(self, theta, which, curvature=False):
         """Objective [s] and gradient [s, p] at theta of the fits `which`; with curvature also Gauss-Newton's [s, p, p].
         Infinite, with gradient 0, where the law overflows."""
+        rows = max(1, _BLOCK // len(self.x[0]))
+        blocks = [self._block(theta[i : i + rows], which[i : i + rows], curvature) for i in range(0, len(theta), rows)]
+        return blocks[0] if len(blocks) == 1 else tuple(map(np.concatenate, zip(*blocks, strict=True)))
+
+    def _block(self, theta, which, curvature):
         with np.errstate(over="ignore", invalid="ignore"):
             value, derivatives = self.log_loss(theta, self.x)
             terms, slopes, shares = huber(value - self.y[which], self.delta)
@@ -62,7 +72,7 @@ class _Objective:
                 terms, slopes = terms * self.weights[which], slopes * self.weights[which]
                 shares = shares * self.weights[which]
             total = terms.sum(-1)
-            gradient = np.matmul(slopes[:, None, :], derivatives)[:, 0]
+            gradient = np.matmul(derivatives, slopes[..., None])[..., 0]
         bad = ~(np.isfinite(total) & np.isfinite(gradient).all(-1))
         total[bad], gradient[bad] = np.inf, 0
         if not isinstance(self.free, slice):
@@ -70,8 +80,8 @@ class _Objective:
         if not curvature:
             return total, gradient
         derivatives[bad] = 0
-        return total, gradient, np.matmul((derivatives * np.where(bad[:, None], 0, shares)[..., None]).swapaxes(1, 2),
-                                          derivatives)  # fmt: skip
+        shares = np.where(bad[:, None], 0, shares)
+        return total, gradient, np.matmul(derivatives * shares[:, None], derivatives.swapaxes(1, 2))
 
     def inverse_hessian(self, theta, which):
         """Gauss-Newton's, a little damped, and 0 where frozen."""
@@ -86,27 +96,29 @@ class _Objective:
         return inverse
 
 
-def _bfgs(objective: _Objective, theta, iterations: int):
+def _bfgs(objective: _Objective, theta, iterations: int, stop: float):
     everything = np.arange(len(theta))
     value, gradient = objective.value_and_slope(theta, everything)
     inverse = objective.inverse_hessian(theta, everything)
     fresh = np.ones(len(theta), bool)  # its inverse Hessian is Gauss-Newton's of this very place
     active = everything[np.isfinite(value)]
-    for _ in range(iterations):
+    for iteration in range(iterations):
         if not len(active):
             break
         step = -np.einsum("spq,sq->sp", inverse[active], gradient[active])
         promised = np.einsum("sp,sp->s", step, gradient[active])
         moved, new_value, new_theta, new_gradient = _line_search(objective, theta, value, step, promised, active)
-        small = -promised <= _STOP * value[active]
+        small = -promised <= stop * value[active]
         stuck = ~moved
         done = (small | stuck) & fresh[active]
         again = active[(small | stuck) & ~done]
         taken = active[moved]
         s, t = new_theta[moved] - theta[taken], new_gradient[moved] - gradient[taken]
         theta[taken], value[taken], gradient[taken] = new_theta[moved], new_value[moved], new_gradient[moved]
-        inverse[taken] = _updated(inverse[taken], s, t)
-        fresh[taken] = False
+        if iteration < _GAUSS_NEWTON:
+            again = np.concatenate([again, taken])
+        else:
+            inverse[taken], fresh[taken] = _updated(inverse[taken], s, t), False
         if len(again):
             inverse[again], fresh[again] = objective.inverse_hessian(theta[again], again), True
         active = active[~done]

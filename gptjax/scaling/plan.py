@@ -81,7 +81,7 @@ def next_runs(found: Fit, theta, compute: float) -> list[dict]:
     for budget in (c for c in largest * np.array([0.1, 1.0, 3.0, 10.0, 30.0]) if c < compute):
         N = optimum(found.parameters, budget)[0] * SPAN
         x = np.log(np.stack([N, budget / (6 * N)]))
-        g = found.law.log_loss(found.theta[None], x)[1][0]
+        g = found.law.log_loss(found.theta[None], x)[1][0].T
         # at the largest or smallest sizes the law's errors, too, are largest: this is of noise alone
         fall = (g @ V @ h) ** 2 / (found.scatter**2 + np.einsum("np,pq,nq->n", g, V, g))
         i = int(fall.argmax())

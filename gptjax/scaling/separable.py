@@ -37,15 +37,16 @@ def least_squares(N, D, loss) -> LeastSquares:
     exponents = np.geomspace(LOWEST, HIGHEST, CELLS)
     grid = _grid_squares(np.exp(-exponents[:, None] * n), np.exp(-exponents[:, None] * d), loss)
     starts = _local_minima(grid)
-    found = min((_refined(exponents[[i, j]], n, d, loss) for i, j in starts), key=lambda result: result.fun)
-    alpha, beta = np.exp(found.x)
+    best = min((_refined(exponents[[i, j]], n, d, loss) for i, j in starts), key=lambda result: result.fun)
+    alpha, beta = np.exp(best.x)
     coefficients, columns = _inner(alpha, beta, n, d, loss)
     E, A, B = coefficients
     residual = loss - columns @ coefficients
     slope = columns.T @ residual  # at the minimum 0 where a coefficient is positive, else not positive
     violation = np.where(coefficients > 0, np.abs(slope), np.maximum(slope, 0)).max()
+    found = dict(A=A * np.exp(alpha * center_n), B=B * np.exp(beta * center_d), E=E, alpha=alpha, beta=beta)
     return LeastSquares(
-        dict(A=A * np.exp(alpha * center_n), B=B * np.exp(beta * center_d), E=E, alpha=alpha, beta=beta),
+        {name: float(value) for name, value in found.items()},
         float(residual @ residual), len(starts), float(violation / (np.linalg.norm(loss) * np.linalg.norm(columns))),
         bool(min(coefficients) == 0 or not all(LOWEST * 1.001 < v < HIGHEST * 0.999 for v in (alpha, beta))),
     )  # fmt: skip
