@@ -35,13 +35,17 @@ class FlopsPerToken:
     causal: matmuls with attention counted as the model needs it: half of T^2 in dense layers, the band in
         banded ones. palm: 6 N + 12 L H Q T with N less the position table (PaLM appendix B; nanoGPT's MFU),
         attention counted in full. six_n: 6 N, the law of the papers' compute tables. full: all matmuls
-        with attention in full, without biases and gains.
+        with attention in full, without biases and gains. kaplan: 6 N + 6 L T D, N the matrices of the blocks (Kaplan
+        et al. 2020, eq. 2.2). chinchilla: Hoffmann et al. 2022, appendix F, with embeddings and logits. The last two
+        are of GPTs only.
     """
 
     causal: float
     palm: int
     six_n: int
     full: int
+    kaplan: int | None = None
+    chinchilla: float | None = None
 
 
 def flops_per_token(c: GPTConfig) -> FlopsPerToken:

@@ -32,8 +32,9 @@ def text(made: dict) -> str:
     lines += [f"{runs}, {made['metric'] or 'metric not said'}", ""]
     for name, row in made["parameters"].items():
         what = "pinned" if name in made["pinned"] else _range(row)
-        profiled = f"; by the profile likelihood {_number(row['profile'][0])} to {_number(row['profile'][1])}"
-        lines.append(f"  {name:<8} {_number(row['value']):>12}   {what}{profiled if 'profile' in row else ''}")
+        if "profile" in row:
+            what += "; by the profile likelihood {} to {}".format(*map(_number, row["profile"]))
+        lines.append(f"  {name:<8} {_number(row['value']):>12}   {what}")
     share = f"reached from {100 * made['starts_at_optimum']:.0f} % of the starts"
     lines.append(f"  objective {made['objective']:.6e}, {share}")
     if "exponents" in made:

@@ -113,8 +113,8 @@ def leave_future_out(rows: list[dict]):
     for name in dict.fromkeys(name for row in rows for name in row["best"] if name not in ("compute", "loss")):
         known = [row for row in rows if name in row["best"]]
         errors = [100 * (row["best"][name] / row["best"]["loss"] - 1) for row in known]
-        style = dict(lw=2, color=_BLUE) if name == "law" else dict(lw=1, ls="--")
-        axis.plot([row["cutoff"] for row in known], errors, "o-", ms=4, label=name.replace("_", " "), **style)
+        style = dict(lw=2, color=_BLUE, ls="-") if name == "law" else dict(lw=1, ls="--")
+        axis.plot([row["cutoff"] for row in known], errors, marker="o", ms=4, label=name.replace("_", " "), **style)
     axis.legend(frameon=False, fontsize=8)
     return figure
 

@@ -128,6 +128,8 @@ def read(path: str, columns: dict[str, str] | None = None, where: dict[str, str]
     used, left_out = _used(rows, cut)
     if not used:
         raise InputError(f"{path} has no finished run: {left_out[0]}")
+    if any(row.value.get(columns.get("S")) in (None, "") for row in used):
+        columns.pop("S", None)  # steps are of no use unless all runs say them
     values = {name: np.array([_number(row, key, name) for row in used]) for name, key in columns.items()}
     same = {name: _same(used, name) for name in ("metric", "count")}
     same["tokenizer"] = None if same["metric"] == "bits/byte" else _same(used, "tokenizer")
