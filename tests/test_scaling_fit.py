@@ -110,7 +110,8 @@ def test_two_optimizers_agree_on_least_squares(noisy):
 
 def test_the_separable_search_finds_planted_parameters_and_bounds():
     points = scattered(40)
-    assert separable.least_squares(points["N"], points["D"], points["loss"]).parameters == pytest.approx(HOFFMANN, rel=1e-5)
+    found = separable.least_squares(points["N"], points["D"], points["loss"])
+    assert found.parameters == pytest.approx(HOFFMANN, rel=1e-5) and not found.at_bound
     without = scattered(40, law=HOFFMANN | dict(E=1e-12))
     found = separable.least_squares(without["N"], without["D"], without["loss"] - 0.2)  # its best E is below 0
     assert found.at_bound and found.parameters["E"] == 0 and found.optimality < 1e-9

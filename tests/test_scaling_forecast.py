@@ -165,18 +165,20 @@ def test_forecasts_cover_nine_of_ten():
 
 
 def test_a_next_run_narrows_as_promised(found, theta):
-    """The run is made, at the law's own loss, and the interval measured again."""
+    """The run is made, at the law's own loss, and the spread measured again. A residual of exactly 0, and Huber's terms
+    in place of squares, make it a little smaller than the promise."""
     best = plan.next_runs(found, theta, 1e21)[-1]
     assert best["C"] == pytest.approx(30 * found.points["C"].max())
     old = {name: values for name, values in found.points.columns.items()}
     loss = float(np.exp(found.log_loss(best)[0]))
     more = of_arrays(**{name: np.append(old[name], {**best, "loss": loss}[name]) for name in ("N", "D", "C", "loss")})
+
     def width(of):
-        ends = bootstrap.optimum_intervals(of, bootstrap.bootstrap(of, 1000), 1e21)["N"]
-        return np.log(ends["high"] / ends["low"])
+        samples = CHINCHILLA.natural(bootstrap.bootstrap(of, 2000)).T
+        return np.log(optimum(dict(zip(CHINCHILLA.parameters, samples, strict=True)), 1e21)[0]).std()
 
     ratio = width(fit(CHINCHILLA, more, starts=found.theta)) / width(found)
-    assert best["narrows"] < 0.95 and ratio == pytest.approx(best["narrows"], abs=0.04)
+    assert best["narrows"] < 0.95 and ratio == pytest.approx(best["narrows"], abs=0.08)
 
 
 def test_rules_of_batch_and_learning_rate():
@@ -229,6 +231,7 @@ def test_fit_command(folder):
         assert row["low"] <= row["value"] <= row["high"], name
     assert made["exponents"]["a"]["value"] == pytest.approx(0.456, abs=0.05)
     assert "3 sizes" in made["approach_1"]["unusable"] and "expected_bias_a" in made["approach_2"]
+    assert made["least_squares"]["objective_from_there"] == pytest.approx(made["objective"], rel=1e-6)
     assert made["least_squares"]["difference"]["N_ratio"] == pytest.approx(1, abs=0.3)
     code, out, _ = main_of(
         "gptjax.scaling.fit", f"--points={folder}/results.jsonl", "--law=gpt4", "--samples=100", "--compute=1e22",
@@ -237,17 +240,25 @@ def test_fit_command(folder):
     assert code == 0 and "c pinned at 0.9 of the lowest loss" in out and "at 1e+22" in out
 
 
-def test_predict_seals_once(folder):
-    arguments = [f"--law={folder}/law.json", "--C=1e22", "--name=big"]
-    code, out, err = main_of("gptjax.scaling.predict", *arguments, "--json")
+@pytest.fixture(scope="module")
+def sealed(folder):
+    """The forecast of a run of ten times the compute."""
+    code, out, err = main_of("gptjax.scaling.predict", *_big(folder), "--json")
     assert code == 0, err
-    sealed = json.loads(out)
+    return json.loads(out)
+
+
+def _big(folder):
+    return [f"--law={folder}/law.json", "--C=1e22", "--name=big"]
+
+
+def test_predict_seals_once(folder, sealed):
     file = folder / "forecasts" / "big.json"
     assert sealed == json.loads(file.read_text()) == predict.open_sealed(file)
     truth = CHINCHILLA.loss(HOFFMANN, N=sealed["target"]["N"], D=sealed["target"]["D"])[0]
     assert sealed["low"] < truth < sealed["high"] and sealed["beyond"] == pytest.approx(10)
     assert sealed["degrees_of_freedom"] == 23 and len(sealed["baselines"]) == 4 and sealed["leave_future_out"]
-    code, _, err = main_of("gptjax.scaling.predict", *arguments)
+    code, _, err = main_of("gptjax.scaling.predict", *_big(folder))
     assert code == 2 and "is sealed" in err
     (folder / "changed.json").write_text(file.read_text().replace('"level": 0.9', '"level": 0.8'))
     with pytest.raises(InputError, match="was changed since it was sealed"):
@@ -313,10 +324,9 @@ def test_plan_command(folder):
     assert code == 2
 
 
-def test_report_command(folder):
+def test_report_command(folder, sealed):
     with (folder / "results.jsonl").open("a") as file:  # the forecast's target has run since
-        target = json.loads((folder / "forecasts" / "big.json").read_text())["target"]
-        row = {"name": "big", **target, "loss": 2.1, "metric": "nats/token", "tokenizer": "abc",
+        row = {"name": "big", **sealed["target"], "loss": 2.1, "metric": "nats/token", "tokenizer": "abc",
                "count": "with_embedding"}  # fmt: skip
         file.write(json.dumps(row) + "\n")
     code, _, err = main_of("gptjax.scaling.report", f"--points={folder}/results.jsonl")

@@ -43,7 +43,8 @@ def envelope(points: Points, bins: int = BINS) -> Frontier:
     each size's losses being interpolated over its tokens; then a power law through those.
 
     A size's points are ends of whole runs (a schedule decayed to each length), not a training curve. Left out are the
-    values at which the smallest or the largest size is best: there the envelope is cut off. InputError: fewer than 3
+    values at which, of the sizes that have losses there, the smallest or the largest is best: there the envelope is cut
+    off. InputError: fewer than 3
     sizes have 2 points or more, or fewer than 2 sizes remain.
     """
     curves = []
@@ -62,12 +63,13 @@ def envelope(points: Points, bins: int = BINS) -> Frontier:
     low, high = min(ends[0] for _, ends, _ in curves), max(ends[-1] for _, ends, _ in curves)
     at = np.linspace(low, high, bins)
     losses = np.array([curve(at) for *_, curve in curves])  # nan outside of a curve
-    losses = np.where(np.isnan(losses), np.inf, losses)
+    there = ~np.isnan(losses)
+    losses = np.where(there, losses, np.inf)
     best = losses.argmin(0)
-    kept = np.isfinite(losses.min(0)) & (best > 0) & (best < len(curves) - 1)
+    kept = there.any(0) & (best > there.argmax(0)) & (best < len(curves) - 1 - there[::-1].argmax(0))
     if len(np.unique(best[kept])) < 2:
         raise InputError(
-            "Approach 1: fewer than 2 sizes are best anywhere but the smallest and the largest. Add sizes between, or "
+            "Approach 1: fewer than 2 sizes are best anywhere between smaller and larger ones. Add sizes between, or "
             "more lengths of each."
         )
     sizes = np.array([N for N, *_ in curves])

@@ -60,7 +60,8 @@ def _chinchilla(made):
     squares = made["least_squares"]
     lines.append(
         f"least squares in the loss instead: E {squares['E']:.4f}, alpha {squares['alpha']:.4f}, "
-        f"beta {squares['beta']:.4f}; this fit's N* is {squares['difference']['N_ratio']:.3f} times theirs"
+        f"beta {squares['beta']:.4f}; this fit's N* is {squares['difference']['N_ratio']:.3f} times theirs; from there "
+        f"its objective falls to {squares['objective_from_there']:.6e}"
     )
     for name in ("approach_1", "approach_2"):
         row, title = made[name], name.replace("_", " ")

@@ -18,7 +18,7 @@ from gptjax.scaling.laws import CHINCHILLA, GPT4, Law
 from gptjax.scaling.points import Points, budgets, of_arrays
 
 SAMPLES = 400  # of the bootstrap, for a standard error
-_STARTS = 150  # of a law's, for each of the many fits of the table
+_STARTS = 60  # of a law's, for each of the many fits of the table
 
 
 @dataclasses.dataclass(frozen=True)

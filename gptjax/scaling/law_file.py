@@ -20,6 +20,7 @@ from gptjax.scaling.bootstrap import (
 )
 from gptjax.scaling.fitting import Fit, fit
 from gptjax.scaling.laws import CHINCHILLA, GPT4, LAWS, Law
+from gptjax.scaling.optimize import minimize
 from gptjax.scaling.points import Points, read
 
 OUTLIER = 5.0  # robust standard deviations
@@ -52,12 +53,20 @@ def record(found: Fit, samples: int, read_with: dict, compute: list[float]) -> d
         made["optima"] = [{"C": c} | optimum_intervals(found, theta, c) for c in compute or [largest]]
         made["least_squares"] = squares.parameters | {
             "squares": squares.squares, "optimality": squares.optimality, "minima": squares.minima,
-            "at_bound": squares.at_bound, "difference": separable.parameters_agree(squares, found.parameters, largest),
+            "at_bound": squares.at_bound, "objective_from_there": from_least_squares(found, squares),
+            "difference": separable.parameters_agree(squares, found.parameters, largest),
         }  # fmt: skip
         made |= _approaches(found, (compute or [largest])[-1], flags)
     if law is GPT4:
         made["sensitivity"] = sensitivity(found, compute or [10 * float(points["C"].max())])
     return made | {"flags": flags}
+
+
+def from_least_squares(found: Fit, squares: separable.LeastSquares) -> float:
+    """The fit's own objective at the minimum that is reached from the least-squares solution alone."""
+    x, y = found.points.inputs(found.law), np.log(found.points["loss"])
+    start = found.law.free(np.array([squares.parameters[name] for name in found.law.parameters]))
+    return float(minimize(found.law.log_loss, x, y, np.maximum(start, -30), delta=found.delta)[1][0])
 
 
 def _approaches(found: Fit, compute: float, flags: list[str]) -> dict:

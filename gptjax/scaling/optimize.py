@@ -5,8 +5,9 @@ mean, stopping rules that have an absolute scale end before the minimum (Besirog
 relative. delta = inf makes it half the sum of squares.
 
 BFGS with exact gradients and each fit's own inverse Hessian [p, p]: with 2 to 9 parameters there is nothing to limit
-the memory of. For the first steps, which begin far away, it is that of Gauss and Newton: a and alpha, whose effects differ
-by a factor of log N, would take hundreds of steps without. Float64 numpy, in blocks that fit the cache, on two threads.
+the memory of. For the first steps, which begin far away, it is that of Gauss and Newton: a and alpha, whose effects
+differ by a factor of log N, would take hundreds of steps without. Float64 numpy, in blocks that fit the cache, on two
+threads.
 """
 
 from collections.abc import Callable
