@@ -13,7 +13,7 @@ from gptjax.scaling.laws import CHINCHILLA, Law
 from gptjax.scaling.optimize import DELTA, minimize
 from gptjax.scaling.points import Points
 
-_COARSE = (60, 1e-5)  # steps at most from every start, and the promised decrease at which it ends
+_COARSE = (40, 1e-4)  # steps at most from every start, and the promised decrease at which it ends
 _KEPT = 100  # of the lowest that are then followed to their end
 
 

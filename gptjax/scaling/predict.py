@@ -2,7 +2,7 @@
 
     python -m gptjax.scaling.predict --law=runs/isoflop/law.json --config=configs/scaling/isoflop.py:target
     python -m gptjax.scaling.predict --law=law.json --N=1e9 --D=2e10 [--name=1b] [--json]
-    python -m gptjax.scaling.predict --law=law.json --C=1e21     # compute-optimal; any N and D where the law is of C
+    python -m gptjax.scaling.predict --law=law.json --C=1e21        # the compute-optimal run
 
 --config: a pre-training config with steps or tokens, from which N (as the law counts it) and D are taken. The forecast
 is written to forecasts/NAME.json next to the law and never overwritten. A target that has a result, in the points' file

@@ -14,7 +14,7 @@ from absl import flags
 
 from gptjax import command_line, paths, report
 from gptjax.errors import InputError
-from gptjax.scaling import collapse, fit, forecast, law_file, plots, predict
+from gptjax.scaling import approaches, collapse, fit, forecast, law_file, plots, predict
 from gptjax.scaling.points import Points, pairs, read
 
 
@@ -38,7 +38,7 @@ def draw(points: Points, found, forecasts: list[dict]) -> tuple[dict, list[str]]
     figures, said = {}, []
     if "C" in points.columns:
         figures["loss_over_compute"] = plots.loss_over_compute(points, found)
-    if {"C", "N"} <= points.columns.keys():
+    if {"C", "N"} <= points.columns.keys() and approaches.parabolas(points):
         figures["isoflop"] = plots.isoflop_curves(points)
     if found is not None:
         if found.law.inputs == ("N", "D"):
@@ -82,12 +82,12 @@ def _verdict(row) -> str:
 
 def main(_):
     source = paths.local(FLAGS.points)
-    points = read(FLAGS.points, pairs(FLAGS.columns, "columns"), pairs(FLAGS.where, "where"))
     law = paths.local(FLAGS.law) if FLAGS.law else source.parent / "law.json"
-    made = found = None
-    if FLAGS.law or law.exists():
-        made, _ = law_file.load(str(law))
-        found = law_file.at(made, points)
+    made = law_file.load(str(law))[0] if FLAGS.law or law.exists() else None
+    as_fitted = made["points"] if made else {}
+    columns = pairs(FLAGS.columns, "columns") or as_fitted.get("columns")
+    points = read(FLAGS.points, columns, pairs(FLAGS.where, "where") or as_fitted.get("where"))
+    found = law_file.at(made, points) if made else None
     forecasts = compared(points, law.parent / "forecasts")
     figures, said = draw(points, found, forecasts)
     out = paths.local(FLAGS.out) if FLAGS.out else source.parent / "scaling"
@@ -105,7 +105,7 @@ if __name__ == "__main__":
     FLAGS = flags.FLAGS
     command_line.define_path("points", None, "The runs, as for gptjax.scaling.fit.", required=True)
     command_line.define_path("law", None, "law.json; next to the points if not given.")
-    flags.DEFINE_string("columns", "", "Columns that go by another name, as N=params,loss=c4.")
-    flags.DEFINE_string("where", "", "Only the rows with these values, as dataset=c4.")
+    flags.DEFINE_string("columns", "", "Columns that go by another name, if not those of the law's fit.")
+    flags.DEFINE_string("where", "", "Only the rows with these values, if not those of the law's fit.")
     command_line.define_path("out", None, "The folder to write to; scaling/ next to the points if not given.")
     command_line.run(main)
