@@ -253,6 +253,26 @@ def test_a_mix_of_another_text(pretrained, alignment, tmp_path, monkeypatch):
     assert sum("qqq" in d for d in decoded) == 4
 
 
+@pytest.mark.parametrize(
+    "loss_on, mix, counted", [("response", 0.0, False), ("response", 0.3, False), ("all", 0.3, True)]
+)
+def test_flops_are_counted_only_where_the_loss_counts_every_token(
+    pretrained, alignment, tmp_path, monkeypatch, loss_on, mix, counted
+):
+    """With a mix too: the prompts of the other rows are computed and not counted, so an MFU would be too low."""
+    seen = {}
+
+    def capture(*_, flops_per_token, **__):
+        seen["flops"] = flops_per_token
+        raise Stop
+
+    monkeypatch.setattr(stage, "supervised", capture)
+    with pytest.raises(Stop):
+        sft(sft_config(pretrained, alignment["demonstrations"], data__loss_on=loss_on, mix__fraction=mix, steps=1),
+            str(tmp_path / "run"))  # fmt: skip
+    assert (seen["flops"] is not None) == counted
+
+
 @pytest.mark.parametrize("isolated", [False, True])
 def test_documents_of_the_mix_are_isolated_where_pre_training_isolated_them(
     pretrained, alignment, tmp_path, monkeypatch, isolated

@@ -11,6 +11,8 @@ import re
 
 import numpy as np
 
+from gptjax.data.hashing import mix64
+
 _WORD = re.compile(r"[^\W_]+")
 _BASE = np.uint64(0x9E3779B97F4A7C15)  # odd, so that it has an inverse modulo 2^64
 _INVERSE = np.uint64(pow(int(_BASE), -1, 2**64))
@@ -44,14 +46,7 @@ def ngram_hashes(hashes: np.ndarray, n: int) -> np.ndarray:
     total = np.zeros(count, np.uint64)
     for i in range(n):
         total = total * _BASE + hashes[i : i + count]
-    return mixed(total)
-
-
-def mixed(x: np.ndarray) -> np.ndarray:
-    """Every bit of the result depends on every bit of x (splitmix64's finalizer)."""
-    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return x ^ (x >> np.uint64(31))
+    return mix64(total)
 
 
 class Windows:
@@ -67,7 +62,7 @@ class Windows:
         count = len(self._prefix) - length
         if count < 1:
             return np.zeros(0, np.uint64)
-        return mixed((self._prefix[length:] - self._prefix[:count]) * self._inverse[:count])
+        return mix64((self._prefix[length:] - self._prefix[:count]) * self._inverse[:count])
 
 
 def powers(count: int, inverse: bool = False) -> np.ndarray:
@@ -106,7 +101,7 @@ class Bloom:
 
     def _places(self, values: np.ndarray):
         """The places of each value's bits, one for all values at a time: h1 + i h2 (Kirsch and Mitzenmacher 2006)."""
-        first, step = mixed(values), mixed(values ^ _BASE) | np.uint64(1)
+        first, step = mix64(values), mix64(values ^ _BASE) | np.uint64(1)
         for i in range(self.hashes):
             yield (first + np.uint64(i) * step) % np.uint64(self.bits)
 
