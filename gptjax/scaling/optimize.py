@@ -30,22 +30,20 @@ def huber(residual, delta: float = DELTA):
     return clipped * (size - 0.5 * clipped), np.copysign(clipped, residual), clipped / np.maximum(size, 1e-300)
 
 
-def minimize(
-    log_loss: Callable, x, y, starts, *, weights=None, frozen=None, delta: float = DELTA, iterations=300, stop=STOP
-):  # fmt: skip
+def minimize(log_loss: Callable, x, y, starts, *, frozen=None, delta: float = DELTA, iterations=300, stop=STOP):
     """(theta [s, p], objective [s]): a local minimum from each start.
 
     log_loss: of a Law. x: logs of the inputs, [inputs, n]. y: log losses, [n], or [s, n] where each fit has its own.
-    weights: of the points, [s, n]. frozen: which parameters stay where they start, bool [p]. stop: a fit ends when a
-    step promises to lower its objective by less than this, relative.
+    frozen: which parameters stay where they start, bool [p]. stop: a fit ends when a step promises to lower its
+    objective by less than this, relative.
     """
     theta = np.atleast_2d(np.asarray(starts, float)).copy()
     value = np.empty(len(theta))
 
     def part(first):
         which = slice(first, None, _THREADS)
-        own = lambda values: None if values is None else np.broadcast_to(values, (len(theta), len(x[0])))[which]
-        objective = _Objective(log_loss, x, own(y), own(weights), frozen, delta)
+        own = np.broadcast_to(y, (len(theta), len(x[0])))[which]
+        objective = _Objective(log_loss, x, own, frozen, delta)
         theta[which], value[which] = _bfgs(objective, theta[which].copy(), iterations, stop)
 
     with ThreadPoolExecutor(_THREADS) as threads:
@@ -54,8 +52,8 @@ def minimize(
 
 
 class _Objective:
-    def __init__(self, log_loss, x, y, weights, frozen, delta):
-        self.log_loss, self.x, self.y, self.weights, self.delta = log_loss, x, y, weights, delta
+    def __init__(self, log_loss, x, y, frozen, delta):
+        self.log_loss, self.x, self.y, self.delta = log_loss, x, y, delta
         self.free = slice(None) if frozen is None else ~np.asarray(frozen)
 
     def value_and_slope(self, theta, which, curvature=False):
@@ -69,9 +67,6 @@ class _Objective:
         with np.errstate(over="ignore", invalid="ignore"):
             value, derivatives = self.log_loss(theta, self.x)
             terms, slopes, shares = huber(value - self.y[which], self.delta)
-            if self.weights is not None:
-                terms, slopes = terms * self.weights[which], slopes * self.weights[which]
-                shares = shares * self.weights[which]
             total = terms.sum(-1)
             gradient = np.matmul(derivatives, slopes[..., None])[..., 0]
         bad = ~(np.isfinite(total) & np.isfinite(gradient).all(-1))

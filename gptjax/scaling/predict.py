@@ -105,10 +105,10 @@ def seal(made: dict, law_path: str, law_hash: str, found: Fit, run: dict, name: 
     if "C" in points.columns:
         table = forecast.leave_future_out(found.law, points)
         wide = forecast.widening([z for row in table for z in row["errors"]])
-    made_now = forecast.predict(found, run, theta, wide)
+    ahead = forecast.predict(found, run, theta, wide)
     sealed = {
         "name": name, "target": run, "metric": made["metric"], "tokenizer": made["tokenizer"], "count": made["count"],
-        "loss": made_now.loss, "low": made_now.low, "high": made_now.high, "level": made_now.level,
+        "loss": ahead.loss, "low": ahead.low, "high": ahead.high, "level": ahead.level,
         "widening": wide, "degrees_of_freedom": len(points) - found.free,
         "baselines": forecast.baselines(points, run["C"], pin) if "C" in run and "C" in points.columns else {},
         "beyond": run["C"] / float(points["C"].max()) if "C" in run and "C" in points.columns else None,
