@@ -22,7 +22,7 @@ from gptjax.errors import InputError
 from gptjax.model import architecture
 from gptjax.model.architecture import ModelConfig
 from gptjax.model.attention import resolve
-from gptjax.model.flops import PF_DAY
+from gptjax.model.flops import pf_days
 from gptjax.model.spec import GPTConfig
 from gptjax.parallel.mesh import AXES, batch_shards
 from gptjax.pretrain import PretrainConfig
@@ -54,13 +54,14 @@ def describe(config: dict) -> dict:
         "params": architecture.parameter_count(m),
         "params_non_embedding": architecture.non_embedding_count(m),
         "flops_per_token": {
-            "causal_halved": flops.causal, "palm": flops.palm, "6n": flops.six_n, "full_attention": flops.full
+            "causal_halved": flops.causal, "palm": flops.palm, "6n": flops.six_n, "full_attention": flops.full,
+            "kaplan": flops.kaplan, "chinchilla": flops.chinchilla,
         },
         "tokens": tokens,
         "steps": schedule and schedule.steps,
         "ramp_steps": schedule and math.ceil(schedule.ramp_steps - 1e-9),
         "batch_tokens": schedule and round(schedule.full),
-        "pf_days": tokens and flops.six_n * tokens / PF_DAY,
+        "pf_days": tokens and pf_days(flops.six_n * tokens),
         "mesh": sizes,
         "devices": math.prod(sizes.values()),
         "bytes_per_device": {"params": params, "optimizer": optimizer, "gradients": params},

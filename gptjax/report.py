@@ -39,21 +39,18 @@ def write(workdir) -> epath.Path:
     reward = workdir / "reward.json"
     parts = [
         f"<h1>{html.escape(workdir.name)}</h1>",
-        _table(_summary(config, train, evaluations)),
+        table(_summary(config, train, evaluations)),
         "<h2>Curves</h2>" + _figure(train, evaluations) if train else "",
         _reward_model(json.loads(reward.read_text())) if reward.exists() else "",
         _samples(samples),
         "<h2>Config</h2><pre>" + html.escape(json.dumps(config, indent=2)) + "</pre>",
     ]
-    page = (
-        "<!doctype html><html lang=en><meta charset=utf-8><meta name=viewport content='width=device-width'>"
-        f"<title>{html.escape(workdir.name)}</title><style>{_STYLE}</style>" + "\n".join(parts) + "</html>\n"
-    )
+    content = page(workdir.name, parts)
     path, temporary = workdir / "report.html", workdir / ".report.html.tmp"
 
     def save():
         try:
-            temporary.write_bytes(page.encode("utf-8", "xmlcharrefreplace"))
+            temporary.write_bytes(content.encode("utf-8", "xmlcharrefreplace"))
             temporary.replace(path)
         except OSError:
             temporary.unlink(missing_ok=True)
@@ -62,6 +59,14 @@ def write(workdir) -> epath.Path:
     files.attempt(path, save)
     files.give_up(path)
     return path
+
+
+def page(title: str, parts: list[str]) -> str:
+    """A self-contained HTML page of parts that are HTML."""
+    return (
+        "<!doctype html><html lang=en><meta charset=utf-8><meta name=viewport content='width=device-width'>"
+        f"<title>{html.escape(title)}</title><style>{_STYLE}</style>" + "\n".join(parts) + "</html>\n"
+    )
 
 
 def _summary(config, train, evaluations) -> list[tuple[str, str]]:
@@ -107,7 +112,8 @@ def _figures(line: dict) -> str:
     return ", ".join(text.format(line[k]) for k, text in units.items() if line.get(k) is not None)
 
 
-def _table(rows):
+def table(rows) -> str:
+    """Two columns as HTML, of (name, text)."""
     cells = "".join(f"<tr><th>{html.escape(k)}</th><td>{html.escape(v)}</td></tr>" for k, v in rows)
     return f"<table>{cells}</table>"
 
@@ -181,7 +187,7 @@ def _reward_model(fitted: dict) -> str:
              "mean_before", "mean_after")  # fmt: skip
     rows = [(k.replace("_", " "), f"{fitted[k]:,.4g}") for k in names if fitted.get(k) is not None]
     figure = reliability_diagram({"this model": fitted["calibration"]}, "agreement")
-    return "<h2>Agreement with held-out rankings</h2>" + _table(rows) + image(figure, "calibration")
+    return "<h2>Agreement with held-out rankings</h2>" + table(rows) + image(figure, "calibration")
 
 
 def reliability_diagram(curves: dict[str, list[dict]], what: str = "accuracy"):

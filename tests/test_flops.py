@@ -12,8 +12,8 @@ from gptjax.describe import describe
 from gptjax.generation.speed import bytes_per_token, describe_speed
 from gptjax.hardware import MEMORY_BANDWIDTH, PEAK_FLOPS, memory_bandwidth, peak_flops
 from gptjax.model import gpt
-from gptjax.model.flops import PF_DAY, flops_per_token, mfu, visible_pairs
-from gptjax.model.spec import GPT2, GPT3, GPTConfig
+from gptjax.model.flops import PF_DAY, appendix_f, flops_per_token, mfu, pf_days, six_nd, visible_pairs
+from gptjax.model.spec import GPT2, GPT3, GPTConfig, parameter_count
 
 
 @pytest.mark.parametrize(
@@ -62,7 +62,7 @@ def test_banded_layers_are_counted_by_their_band():
 
 
 @pytest.mark.parametrize(
-    "size, pf_days, flops",
+    "size, expected, flops",
     [
         ("125m", 2.60, 2.25e20),
         ("350m", 7.42, 6.41e20),
@@ -74,11 +74,41 @@ def test_banded_layers_are_counted_by_their_band():
         ("175b", 3640, 3.14e23),
     ],
 )
-def test_gpt3_table_d1(size, pf_days, flops):
+def test_gpt3_table_d1(size, expected, flops):
     """Brown et al. 2020, Table D.1: 300B tokens at 6 N, to the 1 % that its rounding leaves."""
     total = flops_per_token(GPT3[size]).six_n * 300e9
-    assert total == pytest.approx(flops, rel=0.01)
-    assert total / PF_DAY == pytest.approx(pf_days, rel=0.01)
+    assert total == six_nd(parameter_count(GPT3[size]), 300e9) == pytest.approx(flops, rel=0.01)
+    assert total / PF_DAY == pf_days(total) == pytest.approx(expected, rel=0.01)
+
+
+@pytest.mark.parametrize(
+    "layers, d_model, d_ff, heads, d_head, printed, ratio",
+    [
+        (10, 640, 2560, 10, 64, 1.03, 1.025),
+        (20, 1024, 4096, 16, 64, 1.10, 1.101),
+        (24, 1280, 5120, 10, 128, 1.08, 1.083),
+        (26, 1792, 7168, 14, 128, 1.04, 1.044),
+        (28, 2048, 8192, 16, 128, 1.03, 1.033),
+        (40, 3584, 14336, 28, 128, 0.99, 0.994),
+    ],
+)
+def test_chinchilla_table_a4(layers, d_model, d_ff, heads, d_head, printed, ratio):
+    """Hoffmann et al. 2022, Table A4: appendix F over 6 N D. It is reproduced only if the FLOPs of embeddings and
+    logits are left out, though N has the vocabulary's matrix, biases, and relative positions (d^2 + 2 d a layer)."""
+    parts = appendix_f(layers, d_model, d_ff, heads, d_head, 2048, 32_000)
+    inside = sum(value for name, value in parts.items() if name not in ("embeddings", "logits"))
+    attention = 5 * d_model**2 + 6 * d_model  # queries, keys, values, output, relative positions
+    n = layers * (attention + 2 * d_model * d_ff + d_ff + d_model + 4 * d_model) + 2 * d_model
+    n += 32_000 * d_model
+    found = 3 * inside / (6 * n * 2048)
+    assert found == pytest.approx(ratio, abs=1e-3) and found == pytest.approx(printed, abs=0.006)
+
+
+def test_kaplan_and_appendix_f_of_gpt2_124m():
+    """Kaplan's forward FLOPs per token 2 N + 2 L T D; appendix F has `full`'s matmuls, embeddings and softmax."""
+    c, flops = GPT2["124m"], flops_per_token(GPT2["124m"])
+    assert flops.kaplan == 3 * 188_743_680
+    assert flops.chinchilla == flops.full + 3 * (2 * 50257 * 768 + 12 * 3 * 12 * c.context_length)
 
 
 def test_describe_prints_the_same_figures():
@@ -95,7 +125,8 @@ def test_describe_prints_the_same_figures():
     d = describe(config_file("gpt2").get_config("124m").to_dict())
     assert d["params"] == 124_439_808
     assert d["flops_per_token"] == {
-        "causal_halved": 797_815_296, "palm": 855_166_464, "6n": 746_638_848, "full_attention": 854_438_400
+        "causal_halved": 797_815_296, "palm": 855_166_464, "6n": 746_638_848, "full_attention": 854_438_400,
+        "kaplan": 566_231_040, "chinchilla": 1_087_349_760,
     }  # fmt: skip
 
 

@@ -24,7 +24,7 @@ LAYERS = (
     ("run", "seeds"),
     ("pretrain", "finetune", "sft", "reward", "dpo", "ppo"),
     ("sample", "evaluate", "lm_eval", "contamination", "describe", "convert"),
-    ("aot",),
+    ("aot", "scaling"),
     ("__main__",),
 )
 LAYER = {name: i for i, names in enumerate(LAYERS) for name in names}

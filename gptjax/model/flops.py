@@ -12,6 +12,16 @@ from gptjax.model.spec import GPTConfig, parameter_count
 PF_DAY = 8.64e19  # FLOPs: 1e15 per second for a day
 
 
+def six_nd(parameters: float, tokens: float) -> float:
+    """Training FLOPs by C = 6 N D (Kaplan et al. 2020 §2.1; Brown et al. 2020, appendix D)."""
+    return 6 * parameters * tokens
+
+
+def pf_days(flops: float) -> float:
+    """FLOPs in PF-days."""
+    return flops / PF_DAY
+
+
 def visible_pairs(context_length: int, window: int | None) -> int:
     """(query, key) pairs that a causal mask, cut to the last `window` keys, leaves visible."""
     w = min(window or context_length, context_length)
@@ -20,18 +30,22 @@ def visible_pairs(context_length: int, window: int | None) -> int:
 
 @dataclasses.dataclass(frozen=True)
 class FlopsPerToken:
-    """Training FLOPs per token at full context, by the three conventions in use.
+    """Training FLOPs per token at full context, by the conventions in use.
 
     causal: matmuls with attention counted as the model needs it: half of T^2 in dense layers, the band in
         banded ones. palm: 6 N + 12 L H Q T with N less the position table (PaLM appendix B; nanoGPT's MFU),
         attention counted in full. six_n: 6 N, the law of the papers' compute tables. full: all matmuls
-        with attention in full, without biases and gains.
+        with attention in full, without biases and gains. kaplan: 6 N + 6 L T D, N the matrices of the blocks (Kaplan
+        et al. 2020, eq. 2.2). chinchilla: Hoffmann et al. 2022, appendix F, with embeddings and logits. The last two
+        are of GPTs only.
     """
 
     causal: float
     palm: int
     six_n: int
     full: int
+    kaplan: int | None = None
+    chinchilla: float | None = None
 
 
 def flops_per_token(c: GPTConfig) -> FlopsPerToken:
@@ -49,7 +63,25 @@ def flops_per_token(c: GPTConfig) -> FlopsPerToken:
         palm=6 * (n - T * D) + 12 * L * D * T,
         six_n=6 * n,
         full=3 * (matmuls + full_attention),
+        kaplan=3 * (2 * 12 * L * D * D + 2 * L * T * D),
+        chinchilla=3 * sum(appendix_f(L, D, c.d_ff, c.n_head, c.d_head, T, V).values()) / T,
     )
+
+
+def appendix_f(layers: int, d_model: int, d_ff: int, heads: int, d_head: int, length: int, vocabulary: int) -> dict:
+    """{part: forward FLOPs of a sequence} as Hoffmann et al. 2022 count them, appendix F; the backward pass is twice
+    that. All layers together."""
+    width = heads * d_head
+    return {
+        "embeddings": 2 * length * vocabulary * d_model,
+        "qkv": layers * 2 * 3 * length * d_model * width,
+        "scores": layers * 2 * length * length * width,
+        "softmax": layers * 3 * heads * length * length,
+        "values": layers * 2 * length * length * width,
+        "projection": layers * 2 * length * width * d_model,
+        "mlp": layers * 2 * length * 2 * d_model * d_ff,
+        "logits": 2 * length * d_model * vocabulary,
+    }
 
 
 def mfu(flops_per_second: float, device_kind: str, device_count: int) -> float | None:

@@ -1,0 +1,39 @@
+"""Runs planted on a known law, for the tests of gptjax/scaling."""
+
+import json
+
+import numpy as np
+
+from gptjax.scaling.laws import CHINCHILLA, HOFFMANN, optimum
+from gptjax.scaling.points import of_arrays
+
+BUDGETS = np.array([1e18, 1e19, 1e20, 1e21])
+
+
+def isoflop(budgets=BUDGETS, sizes=7, span=4.0, drift=0.0, noise=0.0, seed=0, law=HOFFMANN):
+    """`sizes` models a budget, from N*/span to N* span, the grid's middle drifting from 1 to 1 + drift times N*; losses
+    of Chinchilla's law times exp(noise)."""
+    middle = np.geomspace(1, 1 + drift, len(budgets))
+    N = np.concatenate([optimum(law, c)[0] * m * np.geomspace(1 / span, span, sizes)
+                        for c, m in zip(budgets, middle, strict=True)])  # fmt: skip
+    D = np.repeat(budgets, sizes) / (6 * N)
+    errors = noise * np.random.default_rng(seed).standard_normal(len(N))
+    return of_arrays(N=N, D=D, loss=CHINCHILLA.loss(law, N=N, D=D) * np.exp(errors))
+
+
+def scattered(count=60, noise=0.0, seed=0, law=HOFFMANN):
+    """Runs over 2.5 decades of N and of D, drawn at random."""
+    rng = np.random.default_rng(seed)
+    N, D = 10 ** rng.uniform(7.5, 10, count), 10 ** rng.uniform(9, 11.5, count)
+    return of_arrays(N=N, D=D, loss=CHINCHILLA.loss(law, N=N, D=D) * np.exp(noise * rng.standard_normal(count)))
+
+
+def write(points, path, **more):
+    """results.jsonl as a sweep writes it."""
+    rows = [
+        {"name": f"run-{i}", "N": n, "D": d, "C": 6 * n * d, "loss": loss, "metric": "nats/token", "tokenizer": "abc",
+         "count": "with_embedding", "seed": 0, "status": "done", "steps": 100, "seconds": 1.0, **more}
+        for i, (n, d, loss) in enumerate(zip(points["N"], points["D"], points["loss"], strict=True))
+    ]  # fmt: skip
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
