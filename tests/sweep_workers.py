@@ -3,6 +3,8 @@
 import fcntl
 import json
 import os
+import signal
+import sys
 import time
 from pathlib import Path
 
@@ -56,6 +58,17 @@ def sweep(points=POINTS, run=stage, faults=(), **config):
     return Sweep([Point(f"p{i}", c) for i, c in enumerate(made)], run)
 
 
-def worker(workdir):
-    """A worker of `sweep()`, as a process of its own."""
-    work(sweep(), Queue(workdir), workdir, poll=0.02)
+def serve():
+    """For each line of stdin, a workdir, a worker of `sweep()` in a process of its own, whose number is printed. What
+    it imports is there already."""
+    signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # none is left as a zombie
+    for workdir in sys.stdin:
+        pid = os.fork()
+        if pid == 0:
+            work(sweep(), Queue(workdir.strip()), workdir.strip(), poll=0.02)
+            os._exit(0)
+        print(pid, flush=True)
+
+
+if __name__ == "__main__":
+    serve()

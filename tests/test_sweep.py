@@ -2,10 +2,11 @@
 
 import json
 import math
-import multiprocessing
 import os
 import random
 import signal
+import subprocess
+import sys
 import threading
 import time
 import uuid
@@ -353,44 +354,55 @@ def test_a_metric_that_was_not_evaluated_is_no_result(tmp_path):
 
 
 @pytest.fixture(scope="module")
-def fork():
-    """Processes that begin with what a worker imports, and nothing else of this one."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["sweep_workers"])
-    return lambda workdir: context.Process(target=sweep_workers.worker, args=(str(workdir),))
+def start():
+    """start(workdir) -> the number of a new process that is a worker of sweep_workers.sweep()."""
+    command = [sys.executable, sweep_workers.__file__]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    with subprocess.Popen(command, stdin=-1, stdout=-1, text=True, bufsize=1, env=environment) as server:
+
+        def start(workdir):
+            server.stdin.write(f"{workdir}\n")
+            return int(server.stdout.readline())
+
+        yield start
+        server.stdin.close()
 
 
-def start(fork, workdir, count=2):
-    processes = [fork(workdir) for _ in range(count)]
-    for process in processes:
-        process.start()
-    return processes
+def steps(workdir):
+    """The steps that have been done, by point, each as often as it was."""
+    return {run.name: (run / "done").read_text().split() for run in workdir.glob("runs/*") if (run / "done").exists()}
 
 
-def test_killed_ten_times_and_the_same_results(fork, tmp_path):
-    """Two workers, of which one or both are killed at random instants. No run is done twice: the steps beyond those of
-    the sweep are fewer than those that kills had cost since a checkpoint. No two processes are ever at one run."""
+def count(workdir) -> int:
+    return sum(map(len, steps(workdir).values()))
+
+
+def until(condition, seconds=60):
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.002)
+
+
+def test_killed_ten_times_and_the_same_results(start, tmp_path):
+    """Two workers, of which one or both are killed ten times, some steps after the last time. No run is done twice: of
+    a run that is taken up again only the steps since its checkpoint are. No two processes are ever at one run."""
     whole, killed, rng = tmp_path / "whole", tmp_path / "killed", random.Random(0)
-    for process in start(fork, whole):
-        process.join()
-    processes = start(fork, killed)
-    for _ in range(10):
-        time.sleep(rng.uniform(0, 0.12))
-        for i in rng.choice([(0,), (1,), (0, 1)]):
-            os.kill(processes[i].pid, signal.SIGKILL)
-            processes[i].join()
-            (processes[i],) = start(fork, killed, 1)
-    for process in processes:
-        process.join(60)
-        assert process.exitcode == 0
+    for workdir in (whole, killed):
+        pids = [start(workdir), start(workdir)]
+        for _ in range(10 if workdir == killed else 0):
+            reached = min(count(killed) + rng.randint(0, 15), POINTS * STEPS)
+            until(lambda reached=reached: count(killed) >= reached)
+            for i in rng.choice([(0,), (1,), (0, 1)]):
+                os.kill(pids[i], signal.SIGKILL)
+                pids[i] = start(killed)
+        until(lambda pids=pids: not any(os.path.exists(f"/proc/{pid}") for pid in pids))
     assert results(killed) == results(whole) and len(results(whole)) == POINTS
     assert not (killed / "overlaps").exists()
-    steps = [(killed / "runs" / name / "done").read_text().split() for name in results(killed)]
-    assert all({int(step) for step in done if step} == set(range(1, STEPS + 1)) for done in steps)
-    assert 0 < sum(map(len, steps)) - POINTS * STEPS <= 20 * EVERY
-    assert [(whole / "runs" / name / "done").read_text().split() for name in results(whole)] == [
-        [str(s) for s in range(1, STEPS + 1)]
-    ] * POINTS
+    once = [str(step) for step in range(1, STEPS + 1)]
+    assert list(steps(whole).values()) == [once] * POINTS
+    assert all(sorted(set(done), key=int) == once for done in steps(killed).values())
+    assert 0 < count(killed) - POINTS * STEPS <= 20 * EVERY
 
 
 def test_a_sleeping_owner_is_waited_for_while_it_has_the_folder(tmp_path):
