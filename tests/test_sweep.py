@@ -276,13 +276,19 @@ def test_a_worker_that_its_command_saw_die_has_failed(place):
 # --- results ----------------------------------------------------------------------------------------------
 
 
-def test_results_of_workers_that_finish_at_once_are_all_there(place):
-    queues = [Queue(place) for _ in range(6)]
-    leases = [queue.acquire([f"p{i}"]) for i, queue in enumerate(queues)]
-    at_once([lambda q=q, lease=lease: q.finish(lease, {"name": lease.name}) for q, lease in
-             zip(queues, leases, strict=True)])  # fmt: skip
-    rows = [json.loads(line) for line in Folder(place).read("results.jsonl").splitlines()]
-    assert [row["name"] for row in rows] == [f"p{i}" for i in range(6)]
+def test_a_slow_worker_does_not_write_over_the_results_of_a_fast_one(place):
+    """The fast one has its result between the slow one's listing and its writing of results.jsonl."""
+    slow, fast = Queue(place), Queue(place)
+    leases, write = (slow.acquire(["p"]), fast.acquire(["q"])), slow.folder.write
+
+    def write_later(name, data):
+        slow.folder.write = write
+        fast.finish(leases[1], {"name": "q"})
+        write(name, data)
+
+    slow.folder.write = write_later
+    slow.finish(leases[0], {"name": "p"})
+    assert [json.loads(line)["name"] for line in slow.folder.read("results.jsonl").splitlines()] == ["p", "q"]
 
 
 def test_a_results_file_cut_in_a_line_is_whole_again_and_a_damaged_result_is_named(place, capsys):
