@@ -32,7 +32,7 @@ def base(source, **schedule):
     c.batch_size = 4
     c.eval.update(every=10**6, batches=2)
     c.log.tensorboard = False
-    c.checkpoint.every = 7
+    c.checkpoint.every = 100
     c.schedule.update(**schedule)
     return c
 
@@ -43,11 +43,12 @@ WSD = dict(kind="wsd", warmup_tokens=200.0, decay_fraction=0.25, final_fraction=
 def test_branches_of_one_run_are_runs_of_their_own(text, tmp_path, monkeypatch):  # noqa: F811
     """Bit for bit those that are trained from their beginning; only their own steps are computed."""
     on_one_device(monkeypatch)
-    points = decayed(base(text, **WSD), SHAPE, multiples=(0.5, 1, 2), tokens_per_parameter=0.5)
+    points = decayed(base(text, **WSD), SHAPE, multiples=(0.5, 1, 2), tokens_per_parameter=0.3)
     steps = [p.config.steps for p in points]
     assert steps == [4 * steps[2], 2 * steps[2], steps[2]] and steps[2] % 4 == 0
     assert [p.branch_step for p in points] == [0, steps[1] * 3 // 4, steps[2] * 3 // 4]
     assert [p.trunk for p in points] == [None, points[0].name, points[0].name]
+    assert {p.config.checkpoint.every for p in points} == {steps[2] * 3 // 4}
     assert [p.to_compute / p.flops for p in points] == pytest.approx([1, 0.25, 0.25])
     sweep = Sweep(points)
     assert work(sweep, Queue(tmp_path), tmp_path)

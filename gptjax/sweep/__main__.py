@@ -22,6 +22,7 @@ from ml_collections import config_flags
 from gptjax import command_line, paths
 from gptjax.distributed import gpu_flags
 from gptjax.errors import INTERRUPTED, InputError
+from gptjax.pretrain import PretrainConfig
 from gptjax.sweep import plan
 from gptjax.sweep.grid import Sweep
 from gptjax.sweep.queue import Queue, gather
@@ -191,4 +192,4 @@ if __name__ == "__main__":
     flags.DEFINE_bool("retry_failed", False, "Try the points that were given up again.")
     flags.DEFINE_bool("worker", False, "Be one worker: how the command starts its own.")
     flags.mark_flag_as_required("config")
-    command_line.run(main)
+    command_line.run(main, PretrainConfig)  # --help has the keys of most sweeps

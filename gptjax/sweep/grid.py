@@ -8,7 +8,6 @@ import builtins
 import dataclasses
 import fractions
 import itertools
-import math
 import random
 import re
 from collections.abc import Callable, Iterable, Sequence
@@ -179,7 +178,7 @@ def decayed(
     unit = share.denominator * max(1, round(wanted / share.denominator))  # steps of the shortest run
     stable = int(unit * (1 - share))
     config.checkpoint.keep_every = stable
-    config.checkpoint.every = math.gcd(config.checkpoint.every, stable)
+    config.checkpoint.every = max(d for d in range(1, min(config.checkpoint.every, stable) + 1) if stable % d == 0)
     longest, points = max(multiples), []
     for multiple in sorted(multiples, reverse=True):
         times = round(multiple / least)
