@@ -201,7 +201,7 @@ def test_the_fall_ends_with_the_run_unless_told():
 
 @settings(max_examples=200, deadline=None)
 @given(
-    kind=st.sampled_from(["cosine", "linear", "constant"]), steps=st.integers(1, 10_000),
+    kind=st.sampled_from(["cosine", "linear", "constant", "wsd"]), steps=st.integers(1, 10_000),
     warmup=st.floats(0, 2), final=st.sampled_from([0.0, 0.1, 1.0]), ramp=st.booleans(),
 )  # fmt: skip
 def test_no_step_that_is_taken_has_a_rate_of_0(kind, steps, warmup, final, ramp):
@@ -245,7 +245,7 @@ def test_ppo_takes_no_iteration_at_a_rate_of_0():
 @pytest.mark.parametrize(
     "fields, says",
     [
-        ({"kind": "cosin"}, "cosine, linear, constant or gpt1_linear"),
+        ({"kind": "cosin"}, "cosine, linear, constant, wsd or gpt1_linear"),
         ({"warmup_tokens": -1.0}, "warmup_tokens"),
         ({"ramp_tokens": -1.0}, "ramp_tokens"),
         ({"final_fraction": 1.5}, "final_fraction"),

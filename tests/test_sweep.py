@@ -336,7 +336,7 @@ def test_a_worker_runs_what_can_be_run(tmp_path):
     found = results(tmp_path)
     assert found.keys() == {"p2", "p3", "p4"}
     assert found["p3"] == {
-        "name": "p3", "N": None, "count": None, "D": None, "C": None, "flops": None, "budget": None, "loss": 5.0,
+        "name": "p3", "N": None, "count": None, "D": None, "C": None, "rule": None, "budget": None, "loss": 5.0,
         "metric": "nats/token", "tokenizer": None, "text_tokens": None, "seed": 3, "status": "done", "reason": None,
         "steps": 4, "workdir": "runs/p3",
     }  # fmt: skip

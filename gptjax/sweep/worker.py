@@ -166,7 +166,7 @@ def row_of(sweep: Sweep, point: Point, run_dir, result: RunResult | None, reason
         loss = result.evaluation[figure]
     return {
         "name": point.name, "N": point.params, "count": point.count, "D": point.tokens, "C": point.flops,
-        "flops": point.rule, "budget": point.budget, "loss": loss, "metric": sweep.metric,
+        "rule": point.rule, "budget": point.budget, "loss": loss, "metric": sweep.metric,
         **_text(run_dir), "seed": point.config.get("seed"),
         "status": "diverged" if reason else "done", "reason": reason,
         "steps": result.steps if result else (lines[-1]["step"] if lines else 0),
