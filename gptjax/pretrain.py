@@ -64,7 +64,8 @@ def pretrain(config: mlc.ConfigDict, workdir) -> RunResult:
 def program(c: PretrainConfig, model: ModelConfig, mesh) -> TrainProgram:
     """What runs on the devices, from shapes alone."""
     objective = Objective(causal_lm_loss(model, c.precision.dtype, c.loss_chunk, mesh))
-    return train_program(objective, architecture.abstract_params, model, c.optimizer, c.precision, c.seed, mesh)
+    seed = c.seed if model.dropout else 0  # of dropout's noise; without it runs of all seeds share their program
+    return train_program(objective, architecture.abstract_params, model, c.optimizer, c.precision, seed, mesh)
 
 
 def build(c: PretrainConfig, mesh, claim: Claim, by_tokenizer: bool) -> Stage:

@@ -31,29 +31,26 @@ def work(sweep: Sweep, queue: Queue, workdir, *, poll: float = 1.0, on_lost: Cal
 
     Points of the shape of the one before come first: they share its compiled programs (parallel/sharding.shared).
     """
-    points, last = {point.name: point for point in sweep.points}, None
+    points = {point.name: point for point in sweep.points}
+    shapes, last = {name: shape(point) for name, point in points.items()}, None
     while True:
         states = queue.states(points)
         over = {name for name, state in states.items() if state.kind in ("finished", "failed")}
         if len(over) == len(points):
             return True
-        ready = [p for p in sweep.points if p.name not in over and (p.trunk is None or p.trunk in over)]
-        lease = queue.acquire(_order(ready, last))
+        ready = [name for name, p in points.items() if name not in over and (p.trunk is None or p.trunk in over)]
+        lease = queue.acquire(sorted(ready, key=lambda name, last=last: last is not None and shapes[name] != last))
         if lease is None:
             time.sleep(poll)
             continue
-        last = points[lease.name]
+        last = shapes[lease.name]
         runs = paths.local(workdir) / "runs" / lease.name
         with lease.kept(lambda runs=runs: progress(runs), on_lost or (lambda: os._exit(LOST))):
-            row = _attempt(sweep, last, lease, workdir)
+            row = _attempt(sweep, points[lease.name], lease, workdir)
         if row is not None:
             queue.finish(lease, row)
         elif lease.how == RELEASED:
             return False
-
-
-def _order(points: Sequence[Point], last: Point | None) -> list[str]:
-    return [p.name for p in sorted(points, key=lambda p: last is not None and shape(p) != shape(last))]
 
 
 def shape(point: Point) -> str:
@@ -61,6 +58,8 @@ def shape(point: Point) -> str:
     keys = ("model", "batch_size", "microbatch_size", "optimizer", "precision", "mesh", "seed")
     config = point.config.to_dict()
     found = {key: config.get(key) for key in keys}
+    if not (found["model"] or {}).get("dropout"):
+        del found["seed"]
     found["optimizer"] = {k: v for k, v in (found["optimizer"] or {}).items() if k != "learning_rate"}
     return json.dumps(found, sort_keys=True, default=str)
 
