@@ -433,6 +433,36 @@ def test_a_sleeping_owner_is_waited_for_while_it_has_the_folder(tmp_path):
     _wait_for(run, 0.1)
 
 
+# --- the workers of a command -----------------------------------------------------------------------------
+
+
+@pytest.fixture
+def workers(tmp_path, monkeypatch):
+    """workers(code) -> Workers that run a piece of Python, and their Queue."""
+    from gptjax.sweep.__main__ import Workers
+
+    monkeypatch.setattr(signal, "signal", lambda *_: None)  # theirs would stay
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    queue = Queue(tmp_path, attempts=2)
+    return lambda code: (Workers(1, [sys.executable, "-c", code], environment, queue), queue)
+
+
+def test_a_worker_that_dies_is_replaced_and_its_point_fails_in_the_end(workers, tmp_path):
+    started, queue = workers(
+        "import os; from gptjax.sweep.queue import Queue\n"
+        f"if Queue({str(tmp_path)!r}, attempts=2).acquire(['p']): os.kill(os.getpid(), 9)"
+    )
+    until(lambda: not started.check())
+    state = queue.states(["p"])["p"]
+    assert (state.kind, state.attempts, state.reason) == ("failed", 2, "its worker ended with signal 9")
+
+
+def test_workers_that_cannot_begin_end_the_command(workers):
+    started, _ = workers("raise SystemExit(3)")
+    with pytest.raises(InputError, match="Workers end with exit code 3 before they have a point"):
+        until(lambda: not started.check())
+
+
 # --- continuing -------------------------------------------------------------------------------------------
 
 
