@@ -12,6 +12,7 @@ Workers on other hosts are the same command there, with the same workdir on stor
 import importlib.util
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -159,7 +160,8 @@ def main(_):
     print(plan.table(sweep, states, _rows(queue, names)))
     environment = dict(os.environ)
     if not queue.folder.remote:
-        environment.setdefault("JAX_COMPILATION_CACHE_DIR", str(paths.local(FLAGS.workdir).resolve() / "cache"))
+        cache = paths.local(FLAGS.workdir).resolve() / "cache" / socket.gethostname()  # programs are for one kind of CPU
+        environment.setdefault("JAX_COMPILATION_CACHE_DIR", str(cache))
         environment.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.1")
     command = [sys.executable, "-m", "gptjax.sweep", *sys.argv[1:], "--worker"]
     return supervise(sweep, queue, Workers(min(FLAGS.workers, left), command, environment, queue))
