@@ -160,7 +160,8 @@ def main(_):
     print(plan.table(sweep, states, _rows(queue, names)))
     environment = dict(os.environ)
     if not queue.folder.remote:
-        cache = paths.local(FLAGS.workdir).resolve() / "cache" / socket.gethostname()  # programs are for one kind of CPU
+        # by host: a program is for one kind of CPU
+        cache = paths.local(FLAGS.workdir).resolve() / "cache" / socket.gethostname()
         environment.setdefault("JAX_COMPILATION_CACHE_DIR", str(cache))
         environment.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.1")
     command = [sys.executable, "-m", "gptjax.sweep", *sys.argv[1:], "--worker"]
