@@ -29,6 +29,7 @@ from gptjax.sweep.grid import Sweep
 from gptjax.sweep.queue import Queue, gather
 from gptjax.sweep.worker import LOST, work
 
+PACE = {False: 0.5, True: 5.0}  # seconds between two looks at the queue, by whether it is in a bucket
 EVERY = 30.0  # seconds between two lines of the progress of all runs, if nothing ends meanwhile
 
 
@@ -110,7 +111,7 @@ def supervise(sweep: Sweep, queue: Queue, workers: Workers) -> int:
                 next_line = time.monotonic() + EVERY
             if not at_work:
                 return _last_words(states, workers.stopping)
-            time.sleep(0.5)
+            time.sleep(PACE[queue.folder.remote])
         except KeyboardInterrupt:  # the terminal has told the workers too
             workers.stopping = True
 
@@ -149,7 +150,7 @@ def main(_):
     queue = Queue(FLAGS.workdir, lease=FLAGS.lease, attempts=FLAGS.attempts)
     if FLAGS.worker:
         gpu_flags.prepare(verbose=False)
-        work(sweep, queue, FLAGS.workdir)
+        work(sweep, queue, FLAGS.workdir, poll=PACE[queue.folder.remote])
         return 0
     plan.claim(queue.folder, sweep)
     names = [point.name for point in sweep.points]
