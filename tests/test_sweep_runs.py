@@ -1,5 +1,6 @@
 """Sweeps of real pre-training runs: branches of one run are runs of their own, and the command, killed ten times."""
 
+import contextlib
 import json
 import os
 import random
@@ -110,15 +111,25 @@ def get_sweep(config):
 """
 
 
-def command(tmp_path, source, workdir):
-    config = tmp_path / "tiny.py"
+@pytest.fixture
+def command(text, tmp_path):  # noqa: F811
+    """command(workdir) -> the process of a sweep there, with two workers; none is left at the end."""
+    config, started = tmp_path / "tiny.py", []
     config.write_text(CONFIG)
-    return subprocess.Popen(
-        [sys.executable, "-m", "gptjax.sweep", f"--config={config}", f"--workdir={workdir}", "--workers=2",
-         "--lease=5", "--attempts=20", f"--config.data.source={source}"],
-        cwd=ROOT, env=one_device_environment(JAX_NUM_CPU_DEVICES="1"), start_new_session=True, text=True,
-        stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-    )  # fmt: skip
+
+    def command(workdir):
+        started.append(subprocess.Popen(
+            [sys.executable, "-m", "gptjax.sweep", f"--config={config}", f"--workdir={workdir}", "--workers=2",
+             "--lease=5", "--attempts=20", f"--config.data.source={text}"],
+            cwd=ROOT, env=one_device_environment(), start_new_session=True, text=True,
+            stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+        ))  # fmt: skip
+        return started[-1]
+
+    yield command
+    for process in started:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
 
 
 def finished(process):
@@ -137,15 +148,15 @@ def claims(workdir) -> list:
 
 
 @pytest.mark.slow
-def test_the_command_killed_ten_times_has_the_same_results(text, tmp_path):  # noqa: F811
+def test_the_command_killed_ten_times_has_the_same_results(command, tmp_path):
     """All of its processes, or one worker and then all, at random instants after it has a point: the losses are equal
     to the last bit, each point has one result, and no step is in a run's metrics twice."""
     whole, killed, rng = tmp_path / "whole", tmp_path / "killed", random.Random(1)
-    out = finished(command(tmp_path, text, whole))
+    out = finished(command(whole))
     assert "4 of 4 points" in out and len(re.findall(r": done \d", out)) == 4
     work = (whole / "results.jsonl").stat().st_mtime - min(path.stat().st_mtime for path in claims(whole))
     for i in range(10):
-        before, process = len(claims(killed)), command(tmp_path, text, killed)
+        before, process = len(claims(killed)), command(killed)
         while len(claims(killed)) == before and process.poll() is None:
             time.sleep(0.01)
         time.sleep(rng.uniform(0, work / 4))
@@ -157,7 +168,7 @@ def test_the_command_killed_ten_times_has_the_same_results(text, tmp_path):  # n
         if process.poll() is None:
             os.killpg(process.pid, signal.SIGKILL)
         process.communicate()
-    finished(command(tmp_path, text, killed))
+    finished(command(killed))
     (expected, count), (found, lines_found) = rows(whole), rows(killed)
     assert found == expected and count == lines_found == 4
     for name in found:
@@ -165,16 +176,16 @@ def test_the_command_killed_ten_times_has_the_same_results(text, tmp_path):  # n
         assert steps == [line["step"] for line in lines(whole / "runs" / name)]
     assert len(claims(killed)) > 8  # the kills cost attempts
     made = len(claims(killed))
-    finished(command(tmp_path, text, killed))  # nothing is left to do
+    finished(command(killed))  # nothing is left to do
     assert len(claims(killed)) == made and rows(killed)[0] == expected
 
 
 @pytest.mark.slow
-def test_sigterm_saves_and_the_same_command_continues(text, tmp_path):  # noqa: F811
-    process = command(tmp_path, text, tmp_path / "run")
+def test_sigterm_saves_and_the_same_command_continues(command, tmp_path):
+    process = command(tmp_path / "run")
     while not list((tmp_path / "run").glob("runs/*/metrics.jsonl")):
         time.sleep(0.2)
     process.send_signal(signal.SIGTERM)
     assert "stopped, with everything saved: the same command continues" in finished(process)
-    finished(command(tmp_path, text, tmp_path / "run"))
+    finished(command(tmp_path / "run"))
     assert rows(tmp_path / "run")[1] == 4
