@@ -81,6 +81,9 @@ def test_branches_of_one_run_are_runs_of_their_own(text, tmp_path, monkeypatch):
         ({}, {}, "only with schedule.kind='wsd'"),
         ({"kind": "wsd", "warmup_fraction": 0.1}, {}, "its warm-up in warmup_tokens"),
         (WSD, {"multiples": (1, 1.5)}, "are not whole ones of 1"),
+        ({**WSD, "warmup_tokens": 1e6}, {}, "warmup_tokens=1e\\+06 does not end before the shortest run decays, after"),
+        ({**WSD, "decay_fraction": 1.0}, {}, "does not end before"),
+        ({**WSD, "ramp_tokens": 1e6}, {}, "counted in whole batches: set schedule.ramp_tokens=0"),
     ],
 )
 def test_what_cannot_branch(tmp_path, schedule, options, message):

@@ -137,7 +137,7 @@ def at_budget(
         flops: of a training token: '6nd' = 6 N; 'exact' = three forwards of every matrix product, attention in full.
         tag: what distinguishes the point from others of this budget and shape, at the end of its name.
     Raises:
-        InputError: model.vocab_size is not set; the budget is less than half a step.
+        InputError: model.vocab_size is not set; the batch ramps; the budget is less than half a step.
     """
     config, model = _shaped(config, shape)
     per_token, batch_tokens = flops_per_token(model, count, flops), config.batch_size * model.context_length
@@ -164,7 +164,7 @@ def decayed(
         config: as `at_budget`, with schedule.kind='wsd' and the warm-up in tokens, which ends before the first decay.
         multiples: of tokens_per_parameter x N tokens.
     Raises:
-        InputError: another schedule; multiples that are not whole ones of the smallest.
+        InputError: another schedule, or a longer warm-up; multiples that are not whole ones of the smallest.
     """
     config, model = _shaped(config, shape)
     if config.schedule.kind != "wsd" or config.schedule.warmup_fraction or config.schedule.decay_tokens:
@@ -174,9 +174,15 @@ def decayed(
         raise InputError(f"The multiples {tuple(multiples)} are not whole ones of {least}: their decays do not begin "
                          "where the longest run has checkpoints.")  # fmt: skip
     share = fractions.Fraction(config.schedule.decay_fraction).limit_denominator(1000)
-    wanted = least * tokens_per_parameter * parameters(model, count) / (config.batch_size * model.context_length)
+    batch_tokens = config.batch_size * model.context_length
+    wanted = least * tokens_per_parameter * parameters(model, count) / batch_tokens
     unit = share.denominator * max(1, round(wanted / share.denominator))  # steps of the shortest run
     stable = int(unit * (1 - share))
+    if config.schedule.warmup_tokens >= stable * batch_tokens:
+        raise InputError(
+            f"schedule.warmup_tokens={config.schedule.warmup_tokens:g} does not end before the shortest run decays, "
+            f"after {stable * batch_tokens:,} tokens: lower it, or schedule.decay_fraction."
+        )
     config.checkpoint.keep_every = stable
     config.checkpoint.every = max(d for d in range(1, min(config.checkpoint.every, stable) + 1) if stable % d == 0)
     longest, points = max(multiples), []
@@ -195,6 +201,8 @@ def _shaped(config: mlc.ConfigDict, shape: dict) -> tuple[mlc.ConfigDict, ModelC
         config.model.update(shape)
     if config.model.vocab_size is None:
         raise InputError("The parameters depend on the vocabulary: set config.model.vocab_size in the sweep's config.")
+    if config.schedule.ramp_tokens:
+        raise InputError("The tokens of a point are counted in whole batches: set schedule.ramp_tokens=0.")
     return config, build(ModelConfig, config.model, "config.model")
 
 
