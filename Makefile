@@ -18,17 +18,21 @@ PYTEST := $(VENV)/bin/python -m pytest -q -n $(WORKERS) --dist loadfile
 OPTIMIZED ?=
 QUICK := $(if $(OPTIMIZED),,JAX_DISABLE_MOST_OPTIMIZATIONS=1 XLA_FLAGS="$(XLA_FLAGS) --xla_cpu_use_fusion_emitters=false")
 
-.PHONY: demo test test-slow test-peers lint bench bench-gpu clean
+.PHONY: demo test test-slow test-long test-peers lint bench bench-gpu clean
 
 demo: $(VENV)/.installed
 	$(VENV)/bin/python -m experiments.docstrings --config=configs/demo.py --workdir=runs/demo $(DEMO_FLAGS)
 
 test: $(VENV)/.installed-test
-	$(QUICK) $(PYTEST) -m "not slow" $(PYTEST_FLAGS)
+	$(QUICK) $(PYTEST) -m "not slow and not long" $(PYTEST_FLAGS)
 
 test-slow: $(VENV)/.installed-test
 	$(QUICK) $(PYTEST) -m "slow and not optimized" $(PYTEST_FLAGS)
 	$(PYTEST) -m "slow and optimized" $(PYTEST_FLAGS)
+
+# Before a release: compilations for large TPU slices, and nanoGPT's loss. .ci/run does not call it.
+test-long: $(VENV)/.installed-test
+	$(PYTEST) -m long $(PYTEST_FLAGS)
 
 # Parity with torch and transformers, in an environment of its own.
 test-peers: $(PEERS)/.installed

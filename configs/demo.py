@@ -42,6 +42,6 @@ def get_config():
         c.mesh.update(data=1, fsdp=-1)
         c.steps, c.batch_size = 2000, 64
         c.eval.update(every=500, batches=20)
-    c.checkpoint.every = c.eval.every
+    c.checkpoint.every = c.checkpoint.keep_every = c.eval.every  # all are kept, for skill over training
     c.schedule.warmup_tokens = 0.05 * c.steps * c.batch_size * c.model.context_length
     return c

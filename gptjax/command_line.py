@@ -29,7 +29,7 @@ _HELP = ("-h", "--help", "-help", "--helpshort", "-helpshort", "-?")
 
 
 def run(main, config_class=None):
-    """absl's app.run, with bad input told in one line instead of a traceback (exit code 2), and so Ctrl-C (130).
+    """absl's app.run. User-correctable errors (exit code 2) and Ctrl-C (130) print one line, not a traceback.
 
     config_class: the dataclass of --config, whose keys --help lists.
     """
@@ -71,7 +71,7 @@ def run(main, config_class=None):
         except OSError as error:
             if error.errno not in (errno.ENOSPC, errno.EDQUOT):
                 raise
-            _fail(f"the disk is full ({error.filename or error.strerror}): free some space and start again")
+            _fail(f"The disk is full ({error.filename or error.strerror}): free some space and start again.")
 
     console.escape_unprintable()
     console.plain_warnings()
@@ -111,10 +111,10 @@ def define_flags(print_config: bool = False):
     """--config, --workdir and --join_limit, as every training stage has them. print_config: --print_config too, with
     which no workdir is needed."""
     config_flags.DEFINE_config_file("config", None, "A config file, as configs/gpt2.py:124m.", lock_config=True)
-    define_path("workdir", None, "Where everything of this run is kept.")
+    define_path("workdir", None, "Folder of this run: config, checkpoints, metrics, samples, report.")
     flags.DEFINE_integer("join_limit", 300, "Seconds to wait for the other hosts of the job.", lower_bound=1)
     if print_config:
-        help = "Print the whole config, a flag for each key, and stop: nothing is trained, and no --workdir needed."
+        help = "Print the resolved config, one flag per key, and exit; no --workdir is needed."
         flags.DEFINE_bool("print_config", False, help)
     flags.mark_flag_as_required("config")
     flags.register_validator(
@@ -145,7 +145,7 @@ def define_seeds(default: str | None, help: str):
 def config_lines(config: mlc.ConfigDict, config_class) -> list[str]:
     """The whole config as flags, quoted for a shell; keys without a value as comments: no flag takes a value away.
 
-    Raises InputError where a run with this config would, but for what only its data and devices can tell.
+    Raises InputError where a run with this config would, except for errors that depend on its data or devices.
     """
     section = config.to_dict()
     model = section.get("model") or {}
@@ -243,7 +243,7 @@ def _arguments(preset: usage.Preset) -> str:
 
 
 def _first_value(key: str, configs):
-    """Of the first of the configs that has the key: a file may leave out what it takes as it is."""
+    """The key's value in the first of the configs that has it: a config file may leave keys at their defaults."""
     for config in configs:
         try:
             return functools.reduce(operator.getitem, key.split("."), config)
@@ -292,7 +292,7 @@ def _options(config_class) -> list[tuple[str, str]]:
 
 
 def _show(text: str):
-    """Prints it all, or as much as `| head` reads, and ends the program."""
+    """Prints the text, or as much of it as `| head` reads, and exits with 0."""
     try:
         print(text)
         if sys.stdout is not None:
@@ -341,7 +341,7 @@ def _check_config_file(argv):
         path = epath.Path(value.split(":")[0])
         if name == "config" and not path.exists():
             there = [str(p) for p in path.parent.iterdir() if p.suffix == ".py"] if path.parent.is_dir() else []
-            raise InputError(f"There is no config file {path}{nearest(path, there) if there else ''}.")
+            raise InputError(f"There is no config file {path}{nearest(path, there) if there else '.'}")
 
 
 def _mixture_weights(argv) -> tuple[list[str], dict[str, float]]:
@@ -359,8 +359,8 @@ def _mixture_weights(argv) -> tuple[list[str], dict[str, float]]:
 
 
 def _unknown_key(argv) -> str | None:
-    """What is wrong with the first --config.x.y of the arguments whose key the config file does not have: absl says no
-    more than the key. None where every key is known."""
+    """The message for the first --config.x.y whose key the config file does not have, with the nearest key, which absl
+    does not name. None if every key is known."""
     given = dict(a.lstrip("-").partition("=")[::2] for a in argv[1:])
     path, _, argument = given.get("config", "").partition(":")
     try:
@@ -378,14 +378,14 @@ def _unknown_key(argv) -> str | None:
                 if not isinstance(here, mlc.ConfigDict):
                     return f"unknown config key {flag}: {within} has no keys of its own."
                 new = RENAMED.get(flag.removeprefix("config."))
-                told = f": it is now {section}.{new}" if new else nearest(key, list(here))
-                return f"unknown config key {within}.{key}{told}"
+                end = f": it is now {section}.{new}." if new else nearest(key, list(here))
+                return f"unknown config key {within}.{key}{end}"
             here, within = here.get(key), f"{within}.{key}"
     return None
 
 
 def _fail(error):
-    """One line: what ml_collections and absl wrap around a message is peeled off."""
+    """Prints the error in one line, without what ml_collections and absl wrap around its message, and exits with 2."""
     text = str(error.args[0]) if isinstance(error, KeyError) and error.args else str(error)
     text = text.strip()
     if "Traceback" in text:  # an error inside a config file

@@ -87,7 +87,7 @@ def build(cls, section, path="config"):
     section = section.to_dict() if isinstance(section, mlc.ConfigDict) else dict(section)
     for key in section:
         if key not in fields:
-            raise InputError(f"Unknown key {path}.{key}{nearest(key, fields)}.")
+            raise InputError(f"Unknown key {path}.{key}{nearest(key, fields)}")
     values = {}
     for name, value in section.items():
         kind = hints[name]
@@ -108,23 +108,27 @@ def build(cls, section, path="config"):
         raise InputError(f"{path}: {error}.") from error
 
 
+def sharding_rules(config) -> sharding.Rules:
+    """The mesh.rules of a config (a ConfigDict or dict); the default ones if it leaves them out."""
+    return build(sharding.Rules, (config.get("mesh") or {}).get("rules") or {}, "config.mesh.rules")
+
+
 def with_sharding_rules(stage):
-    """Of a stage, whose first argument is a config: called with that config's mesh.rules active, and with an output
-    whose failing does not end it (console.lenient_output)."""
+    """Decorates a function whose first argument is a config: it runs with that config's mesh.rules active, and printing
+    does not raise in it (console.lenient_output)."""
 
     @functools.wraps(stage)
     def under_rules(config, *args, **kwargs):
-        section = (config.get("mesh") or {}).get("rules") or {}  # a config may leave out what it takes as it is
-        with console.lenient_output(), sharding.use_rules(build(sharding.Rules, section, "config.mesh.rules")):
+        with console.lenient_output(), sharding.use_rules(sharding_rules(config)):
             return stage(config, *args, **kwargs)
 
     return under_rules
 
 
 def nearest(name, names) -> str:
-    """' (did you mean x?)', or the list of what there is."""
+    """The end of a sentence about an unknown name: ": did you mean 'x'?", or ": there are x, y."."""
     close = difflib.get_close_matches(str(name), [str(n) for n in names], n=1)
-    return f": did you mean {close[0]!r}?" if close else f": there are {', '.join(sorted(map(str, names)))}"
+    return f": did you mean {close[0]!r}?" if close else f": there are {', '.join(sorted(map(str, names)))}."
 
 
 def choose(presets: dict, name: str, what: str):
@@ -142,7 +146,7 @@ _LINE = re.compile(r"(\w+): +(.*)")
 def documentation(cls) -> tuple[str, dict[str, str]]:
     """(what a config dataclass is, {key: its explanation}), from its docstring and those of the classes it extends.
 
-    A key has a line `key: explanation`, which goes on in indented lines; the text before the first is about the whole.
+    A key has a line `key: explanation`, continued in indented lines; the text before the first key is about the whole.
     """
     about, explained = "", {}
     for base in reversed(cls.__mro__):

@@ -2,9 +2,9 @@
 
     python -m gptjax.describe --config=configs/gpt3.py:175b [--json]
 
-Nothing is allocated and no accelerator is needed; the mesh is the config's (mesh axes of -1 count as 1). How many
-bytes a step needs on a TPU is our own count (cost/memory.py), by the default mesh.rules, within 10 % of the TPU
-compiler's with Splash, which `aot` asks.
+Nothing is allocated and no accelerator is needed; the mesh is the config's (mesh axes of -1 count as 1). The bytes of a
+step on a TPU are our own estimate (cost/memory.py) for the default mesh.rules, within 10 % of the TPU compiler's figure
+with Splash, which `aot` prints.
 """
 
 import dataclasses
@@ -71,7 +71,7 @@ def describe(config: dict) -> dict:
 
 
 def peak(c: PretrainConfig, sizes, params: int, optimizer: int) -> dict[str, int] | None:
-    """{what: bytes} at the peak of a step on a TPU; None of an LSTM, which our count does not know."""
+    """{what: bytes} at the peak of a step on a TPU; None for an LSTM, which the estimate does not cover."""
     m = c.model
     if not isinstance(m, GPTConfig):
         return None
@@ -86,11 +86,11 @@ def peak(c: PretrainConfig, sizes, params: int, optimizer: int) -> dict[str, int
 
 
 def with_vocabulary(config: dict) -> dict:
-    """The config with a vocabulary: what the tokenizer would decide, its config says how large it is asked to be."""
+    """The config with a vocabulary size: where the tokenizer would set it, the size asked for in data.tokenizer."""
     if "vocab_size" not in (config.get("model") or {}):
         raise InputError(
-            "This config says nothing of the model: it is of a stage that begins with another's workdir. Give a "
-            "pre-training config, as configs/gpt2.py:124m; for PPO's memory there is gptjax.aot."
+            "This config has no model, because its stage starts from another run's workdir: give a pre-training "
+            "config, as configs/gpt2.py:124m, or use gptjax.aot for the memory of later stages."
         )
     if config["model"]["vocab_size"] is not None:
         return config
@@ -101,7 +101,7 @@ def with_vocabulary(config: dict) -> dict:
 
 
 def _bytes(tree, shardings, host=False) -> int:
-    """Bytes of one device's part in its own memory, or in its host's."""
+    """Bytes of one device's shards in its own memory, or in its host's."""
     size = lambda x, s: math.prod(s.shard_shape(x.shape)) * x.dtype.itemsize * ((s.memory_kind == MEMORY) == host)
     return sum(jax.tree.leaves(jax.tree.map(size, tree, shardings)))
 
@@ -143,6 +143,6 @@ def main(_):
 if __name__ == "__main__":
     FLAGS = flags.FLAGS
     config_flags.DEFINE_config_file("config", None, "A config file, as configs/gpt3.py:175b.", lock_config=True)
-    flags.DEFINE_bool("json", False, "One JSON object.")
+    flags.DEFINE_bool("json", False, "Print the result as one JSON object.")
     flags.mark_flag_as_required("config")
     command_line.run(main)

@@ -3,9 +3,8 @@
     python -m gptjax.dpo --config=configs/dpo.py --workdir=runs/dpo --config.init_from=runs/sft \
         --config.data.source=comparisons.jsonl
 
-The data's rows are those of gptjax.reward. The model in init_from is the initial policy and the reference, whose
-log-probabilities are computed once, before the first step. The same command resumes an interrupted run, bitwise
-identical.
+Rows as for gptjax.reward. init_from is the initial policy and the reference, whose log-probabilities are computed once.
+The same command resumes an interrupted run, bitwise identical.
 """
 
 import dataclasses
@@ -19,12 +18,10 @@ from gptjax.data.comparisons import ComparisonConfig, batches_of, load_compariso
 from gptjax.distributed import hosts
 from gptjax.errors import InputError
 from gptjax.evals.preference import ranking_metrics, ranking_sums
-from gptjax.model import gpt
+from gptjax.model import architecture
 from gptjax.model.spec import GPTConfig, ModelOptions
 from gptjax.objectives.base import Objective
 from gptjax.objectives.dpo import dpo_objective
-from gptjax.parallel import pipeline
-from gptjax.parallel.mesh import check_fits
 from gptjax.ranges import Count, Positive
 from gptjax.rlhf.reference import ReferenceLogProbs
 from gptjax.run import Claim, require, run
@@ -71,7 +68,7 @@ def program(c: DPOConfig, model: GPTConfig, mesh) -> TrainProgram:
     """What runs on the devices, from shapes alone."""
     loss = dpo_objective(model, c.beta, c.precision.dtype, c.loss_chunk, mesh)
     objective = Objective(loss, metrics=ranking_metrics, unit="prompts")
-    return train_program(objective, gpt.abstract_params, model, c.optimizer, c.precision, c.seed, mesh)
+    return train_program(objective, architecture.abstract_params, model, c.optimizer, c.precision, c.seed, mesh)
 
 
 def build(c: DPOConfig, mesh, claim: Claim) -> Stage:
@@ -84,15 +81,13 @@ def build(c: DPOConfig, mesh, claim: Claim) -> Stage:
     base = load_base(c.init_from, claim.workdir, mesh=mesh)
     if base.template is None:
         raise InputError(f"{c.init_from} answers no prompts: give the workdir of an SFT run as init_from.")
-    model = dataclasses.replace(c.model, dropout=c.model.dropout or 0.0).apply(base.config)
-    pipeline.make_plan(model, mesh.shape, c.microbatch_rows)
+    model = c.model.no_dropout_by_default().apply(base.config)
 
     # --- data, and the reference's log-probabilities of its completions ---
     template = Template(base.tokenizer, base.template)
     comparisons = load_comparisons(c.data, template, model.context_length, c.seed)
-    # counted: tokens of a completion as the schedule counts them; length: the same, padded for the mesh
     counted, length = padded_length(comparisons, c.data.max_length or model.context_length, mesh.shape["seq"])
-    check_fits(mesh.shape, n_head=model.n_head, time=length, **c.rows)
+    architecture.check_fits(model, mesh.shape, time=length, **c.rows)
     hosts.agree("The comparisons", comparisons.fingerprint)
     sections = {"model": model, "template": template.kind, "origin": origin(init_from=base)}
     claim.check(c, **sections)
@@ -112,7 +107,7 @@ def build(c: DPOConfig, mesh, claim: Claim) -> Stage:
     init = lambda: jax.jit(lambda p: new_state(p, train.tx, c.precision), out_shardings=train.shardings)(base.params)
     return supervised(
         c, train, batches, schedule, mesh, workdir=claim.workdir, init=init, data=comparisons.fingerprint,
-        changed=f"{c.data.source} has changed since the run began: put it back or take another --workdir.",
+        changed=f"{c.data.source} has changed since the run began: restore it, or give another --workdir.",
         evaluators=(Evaluator(ranking_sums(train.objective.loss, held_out, mesh, c.eval.batches), c.eval.every),),
         begin=lambda _: hosts.say(f"{comparisons}; {schedule.steps:,} steps of {c.batch_size} prompts"),
     )  # fmt: skip

@@ -6,7 +6,8 @@
 
 With --tasks: each task's rows are looked for in --data; the table has every metric with its standard error, and
 <workdir>/tasks/tasks.json (--out) the protocol too: templates, normalization, prefix token, what was cut. A task is a
-small file, published ones in gptjax/tasks/published, the format in gptjax/tasks/task.py. --every_checkpoint draws
+small file, published ones in gptjax/tasks/published, the format in gptjax/tasks/task.py. --tasks=superglue is its
+eight tasks and, wherever all eight are evaluated, their score. --every_checkpoint draws
 skill over training; reliability diagrams of choices, those of --compare beside them (before and after RLHF), are drawn
 too.
 
@@ -34,13 +35,15 @@ from gptjax.data.corpus import Part, Text, pretraining_text
 from gptjax.data.records import documents_within, isolates_documents
 from gptjax.data.tokens import around
 from gptjax.errors import InputError
+from gptjax.evals import superglue
 from gptjax.evals.lm import evaluation_sums
 from gptjax.objectives.lm import causal_lm_loss
 from gptjax.parallel.mesh import batch_shards
 from gptjax.parallel.sharding import batch_sharding
 from gptjax.tasks import harness, table
+from gptjax.tasks.files import find_files
 from gptjax.tasks.harness import Result
-from gptjax.tasks.task import find_files, load_task
+from gptjax.tasks.task import load_task
 from gptjax.trained import Model, load_model
 from gptjax.training.checkpoint import Checkpointer
 from gptjax.training.step import jit_eval_step
@@ -111,7 +114,8 @@ def _evaluate_tasks() -> list[tuple[int, Result]]:
     """(step, result) of every checkpoint asked for, task and number of examples."""
     if FLAGS.data is None:
         raise InputError("--tasks needs --data=DIR, the folder with the tasks' files.")
-    tasks = [load_task(name) for name in dict.fromkeys(FLAGS.tasks)]
+    names = [each for name in FLAGS.tasks for each in (superglue.METRICS if name == "superglue" else [name])]
+    tasks = [load_task(name) for name in dict.fromkeys(names)]
     if twice := [task.name for i, task in enumerate(tasks) if task.name in {other.name for other in tasks[:i]}]:
         raise InputError(f"--tasks has two files of the name {twice[0]!r}, as their results would have: rename one.")
     if FLAGS.allow_code_execution:
@@ -137,6 +141,11 @@ def _evaluate_tasks() -> list[tuple[int, Result]]:
                 raise InputError(f"{task.name}, {k}-shot: {error}{kept}") from error
             results.append((model.step, result))
             table.write(results, folder, about, FLAGS.log_samples)
+        for k in shots:
+            of_k = [result for step, result in results if (step, result.shots) == (model.step, k)]
+            if score_of_eight := harness.superglue_result(of_k):
+                results.append((model.step, score_of_eight))
+                table.write(results, folder, about, log_samples=False)
     if FLAGS.every_checkpoint:
         table.plot_over_steps(results, folder / "tasks.png")
     table.plot_reliability([*map(Path, FLAGS.compare), folder], folder / "reliability.png")
@@ -219,7 +228,7 @@ if __name__ == "__main__":
     )  # fmt: skip
     flags.DEFINE_bool("per_document", False, "Score each document by itself, not what was joined.")
     flags.DEFINE_bool("json", False, "JSON instead of a table.")
-    flags.DEFINE_list("tasks", None, "Names of tasks, or .toml files.")
+    flags.DEFINE_list("tasks", None, "Names of tasks, or .toml files; superglue is eight of them and their score.")
     command_line.define_path("data", None, "The folder with the tasks' files, or a single file.")
     flags.DEFINE_list("num_fewshot", ["0"], "Examples in a prompt; several with commas. Whole texts have none.")
     flags.DEFINE_integer("limit", None, "Only the first so many items of a task.", lower_bound=1)

@@ -72,7 +72,7 @@ class FinetuneConfig(TrainConfig):
 
 
 def finetune(config: mlc.ConfigDict, workdir) -> RunResult:
-    """The whole stage (run.run)."""
+    """Runs the stage (run.run)."""
     return run("finetune", FinetuneConfig, build, config, workdir, kind="classifier")
 
 
@@ -89,6 +89,7 @@ def abstract_classifier(outputs: int):
 
 
 def task_metrics(sums: dict) -> dict:
+    """Metrics of a step from the extra sums of finetune_loss, means over the examples."""
     n = max(sums["examples"], 1)
     return {"accuracy": sums["correct"] / n, "task_loss": sums["task_loss"] / n, "lm_loss": sums["lm_loss"] / n}
 
@@ -101,7 +102,7 @@ def build(c: FinetuneConfig, mesh, claim: Claim) -> Stage:
         "steps,epochs": "Say how long to train: --config.epochs=3 (as GPT-1) or --config.steps.",
     })  # fmt: skip
     base = load_base(c.init_from, claim.workdir, mesh=mesh)
-    # A resumed run whose base is gone knows its own model, which has the new tokens already.
+    # Of a resumed run whose base is gone, base.config is the run's own, which has the new tokens already.
     vocab = base.config.vocab_size - (NEW_TOKENS if base.params is None else 0)
     model = c.model.apply(base.config, vocab_size=vocab + NEW_TOKENS)
     if c.transfer is not None and not -1 <= c.transfer <= model.n_layer:
@@ -160,13 +161,14 @@ def build(c: FinetuneConfig, mesh, claim: Claim) -> Stage:
     validation = labeled_metrics(predict, batches_of(some), some, c.data.score_range)
     return supervised(
         c, train, batches, schedule, mesh, workdir=claim.workdir, init=init, data=labeled.fingerprint,
-        changed=f"{c.data.train} has changed since the run began: put it back or take another --workdir.",
+        changed=f"{c.data.train} has changed since the run began: restore it, or give another --workdir.",
         evaluators=(Evaluator(validation, c.eval.every),), finish=finish,
         begin=lambda _: hosts.say(f"{labeled}; {schedule.steps:,} steps of {c.batch_size} examples"),
     )  # fmt: skip
 
 
 def say(results: dict):
+    """Prints the metrics of each split."""
     for split in ("validation", "test"):
         if split in results:
             shown = (f"{k.replace('_', ' ')} {v:.4f}" for k, v in results[split].items() if isinstance(v, float))

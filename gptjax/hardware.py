@@ -28,7 +28,6 @@ PEAK_FLOPS = {
     "tesla t4": 65e12,
 }
 
-
 # Bytes/s of one device's HBM (or GDDR), from the same sheets.
 MEMORY_BANDWIDTH = {
     "tpu v2": 350e9,

@@ -1,4 +1,4 @@
-"""JSON as other programs read it: no NaN, and files that are whole or not there."""
+"""JSON that every parser reads, without NaN, and files that are written atomically."""
 
 import json
 import math
@@ -8,7 +8,8 @@ from etils import epath
 
 
 def json_safe(value):
-    """A value as JSON has it, at any depth: null for NaN and infinities, numbers and lists for numpy's and JAX's."""
+    """A value in JSON's types, at any depth: None for NaN and infinities, numbers and lists for numpy's and JAX's
+    arrays."""
     if isinstance(value, dict):
         return {k: json_safe(v) for k, v in value.items()}
     if isinstance(value, list | tuple):
@@ -24,7 +25,7 @@ def dumps(value, **options) -> str:
 
 
 def write_json(path, value):
-    """Atomic: a reader sees the old file or the new one. What isn't finite becomes null (json_safe)."""
+    """Atomic: a reader sees the old file or the new one. Values that are not finite become null (json_safe)."""
     path = epath.Path(path)
     temporary = path.parent / f".{path.name}.{os.getpid()}.tmp"
     text = dumps(value, indent=2) + "\n"

@@ -91,16 +91,22 @@ class PPOConfig(RunConfig):
         rows, group = self.batch_size // self.ppo.minibatches, self.rollout.group_size
         if self.batch_size % self.ppo.minibatches:
             raise InputError(
-                f"batch_size={self.batch_size} is not a multiple of ppo.minibatches={self.ppo.minibatches}."
+                f"batch_size={self.batch_size} is not a multiple of ppo.minibatches={self.ppo.minibatches}: change one."
             )
         if rows % (self.ppo.microbatch_size or rows):
             raise InputError(
-                f"A minibatch of {rows} episodes is not a multiple of ppo.microbatch_size={self.ppo.microbatch_size}."
+                f"A minibatch of {rows} episodes is not a multiple of ppo.microbatch_size={self.ppo.microbatch_size}: "
+                "change it, batch_size or ppo.minibatches."
             )
         if self.rollout.forward_rows is not None and self.batch_size % self.rollout.forward_rows:
-            raise InputError(f"batch_size={self.batch_size} is not a multiple of rollout.forward_rows.")
+            raise InputError(
+                f"batch_size={self.batch_size} is not a multiple of rollout.forward_rows={self.rollout.forward_rows}: "
+                "change one."
+            )
         if self.batch_size % group:
-            raise InputError(f"batch_size={self.batch_size} is not a multiple of rollout.group_size={group}.")
+            raise InputError(
+                f"batch_size={self.batch_size} is not a multiple of rollout.group_size={group}: change one."
+            )
         if group > 1 and self.shared_trunk:
             raise InputError(f"rollout.group_size={group} is GRPO, which has no values: set shared_trunk to False.")
         if self.precision.scaled:
@@ -187,7 +193,7 @@ def build(c: PPOConfig, mesh, claim: Claim, reward_fn: Callable | None = None) -
     return Stage(
         config=c, total=iterations, abstract=program.abstract, shardings=program.shardings, init=init,
         data=prompts.fingerprint,
-        changed=f"{c.data.source} has changed since the run began: put it back or take another --workdir.",
+        changed=f"{c.data.source} has changed since the run began: restore it, or give another --workdir.",
         advances=lambda plan, start: (Advance(first, count, iteration) for first, count in plan),
         lines=functools.partial(lines, c), summary=summary, evaluators=(Evaluator(evaluate, c.eval.every),),
         reads_late=False, unit="iteration", begin=begin,
@@ -204,7 +210,8 @@ def load_models(c: PPOConfig, mesh) -> tuple[Model, Template, RewardModel | None
     reward_model = load_reward_model(c.reward, mesh=mesh, tokenizer=base.tokenizer) if c.reward else None
     if reward_model and reward_model.template != template.kind:
         raise InputError(
-            f"The reward model saw {reward_model.template!r} prompts and the policy {template.kind!r} ones."
+            f"The reward model saw {reward_model.template!r} prompts and the policy {template.kind!r} ones: train the "
+            "reward model from this policy's SFT run."
         )
     return base, template, reward_model
 
@@ -309,6 +316,7 @@ def describe(c: PPOConfig, spec, prompts, slots: int, iterations: int, about: di
 
 
 def warn_of_warmup(c: PPOConfig, iterations: int):
+    """Prints a warning if the learning rate never reaches its peak."""
     if iterations <= c.rate.warmup:
         hosts.say(
             f"warning: the run ends within its warm-up (rate.warmup={c.rate.warmup} iterations): the learning rate "

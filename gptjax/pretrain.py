@@ -127,7 +127,7 @@ def build(c: PretrainConfig, mesh, claim: Claim, by_tokenizer: bool) -> Stage:
         c, train, batches, schedule, mesh, workdir=claim.workdir, init=init,
         flops_per_token=architecture.flops_per_token(model).palm, data=corpus.fingerprint,
         changed=f"The tokens in {shards_directory(c.data.cache, claim.workdir)} are not those this run was trained on: "
-        "put them back, or start anew in another --workdir.",
+        "restore them, or start again in a new --workdir.",
         evaluators=(
             Evaluator(text_loss(train.objective.loss, corpus, held_out, mesh), c.eval.every),
             Evaluator(continuations(c.samples, prompts, decoder, tokenizer, c.seed)),

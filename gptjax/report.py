@@ -16,6 +16,7 @@ from gptjax.model import architecture
 from gptjax.run_config import read_config
 from gptjax.training import files
 from gptjax.training.metrics import JsonLines
+from gptjax.training.stage import selection_value
 
 _STYLE = """
 :root { color-scheme: light dark; }
@@ -76,7 +77,7 @@ def _summary(config, train, evaluations) -> list[tuple[str, str]]:
         rows += [(k.replace("_", " "), f"{last[k]:,}") for k in ("tokens_seen", "episodes") if k in last]
         if "loss" in last:
             rows.append(("last training step", _figures(last)))
-        for unit in ("tokens", "prompts"):
+        for unit in ("tokens", "prompts", "examples"):
             speeds = sorted(line[f"{unit}_per_second"] for line in train if f"{unit}_per_second" in line)
             if speeds:
                 rows.append(("speed", f"{speeds[len(speeds) // 2]:,.0f} {unit}/s (median)"))
@@ -85,8 +86,8 @@ def _summary(config, train, evaluations) -> list[tuple[str, str]]:
             rows.append(("MFU", f"{100 * last['mfu']:.1f} % (PaLM-style)"))
     if evaluations:
         named = [("first", evaluations[0]), ("last", evaluations[-1])]
-        if finite := [e for e in evaluations if e.get("loss") is not None]:
-            named.append(("best", min(finite, key=lambda e: e["loss"])))
+        if finite := [e for e in evaluations if selection_value(e) is not None]:
+            named.append(("best", min(finite, key=selection_value)))
         rows += [(f"{name} validation", f"{_figures(e)}, step {e['step']:,}") for name, e in named]
     rows += [
         ("hardware", f"{jax.device_count()} x {device.device_kind} ({platform.machine()} {platform.system()})"),
@@ -101,7 +102,7 @@ _UNITS = {"loss": "{:.4f} nats/token", "bits_per_byte": "{:.4f} bits/byte", "acc
 
 
 def _figures(line: dict) -> str:
-    """What of a line people look for first."""
+    """The main figures of a line, with their units."""
     units = _UNITS if "bits_per_byte" in line else _UNITS | {"loss": "loss {:.4f}"}
     return ", ".join(text.format(line[k]) for k, text in units.items() if line.get(k) is not None)
 
@@ -115,7 +116,7 @@ def _table(rows):
 _PANELS = (
     ("loss", "loss", ("loss",)),
     ("bits_per_byte", "bits/byte", ("bits_per_byte",)),
-    ("accuracy", "pair accuracy", ("accuracy",)),
+    ("accuracy", "accuracy", ("accuracy",)),
     ("objective/score", "score", ("score", "gold")),
     ("objective/kl", "KL from the reference, nats per response", ("kl",)),
     ("lm_loss", "loss on pre-training text, nats/token", ("lm_loss",)),
@@ -174,7 +175,7 @@ def image(figure, alt: str) -> str:
 
 
 def _reward_model(fitted: dict) -> str:
-    """Accuracy, beside what length alone would get, and the calibration curve."""
+    """Accuracy compared with that of length alone, and the calibration curve."""
     names = ("pairs", "accuracy", "accuracy_by_prompt", "longer_wins", "longer_wins_characters",
              "accuracy_same_length", "accuracy_better_is_longer", "accuracy_better_is_shorter", "length_correlation",
              "mean_before", "mean_after")  # fmt: skip
@@ -184,7 +185,7 @@ def _reward_model(fitted: dict) -> str:
 
 
 def reliability_diagram(curves: dict[str, list[dict]], what: str = "accuracy"):
-    """A matplotlib Figure: predicted against observed `what`, and below it where the predictions lie.
+    """A matplotlib Figure: predicted against observed `what`, and below it the distribution of the predictions.
 
     curves: {name: bins}, each bin with `predicted` and `observed`; `observed_low` and `observed_high`, where it has
     them, become error bars, `low`, `high` and `items` the histogram.

@@ -88,23 +88,24 @@ class RewardConfig(TrainConfig):
 
 
 def reward(config: mlc.ConfigDict, workdir) -> RunResult:
-    """The whole stage (run.run)."""
+    """Runs the stage (run.run)."""
     return run("reward", RewardConfig, build, config, workdir, kind="scalar")
 
 
 def program(c: RewardConfig, model: GPTConfig, mesh) -> TrainProgram:
-    """The device program of a step."""
+    """What runs on the devices, from shapes alone."""
     loss = reward_loss(model, c.precision.dtype, c.objective, mesh)
     objective = Objective(loss, metrics=ranking_metrics, unit="prompts")
     return train_program(objective, heads.abstract_scalar_model, model, c.optimizer, c.precision, c.seed, mesh)
 
 
 def trunk(c: RewardConfig, base: GPTConfig, **changes) -> GPTConfig:
-    """The model under the scalar head, on a base. No dropout unless the config says so."""
-    return dataclasses.replace(c.model, dropout=c.model.dropout or 0.0).apply(base, **changes)
+    """The config of the model under the scalar head. base: of the SFT model; changes: further keys."""
+    return c.model.no_dropout_by_default().apply(base, **changes)
 
 
 def build(c: RewardConfig, mesh, claim: Claim) -> Stage:
+    """The Stage of this run: base model, comparisons, device program; afterwards the scale of the scores."""
     require(c, {
         "init_from": "No model to start from: give --config.init_from=WORKDIR of an SFT run.",
         "data.source": "No comparisons: give --config.data.source=PATH (JSONL, Parquet or hf:NAME).",
@@ -112,7 +113,7 @@ def build(c: RewardConfig, mesh, claim: Claim) -> Stage:
     })  # fmt: skip
     kind, of_sft = texts_of_base(c, claim)
 
-    # --- the trunk it starts from ---
+    # --- the base model ---
     base = load_base(c.init_from, claim.workdir, mesh=mesh)
     require_gpt(base.config, "a reward model")
     tokenizer = chat_tokenizer(base.tokenizer)
@@ -147,10 +148,10 @@ def build(c: RewardConfig, mesh, claim: Claim) -> Stage:
     def begin(state):
         describe(c, model, comparisons, length, schedule, mesh)
         if int(state.step) < schedule.steps and hosts.first():
-            (claim.workdir / "reward.json").unlink(missing_ok=True)  # of a shorter run: it tells of other weights
+            (claim.workdir / "reward.json").unlink(missing_ok=True)  # of a shorter run, so of other weights
 
     def finish(state, checkpointer):
-        """The zero of its scale, and how far it can be trusted."""
+        """Writes reward.json: gain and bias of the scores; accuracy and calibration on validation."""
         step, params = schedule.steps, state.params
         if c.selection == "loss" and checkpointer.best in checkpointer.steps():
             step = checkpointer.best
@@ -167,18 +168,19 @@ def build(c: RewardConfig, mesh, claim: Claim) -> Stage:
     validation = ranking(scores, CRITERIA[c.objective], spread(held_out, c.eval.batches))
     return supervised(
         c, train, batches, schedule, mesh, workdir=claim.workdir, init=init, data=comparisons.fingerprint,
-        changed=f"{c.data.source} has changed since the run began: put it back or take another --workdir.",
+        changed=f"{c.data.source} has changed since the run began: restore it, or give another --workdir.",
         evaluators=(Evaluator(validation, c.eval.every),), begin=begin, finish=finish,
     )  # fmt: skip
 
 
 def texts_of_base(c: RewardConfig, claim: Claim) -> tuple[str, dict]:
-    """(template, data section of the SFT run that init_from is, {} of another run). InputError: they do not fit."""
+    """(template, data section of the SFT run in init_from, or {} if that is another run). InputError: the config names
+    another template than the SFT run's, or the folder of init_from is needed and gone."""
     gone = claim.resuming and not paths.local(c.init_from).exists()
     if gone and c.normalize != "none" and c.demonstrations is None:
         raise InputError(
-            f"{c.init_from} is not there any more, and it tells which demonstrations are to score 0 on average: put it "
-            "back."
+            f"{c.init_from} no longer exists, and its config says which demonstrations are to score 0 on average: "
+            "restore it."
         )
     before = {"template": run_config.read_config(claim.workdir)["template"]} if gone else {}
     of_sft = {} if gone else demonstration_config(run_config.read_config(c.init_from))
@@ -196,23 +198,25 @@ def demonstration_config(run: dict) -> dict:
 
 @shared
 def reward_loss(model: GPTConfig, dtype, objective: str, mesh=None):
-    """Sum over prompts of their ranking loss. Microbatch: tokens [rows, K, time], lengths, ranks, valid [rows, K]."""
+    """The loss of an Objective, summed over prompts. Micro-batch: tokens [B, N, T]; lengths, ranks, valid [B, N]."""
     criterion = CRITERIA[objective]
 
-    def loss(params, batch, dropout_keys):
-        rows, k, time = batch["tokens"].shape
-        if dropout_keys is not None:  # each completion's own
-            dropout_keys = jax.vmap(lambda key: jax.random.split(key, k))(dropout_keys).reshape(rows * k)
-        flat = batch["tokens"].reshape(rows * k, time), batch["lengths"].reshape(rows * k)
-        scores = score_at_end(params, *flat, model, dtype, mesh, dropout_keys).reshape(rows, k)
-        total, count = criterion(scores, batch["ranks"], batch["valid"])
-        return Sums(total, count, ranking_statistics(scores, batch["ranks"], batch["valid"]))
+    def loss(params, batch, dropout_keys_B) -> Sums:
+        B, N, T = batch["tokens"].shape
+        keys = None
+        if dropout_keys_B is not None:  # each completion's own
+            keys = jax.vmap(lambda key: jax.random.split(key, N))(dropout_keys_B).reshape(B * N)
+        flat = batch["tokens"].reshape(B * N, T), batch["lengths"].reshape(B * N)
+        scores_BN = score_at_end(params, *flat, model, dtype, mesh, keys).reshape(B, N)
+        total, count = criterion(scores_BN, batch["ranks"], batch["valid"])
+        return Sums(total, count, ranking_statistics(scores_BN, batch["ranks"], batch["valid"]))
 
     return loss
 
 
 def agreement_with(scorer, params, batches, comparisons) -> dict:
-    """comparisons: what the batches hold, in their order."""
+    """The entries of reward.json on a split: agreement with its rankings, and calibration. batches: of `comparisons`,
+    in their order."""
     scores, *rest = scorer(params, batches)
     characters = np.zeros(scores.shape)
     for row, comparison in zip(characters, comparisons, strict=False):  # rows of padding follow
@@ -222,7 +226,8 @@ def agreement_with(scorer, params, batches, comparisons) -> dict:
 
 
 def reference_texts(c: RewardConfig, of_sft: dict, template: Template, context_length: int):
-    """(prompts, responses) as ids: what is to score 0 on average, at most 1,000 of them, spread over the source."""
+    """(prompts, responses) as ids of the demonstrations that are to score 0 on average: at most 1,000, spread evenly
+    over the source."""
     if not of_sft and c.demonstrations is None:
         raise InputError(
             f"{c.init_from} is no SFT run, so there are no demonstrations to set the zero of the reward by: give "
@@ -234,14 +239,15 @@ def reference_texts(c: RewardConfig, of_sft: dict, template: Template, context_l
     source = configs.build(DemonstrationConfig, data, "demonstrations")
     demonstrations = load_demonstrations(source, template, context_length, c.seed, flags=None)
     chosen, left_out = demonstrations.train, demonstrations.left_out
-    if left_out and c.demonstrations is not None:  # of those of the SFT run that run has told
+    if left_out and c.demonstrations is not None:  # the SFT run has reported its own
         hosts.say(f"demonstrations left out: {left_out}; {left_out.first()}")
     chosen = [chosen[i * len(chosen) // min(len(chosen), 1000)] for i in range(min(len(chosen), 1000))]
     return [d.ids[: d.prompt] for d in chosen], [d.ids[d.prompt :] for d in chosen]
 
 
 def fit_scale(raw: RewardModel, examples, deviation: bool) -> dict:
-    """gain and bias under which the examples have mean 0, and standard deviation 1 where `deviation`."""
+    """{'gain', 'bias', ...}: what the scores are multiplied by and what is then added, so that those of the examples
+    have mean 0 and, if `deviation`, standard deviation 1."""
     raw = dataclasses.replace(raw, config=dataclasses.replace(raw.config, dropout=0.0))
     scores = raw.score(*examples)
     gain = 1.0 / max(float(scores.std()), 1e-8) if deviation else 1.0
@@ -255,6 +261,7 @@ def fit_scale(raw: RewardModel, examples, deviation: bool) -> dict:
 
 
 def say(result: dict, fitted: dict):
+    """Prints accuracy and baseline, with a warning if length explains the rankings."""
     n = fitted.get("demonstrations")
     zero = f"; zeroed on {n:,} demonstrations (mean was {fitted['mean_before']:.3f})" if n else ""
     by_length = result["length_baseline"]
@@ -270,6 +277,7 @@ def say(result: dict, fitted: dict):
 
 
 def describe(c: RewardConfig, model: GPTConfig, comparisons, length: int, schedule: Schedule, mesh):
+    """Prints the data and the length of the run."""
     if not hosts.first():
         return
     n_pairs, same = np.sum([x.pairs() for x in comparisons.train], axis=0)

@@ -26,11 +26,11 @@ from gptjax.data.records import start_record, write_record
 from gptjax.distributed import hosts
 from gptjax.errors import InputError
 from gptjax.parallel.mesh import make_mesh
-from gptjax.parallel.sharding import Rules, use_rules
+from gptjax.parallel.sharding import use_rules
 from gptjax.training import loop
 from gptjax.training.checkpoint import Checkpointer
 from gptjax.training.metrics import MetricWriter
-from gptjax.training.stage import RunConfig, RunResult, Stage
+from gptjax.training.stage import RunConfig, RunResult, Stage, selection_value
 
 
 def require(c: RunConfig, texts: Mapping[str, str]):
@@ -90,14 +90,13 @@ def run(name: str, config_class: type[RunConfig], build: Callable[..., Stage], c
         InputError: any user-correctable error.
     """
     began = time.perf_counter()
-    rules = configs.build(Rules, (config.get("mesh") or {}).get("rules") or {}, "config.mesh.rules")
-    with console.lenient_output(), use_rules(rules), lock.held(workdir) as workdir:
+    with console.lenient_output(), use_rules(configs.sharding_rules(config)), lock.held(workdir) as workdir:
         c = configs.build(config_class, config)
         mesh = make_mesh(c.mesh)
         stage = build(c, mesh, Claim(name, workdir, kind))
         result = _train(stage, mesh, workdir)
         if hosts.first():
-            print(f"{time.perf_counter() - began:.0f} s in all; report: {report.write(workdir)}")
+            print(f"{time.perf_counter() - began:.0f} s in total; report: {report.write(workdir)}")
     return result
 
 
@@ -142,10 +141,9 @@ def _train(stage: Stage, mesh, workdir) -> RunResult:
         if finished:
             stage.finish(state, checkpointer)
         steps, evaluations = int(state.step), writer.evaluations()
-    compared = lambda line: line.get("selection", line.get("loss"))
-    scored = [e for e in evaluations if compared(e) is not None and math.isfinite(compared(e))]
+    scored = [e for e in evaluations if selection_value(e) is not None and math.isfinite(selection_value(e))]
     return RunResult(
         workdir=str(workdir), finished=finished, steps=steps, metrics=writer.last(),
-        evaluation=evaluations[-1] if evaluations else None, best=min(scored, key=compared, default=None),
+        evaluation=evaluations[-1] if evaluations else None, best=min(scored, key=selection_value, default=None),
         flops=stage.flops and stage.flops(steps), seconds=seconds,
     )  # fmt: skip

@@ -33,8 +33,8 @@ def claim_workdir(workdir, stage: str, config, *, kind: str = "lm", **sections) 
     resumed = hosts.from_first(lambda: _claim(paths.local(workdir), {"stage": stage, "kind": kind}, config, sections))
     if not (paths.local(workdir) / "config.json").exists():
         raise InputError(
-            f"What process 0 wrote to {workdir} is not there on {socket.gethostname()}: give a --workdir on storage "
-            "that all hosts share (checkpoints are written by all of them)."
+            f"The config.json that process 0 wrote to {workdir} is missing on {socket.gethostname()}: give a --workdir "
+            "on storage that all hosts share (all of them write checkpoints)."
         )
     return resumed
 
@@ -47,8 +47,8 @@ def _claim(workdir, about: dict, config, sections) -> bool:
     if not path.exists():
         if _steps(workdir):
             raise InputError(
-                f"{workdir} has checkpoints but no config.json to say of which run: put it back or take another "
-                "--workdir."
+                f"{workdir} has checkpoints but no config.json, so it is unknown which run they are of: restore it, or "
+                "give another --workdir."
             )
         write_json(path, new)
         return False
@@ -122,18 +122,18 @@ def _compare_origin(workdir, old: dict, new: dict, has_checkpoints: bool) -> set
         elif value != then[key] and name == "init_from" and has_checkpoints and what != "tokenizer":
             now[key] = then[key]
             if what == "weights":  # they were needed at step 0 alone
-                print(f"note: the weights in {where} have changed since this run began from them; it continues from "
-                      "its own checkpoint")  # fmt: skip
+                print(f"note: The weights in {where} have changed since this run began from them. It continues from "
+                      "its own checkpoint.")  # fmt: skip
         elif value != then[key]:
             changed.append(f"  {name}: {where} {_CHANGED[what].format(value, then[key])}")
     if changed:
         raise InputError(
-            f"{workdir} began with other models than those there are now:\n" + "\n".join(changed) + "\n"
-            "Put back what was there, or start anew in another --workdir."
+            f"{workdir} began with other models than there are now:\n" + "\n".join(changed) + "\n"
+            "Put back what was there, or start again in a new --workdir."
         )
     for name in sorted(unknown):
-        print(f"note: this run was begun by an earlier version, which kept no digest of {name}: it is taken to be the "
-              "same")  # fmt: skip
+        print(f"note: This run was started by an earlier version, which kept no digest of {name}: it is assumed "
+              "to be unchanged.")  # fmt: skip
     if then or now:
         new["origin"] = {**then, **now}
     return same
@@ -160,7 +160,7 @@ def read_config(workdir) -> dict:
 
 
 def _upgrade(run: dict, workdir):
-    """Makes of what an earlier version wrote what this one would have written."""
+    """Converts a config.json of an earlier version, in place, to today's keys."""
     for old, new in RENAMED.items():
         _rename(run, old.split("."), new.split(".")[-1])
     stage = run.get("stage")

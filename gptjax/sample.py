@@ -4,8 +4,8 @@
         --top_p=0.95 --seed=0
 
 --temperature=0 is greedy. --prompt may be given several times: the prompts are decoded as one batch. A model from SFT
-or PPO answers the prompt, in the template it was tuned with; --raw has it continue the text instead. --speed says how
-many tokens a second came, beside what the memory's bandwidth allows.
+or PPO answers the prompt, in the template it was tuned with; with --raw it continues the text instead. --speed prints
+tokens per second and the upper bound that memory bandwidth sets.
 """
 
 import sys
@@ -31,8 +31,8 @@ def continue_texts(
     """New text for each prompt, up to end-of-text or another id that ends a text (`stop_ids`).
 
     An empty prompt starts from end-of-text, as GPT-2 is sampled unconditionally, or from the tokenizer's own
-    beginning-of-text. A model with a template answers in it unless raw. speed: decode once more, now that all is
-    compiled, and say on stderr how fast. InputError: a prompt that cannot be encoded or that fills the context.
+    beginning-of-text. A model with a template answers in it unless raw. speed: decode a second time, without compiling,
+    and print the speed on stderr. InputError: a prompt that cannot be encoded or that fills the context.
     """
     tokenizer, context = model.tokenizer, model.config.context_length
     template = Template(tokenizer, model.template) if model.template and not raw else None
@@ -100,13 +100,13 @@ if __name__ == "__main__":
     command_line.define_path("workdir", None, "A training run's workdir.")
     flags.DEFINE_multi_string("prompt", [""], "Text to continue; may be repeated.")
     flags.DEFINE_integer("n", 1, "Samples per prompt.", lower_bound=1)
-    flags.DEFINE_integer("max_new_tokens", 128, "At most so many new tokens.", lower_bound=1)
-    flags.DEFINE_float("temperature", 1.0, "0 is greedy.")
+    flags.DEFINE_integer("max_new_tokens", 128, "Maximum number of new tokens.", lower_bound=1)
+    flags.DEFINE_float("temperature", 1.0, "Divides the logits; 0 is greedy.")
     flags.DEFINE_integer("top_k", 0, "Keep the k likeliest tokens; 0 keeps all.")
     flags.DEFINE_float("top_p", 1.0, "Keep the likeliest tokens of this mass.")
     flags.DEFINE_integer("seed", 0, "The same seed gives the same text.", lower_bound=0)
-    flags.DEFINE_bool("raw", False, "Continue the prompt as text, without the template of an SFT or PPO model.")
-    flags.DEFINE_bool("speed", False, "Say how many tokens a second came, and how many the memory's bandwidth allows.")
+    flags.DEFINE_bool("raw", False, "Continue the prompt as text, without the template of a tuned model.")
+    flags.DEFINE_bool("speed", False, "Print tokens per second, and the bound that memory bandwidth sets.")
     command_line.define_step()
     flags.mark_flag_as_required("workdir")
     command_line.run(main)

@@ -95,7 +95,7 @@ class SFTConfig(TrainConfig):
         super().__post_init__()
         if (self.selection == "reward") != (self.reward is not None):
             raise InputError(
-                "selection='reward' needs the workdir of a reward model, --config.reward=..., and no other."
+                "selection='reward' and --config.reward=WORKDIR (of a reward model) go together: give both or neither."
             )
         if self.selection == "reward" and self.samples.count < 1:
             raise InputError("selection='reward' scores samples: set --config.samples.count to at least 1.")
@@ -103,24 +103,25 @@ class SFTConfig(TrainConfig):
 
 
 def sft(config: mlc.ConfigDict, workdir) -> RunResult:
-    """The whole stage (run.run)."""
+    """Runs the stage (run.run)."""
     return run("sft", SFTConfig, build, config, workdir)
 
 
 def program(c: SFTConfig, model: GPTConfig, mesh) -> TrainProgram:
-    """The device program of a step."""
+    """What runs on the devices, from shapes alone."""
     objective = Objective(sft_loss(model, c.precision.dtype, c.loss_chunk, mesh), prepare=weigher(c.lm_weight))
     return train_program(objective, gpt.abstract_params, model, c.optimizer, c.precision, c.seed, mesh)
 
 
 def build(c: SFTConfig, mesh, claim: Claim) -> Stage:
+    """The Stage of this run: base model, demonstrations, pre-training mix, device program."""
     require(c, {
         "init_from": "No model to start from: give --config.init_from=WORKDIR of a pre-training run.",
         "data.source": "No demonstrations: give --config.data.source=PATH (JSONL, Parquet or hf:NAME).",
         "steps,epochs": "Say how long to train: --config.steps or --config.epochs.",
     })  # fmt: skip
 
-    # --- the model it starts from; new tokens for the chat template ---
+    # --- the base model, with new tokens for the chat template ---
     base = load_base(c.init_from, claim.workdir, mesh=mesh)
     require_gpt(base.config, "SFT")
     tokenizer = chat_tokenizer(base.tokenizer)
@@ -174,10 +175,12 @@ def build(c: SFTConfig, mesh, claim: Claim) -> Stage:
     ]
     if reward_model:
         evaluators.insert(1, Evaluator(scored_responses(reward_model, *sampler), c.eval.every))
+    # The MFU is counted from the tokens in the loss, which are not all that is computed if prompts are not among them.
+    counted = c.data.loss_on == "all"
     return supervised(
         c, train, batches, schedule, mesh, workdir=claim.workdir, init=init, data=demonstrations.fingerprint,
-        flops_per_token=None if mix is None and c.data.loss_on == "response" else flops_per_token(model).palm,
-        changed=f"{c.data.source} has changed since the run began: put it back or take another --workdir.",
+        flops_per_token=flops_per_token(model).palm if counted else None,
+        changed=f"{c.data.source} has changed since the run began: restore it, or give another --workdir.",
         evaluators=tuple(evaluators), begin=lambda state: describe(c, model, demonstrations, packed, schedule, mesh),
     )  # fmt: skip
 
@@ -198,8 +201,8 @@ def check_reward_model(c: SFTConfig, reward_model: RewardModel, demonstrations, 
 
 @shared
 def sft_loss(model: GPTConfig, dtype, chunk: int, mesh=None):
-    """The language-model loss under the batch's token weights; counted are the task's tokens (`task`), which are the
-    weights themselves without an auxiliary term."""
+    """The loss of an Objective: the language-model loss under the batch's token weights. The count is that of the
+    task's tokens: `task` if there is an auxiliary term (weigher), else `weights`."""
     language_model = causal_lm_loss(model, dtype, chunk, mesh)
 
     def loss(params, batch, dropout_keys):
@@ -211,7 +214,8 @@ def sft_loss(model: GPTConfig, dtype, chunk: int, mesh=None):
 
 @functools.cache
 def weigher(lm_weight: float):
-    """Of a whole batch before it is computed: GPT-1's auxiliary term as token weights (eq. 5)."""
+    """Returns the `prepare` of an Objective, which adds GPT-1's auxiliary term (eq. 5) to the token weights of a whole
+    batch, [M, B, T]; the identity if lm_weight is 0."""
     if not lm_weight:
         return lambda batch: batch
 
@@ -223,6 +227,7 @@ def weigher(lm_weight: float):
 
 
 def describe(c: SFTConfig, model: GPTConfig, demonstrations, packed: PackedRows, schedule: Schedule, mesh):
+    """Prints the model, the data and the length of the run."""
     hosts.say(
         f"{parameter_count(model):,} parameters from {c.init_from}, vocabulary {model.vocab_size:,}"
         f"{pipeline.describe(model, mesh.shape, c.microbatch_rows)}\n"

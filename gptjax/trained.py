@@ -18,13 +18,14 @@ from gptjax.parallel.sharding import parameter_shardings
 from gptjax.training.checkpoint import Checkpointer
 from gptjax.training.metrics import JsonLines
 from gptjax.training.precision import DTYPES
+from gptjax.training.stage import selection_value
 
 
 @dataclasses.dataclass(frozen=True)
 class Model:
     """config has its attention path resolved for the devices here; params are laid out over `mesh`. template: the
     kind that SFT put around prompts (data/chat.py); None for a model that only continues text. weights: digest of the
-    checkpoint's parameters. tokenizer: None only where load_model was told so."""
+    checkpoint's parameters. tokenizer: None only with load_model(needs_tokenizer=False)."""
 
     config: ModelConfig
     params: dict
@@ -37,7 +38,7 @@ class Model:
 
     @property
     def decoder(self) -> Decoder:
-        """What generates from its params, within the tokenizer's vocabulary."""
+        """The Decoder of this model, which samples ids of its tokenizer only."""
         return Decoder(self.config, self.tokenizer.vocab_size, self.dtype, self.mesh)
 
 
@@ -96,11 +97,11 @@ def _layout(boxed, mesh):
 
 def load_base(init_from, workdir, *, mesh: jax.sharding.Mesh) -> Model:
     """The model that a run begins from. Where its folder is gone and the run in `workdir` has checkpoints, it
-    is what the run's config and tokenizer tell of it, without weights (params is None): nothing more is needed."""
+    is what the run's own config and tokenizer say, without weights (params is None), which are not needed."""
     base, workdir = paths.local(init_from), paths.local(workdir)
     if not run_config.has_checkpoints(workdir) or base.exists():
         return load_model(base, mesh=mesh)
-    hosts.say(f"note: {base} is not there any more; the run continues from its own checkpoint")
+    hosts.say(f"note: {base} no longer exists. The run continues from its own checkpoint.")
     run = run_config.read_config(workdir)
     config = configs.build(ModelConfig, run["model"], "model")
     config = architecture.resolved(config, jax.default_backend())
@@ -110,7 +111,7 @@ def load_base(init_from, workdir, *, mesh: jax.sharding.Mesh) -> Model:
 def check_same_tokenizer(init_from, tokenizer: Tokenizer):
     """Weights mean nothing under another vocabulary: InputError if the two runs' tokenizers differ."""
     if run_config.read_config(init_from).get("without_tokenizer"):
-        return  # imported with --tokenizer=none: whose ids they are is the user's to know
+        return  # imported with --tokenizer=none: there is nothing to compare with
     if Tokenizer.load(paths.local(init_from) / "tokenizer").fingerprint != tokenizer.fingerprint:
         raise InputError(
             f"init_from: {init_from} was trained with another tokenizer; "
@@ -135,8 +136,9 @@ def load_initial(workdir, model: ModelConfig, abstract, shardings, tokenizer: To
 
 
 def origin(**models) -> dict:
-    """What config.json keeps of the models that a run depends on (config.claim_workdir). models: {field of the config:
-    Model or RewardModel, or None}; of a model without weights nothing is known."""
+    """The entry `origin` of config.json: step, digest of the weights and tokenizer of the models that a run depends on
+    (run_config.claim_workdir). models: {field of the config: Model, RewardModel or None}; one without weights is left
+    out."""
     about = {}
     for name, model in models.items():
         if model is not None and model.params is not None:
@@ -170,7 +172,7 @@ def best_step(workdir, checkpointer: Checkpointer) -> int:
     steps = checkpointer.steps()
     found = {}
     for line in JsonLines.read(paths.local(workdir) / "evaluations.jsonl"):
-        value = line.get("selection", line.get("loss"))
+        value = selection_value(line)
         if line["step"] in steps and value is not None:
             found[line["step"]] = value
     if found:

@@ -108,7 +108,7 @@ def first_line(docstring: str | None) -> str:
 
 
 def paragraphs(docstring: str | None, columns: int) -> str:
-    """A docstring at the terminal's width. Indented lines are commands: too long, they go on after a backslash."""
+    """A docstring at the terminal's width. Indented lines are commands; long ones are continued after a backslash."""
     shown = []
     for block in inspect.cleandoc(docstring or "").split("\n\n"):
         lines = [_command(line, columns) for line in block.splitlines()]

@@ -47,7 +47,7 @@ def forget_programs():
     worker's memory (above 5 GB at the end). They go at the end of a file, as soon as the process is large; glibc gives
     back what was freed only when told to."""
     yield
-    if resident_bytes() > 1e9:
+    if resident_bytes() > 2e9:
         forget()
         jax.clear_caches()
         gc.collect()

@@ -3,10 +3,12 @@
 import io
 import json
 import os
+import random
 import runpy
 import signal
 import sys
 import warnings
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -25,6 +27,15 @@ def one_device_environment(**more) -> dict:
     """Environment of a process that has one CPU device, not the 8 of conftest.py."""
     flags = os.environ.get("XLA_FLAGS", "").replace("--xla_force_host_platform_device_count=8", "")
     return {**os.environ, "XLA_FLAGS": flags, **more}
+
+
+def nonsense(folder) -> Path:
+    """A file of nonsense words, the source of small runs."""
+    rng = random.Random(0)
+    words = ["".join(rng.choice("abcdefgh") for _ in range(rng.randint(2, 6))) for _ in range(60)]
+    path = folder / "words.txt"
+    path.write_text("".join(rng.choice(words) + rng.choice(" \n") for _ in range(4000)))
+    return path
 
 
 def main_of(module, *arguments) -> tuple[int, str, str]:

@@ -223,7 +223,7 @@ def test_a_program_of_another_config():
     config = ppo.get_config("1.3b").to_dict()
     with pytest.raises(InputError, match="give --program=ppo_collect or --program=ppo_update"):
         adjusted(config, parse("v5e-4"), Request())
-    with pytest.raises(InputError, match="says nothing of the model"):
+    with pytest.raises(InputError, match="has no model, because its stage"):
         describe(config)
     with pytest.raises(InputError, match="give --program=train or --program=decode"):
         adjusted(tiny(), parse("v5e-4"), Request("ppo_update", policy=GPTConfig(**TINY)))
@@ -371,7 +371,7 @@ def test_gpt3_xl_on_v5e_16(libtpu):
     within_ten_percent(config, found)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_gpt3_175b_on_v5p_1024(libtpu):
     """512 chips, 3.2M tokens, fsdp 64 x tensor 8; what it sends is what scaling on paper says, but for what the
     partitioner gathers twice."""

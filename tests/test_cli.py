@@ -149,6 +149,21 @@ def test_the_report_of_a_run_with_a_validation_loss_that_is_not_finite(trained, 
     assert "best validation</th><td>2.5000 nats/token" in page and "first validation" in page
 
 
+def test_the_best_of_a_report_is_the_one_that_the_run_selects(trained, tmp_path):
+    """By `selection` where there is one, as best.json, `--step=best` and RunResult: not by the loss."""
+    from gptjax import report
+
+    for name in ("config.json", "metrics.jsonl"):
+        shutil.copy(trained[0] / name, tmp_path)
+    found = [
+        {"step": 5 * i, "loss": loss, "bits_per_byte": loss, "reward": -selection, "selection": selection}
+        for i, (loss, selection) in enumerate([(2.5, -1.0), (2.75, -3.0), (3.0, -2.0)])
+    ]
+    (tmp_path / "evaluations.jsonl").write_text("".join(json.dumps(e) + "\n" for e in found))
+    page = report.write(tmp_path).read_text()
+    assert "best validation</th><td>2.7500 nats/token" in page
+
+
 # --- sample -----------------------------------------------------------------------------------------------
 
 NUCLEUS = Sampling(0.8, top_p=0.95)
@@ -331,7 +346,7 @@ def mixture(folder):
     return folder, {"data__mixture": weights, "data__tokenizer": "bpe:300", "data__isolate_documents": True}
 
 
-@pytest.mark.parametrize("kind", [json_lines, parquet, directory, mixture])
+@pytest.mark.parametrize("kind", [json_lines, parquet, directory, pytest.param(mixture, marks=pytest.mark.slow)])
 def test_every_kind_of_source_trains(tmp_path, kind):
     """On 8 devices, parameters cut up over them, with samples: the prompts need not divide over the devices.
 

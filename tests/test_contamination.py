@@ -28,6 +28,7 @@ def test_words_are_lower_cased_alphanumerics():
 
 
 @given(st.lists(st.sampled_from("abc"), max_size=12), st.integers(1, 5))
+@settings(deadline=None)  # the first example also makes the table of letters
 def test_equal_ngrams_have_equal_hashes_and_others_do_not(chosen, n):
     hashes = ngrams.ngram_hashes(ngrams.word_hashes(" ".join(chosen)), n)
     grams = [tuple(chosen[i : i + n]) for i in range(len(chosen) - n + 1)]
@@ -36,11 +37,56 @@ def test_equal_ngrams_have_equal_hashes_and_others_do_not(chosen, n):
 
 
 @given(st.text(st.sampled_from("ab🙂"), max_size=20), st.text(st.sampled_from("ab🙂"), min_size=1, max_size=6))
-@settings(max_examples=50)
+@settings(max_examples=50, deadline=None)
 def test_a_window_has_the_hash_of_its_text_wherever_it_stands(text, probe):
     value = ngrams.Windows(probe).hashes(len(probe))
     places = np.flatnonzero(ngrams.Windows(text).hashes(len(probe)) == value)
     assert places.tolist() == [i for i in range(len(text) - len(probe) + 1) if text.startswith(probe, i)]
+
+
+# --- a corpus as a stream -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("size", [1, 7, 40, 10**6])
+def test_batches_have_every_ngram_of_a_document_and_no_other(size, monkeypatch):
+    """Long documents are cut and short ones joined, of any size."""
+    monkeypatch.setattr(ngrams, "_BATCH", size)
+    documents = [sentence(0), "", "One two, thrée", "four", sentence(1).replace(" ", "\n"), "İ Ab_c", " ", sentence(2)]
+    expected = [h for text in documents for h in ngrams.ngram_hashes(ngrams.word_hashes(text), 3).tolist()]
+    found = []
+    for batch in ngrams.word_batches(documents, 2):
+        hashes = ngrams.ngram_hashes(batch.units, 3)
+        found += hashes[batch.within(np.arange(len(hashes)), 3)].tolist()
+    assert found == expected
+    windows = []
+    for batch in ngrams.character_batches(documents, 4):
+        starts = np.arange(max(len(batch.units) - 4, 0))
+        text = batch.units.tobytes().decode("utf-32-le")
+        windows += [text[i : i + 5] for i in starts[batch.within(starts, 5)]]
+    kept = [ngrams.characters(text) for text in documents]
+    assert windows == [text[i : i + 5] for text in kept for i in range(len(text) - 4)]
+
+
+@pytest.mark.parametrize("size", [7, 10**6])
+def test_overlaps_are_found_across_batches_and_not_across_documents(size, monkeypatch):
+    monkeypatch.setattr(ngrams, "_BATCH", size)
+    item, other = sentence(0), sentence(1)
+    apart = [" ".join(other.split()[:6]), " ".join(other.split()[6:])]
+    corpus = [sentence(2) + " " + item + " " + sentence(3), *apart[:1], " ".join(other.split()[6:12])]
+    sets = {"s": [item, " ".join(other.split()[:12])]}
+    for found in (contamination.by_ngrams(sets, corpus), contamination.by_filter(sets, lambda: corpus),
+                  contamination.by_probes(sets, corpus)):  # fmt: skip
+        assert found["s"].dirty.tolist() == [True, False]
+
+
+def test_short_probes_of_every_length_are_found():
+    """Those of 8 and more characters by their beginnings; what only begins alike is not."""
+    text = "".join(sentence(0).split())
+    probes = [text[5 : 5 + n] for n in (1, 2, 7, 8, 9, 15, 16, 31, 32, 33, 49, 50)]
+    found = contamination.by_probes({"s": probes}, [text])["s"]
+    assert found.dirty.all() and found.evidence == probes
+    others = [probe + "Z" for probe in probes[3:-1]]
+    assert not contamination.by_probes({"s": others}, [text] * 2)["s"].dirty.any()
 
 
 # --- the Bloom filter -----------------------------------------------------------------------------------------

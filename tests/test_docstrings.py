@@ -2,6 +2,7 @@
 
 import ast
 import json
+from types import SimpleNamespace
 
 import jax
 import numpy as np
@@ -11,16 +12,20 @@ from test_gpt import random_params
 
 from configs import demo
 from experiments.docstrings import __main__ as stages
-from experiments.docstrings import labeler, story, task
+from experiments.docstrings import finetuned, labeler, plot, quiz, story, task
 from experiments.docstrings.labeler import gold_score, pair_accuracy_ceiling, plackett_luce_ranks
 from gptjax.config import build
-from gptjax.data import sources, splits
+from gptjax.data import bpe, sources, splits
 from gptjax.dpo import DPOConfig
 from gptjax.errors import InputError
+from gptjax.finetune import FinetuneConfig
 from gptjax.model import plain
 from gptjax.model.spec import GPTConfig
 from gptjax.parallel.mesh import MeshConfig, make_mesh
 from gptjax.ppo import PPOConfig
+from gptjax.tasks.kinds import Scorer
+from gptjax.tasks.likelihood import Score
+from gptjax.tasks.task import load_items, load_task
 from gptjax.trained import Model
 
 pytestmark = pytest.mark.optimized
@@ -238,7 +243,48 @@ def test_written_files_hold_the_parts(examples, parts, tmp_path, monkeypatch):
         "comparison_prompts": pairs["comparisons"],
         "prompts": [{"prompt": prompt} for prompt in prompts],
         "evaluation": pairs["evaluation"],
+        "quiz": task.questions(parts["evaluation"], SEED)[: task.QUESTIONS],
+        "quiz_train": task.questions(parts["demonstrations"], SEED),
+        "sentences": task.sentences(parts["evaluation"], SEED),
+        "sentences_train": task.sentences(parts["demonstrations"], SEED),
     }
+
+
+def test_half_of_the_sentences_have_two_words_swapped(parts):
+    rows = task.sentences(parts["demonstrations"], SEED)
+    real = {" ".join(e.summary.split()) for e in parts["demonstrations"]}
+    assert len(rows) == len(real)
+    assert {row["text"] for row in rows if row["label"] == "1"} <= real
+    same_words = {}
+    for text in real:
+        same_words.setdefault(" ".join(sorted(text.split())), []).append(text.split())
+    for row in (row for row in rows if row["label"] == "0"):
+        words = row["text"].split()
+        apart = [
+            [i for i, (a, b) in enumerate(zip(words, other, strict=True)) if a != b]
+            for other in same_words[" ".join(sorted(words))]
+        ]
+        assert any(len(places) == 2 and places[1] == places[0] + 1 for places in apart)
+    assert abs(np.mean([row["label"] == "0" for row in rows]) - 0.5) < 4 * np.sqrt(0.25 / len(rows))
+
+
+def test_a_question_has_one_right_answer_and_three_of_the_same_file(parts):
+    part = parts["demonstrations"]
+    rows = task.questions(part, SEED)
+    right = {(e.prompt, e.summary) for e in part}
+    of_file = {}
+    for e in part:
+        of_file.setdefault(e.summary, set()).add(e.file)
+    for row in rows:
+        choices = row["choices"]
+        assert len(set(choices)) == task.CHOICES == 4
+        assert [(row["signature"], choice) in right for choice in choices].index(True) == row["answer"]
+        assert set.intersection(*(of_file[choice] for choice in choices))
+    assert 0.9 * len(part) < len(rows)
+    places = np.bincount([row["answer"] for row in rows]) / len(rows)
+    assert np.all(np.abs(places - 0.25) < 4 * np.sqrt(0.1875 / len(rows)))
+    assert task.questions(part, SEED) == rows != task.questions(part, SEED + 1)
+    assert task.questions(part[:1] * 3, SEED) == []
 
 
 # --- the story ----------------------------------------------------------------------------------------------
@@ -259,14 +305,92 @@ def test_log_probs_are_of_the_response_given_the_prompt():
 
 @pytest.mark.parametrize("scale", [1.0, 0.02])
 def test_grpo_and_dpo_are_runs_that_can_be(tmp_path, scale):
-    """GRPO differs from PPO in its groups and its length alone."""
+    """GRPO differs from PPO in its groups alone."""
     ppo = build(PPOConfig, stages.ppo_config(tmp_path, tmp_path, scale, 0.0).to_dict())
     grpo = build(PPOConfig, stages.grpo_config(tmp_path, tmp_path, scale).to_dict())
     differ = {k for k in vars(ppo) if getattr(ppo, k) != getattr(grpo, k)}
-    assert {"rollout"} <= differ <= {"rollout", "steps"} and 2 <= grpo.steps <= ppo.steps
+    assert differ == {"rollout"} and grpo.steps >= 2
     assert grpo.rollout.group_size == stages.GROUP > 1
     dpo = build(DPOConfig, stages.dpo_config(tmp_path, tmp_path, scale).to_dict())
     assert dpo.init_from == ppo.policy and dpo.data.source.endswith("comparisons.jsonl") and dpo.steps >= 2
+
+
+@pytest.mark.parametrize("scale", [1.0, 0.02])
+def test_the_fine_tuned_models_differ_in_where_they_begin_alone(tmp_path, scale):
+    start, scratch = (
+        build(FinetuneConfig, finetuned.config(tmp_path, tmp_path, scale, pretrained).to_dict())
+        for pretrained in (True, False)
+    )
+    assert {k for k in vars(start) if getattr(start, k) != getattr(scratch, k)} == {"transfer"}
+    assert start.transfer is None and scratch.transfer == -1 and start.steps >= 2 and start.lm_weight == 0.5
+
+
+@pytest.fixture
+def asked(tmp_path, monkeypatch):
+    """The quiz of every model on three questions, where PPO is sure of a right answer, the pre-trained model at step 1
+    of a wrong one, and all others like summaries of one kind whatever the signature."""
+    facts = {f"def {verb}(x):": f"{verb.title()} the x." for verb in ("read", "write", "close", "open", "copy", "move")}
+    rows = [{"signature": s, "choices": list(facts.values())[:4], "answer": i} for i, s in enumerate(facts) if i < 3]
+    for name in ("quiz", "quiz_train"):
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    tokenizer = bpe.train_bpe([" ".join([*facts, *facts.values(), '"""'])], 300)
+
+    def scorer(model):
+        def score(request):
+            context, text = tokenizer.decode(request.context), tokenizer.decode(request.continuation)
+            signature = context.splitlines()[-2]
+            knows = {"ppo": 5.0, "1": -5.0}.get(model.name, 0.0) * (facts.get(signature) == text)
+            return Score(knows - 20.0 + 3 * (text == "Close the x."), 1, False, False, False, False)
+
+        return Scorer(tokenizer, 128, lambda requests: [score(r) for r in requests], None)
+
+    monkeypatch.setattr(
+        quiz, "load_model", lambda path, step=3: SimpleNamespace(step=step, name=path.name if step == 3 else str(step))
+    )
+    monkeypatch.setattr(quiz.harness, "scorer", scorer)
+    monkeypatch.setattr(quiz, "Checkpointer", lambda workdir: SimpleNamespace(steps=lambda: [1, 3]))
+    return quiz.measure(tmp_path, tmp_path, 3)
+
+
+def test_the_quiz_tells_who_knows_the_answer_from_who_likes_it(asked):
+    found = {(row["name"], row["shots"]): row for row in asked["models"]}
+    assert set(found) == {(name, k) for name in ("pre-trained", "SFT", "PPO", "PPO-ptx", "GRPO", "DPO") for k in (0, 2)}
+    value = lambda row, name: row["metrics"][name]["value"]
+    for shots in (0, 2):
+        knows, likes = found["PPO", shots], found["SFT", shots]
+        assert value(knows, "acc") == value(knows, "acc_answer_context") == 1
+        assert value(likes, "acc") == value(likes, "acc_answer_context") == pytest.approx(1 / 3)
+        assert knows["calibration"]["scores"] == likes["metric"] == "acc_answer_context"
+        confidence = np.exp(5) / (np.exp(5) + 3)
+        assert knows["calibration"]["ece"] == pytest.approx(1 - confidence)
+        assert likes["calibration"]["confidence"] == pytest.approx(0.25)  # what it likes is divided out
+    assert "quiz_train.jsonl" in found["PPO", 2]["protocol"]["examples"]
+    assert [(row["step"], value(row, row["metric"])) for row in asked["curve"]] == [(1, 0), (3, pytest.approx(1 / 3))]
+
+
+def test_the_quiz_in_the_report(asked, monkeypatch, capsys):
+    shown = []
+    monkeypatch.setattr(quiz.report, "image", lambda figure, alt: shown.append(figure) or f"<img alt='{alt}'>")
+    page = quiz.section(asked)
+    assert page.count("<td class=n>") == len(asked["models"]) * (2 + len(plot.NORMALIZATIONS))
+    assert "3 questions" in page and page.count("<img") == 2
+    bars, curve = shown[0].axes
+    assert [round(bar.get_height(), 2) for bar in bars.patches] == [0.33, 0.33, 1, 0.33, 0.33, 0.33] * 2
+    assert [label.get_text() for label in bars.get_xticklabels()] == list(quiz.MODELS.values())
+    assert [label.split(" (")[0] for label in shown[1].axes[0].get_legend_handles_labels()[1]] == [
+        "calibrated", *quiz.MODELS.values(),
+    ]  # fmt: skip
+    quiz.say(asked)
+    assert "1.000 ± 0.000" in next(line for line in capsys.readouterr().out.splitlines() if line.startswith("PPO "))
+
+
+def test_the_task_file_asks_what_the_questions_say(parts, tmp_path):
+    rows = task.questions(parts["evaluation"], SEED)
+    (tmp_path / "quiz.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    summaries = {(e.prompt, e.summary) for e in parts["evaluation"]}
+    for item in load_items(load_task(str(quiz.TASK)), str(tmp_path / "quiz.jsonl")):
+        context, summary = item.pairs[item.gold]
+        assert (context.removesuffix('\n    """'), summary) in summaries
 
 
 @pytest.fixture
@@ -301,3 +425,20 @@ def test_every_policy_has_a_row_and_a_place_in_the_picture(told, tmp_path, monke
     story.say(told)
     rows = capsys.readouterr().out.splitlines()
     assert [row.split()[0] for row in rows[-4:]] == policies
+
+
+def test_results_are_what_a_run_measured(told, asked, tmp_path, monkeypatch, capsys):
+    tuned = {"runs": [{"name": "pre-trained", "accuracy": 0.61, "stderr": 0.02}], "majority": 0.27}
+    numbers = {"reward_accuracy": 0.7, "pair_accuracy_ceiling": 0.9, "longer_wins": 0.4}
+    parts = {"seconds": {"SFT": 61, "ppo": 2}, "samples": ["long"], "finetuned": tuned, "quiz": asked}
+    story_of_run = told | numbers | parts
+    (tmp_path / "story.json").write_text(json.dumps(story_of_run))
+    monkeypatch.setattr(plot, "HERE", tmp_path)
+    plot.main(str(tmp_path))
+    result = json.loads((tmp_path / "results.json").read_text())
+    assert set(result) == set(story_of_run) - {"samples"} and result["table"] == told["table"]
+    assert "protocol" not in result["quiz"]["models"][0] and (tmp_path / "results.png").stat().st_size > 10_000
+    printed = capsys.readouterr().out
+    for text in ("| GRPO | 5.50 | 5.00 | 4.00 | 9.000 |", "| pre-trained | 0.610 ± 0.020 |", "63 s: SFT 61, ppo 2.",
+                 "| PPO | 2 | 1.000 ± 0.000 |", "step 1 0.000, step 3 0.333"):  # fmt: skip
+        assert text in printed

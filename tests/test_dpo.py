@@ -206,6 +206,7 @@ def test_killed_and_resumed_it_is_the_same_run(straight, tuned, alignment, tmp_p
     assert_same_run(tmp_path / "parts", straight, 60)
 
 
+@pytest.mark.slow
 def test_higher_beta_stays_nearer_the_reference(straight, tuned, alignment, tmp_path):
     """straight's beta is 0.1."""
     assert dpo(dpo_config(tuned, alignment["comparisons"], beta=10.0, **LONG), str(tmp_path / "run")).finished

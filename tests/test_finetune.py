@@ -1,6 +1,7 @@
 """Fine-tuning: GPT-1's loss and its parts, the head, what is transferred, and the stage on a task to be learned."""
 
 import dataclasses
+import functools
 import json
 import random
 import shutil
@@ -51,6 +52,7 @@ def batch(n=1, outputs=C, seed=0):
     }
 
 
+@functools.cache
 def loss_of(task, lm_weight):
     loss = finetune_loss(MODEL, task, lm_weight, 0.0, jnp.float32, 5)
     return jax.jit(jax.value_and_grad(lambda p, b: loss(p, b, None).total))
@@ -266,6 +268,7 @@ def test_choices_and_seeds(pretrained, rows, tmp_path):
     assert of_loss["stderr"] == pytest.approx(abs(np.diff(of_loss["values"])[0]) / 2)
 
 
+@pytest.mark.slow
 def test_eight_devices_are_one_device(pretrained, rows, learned, tmp_path):
     c = config(pretrained, rows, steps=3, mesh__data=2, mesh__tensor=2, mesh__seq=2, eval__every=30)
     finetune(c, tmp_path / "eight")

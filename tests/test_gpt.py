@@ -483,5 +483,5 @@ def test_more_tokens_than_the_context_are_refused():
     params = jax.eval_shape(lambda key: gpt.init(TINY, key), jax.random.key(0))
     tokens = jax.ShapeDtypeStruct((2, TINY.context_length + 1), jnp.int32)
     for run in (gpt.hidden, lambda p, c, t: gpt.prefill(p, c, t, t, t)):
-        with pytest.raises(InputError, match=f"don't fit the model's context of {TINY.context_length}"):
+        with pytest.raises(InputError, match=f"exceed the model's context of {TINY.context_length}"):
             jax.eval_shape(lambda p, t, run=run: run(p, TINY, t), params, tokens)

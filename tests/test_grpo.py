@@ -153,6 +153,7 @@ def test_killed_and_made_longer_it_is_the_same_run(config, straight, tmp_path):
         assert without_times(lines(tmp_path / "parts", name)) == without_times(lines(straight, name)), name
 
 
+@pytest.mark.slow
 def test_a_rule_is_learned(config, tmp_path):
     options = {"steps": 15, "eval__every": 15, "eval__lm_batches": 0, "checkpoint__every": 15, "batch_size": 32}
     assert ppo(config(ppo__epochs=2, **options), str(tmp_path / "run"), share).finished

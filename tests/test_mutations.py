@@ -13,8 +13,6 @@ import pytest
 from experiments.ppo_exact.mutations import MUTATIONS, plant
 from gptjax.errors import InputError
 
-pytestmark = pytest.mark.optimized
-
 ROOT = Path(__file__).resolve().parent.parent
 OBJECTIVE, ROLLOUT, UPDATE = "test_ppo_objective.py", "test_rollout.py", "test_update.py"
 CAUGHT_BY = {  # one file that notices; others may too

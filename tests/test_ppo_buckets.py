@@ -88,6 +88,7 @@ def test_each_width_is_compiled_once_and_said(straight, config, tmp_path, capfd,
         assert without_times(lines(workdir, name)) == without_times(lines(tmp_path / "parts", name)), name
 
 
+@pytest.mark.slow
 def test_the_same_run_at_one_width(straight, config, tmp_path):
     """Left padding is nothing: the same responses, and figures that agree to rounding."""
     workdir, _, responses = straight

@@ -150,7 +150,7 @@ def test_instructgpt_fits_its_slice_by_our_count(case):
 COMPILED = (("reward", None, "train"), ("ppo", "1.3b", "ppo_collect"))
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("case", [case for case in PROGRAMS if (case[0], case[1], case[3]) in COMPILED])
 def test_instructgpt_fits_its_slice_by_the_compiler(case):
     config, topology, request = on_its_slice(*case)

@@ -3,20 +3,16 @@
 import errno
 import json
 import os
-import random
 import shutil
 import signal
-import subprocess
-import sys
 import time
 import types
 
 import jax
 import numpy as np
 import pytest
-from conftest import ROOT
 from numerics import approx, assert_close, model_terms
-from runs import arrays, assert_same_run, lines, one_device_environment, until_sigterm
+from runs import arrays, assert_same_run, lines, nonsense, until_sigterm
 
 from gptjax import pretrain as stage
 from gptjax import run as spine
@@ -26,7 +22,7 @@ from gptjax.model.spec import GPTConfig
 from gptjax.parallel.mesh import make_mesh
 from gptjax.pretrain import PretrainConfig, pretrain
 from gptjax.trained import load_model
-from gptjax.training import checkpoint, files, stopping, supervised
+from gptjax.training import checkpoint, files, supervised
 from gptjax.training.checkpoint import CheckpointConfig, Checkpointer
 from gptjax.training.loop import TrainingDiverged
 from gptjax.training.schedule import Schedule, ScheduleConfig
@@ -37,12 +33,8 @@ TERMS = model_terms(GPTConfig(100, n_layer=2, n_head=4, d_model=32, context_leng
 
 @pytest.fixture(scope="module")
 def text(tmp_path_factory):
-    """A file of nonsense words: the source of every run here."""
-    rng = random.Random(0)
-    words = ["".join(rng.choice("abcdefgh") for _ in range(rng.randint(2, 6))) for _ in range(60)]
-    path = tmp_path_factory.mktemp("text") / "words.txt"
-    path.write_text("".join(rng.choice(words) + rng.choice(" \n") for _ in range(4000)))
-    return path
+    """The source of every run here."""
+    return nonsense(tmp_path_factory.mktemp("text"))
 
 
 def tiny(text, **overrides):
@@ -233,6 +225,7 @@ def assert_same_run_to_rounding(workdir, other):
             assert_close(value, expected[path], terms=TERMS, err_msg=path)
 
 
+@pytest.mark.slow
 def test_taken_up_on_another_mesh_and_back(text, tmp_path, monkeypatch, uninterrupted, stopped_at_13):
     """13 steps on one device, 6 with parameters and sequences cut up over 8, 6 on one device again."""
     parts = copy(stopped_at_13, tmp_path)
@@ -247,6 +240,22 @@ def test_a_pipelined_run_taken_up_without_the_pipeline(text, tmp_path, uninterru
     assert interrupted(tiny(text, **MESHES["stage 2 fsdp 4"]), tmp_path) == STOP
     assert pretrain(tiny(text, **MESHES["fsdp 8"]), str(tmp_path)).finished
     assert_same_run_to_rounding(tmp_path, uninterrupted)
+
+
+def test_a_corrupted_newest_checkpoint_goes_on_from_the_older_one(text, tmp_path, one_device, uninterrupted, capsys):
+    again = copy(uninterrupted, tmp_path)
+    older, newest = Checkpointer(again).steps()[-2:]
+    path = max(
+        (again / "checkpoints" / str(newest) / "params").rglob("*"), key=lambda p: p.is_file() and p.stat().st_size
+    )
+    content = bytearray(path.read_bytes())
+    for at in range(len(content) // 2, len(content) // 2 + 4):
+        content[at] ^= 0xFF
+    path.write_bytes(content)
+    assert pretrain(tiny(text), str(again)).finished
+    said = capsys.readouterr()
+    assert f"checkpoint {newest} is damaged" in said.err and f"resuming from step {older} " in said.out
+    assert_same_run(again, uninterrupted, STEPS)
 
 
 # --- divergence -------------------------------------------------------------------------------------------
@@ -481,184 +490,3 @@ def test_compiling_is_not_training_time(text, tmp_path, monkeypatch, one_device)
     monkeypatch.setattr(supervised.Dispatch, "__init__", lambda self, step: real(self, Slow(step)))
     pretrain(tiny(text, steps=2), str(tmp_path / "run"))
     assert lines(tmp_path / "run")[0]["seconds"] < 1.0
-
-
-def test_the_loop_puts_the_signal_handler_back():
-    """SIGTERM, Ctrl-C and SIGHUP each ask to stop, but for one that is ignored (nohup)."""
-    numbers = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
-    before = [signal.signal(number, signal.SIG_DFL) for number in numbers]
-    try:
-        for number in numbers:
-            with stopping.stop_on_signals() as asked:
-                assert asked() is False
-                os.kill(os.getpid(), number)
-                time.sleep(0.01)
-                assert asked() is True
-            assert [signal.getsignal(n) for n in numbers] == [signal.SIG_DFL] * 3
-            assert signal.set_wakeup_fd(-1) == -1
-        signal.signal(signal.SIGHUP, signal.SIG_IGN)
-        with stopping.stop_on_signals() as asked:
-            os.kill(os.getpid(), signal.SIGHUP)
-            time.sleep(0.01)
-            assert asked() is False
-    finally:
-        for number, old in zip(numbers, before, strict=True):
-            signal.signal(number, old)
-
-
-# --- the process itself: SIGTERM, kill -9, bytes flipped on disk --------------------------------------------
-
-LONG = 120  # steps, of some 5 ms
-
-
-class Process:
-    """`python -m gptjax.pretrain` on one device, always the same run."""
-
-    def __init__(self, text, workdir):
-        self.workdir = workdir
-        self.options = {
-            "steps": LONG, "batch_size": 8, "steps_per_dispatch": 1, "model.n_layer": 2, "model.unroll": 1,
-            "model.d_model": 32, "model.context_length": 32, "model.dropout": 0.1, "eval.every": 60, "eval.batches": 2,
-            "checkpoint.every": 10, "log.tensorboard": False, "samples.prompts": (), "data.source": str(text),
-        }  # fmt: skip
-
-    def start(self):
-        command = (
-            "-m", "gptjax.pretrain", "--config=configs/shakespeare_char.py", f"--workdir={self.workdir}",
-            *(f"--config.{k}={v}" for k, v in self.options.items()),
-        )  # fmt: skip
-        return self._start(*command)
-
-    def finish(self, *before):
-        """What it printed to its end. before: workdirs of the same run that this process finishes first."""
-        script = (
-            "import json, sys\n"
-            "from configs.shakespeare_char import get_config\n"
-            "from gptjax.pretrain import pretrain\n"
-            "config = get_config()\n"
-            "config.update_from_flattened_dict(json.loads(sys.argv[1]) | {'samples.prompts': ()})\n"
-            "for workdir in sys.argv[2:]:\n"
-            "    assert pretrain(config, workdir).finished\n"
-        )
-        process = self._start("-c", script, json.dumps(self.options), *map(str, before), str(self.workdir))
-        output = process.communicate(timeout=120)[0]
-        assert process.returncode == 0, output
-        return output
-
-    def _start(self, *arguments):
-        return subprocess.Popen(
-            [sys.executable, *arguments], cwd=ROOT, env=one_device_environment(), text=True, stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-        )  # fmt: skip
-
-    def signal_when(self, condition, number):
-        """(whether it was still running, its exit code, output): sends a signal once condition(names) holds for
-        the names in checkpoints/."""
-        process, there = self.start(), self.workdir / "checkpoints"
-        deadline = time.monotonic() + 90
-        while process.poll() is None and time.monotonic() < deadline:
-            if condition(os.listdir(there) if there.exists() else []):
-                break
-            time.sleep(0.0005)
-        running = process.poll() is None
-        if running:
-            os.kill(process.pid, number)
-        output = process.communicate(timeout=60)[0]
-        return running, process.returncode, output
-
-
-@pytest.fixture(scope="module")
-def stopped(text, tmp_path_factory):
-    """A workdir whose run was sent SIGINT, as by Ctrl-C, after step 20; its exit code; what it printed."""
-    workdir = tmp_path_factory.mktemp("stopped")
-    heard = signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background may ignore it
-    running, code, output = Process(text, workdir).signal_when(lambda names: "20" in names, signal.SIGINT)
-    signal.signal(signal.SIGINT, heard)
-    assert running
-    return workdir, code, output
-
-
-@pytest.fixture(scope="module")
-def resumed(text, tmp_path_factory, stopped):
-    """(a copy of `stopped`'s workdir that a second process finished, what that printed, the workdir of the run without
-    any interruption, by the same process)."""
-    straight, again = tmp_path_factory.mktemp("straight"), copy(stopped[0], tmp_path_factory.mktemp("resumed"))
-    return again, Process(text, again).finish(straight), straight
-
-
-def test_ctrl_c_saves_and_a_second_one_ends_at_once(text, tmp_path):
-    """Also in a call that does not come back, a compilation say: Python's own handlers would wait for it."""
-    script = (
-        "import hashlib, os, signal, time\n"
-        "from gptjax.training.stopping import stop_on_signals\n"
-        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
-        "with stop_on_signals() as asked:\n"
-        "    os.kill(os.getpid(), signal.SIGINT)\n"
-        "    time.sleep(0.1); print(asked(), flush=True)\n"
-        "    hashlib.pbkdf2_hmac('sha256', b'a', b'b', 2 * 10**9)\n"  # one call that does not come back
-    )
-    process = subprocess.Popen([sys.executable, "-c", script], cwd=ROOT, env=one_device_environment(), text=True,
-                               stdout=subprocess.PIPE, stderr=subprocess.PIPE)  # fmt: skip
-    assert process.stdout.readline() == "True\n"
-    process.send_signal(signal.SIGINT)
-    _, said = process.communicate(timeout=30)
-    assert process.returncode == 130
-    assert said.split("\n") == ["", "asked to stop: finishing this step and saving it; Ctrl-C again ends at once, "
-                                "without saving", "", "ended at once, without saving", ""]  # fmt: skip
-
-
-def test_ctrl_c_before_the_first_step_is_one_line(tmp_path):
-    script = (
-        "import signal, sys\n"
-        "from gptjax.command_line import run\n"
-        "def main(_): signal.raise_signal(signal.SIGINT)\n"
-        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
-        "run(main)\n"
-    )
-    done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, env=one_device_environment(), text=True,
-                          capture_output=True, timeout=60)  # fmt: skip
-    assert (done.returncode, done.stdout, done.stderr) == (130, "", "interrupted\n")
-
-
-def test_ctrl_c_saves_exits_cleanly_and_goes_on(stopped, resumed):
-    workdir, code, output = stopped
-    steps = Checkpointer(workdir).steps()
-    assert code == 0 and 20 <= steps[-1] < LONG and "Traceback" not in output
-    assert f"asked to stop: saved step {steps[-1]}" in output
-    again, output, straight = resumed
-    assert f"resuming from step {steps[-1]} of {LONG}" in output
-    assert_same_run(again, straight, LONG)
-
-
-def test_a_corrupted_newest_checkpoint_goes_on_from_the_older_one(text, tmp_path, one_device, uninterrupted, capsys):
-    again = copy(uninterrupted, tmp_path)
-    older, newest = Checkpointer(again).steps()[-2:]
-    path = max(
-        (again / "checkpoints" / str(newest) / "params").rglob("*"), key=lambda p: p.is_file() and p.stat().st_size
-    )
-    content = bytearray(path.read_bytes())
-    for at in range(len(content) // 2, len(content) // 2 + 4):
-        content[at] ^= 0xFF
-    path.write_bytes(content)
-    assert pretrain(tiny(text), str(again)).finished
-    said = capsys.readouterr()
-    assert f"checkpoint {newest} is damaged" in said.err and f"resuming from step {older} " in said.out
-    assert_same_run(again, uninterrupted, STEPS)
-
-
-@pytest.mark.slow
-def test_kill_9_in_the_middle_of_a_save(text, tmp_path, resumed):
-    run = Process(text, tmp_path)
-    saving = lambda names: any(n.endswith("-tmp") and n.split(".")[0] >= "30" for n in names if n[0] in "3456789")
-    for _ in range(3):  # the save may end between the look and the blow: then the next start tries again
-        running, code, _ = run.signal_when(saving, signal.SIGKILL)
-        assert running and code == -signal.SIGKILL
-        left = list((tmp_path / "checkpoints").glob("*.orbax-checkpoint-tmp"))
-        if left:
-            break
-    assert left, "no save was caught in its middle"
-    whole = max(int(n) for n in os.listdir(tmp_path / "checkpoints") if n.isdecimal())
-    assert whole < int(left[0].name.split(".")[0])
-    assert f"resuming from step {whole} of {LONG}" in run.finish()
-    assert not list((tmp_path / "checkpoints").glob("*tmp*"))
-    assert_same_run(tmp_path, resumed[-1], LONG)

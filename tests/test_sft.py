@@ -43,6 +43,11 @@ TERMS = model_terms(GPTConfig(300, n_layer=2, n_head=4, d_model=32, context_leng
 
 
 @pytest.fixture(autouse=True)
+def programs_of_what_is_patched():
+    """In place of conftest's: nothing that is patched here is traced, so all runs share their programs."""
+
+
+@pytest.fixture(autouse=True)
 def one_device():
     with on_one_device():
         yield
@@ -253,6 +258,26 @@ def test_a_mix_of_another_text(pretrained, alignment, tmp_path, monkeypatch):
     assert sum("qqq" in d for d in decoded) == 4
 
 
+@pytest.mark.parametrize(
+    "loss_on, mix, counted", [("response", 0.0, False), ("response", 0.3, False), ("all", 0.3, True)]
+)
+def test_flops_are_counted_only_where_the_loss_counts_every_token(
+    pretrained, alignment, tmp_path, monkeypatch, loss_on, mix, counted
+):
+    """With a mix too: the prompts of the other rows are computed and not counted, so an MFU would be too low."""
+    seen = {}
+
+    def capture(*_, flops_per_token, **__):
+        seen["flops"] = flops_per_token
+        raise Stop
+
+    monkeypatch.setattr(stage, "supervised", capture)
+    with pytest.raises(Stop):
+        sft(sft_config(pretrained, alignment["demonstrations"], data__loss_on=loss_on, mix__fraction=mix, steps=1),
+            str(tmp_path / "run"))  # fmt: skip
+    assert (seen["flops"] is not None) == counted
+
+
 @pytest.mark.parametrize("isolated", [False, True])
 def test_documents_of_the_mix_are_isolated_where_pre_training_isolated_them(
     pretrained, alignment, tmp_path, monkeypatch, isolated
@@ -330,6 +355,7 @@ def test_the_selected_checkpoint_is_the_one_that_is_loaded(pretrained, alignment
     assert not np.array_equal(best.params["wte"], last.params["wte"])
 
 
+@pytest.mark.slow
 def test_selection_by_the_reward_model(pretrained, alignment, reward_dir, tmp_path, capsys):
     """The step whose responses to validation prompts score highest is the one later stages open; prompts leave room for
     less than samples.max_new_tokens, which does not stop the run."""
@@ -365,6 +391,7 @@ def test_a_reward_model_too_short_for_the_samples(pretrained, alignment, reward_
 # --- what it comes to -------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_handful_of_demonstrations_is_learnt_by_heart(pretrained, tmp_path, monkeypatch, capsys):
     """And gptjax.sample puts a prompt in the template and prints the response alone, up to end-of-text."""
     rows = demonstrations(8, seed=5, longest=4)

@@ -11,7 +11,7 @@ from conftest import ROOT
 pytestmark = pytest.mark.optimized
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_shakespeare_reaches_nanogpts_validation_loss(shared_data, tmp_path):
     source = shared_data / "lm" / "tinyshakespeare" / "input.txt"
     if not source.exists():

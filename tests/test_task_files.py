@@ -10,15 +10,14 @@ from gptjax import evaluate
 from gptjax.data import bpe
 from gptjax.errors import InputError
 from gptjax.tasks import generate, harness
+from gptjax.tasks.files import find_files, find_pool
 from gptjax.tasks.kinds import Scorer
 from gptjax.tasks.likelihood import Score
-from gptjax.tasks.prepare import wikitext_pages
+from gptjax.tasks.prepare import triviaqa, wikitext_pages
 from gptjax.tasks.prompts import Prompts
 from gptjax.tasks.task import (
     PUBLISHED,
     available,
-    find_files,
-    find_pool,
     function,
     load_items,
     load_task,
@@ -139,9 +138,19 @@ def test_few_shot_translation_is_pairs_of_sentences(tokenizer, tmp_path):
 def test_examples_show_the_answer_not_an_alias():
     row = {"question": "Which?", "answer": {"value": "Onion", "aliases": ["Onion skins", "Onion"]}}
     task = load_task("triviaqa")
-    item = make_item(task, row)
-    assert item.answers == ("Onion", "Onion skins") and solved(task, item) == "Q: Which?\n\nA: Onion"
-    assert make_item(task, {"context": "c", "answer": "x", "aliases": ["y"]}).answers == ("x", "y")
+    item = make_item(task, triviaqa(row))
+    assert item.answers == ("Onion", "Onion skins") and solved(task, [item]) == "Q: Which?\n\nA: Onion"
+    assert make_item(task, triviaqa({"context": "c", "answer": "x", "aliases": ["y"]})).answers == ("x", "y")
+
+
+def test_the_official_file_of_squad_is_one_object(tmp_path):
+    asked = [{"question": "q1", "answers": [{"text": "a"}, {"text": "a"}]}, {"question": "q2", "answers": []}]
+    whole = {"version": "v2.0", "data": [{"title": "T", "paragraphs": [{"context": "C", "qas": asked}]}]}
+    (tmp_path / "dev-v2.0.json").write_text(json.dumps(whole))
+    task = load_task("squad")
+    found = load_items(task, *find_files(task, str(tmp_path), task.files))
+    assert [item.answers for item in found] == [("a", "a"), ("unanswerable",)]
+    assert found[1].pairs[0][0] == "Title: T\n\nBackground: C\n\nQ: q2\n\nA:"
 
 
 def test_lines_of_wikitext_are_no_pages(tmp_path):

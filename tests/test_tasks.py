@@ -9,11 +9,12 @@ import pytest
 from gptjax.data import bpe
 from gptjax.errors import InputError
 from gptjax.tasks import harness, table
+from gptjax.tasks.files import find_files
 from gptjax.tasks.kinds import Scorer
 from gptjax.tasks.likelihood import Score
 from gptjax.tasks.prompts import Prompts
 from gptjax.tasks.requests import encode_pair
-from gptjax.tasks.task import available, find_files, load_items, load_task, make_item
+from gptjax.tasks.task import Task, available, load_items, load_task, make_item
 
 TEXT = "Question: what is it? Answer: the house is red. the cat is in the house. yes no True False " * 3
 
@@ -322,6 +323,14 @@ def test_more_examples_than_the_pool_has_are_refused(tokenizer, tmp_path):
 @pytest.mark.parametrize("line, message", [
     ("kinds = 'choice'", "there is no key 'kinds'"), ("kind = 'choise'", "'choise' is unknown"),
     ("kind = 'partial'", "needs contexts, continuation"), ("kind = ", "cannot be read"),
+    ("kind = 'choice'\ndecided_by = 'acc_toke'", "decided_by='acc_toke' is unknown: did you mean 'acc_token'"),
+    ("kind = 'choice'\nfewshot = 'each'", "fewshot='each' is unknown: there are fixed, per_item"),
+    ("kind = 'choice'\nmetrics = 'f1'", "metrics must be a table"),
+    ("kind = 'choice'\nextract = 3", "no function 3"),
+    ("kind = 'choice'\nsamples = 0", "samples=0: give at least 1"),
+    ("kind = 'choice'\nsamples = '4'", "samples='4' must be of type int"),
+    ("kind = 'choice'\nprepare = 'gptjax.tasks.prepare:copas'", "no function 'gptjax.tasks.prepare:copas'"),
+    ("kind = 'choice'\ncorpus_metrics = {f1 = 'gptjax.tasks.metrics:f2'}", "no function 'gptjax.tasks.metrics:f2'"),
 ])  # fmt: skip
 def test_a_wrong_task_file_is_refused(line, message, tmp_path):
     path = tmp_path / "my.toml"
@@ -330,6 +339,60 @@ def test_a_wrong_task_file_is_refused(line, message, tmp_path):
     )
     with pytest.raises(InputError, match=message):
         load_task(str(path))
+
+
+@pytest.mark.parametrize("kind, form, metric, nearest", [
+    ("choice", {"context": "{a}", "choices": "b", "gold": "{c}"}, "accc", "did you mean 'acc'"),
+    ("choice", {"context": "{a}", "choices": "b", "gold": "{c}"}, "matthews", "there are acc, acc_bytes"),
+    ("cloze", {"context": "{a}", "answer": "{b}"}, "perplexty", "did you mean 'perplexity'"),
+    ("text", {"text": "{a}"}, "acc", "there are bits_per_byte"),
+    ("generation", {"context": "{a}", "answers": "b"}, "f2", "there are f1"),
+    ("code", {"context": "{a}", "tests": "{b}", "entry": "{c}"}, "pass@10", "did you mean 'pass@1'"),
+])  # fmt: skip
+def test_a_metric_that_is_not_measured_is_refused_before_anything_runs(kind, form, metric, nearest):
+    keys = {"metrics": {"f1": "gptjax.tasks.metrics:token_f1"}} if kind == "generation" else {}
+    with pytest.raises(InputError, match=f"metric='{metric}' is not measured.*{nearest}"):
+        Task("my", "about", kind, metric, (form,), **keys)
+
+
+def test_a_task_that_measures_nothing_is_refused():
+    with pytest.raises(InputError, match="measures nothing: add .metrics."):
+        Task("my", "about", "generation", "f1", ({"context": "{a}", "answers": "b"},))
+
+
+def test_a_misspelled_key_of_a_form_is_refused():
+    with pytest.raises(InputError, match="no key 'lables': did you mean 'labels'"):
+        Task("my", "about", "choice", "acc", ({"context": "a", "choices": "b", "gold": "c", "lables": "d"},))
+
+
+MEASURED = {
+    "copa": {"query": "it is", "choices": ["red", "no"], "gold": 0}, "lambada": {"text": "it is red"},
+    "arc_easy": {"query": "it is", "choices": ["red", "no"], "gold": 0}, "text8": {"text": "it is red"},
+    "cola_zero_shot": {"sentence": "it is", "label": 1}, "webqs": {"question": "it?", "answers": ["red"]},
+    "winogrande": {"sentence": "it _ is", "option1": "a", "option2": "b", "answer": "1"},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", MEASURED)
+def test_a_task_measures_what_it_says(name, tokenizer, tmp_path):
+    task = load_task(name)
+    write_rows(tmp_path, "rows.jsonl", [MEASURED[name]] * 3)
+    write_rows(tmp_path, "cola_train.jsonl", [MEASURED["cola_zero_shot"]])
+    result = harness.evaluate(planted(tokenizer, lambda i, t: -1.0), task, str(tmp_path / "rows.jsonl"))
+    assert set(result.metrics) == set(task.measured)
+
+
+def test_a_prompt_is_encoded_a_few_times_only(tokenizer, tmp_path):
+    """Of 60 examples 3 fit: found by bisection, not by a trial of every number."""
+    rows = [{"query": f"it is {i}", "choices": ["red", "no"], "gold": 0} for i in range(61)]
+    write_rows(tmp_path, "piqa.jsonl", rows)
+    task = load_task("piqa")
+    items, trials = load_items(task, str(tmp_path / "piqa.jsonl")), []
+    prompts = Prompts(task, items, str(tmp_path), 60, seed=0)
+    text = prompts.before(items[0], lambda text: trials.append(text) or text.count("\n\n") <= 3)
+    assert text.count("\n\n") == 3 and prompts.dropped == 57 and len(trials) <= 8
+    assert trials[0].endswith(text)  # the first ones are left out
+    assert Prompts(task, items, str(tmp_path), 60, seed=0).before(items[0], lambda text: False) == ""
 
 
 def test_the_table_has_the_main_metric_first_and_what_was_counted(tokenizer, tmp_path):

@@ -116,6 +116,12 @@ def test_rouge():
     assert m.rouge("a b c", ["x", "a b c"])["rouge2"] == 1
     lines = m.rouge("c d\na b", ["a b\nc d"])
     assert lines["rougeLsum"] == 1 and lines["rougeL"] == 0.5
+    assert m.rougeLsum("C d. A b.", "A b. C d.") == 1  # sentences of a single line
+
+
+def test_sentences_as_lines():
+    assert m.sentence_lines(' One. "Two!" Three\n\n4.5 is it? ') == 'One.\n"Two!"\nThree\n4.5 is it?'
+    assert m.sentence_lines("no end") == "no end" and m.sentence_lines(" ") == ""
 
 
 @pytest.mark.parametrize("call", [lambda: m.bleu(["a"], [["a"]]), lambda: m.rouge("a", ["a"])])

@@ -63,6 +63,14 @@ def interleaved(sides: dict[str, Peer], rounds: int, message: str = "go") -> dic
     return answers
 
 
+def finish(result: dict, sides: dict[str, Peer], as_json: bool, summary: Callable[[dict], list[str]]):
+    """Ends the sides and prints the result, with their versions and the machine: as JSON, or a summary in lines."""
+    result |= {"versions": {side: peer.about["about"] for side, peer in sides.items()}, "machine": machine()}
+    for peer in sides.values():
+        peer.close()
+    print(json.dumps(result) if as_json else "\n".join(summary(result)))
+
+
 def quartiles(values) -> list[float]:
     return np.quantile(list(values), [0.25, 0.5, 0.75]).tolist()
 

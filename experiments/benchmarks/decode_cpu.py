@@ -8,7 +8,6 @@ of the KV cache once a token, at the speed of a large matrix-vector product.
 """
 
 import argparse
-import json
 import os
 import sys
 import tempfile
@@ -16,7 +15,7 @@ import time
 
 import numpy as np
 
-from experiments.benchmarks._peer import Peer, interleaved, machine, quartiles, read_speed, serve
+from experiments.benchmarks._peer import Peer, finish, interleaved, quartiles, read_speed, serve
 
 PROMPT, NEW = 32, 128
 SHAPE = dict(vocab_size=8192, n_layer=6, n_head=6, d_model=384, context_length=256)
@@ -132,23 +131,20 @@ def main():
             "share_of_bound": quartiles(per_second["gptjax"])[1] / bound(batch, speed),
             "same_tokens": float(same.mean()),
         }
-    result |= {
-        "read_bytes_per_second": speed, "versions": {side: peer.about["about"] for side, peer in sides.items()},
-        "machine": machine(),
-    }  # fmt: skip
-    for peer in sides.values():
-        peer.close()
-    if args.json:
-        print(json.dumps(result))
-        return
+    finish(result | {"read_bytes_per_second": speed}, sides, args.json, summary)
+
+
+def summary(result: dict) -> list[str]:
+    lines = []
     for name, r in result.items():
         if name.startswith("batch"):
             low, middle, high = r["ratio_quartiles"]
-            print(
+            lines.append(
                 f"{name}: {middle:.2f}x transformers.generate (quartiles {low:.2f}-{high:.2f}); "
                 f"{r['tokens_per_second']['gptjax']:,.0f} tokens/s, {100 * r['share_of_bound']:.0f} % of the bound; "
                 f"{100 * r['same_tokens']:.0f} % of the tokens are the same"
             )
+    return lines
 
 
 if __name__ == "__main__":

@@ -13,7 +13,6 @@ lm-eval, torch and transformers (make bench makes an environment that has them).
 import argparse
 import contextlib
 import functools
-import json
 import os
 import sys
 import tempfile
@@ -21,7 +20,7 @@ import time
 
 import numpy as np
 
-from experiments.benchmarks._peer import Peer, interleaved, machine, quartiles, serve
+from experiments.benchmarks._peer import Peer, finish, interleaved, quartiles, serve
 
 ITEMS = {0: 8, 5: 2}  # questions a round
 BATCH_SIZES = (4, 16)
@@ -166,23 +165,21 @@ def main():
         result = {"benchmark": "evaluation_cpu", "model": about, **shape}
         for shots in map(int, args.shots.split(",")):
             result[f"{shots} shots"] |= measure(sides, shots, args.rounds)
-        result |= {
-            "versions": {side: peer.about["about"] for side, peer in sides.items()}, "machine": machine(),
-            "load_before": load, "minutes": (time.time() - began) / 60,
-        }  # fmt: skip
-        for peer in sides.values():
-            peer.close()
-    if args.json:
-        print(json.dumps(result))
-        return
-    for shots in map(int, args.shots.split(",")):
-        r = result[f"{shots} shots"]
-        low, middle, high = r["ratio_quartiles"]
-        print(
-            f"{shots} shots: {middle:.2f}x lm-eval hf at batch size {r['batch_size_of_hf']} (quartiles {low:.2f}-"
-            f"{high:.2f}); {r['items_per_second']['gptjax']:.2f} items/s; log-probabilities differ by at most "
-            f"{r['largest_relative_difference']:.1e} of their size"
-        )
+        result |= {"load_before": load, "minutes": (time.time() - began) / 60}
+        finish(result, sides, args.json, summary)
+
+
+def summary(result: dict) -> list[str]:
+    lines = []
+    for name, r in result.items():
+        if name.endswith("shots") and "ratio_quartiles" in r:
+            low, middle, high = r["ratio_quartiles"]
+            lines.append(
+                f"{name}: {middle:.2f}x lm-eval hf at batch size {r['batch_size_of_hf']} (quartiles {low:.2f}-"
+                f"{high:.2f}); {r['items_per_second']['gptjax']:.2f} items/s; log-probabilities differ by at most "
+                f"{r['largest_relative_difference']:.1e} of their size"
+            )
+    return lines
 
 
 if __name__ == "__main__":

@@ -1,10 +1,11 @@
-"""The whole story on one real task: pre-train → SFT → reward model → PPO, PPO-ptx, GRPO and DPO → best-of-n → report.
+"""The whole story on one real task: pre-train → fine-tune → SFT → reward → PPO, PPO-ptx, GRPO, DPO → evaluate → report.
 
     python -m experiments.docstrings --config=configs/demo.py --workdir=runs/demo
 
-`make demo` runs it. The pre-trained model is the workdir itself, the other stages lie in it: sft/, reward/, ppo/
-(without pre-training gradients), ppo_ptx/ (with them), grpo/ and dpo/. An interrupted demo resumes. How long it takes
-is in experiments/README.md. The gold score of a summary is experiments/docstrings/labeler.py's.
+`make demo` runs it. The pre-trained model is the workdir itself, the other stages lie in it: finetuned/ and
+from_scratch/ (GPT-1's fine-tuning, with and without pre-training), sft/, reward/, ppo/ (without pre-training
+gradients), ppo_ptx/ (with them), grpo/ and dpo/. An interrupted demo resumes; what is measured at its end is measured
+again. How long it takes is in experiments/README.md. The gold score of a summary is labeler.py's.
 --scale shortens the stages after pre-training (0.05 for a smoke test).
 """
 
@@ -16,11 +17,12 @@ import jax
 import numpy as np
 from absl import flags
 
-from experiments.docstrings import labeler, story, task
+from experiments.docstrings import finetuned, labeler, quiz, story, task
 from gptjax import command_line
 from gptjax.config import config_dict
 from gptjax.data.chat import Template
 from gptjax.dpo import DPOConfig, dpo
+from gptjax.finetune import finetune
 from gptjax.generation.respond import respond
 from gptjax.ppo import PPOConfig, ppo
 from gptjax.pretrain import pretrain
@@ -50,30 +52,39 @@ def main(_):
     data = workdir / "task"
     task.write(data, FLAGS.config.seed)
 
-    heading("2. Supervised fine-tuning: signature -> summary line")
+    heading("2. Fine-tuning on a labeled task, as GPT-1, with and without pre-training")
+    for name, pretrained in zip(finetuned.RUNS, (True, False), strict=True):
+        timed(name, finetune(finetuned.config(workdir, data, scale, pretrained), str(workdir / name)))
+
+    heading("3. Supervised fine-tuning: signature -> summary line")
     timed("SFT", sft(sft_config(workdir, data, scale), str(workdir / "sft")))
 
-    heading("3. Rankings by the rule-based labeler, and a reward model of them")
+    heading("4. Rankings by the rule-based labeler, and a reward model of them")
     ceiling = write_comparisons(workdir, data, scale)
     timed("sampling and ranking", None)
     timed("reward model", reward(reward_config(workdir, data), str(workdir / "reward")))
 
     for name, coefficient in (("ppo", 0.0), ("ppo_ptx", 1.0)):
-        heading(f"4. PPO {'with' if coefficient else 'without'} pre-training gradients")
+        heading(f"5. PPO {'with' if coefficient else 'without'} pre-training gradients")
         timed(name, ppo(ppo_config(workdir, data, scale, coefficient), str(workdir / name)))
 
-    heading(f"5. GRPO: groups of {GROUP} samples in place of the value network")
+    heading(f"6. GRPO: groups of {GROUP} samples in place of the value network")
     timed("grpo", ppo(grpo_config(workdir, data, scale), str(workdir / "grpo")))
 
-    heading("6. DPO: from the rankings themselves, without a reward model")
+    heading("7. DPO: from the rankings themselves, without a reward model")
     timed("dpo", dpo(dpo_config(workdir, data, scale), str(workdir / "dpo")))
 
-    heading("7. Best-of-n and the table")
+    heading("8. Best-of-n and the table")
     result = story.measure(workdir, data, prompt=PROMPT, response=RESPONSE, best_of=BEST_OF, limit=FLAGS.limit)
     timed("measuring", None)
+
+    heading("9. Zero- and few-shot, and calibration before and after RLHF")
+    result |= {"finetuned": finetuned.measure(workdir, data), "quiz": quiz.measure(workdir, data, 2 * FLAGS.limit)}
+    timed("quiz", None)
     result |= {"pair_accuracy_ceiling": ceiling, "seconds": seconds}
     (workdir / "story.json").write_text(json.dumps(result, indent=1) + "\n")
-    story.say(result)
+    for part, of in ((story, result), (finetuned, result["finetuned"]), (quiz, result["quiz"])):
+        part.say(of)
     print(f"{time.perf_counter() - began:.0f} s in all; report: {story.write_report(workdir, result)}")
 
 
@@ -85,7 +96,7 @@ def sft_config(workdir: Path, data: Path, scale: float):
     c = config_dict(SFTConfig)
     c.init_from = str(workdir)
     c.data.update(source=str(data / "demonstrations.jsonl"), drop_long=True)
-    c.epochs, c.batch_size = max(2.5 * scale, 0.05), 16
+    c.epochs, c.batch_size = max(2.0 * scale, 0.05), 16
     c.optimizer.update(learning_rate=1e-3, b2=0.95)
     c.schedule.update(kind="cosine", final_fraction=0.1)
     c.mix.fraction = 0.1  # as InstructGPT's RL initialization: the model must not forget its pre-training
@@ -109,7 +120,7 @@ def ppo_config(workdir: Path, data: Path, scale: float, ptx_coefficient: float):
     c = config_dict(PPOConfig)
     c.policy, c.reward = str(workdir / "sft"), str(workdir / "reward")
     c.data.update(source=str(data / "prompts.jsonl"), max_length=PROMPT, drop_long=True)
-    c.steps, c.batch_size = max(2, round(12 * scale)), 64
+    c.steps, c.batch_size = max(2, round(8 * scale)), 64
     c.rollout.update(max_new_tokens=RESPONSE, missing_eos=-3.0)
     c.ppo.update(epochs=2, minibatches=2, ptx_coefficient=ptx_coefficient, ema_decay=0.5)
     c.ptx.update(per_episode=0.5, context_length=story.CONTEXT)
@@ -125,9 +136,8 @@ def ppo_config(workdir: Path, data: Path, scale: float, ptx_coefficient: float):
 
 
 def grpo_config(workdir: Path, data: Path, scale: float):
-    """PPO's, with groups and fewer iterations."""
+    """PPO's, with groups."""
     c = ppo_config(workdir, data, scale, 0.0)
-    c.steps = max(2, round(8 * scale))
     c.rollout.group_size = GROUP
     return c
 
@@ -188,5 +198,5 @@ if __name__ == "__main__":
     FLAGS = flags.FLAGS
     command_line.define_flags()
     flags.DEFINE_float("scale", 1.0, "Length of the stages after pre-training.", lower_bound=0.0)
-    flags.DEFINE_integer("limit", 128, "Evaluation signatures.", lower_bound=1)
+    flags.DEFINE_integer("limit", 128, "Evaluation signatures; the quiz has twice as many questions.", lower_bound=1)
     command_line.run(main)

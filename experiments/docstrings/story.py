@@ -8,8 +8,8 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from experiments.docstrings import labeler
-from experiments.docstrings.plot import COLORS
+from experiments.docstrings import finetuned, labeler, quiz
+from experiments.docstrings.plot import COLORS, RUNS
 from gptjax import report
 from gptjax.data.chat import Template
 from gptjax.data.corpus import pretraining_text
@@ -24,7 +24,6 @@ from gptjax.rlhf.reward_model import load_reward_model
 from gptjax.trained import Model, load_model
 from gptjax.training.metrics import JsonLines
 
-RUNS = {"ppo": "PPO", "ppo_ptx": "PPO-ptx", "grpo": "GRPO", "dpo": "DPO"}  # workdir: name
 SAMPLES = 4  # of each signature, to measure a policy
 CONTEXT = 128  # tokens of a sequence of pre-training text, for PPO-ptx and to measure the loss on
 CHUNK = 128  # time steps whose logits are held at once
@@ -134,8 +133,10 @@ def write_report(workdir: Path, result: dict) -> Path:
         f"<h1>From text to an aligned model</h1>{_introduction(result)}"
         f"<h2>Where each stage stands</h2>{_table(result)}{_curves(workdir, result)}"
         f"<h2>Samples on signatures no stage has seen</h2>{_samples(result)}"
+        f"<h2>Fine-tuning on a labeled task, as GPT-1</h2>{finetuned.section(workdir, result['finetuned'])}"
+        f"<h2>Zero- and few-shot, and calibration before and after RLHF</h2>{quiz.section(result['quiz'])}"
         f"<h2>Time</h2>{_times(result)}<h2>The stages' own reports</h2><p>"
-        + ", ".join(f"<a href='{n}/report.html'>{n}</a>" for n in ("sft", "reward", *RUNS))
+        + ", ".join(f"<a href='{n}/report.html'>{n}</a>" for n in (*finetuned.RUNS, "sft", "reward", *RUNS))
         + "; below: pre-training.</p>"
     )
     Path(own).write_text(page[:start] + body + page[start:])

@@ -3,6 +3,9 @@
 The examples are the documented functions, methods and classes of Python's standard library, so they are on
 every machine that runs this and differ a little between Python versions. They are split by file: the evaluation
 files are those that pre-training on the same corpus holds out, so no stage has seen them.
+
+The quiz asks the converse: which of four summary lines of a file belongs to this signature? The labeled task is to tell
+summaries from those with two neighboring words swapped.
 """
 
 from __future__ import annotations
@@ -19,12 +22,15 @@ from itertools import accumulate
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
+
 from gptjax.data import sources, splits
 
 VALIDATION = 0.05  # of the files, as configs/demo.py holds them out
 SHARES = {"demonstrations": 55, "comparisons": 25, "prompts": 15}  # of the examples in the other files
 LONGEST_PROMPT = 160
 SUMMARY_LENGTHS = range(10, 121)
+CHOICES, QUESTIONS = 4, 256  # of the quiz, at most
 
 _SENTENCE = re.compile(r".*?[.!?](?=\s+[^a-z\s]|\s*$)")  # 'e.g. this' goes on
 _NOT_PROSE = re.compile(r"[\w.]+\(|[^\w\"'`(]|\S+ =|.*(->|>>>|::)")  # 'f(x) -> y', '>>> f(1)', 'atom = *cfws', '---'
@@ -106,11 +112,51 @@ def split(examples: list[Example], seed: int) -> dict[str, list[Example]]:
     return parts | {"evaluation": [e for e in examples if e.file in held_out and e.prompt not in elsewhere]}
 
 
+def questions(examples: list[Example], seed: int) -> list[dict]:
+    """Rows {"signature", "choices", "answer"} in random order: a summary and CHOICES - 1 others of the same file.
+
+    answer: the place of the right one. A file with fewer different summaries asks none. Signatures that a file has
+    twice are left out, since both their summaries would be right.
+    """
+    rng = np.random.default_rng(seed)
+    of_file, times = defaultdict(list), Counter((e.file, e.prompt) for e in examples)
+    for e in examples:
+        if e.summary not in of_file[e.file]:
+            of_file[e.file].append(e.summary)
+    rows = []
+    for e in examples:
+        others = [summary for summary in of_file[e.file] if summary != e.summary]
+        if times[e.file, e.prompt] > 1 or len(others) < CHOICES - 1:
+            continue
+        choices = [e.summary, *rng.choice(others, CHOICES - 1, replace=False).tolist()]
+        order = rng.permutation(CHOICES).tolist()
+        rows.append({"signature": e.prompt, "choices": [choices[i] for i in order], "answer": order.index(0)})
+    return [rows[i] for i in rng.permutation(len(rows))]
+
+
+def sentences(examples: list[Example], seed: int) -> list[dict]:
+    """Rows {"text", "label"} in random order: each summary once, as it is ("1"), or, by chance one half, with two
+    neighboring words that differ swapped ("0"): a matter of acceptability, as CoLA."""
+    rng = np.random.default_rng(seed)
+    rows = []
+    for text in dict.fromkeys(e.summary for e in examples):
+        words = text.split()
+        places = [i for i in range(len(words) - 1) if words[i].lower() != words[i + 1].lower()]
+        swapped = bool(places) and rng.random() < 0.5
+        if swapped:
+            i = int(rng.choice(places))
+            words[i : i + 2] = words[i + 1], words[i]
+        rows.append({"text": " ".join(words), "label": "0" if swapped else "1"})
+    return [rows[i] for i in rng.permutation(len(rows))]
+
+
 def write(directory: str | os.PathLike, seed: int) -> None:
     """Writes the parts as JSON lines, for each stage its file.
 
     demonstrations.jsonl, comparison_prompts.jsonl (where the real summary is one of the candidates) and
-    evaluation.jsonl have rows {"prompt", "response"}; prompts.jsonl has rows {"prompt"}, each signature once.
+    evaluation.jsonl have rows {"prompt", "response"}; prompts.jsonl has rows {"prompt"}, each signature once;
+    quiz.jsonl and quiz_train.jsonl have `questions` of the evaluation files (QUESTIONS) and of the demonstrations';
+    sentences.jsonl and sentences_train.jsonl have the `sentences` of both.
     """
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
@@ -120,6 +166,10 @@ def write(directory: str | os.PathLike, seed: int) -> None:
         _write_rows(directory / f"{file}.jsonl", ({"prompt": e.prompt, "response": e.summary} for e in parts[part]))
     unique = dict.fromkeys(e.prompt for e in parts["prompts"])
     _write_rows(directory / "prompts.jsonl", ({"prompt": prompt} for prompt in unique))
+    _write_rows(directory / "quiz.jsonl", questions(parts["evaluation"], seed)[:QUESTIONS])
+    _write_rows(directory / "quiz_train.jsonl", questions(parts["demonstrations"], seed))
+    _write_rows(directory / "sentences.jsonl", sentences(parts["evaluation"], seed))
+    _write_rows(directory / "sentences_train.jsonl", sentences(parts["demonstrations"], seed))
 
 
 def _write_rows(path: Path, rows: Iterable[dict]) -> None:

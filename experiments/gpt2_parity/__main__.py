@@ -22,7 +22,8 @@ from absl import flags
 from gptjax import command_line, convert, json_files, paths
 from gptjax.errors import InputError
 from gptjax.tasks import harness
-from gptjax.tasks.task import find_files, load_task
+from gptjax.tasks.files import find_files
+from gptjax.tasks.task import load_task
 from gptjax.trained import Model, load_model
 
 SIZES = {12: "124M", 24: "355M", 36: "774M", 48: "1558M"}  # by layers

@@ -1,4 +1,4 @@
-"""Does it fit, and how fast can it be: any config compiled for any TPU slice by the real TPU compiler, without a TPU.
+"""Does it fit, and how fast can it be? Compiles any config for any TPU slice with the TPU compiler; needs no TPU.
 
     python -m gptjax.aot --config=configs/gpt3.py:175b --topology=v5p:8x8x16 [--json]
 
@@ -12,7 +12,7 @@ workdir is needed. For SFT, DPO and a reward model --policy is the model that th
 A mesh smaller than the slice grows along fsdp, and rows that do not divide over it are rounded: `adjusted` lists what
 was changed.
 
-Exit code 0: it fits. 3: it does not; then the largest buffers, and the nearest change under which it compiles. FLOPs
+Exit code 0: it fits. 3: it does not; then the largest buffers and the nearest change that compiles are printed. FLOPs
 are counted by model/flops.py, collectives from the compiled program (cost/hlo.py), bounds by cost/roofline.py.
 """
 
@@ -31,7 +31,7 @@ from gptjax.cost import topology as topologies
 
 
 def main(_):
-    jax.config.update("jax_platforms", "cpu")  # the compiler is all that is wanted of libtpu
+    jax.config.update("jax_platforms", "cpu")  # of libtpu only the compiler is used
     config = FLAGS.config.to_dict()
     slices = config["mesh"]["dcn_data"] if FLAGS.num_slices is None else FLAGS.num_slices
     topology = topologies.parse(FLAGS.topology, slices)
@@ -54,12 +54,12 @@ if __name__ == "__main__":
     flags.DEFINE_string("topology", None, "A TPU slice: v5p:8x8x8, v5p-1024, v5litepod-16.")
     flags.DEFINE_integer("num_slices", None, "Slices joined by the data-center network; else the config's dcn_data.")
     flags.DEFINE_string("program", "train", "What to compile: " + ", ".join(PROGRAMS))
-    flags.DEFINE_string("policy", None, "PPO's policy, a preset: gpt3:1.3b")
-    flags.DEFINE_string("reward", None, "PPO's reward model, a preset.")
-    flags.DEFINE_integer("rows", 8, "Prompts decoded together.")
-    flags.DEFINE_integer("prompt_length", None, "Tokens of a prompt; half the context if not given.")
-    flags.DEFINE_integer("new_tokens", None, "Tokens decoded; half the context if not given.")
-    flags.DEFINE_bool("remedy", True, "Where it does not fit, look for the nearest change under which it compiles.")
-    flags.DEFINE_bool("json", False, "One JSON object.")
+    flags.DEFINE_string("policy", None, "Preset of the stage's base model (PPO: of the policy), as gpt3:1.3b.")
+    flags.DEFINE_string("reward", None, "Preset of PPO's reward model, as gpt3:6.7b; not given = no reward model.")
+    flags.DEFINE_integer("rows", 8, "Prompts decoded together (decode).")
+    flags.DEFINE_integer("prompt_length", None, "Tokens of a prompt (decode); half the context if not given.")
+    flags.DEFINE_integer("new_tokens", None, "Tokens decoded (decode); half the context if not given.")
+    flags.DEFINE_bool("remedy", True, "If it does not fit, search for the nearest change that does.")
+    flags.DEFINE_bool("json", False, "Print the result as one JSON object.")
     flags.mark_flags_as_required(["config", "topology"])
     command_line.run(main)

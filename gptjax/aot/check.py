@@ -1,4 +1,4 @@
-"""Compiles a program of a config for a TPU slice, and tells what it needs: bytes, FLOPs, collectives, bounds.
+"""Compiles a program of a config for a TPU slice and reports what it needs: bytes, FLOPs, collectives, bounds.
 
 FLOPs are counted by model/flops.py, collectives from the compiled program (cost/hlo.py), bounds by cost/roofline.py.
 """
@@ -35,8 +35,8 @@ PRESETS = {"gpt1": GPT1} | {f"gpt2:{k}": v for k, v in GPT2.items()} | {f"gpt3:{
 
 @dataclasses.dataclass(frozen=True)
 class Request:
-    """program of PROGRAMS. rows, prompt_length, new_tokens: of decode; None = half the context each. policy, reward:
-    the models of a PPO config; policy: that which SFT and a reward model begin with."""
+    """program: of PROGRAMS. rows, prompt_length, new_tokens: of decode; None = half the context. policy: of PPO, or the
+    base model of SFT, fine-tuning, DPO and reward models. reward: of PPO, or None."""
 
     program: str = "train"
     rows: int = 8
@@ -49,7 +49,7 @@ class Request:
         if self.program not in PROGRAMS:
             raise InputError(f"program={self.program!r}: choose one of {', '.join(PROGRAMS)}.")
         if self.program.startswith("ppo") and self.policy is None:
-            raise InputError(f"Which policy? Give --policy, one of {', '.join(PRESETS)}.")
+            raise InputError(f"program={self.program} needs a policy: give --policy, one of {', '.join(PRESETS)}.")
 
 
 def build_program(config: dict, topology: Topology, request: Request) -> programs.Program:
@@ -70,18 +70,18 @@ def build_program(config: dict, topology: Topology, request: Request) -> program
     mesh = topologies.topology_mesh(c.mesh, topology)
     if request.program == "train":
         return programs.train_program(c, mesh)
-    half, ways = c.model.context_length // 2, batch_shards(mesh.shape)
+    half, shards = c.model.context_length // 2, batch_shards(mesh.shape)
     return programs.decode_program(
         c,
         mesh,
-        rows=-(-request.rows // ways) * ways,
+        rows=-(-request.rows // shards) * shards,
         prompt=request.prompt_length or half,
         new_tokens=request.new_tokens or half,
     )
 
 
 def adjusted(config: dict, topology: Topology, request: Request) -> tuple[dict, dict]:
-    """The config on this slice, and what had to change: {key: value}. InputError where the program is not its own."""
+    """(the config adapted to this slice, {key: changed value}). InputError: the config's stage has no such program."""
     of_ppo = "rollout" in config
     if request.program.startswith("ppo") != of_ppo:
         suits = "ppo_collect or --program=ppo_update" if of_ppo else "train or --program=decode"
@@ -89,7 +89,7 @@ def adjusted(config: dict, topology: Topology, request: Request) -> tuple[dict, 
     begins_with_another = not {"mix", "objective", "beta", "transfer"}.isdisjoint(config)
     if begins_with_another and (request.program != "train" or request.policy is None):
         raise InputError(
-            "This config is of a stage that begins with another's model: give --program=train and --policy, one of "
+            "This config is of a stage that starts from another run's model: give --program=train and --policy, one of "
             f"{', '.join(PRESETS)}."
         )
     changes = {}
@@ -104,22 +104,22 @@ def adjusted(config: dict, topology: Topology, request: Request) -> tuple[dict, 
         changes["mesh.fsdp"] = mesh["fsdp"] * topology.device_count // fixed
     config = changed(config, changes)
     sizes = configs.build(MeshConfig, config["mesh"]).sizes(topology.device_count)
-    ways = batch_shards(sizes)
+    shards = batch_shards(sizes)
     if request.program == "train":
         micro, batch = config["microbatch_size"] or config["batch_size"], config["batch_size"]
-        if micro % ways or batch % micro:
-            groups = -(-batch // ways)  # rows that a device has of a step
-            at_once = max(n for n in range(1, max(1, micro // ways) + 1) if groups % n == 0)
-            changes |= {"microbatch_size": at_once * ways, "batch_size": groups * ways}
+        if micro % shards or batch % micro:
+            groups = -(-batch // shards)  # rows that a device has of a step
+            at_once = max(n for n in range(1, max(1, micro // shards) + 1) if groups % n == 0)
+            changes |= {"microbatch_size": at_once * shards, "batch_size": groups * shards}
     elif of_ppo:
-        changes |= _ppo_rows(config, ways)
+        changes |= _ppo_rows(config, shards)
     return changed(config, changes), changes
 
 
-def _ppo_rows(config: dict, ways: int) -> dict:
-    """A minibatch's rows rounded up to a multiple of `ways`, and what of it and of the batch goes at a time."""
+def _ppo_rows(config: dict, shards: int) -> dict:
+    """{key: value} that round a minibatch up to a multiple of `shards` rows, and its micro-batches with it."""
     batch, minibatches = config["batch_size"], config["ppo"]["minibatches"]
-    up = lambda n: -(-n // ways) * ways
+    up = lambda n: -(-n // shards) * shards
     minibatch = up(batch // minibatches)
     changes = {"batch_size": minibatch * minibatches} if minibatch * minibatches != batch else {}
     for first, name, of in (
@@ -127,8 +127,8 @@ def _ppo_rows(config: dict, ways: int) -> dict:
         ("rollout", "forward_rows", minibatch * minibatches),
     ):
         rows = config[first][name]
-        if rows is not None and (rows % ways or of % rows):
-            changes[f"{first}.{name}"] = next((n for n in range(up(rows), of, ways) if of % n == 0), of)
+        if rows is not None and (rows % shards or of % rows):
+            changes[f"{first}.{name}"] = next((n for n in range(up(rows), of, shards) if of % n == 0), of)
     return changes
 
 
@@ -140,7 +140,7 @@ def changed(config: dict, changes: dict) -> dict:
     return config
 
 
-# --- one answer ---------------------------------------------------------------------------------------------
+# --- the result ---------------------------------------------------------------------------------------------
 
 
 def describe_mesh(mesh: dict) -> str:
@@ -185,7 +185,7 @@ def check(config: dict, topology: Topology, request: Request = Request(), status
         }
     result |= {"fits": True, "compile_seconds": time.perf_counter() - began}
     memory = compiled.memory_analysis()
-    # The compiler's peak has in it what lies in host memory from beginning to end (optimizer.offload).
+    # The compiler's peak includes arguments in host memory (optimizer.offload).
     peak = memory.peak_memory_in_bytes - memory.host_argument_size_in_bytes
     sent = traffic(compiled.as_text(), topology.num_slices)
     ici, dcn = sent.sent(crosses=False), sent.sent(crosses=True)
@@ -204,14 +204,14 @@ def check(config: dict, topology: Topology, request: Request = Request(), status
 
 
 def bytes_wanted(message: str) -> int | None:
-    """The bytes a chip would need, from an out-of-memory message of the TPU compiler: all it says."""
+    """The bytes that a chip would need, from the TPU compiler's out-of-memory message; None if it does not say."""
     wanted = re.search(r"\(([\d.]+)([KMGT]?)\) exceeds available HBM", message)
     return wanted and round(float(wanted[1]) * 2 ** (10 * " KMGT".index(wanted[2] or " ")))
 
 
 def largest(program: programs.Program) -> list[dict]:
-    """The largest buffers of a device, by our own count, as the compiler lists none: what is in memory whatever the
-    order of the operations, and the largest arrays that the forward pass keeps."""
+    """The largest buffers of a device, by our own estimate, since the compiler lists none: the state, and the largest
+    arrays that the forward pass saves."""
     arrays = program.arrays
     rows = [{"what": k, "shape": "", "bytes": v} for k, v in program.parts.items() if not (arrays and k == KEPT)]
     rows += [{"what": f"kept, every layer: {w}", "shape": "x".join(map(str, s)), "bytes": v} for w, s, v in arrays[:6]]

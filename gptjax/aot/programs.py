@@ -1,4 +1,4 @@
-"""The stages' device programs from shapes alone, as their mains put them together: what aot.py compiles.
+"""The stages' device programs from shapes alone, made by the functions that their mains call: what check.py compiles.
 
 Nothing is allocated: states, batches and frozen models are jax.ShapeDtypeStruct with shardings.
 """
@@ -42,13 +42,14 @@ from gptjax.rlhf.reward_model import prompt_room
 from gptjax.sft import SFTConfig
 from gptjax.training import precision
 from gptjax.training.offload import MEMORY
+from gptjax.training.state import unboxed_shapes
 
 
 @dataclasses.dataclass(frozen=True)
 class Program:
-    """jitted.lower(*arguments) under jax.set_mesh(mesh) is the program. tokens: that one run goes through.
-    parts: our own count of the bytes on one device, by what they are. arrays: the largest of what the forward pass
-    keeps, (name, shape over all devices, bytes on one device)."""
+    """jitted.lower(*arguments) under jax.set_mesh(mesh) is the program. tokens: that one execution processes.
+    parts: our own estimate of the bytes on one device, by what they are. arrays: the largest that the forward pass
+    saves, (name, shape over all devices, bytes on one device)."""
 
     jitted: Any
     arguments: tuple
@@ -59,7 +60,7 @@ class Program:
     arrays: tuple[tuple[str, tuple[int, ...], int], ...] = ()
 
     def compile(self):
-        """Not through the persistent cache, which can write programs for a described TPU but not read them."""
+        """Compiles without the persistent cache, which can write programs for a described TPU but not read them."""
         name = "jax_persistent_cache_min_compile_time_secs"
         before = getattr(jax.config, name)
         jax.config.update(name, float("inf"))
@@ -96,13 +97,13 @@ def train_program(c: PretrainConfig, mesh) -> Program:
 
 
 def sft_program(c: SFTConfig, base: GPTConfig, mesh) -> Program:
-    """The same of supervised fine-tuning (sft.py) from a model like `base`, whatever rows are packed with."""
+    """The same for supervised fine-tuning (sft.py) of a model like `base`."""
     model = c.model.apply(base)
     return _language_program(c, model, sft.program, mesh, c.data.max_length or model.context_length, c.data.packing)
 
 
 def reward_program(c: RewardConfig, base: GPTConfig, mesh, completions: int = comparisons.MOST) -> Program:
-    """The same of a reward model (reward.py) on a trunk like `base`, each prompt with the most completions."""
+    """The same for a reward model (reward.py) on a trunk like `base`, with the maximum number of completions."""
     model = reward.trunk(c, base)
     time, rows = c.data.max_length or model.context_length, c.microbatch_rows
     shapes = _comparison_shapes(completions, time)
@@ -110,8 +111,8 @@ def reward_program(c: RewardConfig, base: GPTConfig, mesh, completions: int = co
 
 
 def dpo_program(c: DPOConfig, base: GPTConfig, mesh, completions: int = comparisons.MOST) -> Program:
-    """The same of DPO (dpo.py) on a model like `base`, each prompt with the most completions."""
-    model = dataclasses.replace(c.model, dropout=c.model.dropout or 0.0).apply(base)
+    """The same for DPO (dpo.py) of a model like `base`, with the maximum number of completions."""
+    model = c.model.no_dropout_by_default().apply(base)
     time, rows = c.data.max_length or model.context_length, c.microbatch_rows
     shapes = _comparison_shapes(completions, time) | {
         "starts": ((completions,), jnp.int32), "reference": ((completions,), jnp.float32)
@@ -122,8 +123,8 @@ def dpo_program(c: DPOConfig, base: GPTConfig, mesh, completions: int = comparis
 
 
 def finetune_program(c: FinetuneConfig, base: GPTConfig, mesh, choices: int = 4) -> Program:
-    """The same of fine-tuning on a labeled task (finetune.py) on a model like `base`. choices: of a choice whose config
-    does not list its labels."""
+    """The same for fine-tuning on a labeled task (finetune.py) of a model like `base`. choices: how many, in a choice
+    task whose config does not list its labels."""
     model = c.model.apply(base, vocab_size=base.vocab_size + NEW_TOKENS)
     time, low_high = c.data.max_length or model.context_length, c.data.score_range
     labels = low_high[1] - low_high[0] + 1 if low_high else len(names_of(c.data.labels) or range(choices))
@@ -188,7 +189,7 @@ def _step_program(c, model, program, mesh, time, shapes, *, sequences, chunk) ->
 
 
 def forward_flops(c: GPTConfig, time: int) -> float:
-    """Of one sequence of `time` tokens, causal attention halved."""
+    """FLOPs of a forward pass over one sequence of `time` tokens, causal attention counted as half."""
     return flops_per_token(dataclasses.replace(c, context_length=time)).causal / 3 * time
 
 
@@ -202,7 +203,7 @@ def decode_program(c: PretrainConfig, mesh, *, rows: int, prompt: int, new_token
     check_fits(mesh.shape, n_head=c.model.n_head, batch_size=rows, microbatch_size=rows)
     model = dataclasses.replace(c.model, attention=resolve(c.model.attention, mesh.devices.flat[0].platform))
     boxed = gpt.abstract_params(model)
-    params = placed(_shapes(boxed), parameter_shardings(boxed, mesh))
+    params = placed(unboxed_shapes(boxed), parameter_shardings(boxed, mesh))
     key = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), rows))
     prompts, lengths, limits, keys = replicated(
         mesh, ((rows, prompt), jnp.int32), ((rows,), jnp.int32), ((rows,), jnp.int32), (key.shape, key.dtype)
@@ -219,18 +220,12 @@ def decode_program(c: PretrainConfig, mesh, *, rows: int, prompt: int, new_token
     return Program(decode, arguments, mesh, rows * (prompt + new_tokens), work, parts)
 
 
-def _shapes(boxed):
-    from flax.linen import meta
-
-    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), meta.unbox(boxed))
-
-
 # --- PPO --------------------------------------------------------------------------------------------------
 
 
 @dataclasses.dataclass(frozen=True)
 class PPOParts:
-    """The abstract models of PPO on a mesh, as ppo.py sets them up. slots: the widest that prompts are padded to."""
+    """The abstract models of PPO on a mesh, as in ppo.py. slots: the largest width that prompts are padded to."""
 
     spec: RLSpec
     program: PPOProgram
@@ -251,9 +246,8 @@ def ppo_parts(c: PPOConfig, policy: GPTConfig, reward: GPTConfig | None, mesh) -
     program = ppo_program(c, spec)
     room = prompt_room(context_lengths(spec), spec.response, "rollout.max_new_tokens")
     slots = bucket_widths(c.data.max_length or room, c.data.buckets, room)[-1]
-    frozen = lambda boxed: placed(
-        jax.eval_shape(lambda p: precision.frozen(p, spec.dtype), _shapes(boxed)), parameter_shardings(boxed, mesh)
-    )
+    in_dtype = lambda boxed: jax.eval_shape(lambda p: precision.frozen(p, spec.dtype), unboxed_shapes(boxed))
+    frozen = lambda boxed: placed(in_dtype(boxed), parameter_shardings(boxed, mesh))
     reward_params = frozen(heads.abstract_scalar_model(reward)) if reward else None
     reference = frozen(boxed_params(spec)[0])
     return PPOParts(spec, program, placed(program.abstract, program.shardings), reference, reward_params, slots)
@@ -272,12 +266,12 @@ def _ppo_bytes(p: PPOParts, offload: bool) -> dict[str, int]:
 
 
 def collect_program(c: PPOConfig, policy: GPTConfig, reward: GPTConfig | None, mesh) -> Program:
-    """Sampling and the four models' view of the samples, with all that lies in memory meanwhile (rlhf/rollout.py)."""
+    """Sampling and the four models' forward passes (rlhf/rollout.py), with everything that is in memory meanwhile."""
     p = ppo_parts(c, policy, reward, mesh)
     spec, rows = p.spec, c.batch_size
-    cut = batch_sharding(mesh, 0)
-    prompts = jax.ShapeDtypeStruct((rows, p.slots), jnp.int32, sharding=cut)
-    lengths = jax.ShapeDtypeStruct((rows,), jnp.int32, sharding=cut)
+    by_row = batch_sharding(mesh, 0)
+    prompts = jax.ShapeDtypeStruct((rows, p.slots), jnp.int32, sharding=by_row)
+    lengths = jax.ShapeDtypeStruct((rows,), jnp.int32, sharding=by_row)
     key = jax.eval_shape(lambda: jax.random.key(0))
     (key,) = replicated(mesh, (key.shape, key.dtype))
     jitted = jax.jit(_collect(c, spec), keep_unused=True)
@@ -311,8 +305,8 @@ def update_program(c: PPOConfig, policy: GPTConfig, reward: GPTConfig | None, me
     """All epochs and minibatches of one iteration, and PPO-ptx's text (rlhf/update.py)."""
     p = ppo_parts(c, policy, reward, mesh)
     spec, rows, texts = p.spec, c.batch_size, p.slots + p.spec.response
-    cut = batch_sharding(mesh, 0)
-    array = lambda slots, dtype: jax.ShapeDtypeStruct((rows, slots), dtype, sharding=cut)
+    by_row = batch_sharding(mesh, 0)
+    array = lambda slots, dtype: jax.ShapeDtypeStruct((rows, slots), dtype, sharding=by_row)
     experience = rollout.Experience(
         tokens=array(texts, jnp.int32),
         real=array(texts, jnp.float32),

@@ -1,4 +1,4 @@
-"""The nearest change under which a program that does not fit compiles."""
+"""The nearest change that makes a program fit which does not."""
 
 import dataclasses
 
@@ -40,28 +40,29 @@ def remedies(config: dict, topology: Topology, request: Request, state_bytes: in
 
 def _smaller(config: dict, mesh: dict, request: Request):
     """Settings that need less memory, the gentlest first."""
-    ways = batch_shards(mesh)
+    shards = batch_shards(mesh)
     if request.program == "train":
-        halves = [{"microbatch_size": n} for n in _halves(config["microbatch_size"] or config["batch_size"], ways)]
+        halves = [{"microbatch_size": n} for n in _halves(config["microbatch_size"] or config["batch_size"], shards)]
         order = ("none", "dots", "full")
         remat = config["model"]["remat"]
         remats = [{"model.remat": r} for r in order[order.index(remat) + 1 :]] if remat in order else []
         yield from halves[:1] + remats + halves[1:]
         yield from (a | b for a in halves for b in remats[-1:])
     elif request.program == "ppo_collect":
-        for rows in _halves(config["rollout"]["forward_rows"] or config["batch_size"], ways):
+        for rows in _halves(config["rollout"]["forward_rows"] or config["batch_size"], shards):
             yield {"rollout.forward_rows": rows}
     elif request.program == "ppo_update":
         size = config["ppo"]["microbatch_size"] or config["batch_size"] // config["ppo"]["minibatches"]
-        options = [{"ppo.microbatch_size": n} for n in _halves(size, ways)]
+        options = [{"ppo.microbatch_size": n} for n in _halves(size, shards)]
         yield from options
         yield from (o | {"model.remat": "full"} for o in options[-1:] or [{}])
         yield from (o | {"model.remat": "full", "offload": True} for o in options[-1:] or [{}])
 
 
-def _halves(size: int, ways: int) -> list[int]:
+def _halves(size: int, shards: int) -> list[int]:
+    """size / 2, size / 4, ...: as long as they are whole and divisible over the shards."""
     found = []
-    while size % 2 == 0 and (size // 2) % ways == 0:
+    while size % 2 == 0 and (size // 2) % shards == 0:
         size //= 2
         found.append(size)
     return found

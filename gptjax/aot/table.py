@@ -8,7 +8,7 @@ def gib(n) -> str:
 
 
 def table(r: dict) -> str:
-    """The result for people."""
+    """The result of check.check as a text table."""
     per = "chip" if r["chips"] == r["devices"] else "device (half a chip)"
     rows = [("slice", f"{r['topology']}, {r['chips']:,} chips, mesh {describe_mesh(r['mesh'])}")]
     if r["adjusted"]:

@@ -2,12 +2,37 @@
 
 import math
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 
 from gptjax.data import lm
+
+
+def padded_groups(groups: Sequence[Sequence[Sequence[int]]], n: int, length: int, pad_id: int) -> dict[str, np.ndarray]:
+    """Groups of sequences (the completions of a prompt, the choices of a question) as arrays; an empty one is a row of
+    padding.
+
+    groups: token ids, at most n sequences of at most `length` tokens each.
+    Returns {tokens: int32 [rows, n, length], padded on the right with pad_id; lengths: int32 [rows, n], tokens before
+    the padding, 1 where there is no sequence; valid: float32 [rows, n], 1 where there is one}.
+    """
+    shape = (len(groups), n)
+    tokens = np.full((*shape, length), pad_id, np.int32)
+    lengths, valid = np.ones(shape, np.int32), np.zeros(shape, np.float32)
+    for row, group in enumerate(groups):
+        for i, ids in enumerate(group):
+            tokens[row, i, : len(ids)], lengths[row, i] = ids, len(ids)
+        valid[row, : len(group)] = 1
+    return {"tokens": tokens, "lengths": lengths, "valid": valid}
+
+
+def padded_lengths(longest: int, limit: int, shards: int) -> tuple[int, int]:
+    """(tokens that a schedule counts for a sequence, tokens that it is padded to): the longest one rounded up to a
+    multiple of 8, and to one of 8 for each of the `shards` that time is sharded over; at most `limit`."""
+    counted, padded = (min(limit, -(-longest // step) * step) for step in (8, 8 * shards))
+    return counted, padded
 
 
 class Shuffled:

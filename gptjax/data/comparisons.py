@@ -14,7 +14,7 @@ import numpy as np
 
 from gptjax import paths
 from gptjax.data import lm, published
-from gptjax.data.batches import InOrder, Shuffled
+from gptjax.data.batches import InOrder, Shuffled, padded_groups, padded_lengths
 from gptjax.data.chat import Template
 from gptjax.data.rows import (
     AllTied,
@@ -45,7 +45,7 @@ class ComparisonConfig:
     fields: the rows' name for our field NAME; it may reach inside, as 'a.0.b', and join several, as 'a,b'
         (rows.Record).
     validation: share of the prompts that is held out, or another source.
-    max_length: most tokens of a prompt and completion; None = the model's context.
+    max_length: maximum number of tokens of a prompt and completion; None = the model's context.
     drop_long: leave longer rows out, rather than stop.
     bad_rows: 'stop', or 'drop' rows with anything else wrong; what is left out is written to dropped_rows.jsonl.
     """
@@ -133,11 +133,9 @@ def load_comparisons(c: ComparisonConfig, template: Template, length: int, seed:
 
 
 def padded_length(comparisons: Comparisons, limit: int, shards: int) -> tuple[int, int]:
-    """(tokens that a schedule counts for a completion, tokens that rows are padded to): the longest prompt and
-    completion in whole eights, and in eights for each of `shards` that time is sharded over; at most `limit`."""
+    """padded_lengths for the longest prompt and completion."""
     longest = max(len(e.prompt) + max(map(len, e.completions)) for e in comparisons.train + comparisons.validation)
-    counted, padded = (min(limit, -(-longest // step) * step) for step in (8, 8 * shards))
-    return counted, padded
+    return padded_lengths(longest, limit, shards)
 
 
 class ComparisonBatches(Shuffled):
@@ -215,24 +213,14 @@ class _Padded:
 
     def arrays(self, index: np.ndarray) -> dict[str, np.ndarray]:
         """The arrays of ComparisonBatches for the comparisons of index, int64 [n]; -1 is padding."""
-        k, length = self._shape
-        batch = {
-            "tokens": np.full((len(index), k, length), self._pad_id, np.int32),
-            "lengths": np.ones((len(index), k), np.int32),
-            "ranks": np.zeros((len(index), k), np.float32),
-            "valid": np.zeros((len(index), k), np.float32),
-            "weights": (index >= 0).astype(np.float32),
-        }
-        for row, number in enumerate(index):
-            if number < 0:
-                continue
-            e = self._comparisons[number]
-            for i, completion in enumerate(e.completions):
-                ids = e.prompt + completion
-                batch["tokens"][row, i, : len(ids)] = ids
-                batch["lengths"][row, i] = len(ids)
-            batch["ranks"][row, : len(e.ranks)] = e.ranks
-            batch["valid"][row, : len(e.ranks)] = 1
+        chosen = [self._comparisons[number] if number >= 0 else None for number in index]
+        texts = [[e.prompt + completion for completion in e.completions] if e else [] for e in chosen]
+        ranks = np.zeros((len(index), self._shape[0]), np.float32)
+        for row, e in zip(ranks, chosen, strict=True):
+            if e:
+                row[: len(e.ranks)] = e.ranks
+        batch = padded_groups(texts, *self._shape, self._pad_id)
+        batch |= {"ranks": ranks, "weights": (index >= 0).astype(np.float32)}
         return batch if self._more is None else batch | self._more(index)
 
 

@@ -46,9 +46,9 @@ class DemonstrationConfig:
         (rows.Record).
     validation: share of the prompts that is held out, or another source.
     template: 'chat' or 'plain' (the texts alone).
-    max_length: most tokens of an example; None = the model's context.
+    max_length: maximum number of tokens of an example; None = the model's context.
     loss_on: 'response' or 'all' tokens.
-    packing: several examples a row, none seeing another.
+    packing: several examples per row; attention stays within each.
     drop_long: leave longer examples out, rather than stop.
     bad_rows: 'stop', or 'drop' rows with anything else wrong; what is left out is written to dropped_rows.jsonl.
     """

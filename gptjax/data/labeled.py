@@ -17,7 +17,7 @@ import numpy as np
 from gptjax import paths
 from gptjax.config import nearest
 from gptjax.data import lm
-from gptjax.data.batches import InOrder, Shuffled
+from gptjax.data.batches import InOrder, Shuffled, padded_groups, padded_lengths
 from gptjax.data.rows import (
     LeftOut,
     Record,
@@ -62,7 +62,7 @@ class LabeledConfig:
         answers), 'mctest' (its .tsv, with the .ans next to it).
     columns: names of the columns of .csv and .tsv files without a header, with commas; None = the first line has them.
     format: 'csv' or 'tsv' for files whose names do not say so.
-    max_length: tokens of a sequence; None = the model's context.
+    max_length: maximum number of tokens of a sequence; None = the model's context.
     bad_rows: 'stop', or 'drop' bad rows, which are written to dropped_rows.jsonl.
     """
 
@@ -325,12 +325,9 @@ def _target(c: LabeledConfig, label: str | None, labels: tuple[str, ...]) -> tup
 
 
 def padded_length(labeled: Labeled, limit: int, shards: int) -> tuple[int, int]:
-    """(tokens that a schedule counts for a sequence, tokens that rows are padded to): the longest sequence in whole
-    eights, and in eights for each of `shards` that time is sharded over; at most `limit`."""
+    """padded_lengths for the longest sequence."""
     every = (ids for split in labeled[:3] for e in split for ids in e.sequences)
-    longest = max(map(len, every))
-    counted, padded = (min(limit, -(-longest // step) * step) for step in (8, 8 * shards))
-    return counted, padded
+    return padded_lengths(max(map(len, every)), limit, shards)
 
 
 class LabeledBatches(Shuffled):
@@ -377,22 +374,8 @@ class _Padded:
 
     def arrays(self, index: np.ndarray) -> dict[str, np.ndarray]:
         """The arrays of LabeledBatches for the examples of index, int64 [n]; -1 is padding."""
-        most, length = self._shape
-        outputs = len(self._examples[0].target)
-        batch = {
-            "tokens": np.full((len(index), most, length), self._pad_id, np.int32),
-            "lengths": np.ones((len(index), most), np.int32),
-            "valid": np.zeros((len(index), most), np.float32),
-            "target": np.zeros((len(index), outputs), np.float32),
-            "weights": (index >= 0).astype(np.float32),
-        }
-        for row, number in enumerate(index):
-            if number < 0:
-                continue
-            e = self._examples[number]
-            for i, ids in enumerate(e.sequences):
-                batch["tokens"][row, i, : len(ids)] = ids
-                batch["lengths"][row, i] = len(ids)
-            batch["valid"][row, : len(e.sequences)] = 1
-            batch["target"][row] = e.target
-        return batch
+        texts = [self._examples[number].sequences if number >= 0 else [] for number in index]
+        nothing = np.zeros_like(self._examples[0].target)
+        target = np.array([self._examples[number].target if number >= 0 else nothing for number in index], np.float32)
+        batch = padded_groups(texts, *self._shape, self._pad_id)
+        return batch | {"target": target, "weights": (index >= 0).astype(np.float32)}

@@ -15,6 +15,7 @@ from typing import Any, Protocol
 import grain
 import numpy as np
 
+from gptjax.data.hashing import mix64
 from gptjax.data.tokens import TokenShards
 from gptjax.errors import InputError
 
@@ -36,18 +37,11 @@ class Examples(Protocol):
         """int32 [n, context_length + 1] for index int64 [n]."""
 
 
-def _mix(x: np.ndarray) -> np.ndarray:
-    """The finalizer of splitmix64 (Steele, Lea, Flood 2014), a hash from uint64 to uint64."""
-    x = (x ^ (x >> _U64(30))) * _U64(0xBF58476D1CE4E5B9)
-    x = (x ^ (x >> _U64(27))) * _U64(0x94D049BB133111EB)
-    return x ^ (x >> _U64(31))
-
-
 def _key(seed: int, purpose: int, number: np.ndarray | int) -> np.ndarray:
     """uint64 keys of epochs or blocks `number`, of its shape (at least 1-D)."""
-    key = _mix(np.array([seed % 2**64], _U64) + _U64(0x9E3779B97F4A7C15))
-    key = _mix(key + _U64(purpose + 1))
-    return _mix(key + np.atleast_1d(np.asarray(number)).astype(_U64) * _U64(0x9E3779B97F4A7C15))
+    key = mix64(np.array([seed % 2**64], _U64) + _U64(0x9E3779B97F4A7C15))
+    key = mix64(key + _U64(purpose + 1))
+    return mix64(key + np.atleast_1d(np.asarray(number)).astype(_U64) * _U64(0x9E3779B97F4A7C15))
 
 
 def permute(index: np.ndarray, length: int, key: int | np.ndarray) -> np.ndarray:
@@ -65,13 +59,13 @@ def permute(index: np.ndarray, length: int, key: int | np.ndarray) -> np.ndarray
     flat = index.ravel().astype(_U64)
     keys = np.asarray(key % 2**64 if isinstance(key, int) else key, _U64)
     keys = np.broadcast_to(keys, index.shape).ravel()
-    rounds = [_mix(keys + _U64((r + 1) * 0x9E3779B97F4A7C15 % 2**64)) for r in range(_ROUNDS)]
+    rounds = [mix64(keys + _U64((r + 1) * 0x9E3779B97F4A7C15 % 2**64)) for r in range(_ROUNDS)]
     out, todo = flat.copy(), np.arange(flat.size)
     while todo.size:
         left, right = np.divmod(out[todo], _U64(right_size))
         for r in range(0, _ROUNDS, 2):
-            left = (left + _mix(right + rounds[r][todo]) % _U64(left_size)) % _U64(left_size)
-            right = (right + _mix(left + rounds[r + 1][todo]) % _U64(right_size)) % _U64(right_size)
+            left = (left + mix64(right + rounds[r][todo]) % _U64(left_size)) % _U64(left_size)
+            right = (right + mix64(left + rounds[r + 1][todo]) % _U64(right_size)) % _U64(right_size)
         out[todo] = left * _U64(right_size) + right
         todo = todo[out[todo] >= length]
     return out.astype(np.int64).reshape(index.shape)
@@ -80,7 +74,7 @@ def permute(index: np.ndarray, length: int, key: int | np.ndarray) -> np.ndarray
 @functools.lru_cache(maxsize=256)
 def _drawn(length: int, key: int) -> np.ndarray:
     """int64 [length]: a uniform permutation (up to ties), the argsort of splitmix64's stream from `key`."""
-    stream = _mix(_U64(key) + np.arange(1, length + 1, dtype=_U64) * _U64(0x9E3779B97F4A7C15))
+    stream = mix64(_U64(key) + np.arange(1, length + 1, dtype=_U64) * _U64(0x9E3779B97F4A7C15))
     return np.argsort(stream, kind="stable")
 
 

@@ -80,14 +80,7 @@ def prepare(
         InputError: as `documents`, `make_tokenizer` and `open_shards`; a vocabulary too large for token_dtype; a
         directory with other files, or with tokens of another request; a full disk.
     """
-    if "://" in str(directory):
-        raise InputError(f"Token shards are memory-mapped, so {directory} must be a local directory.")
-    if token_dtype not in (None, "uint16", "uint32"):
-        raise InputError(f"The token dtype {token_dtype!r} is unknown: use 'uint16' or 'uint32'.")
-    if not isinstance(validation, str) and not 0 < validation < 1:
-        raise InputError(f"The validation fraction {validation} is not between 0 and 1: change it, or give a source.")
-    if shard_tokens < 1:
-        raise InputError(f"A shard of {shard_tokens} tokens is not possible: give a positive number.")
+    _check_arguments(directory, validation, shard_tokens, token_dtype)
     directory = Path(directory).expanduser().resolve()
     made = tokenizer == "char" or tokenizer.startswith("bpe:")
     given = None if made else make_tokenizer(tokenizer, list)
@@ -126,6 +119,18 @@ def prepare(
                 "directory, or delete it."
             )
     return open_shards(directory, progress=progress)
+
+
+def _check_arguments(directory, validation: float | str, shard_tokens: int, token_dtype: str | None):
+    """InputError: a remote directory, or a value out of range."""
+    if "://" in str(directory):
+        raise InputError(f"Token shards are memory-mapped, so {directory} must be a local directory: give another one.")
+    if token_dtype not in (None, "uint16", "uint32"):
+        raise InputError(f"The token dtype {token_dtype!r} is unknown: use 'uint16' or 'uint32'.")
+    if not isinstance(validation, str) and not 0 < validation < 1:
+        raise InputError(f"The validation fraction {validation} is not between 0 and 1: change it, or give a source.")
+    if shard_tokens < 1:
+        raise InputError(f"A shard of {shard_tokens} tokens is not possible: give a positive number.")
 
 
 def shared_tokenizer(spec: str, texts: Callable[[], Iterator[str]], about: dict, cache: str | os.PathLike) -> str:

@@ -26,9 +26,9 @@ class PromptConfig:
         left out.
     fields: the rows' name for our field NAME; it may reach inside, as 'a.0.b', and join several, as 'a,b'
         (rows.Record).
-    max_length: most tokens of a prompt; None = the model's context without the response.
+    max_length: maximum number of tokens of a prompt; None = the model's context without the response.
     drop_long: leave longer prompts out, rather than stop.
-    buckets: most widths that batches are padded to, each compiled once when a batch first needs it.
+    buckets: maximum number of widths that batches are padded to; each is compiled when a batch first needs it.
     bad_rows: 'stop', or 'drop' rows with anything else wrong; what is left out is written to dropped_rows.jsonl.
     """
 
@@ -103,9 +103,8 @@ def _eights(n: int) -> int:
 
 class PromptBatches:
     """Batches of an endless stream of the prompts, reshuffled each epoch. A batch is a pure function of (seed,
-    position),
-    and so is its width: the smallest of `widths` (ascending) that fits its longest prompt. shuffle: version of
-    lm.shuffled.
+    position), and so is its width: the smallest of `widths` (ascending) that fits its longest prompt. shuffle: version
+    of lm.shuffled.
 
     InputError: no prompts, or one longer than the last of `widths`.
     """

@@ -16,6 +16,7 @@ from etils import epath
 
 from gptjax.config import nearest
 from gptjax.data import lm, sources
+from gptjax.data.hashing import draw
 from gptjax.data.values import Unreadable
 from gptjax.errors import InputError
 
@@ -313,7 +314,7 @@ def hold_out(
 ) -> tuple[list, list]:
     """(training examples, validation examples) of (text, example) pairs; examples with the same text stay together, as
     in load_split. key: of the config, what: the text is, for messages."""
-    draws = {text: _draw(seed, text) for text, _ in made}
+    draws = {text: draw(seed, text) for text, _ in made}
     if len(draws) < 2:
         raise InputError(
             f"The source {source!r} has only one {what}, so none can be held out: give another source with "
@@ -357,9 +358,3 @@ def fraction_of(validation: str) -> float | None:
         return float(validation)
     except ValueError:
         return None
-
-
-def _draw(seed: int, text: str) -> int:
-    """A number in [0, 2⁶⁴) that depends only on seed and text."""
-    digest = hashlib.sha256(f"{seed}:{text}".encode("utf-8", "surrogatepass")).digest()
-    return int.from_bytes(digest[:8], "big")

@@ -26,8 +26,7 @@ class Specials:
     """eos, bos, pad, unk: the token of each role; None = not named (for eos that means `<|endoftext|>` if it exists).
 
     in_text: special tokens that are recognized in text, as in transformers. The tokens of the roles above and of the
-    chat
-    template are not among them: text is never encoded to those.
+    chat template are not among them: text is never encoded to those.
     stop_ids: further ids that end a sampled text, from a model's generation_config.json.
     adds_bos: a prompt begins with bos.
     """

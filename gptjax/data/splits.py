@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import functools
-import hashlib
 from collections.abc import Callable, Iterator
 
 from gptjax.data import sources
+from gptjax.data.hashing import draw
 from gptjax.errors import InputError
 
 SPLITS = ("train", "validation")
@@ -17,7 +17,7 @@ def held_out(source: str, validation: float, *, text_field: str = "text", seed: 
     """Names of the documents that `prepare` puts into the validation split of a source with several documents."""
     read = functools.partial(sources.documents, source, text_field=text_field)
     limit, _ = _limit(read, validation, seed)
-    return {d.name for d in read() if _draw(seed, d.name) < limit}
+    return {d.name for d in read() if draw(seed, d.name) < limit}
 
 
 def splitter(
@@ -67,7 +67,7 @@ def splitter(
         )
 
     def by_document() -> Iterator[tuple[str, str]]:
-        yield from (("validation" if _draw(seed, d.name) < limit else "train", d.text) for d in read())
+        yield from (("validation" if draw(seed, d.name) < limit else "train", d.text) for d in read())
 
     def by_position() -> Iterator[tuple[str, str]]:
         total = sum(len(d.text) for d in read())
@@ -92,14 +92,9 @@ def _limit(read: Callable[[], Iterator[sources.Document]], validation: float, se
     limit, least, most, count = int(validation * 2**64), 2**64, -1, 0
     for document in read():
         count += 1
-        draw = _draw(seed, document.name)
-        least, most = min(least, draw), max(most, draw)
+        place = draw(seed, document.name)
+        least, most = min(least, place), max(most, place)
         if least < limit <= most:  # both splits have a document: no need to read on
             break
     # At least the document with the lowest draw is held out, and the one with the highest is not.
     return min(max(limit, least + 1), most), count
-
-
-def _draw(seed: int, name: str) -> int:
-    """A number in [0, 2⁶⁴) that depends only on seed and name."""
-    return int.from_bytes(hashlib.sha256(f"{seed}:{name}".encode()).digest()[:8], "big")

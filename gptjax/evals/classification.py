@@ -28,6 +28,11 @@ def f1(predicted: np.ndarray, gold: np.ndarray) -> float:
     return float(2 * both / max((predicted == 1).sum() + (gold == 1).sum(), 1))
 
 
+def macro_f1(predicted: np.ndarray, gold: np.ndarray) -> float:
+    """Mean over the classes that are predicted or right of the F1 of each."""
+    return float(np.mean([f1(predicted == c, gold == c) for c in np.union1d(predicted, gold)]))
+
+
 def matthews(predicted: np.ndarray, gold: np.ndarray) -> float:
     """Matthews correlation in [-1, 1]; 0 where either has a single class."""
     classes = 1 + max(predicted.max(), gold.max())

@@ -6,7 +6,7 @@
     gpt4    an item is dirty if one of three of its 50-character substrings, drawn at random, occurs in the corpus; only
             letters and digits count (GPT-4 appendix C)
 
-The corpus is read as a stream, once, or twice for gpt2, whose filter is sized by the corpus's words.
+The corpus is read as a stream, once, or twice for gpt2, whose filter is sized by the corpus's n-grams.
 """
 
 import dataclasses
@@ -58,55 +58,89 @@ def by_ngrams(sets: Mapping[str, Sequence[str]], corpus: Iterable[str]) -> dict[
     hashes = {name: _item_ngrams(items, length[name]) for name, items in sets.items()}
     seen = {}
     for n in set(length.values()):
-        known = np.unique(np.concatenate([h for name in sets if length[name] == n for h in hashes[name]]))
-        seen[n] = (known, np.zeros(len(known), bool))
-    for text in corpus:
-        of_text = ngrams.word_hashes(text)
+        known = ngrams.Known(np.concatenate([h for name in sets if length[name] == n for h in hashes[name]]))
+        seen[n] = known, np.zeros(len(known.values), bool)
+    for batch in ngrams.word_batches(corpus, max(seen) - 1):
         for n, (known, found) in seen.items():
-            here = np.unique(ngrams.ngram_hashes(of_text, n))
-            place = np.searchsorted(known, here)
-            hit = (place < len(known)) & (known[np.minimum(place, len(known) - 1)] == here) if len(known) else place < 0
-            found[place[hit]] = True
-    holds = {n: (lambda values, n=n: _among(values, *seen[n])) for n in seen}
-    return {name: _overlap(items, hashes[name], length[name], holds[length[name]]) for name, items in sets.items()}
+            starts, place = known.find(ngrams.ngram_hashes(batch.units, n))
+            found[place[batch.within(starts, n)]] = True
+    held = {n: ngrams.Known(known.values[found]) for n, (known, found) in seen.items()}
+    return {name: _overlap(sets[name], hashes[name], n, held[n].contains) for name, n in length.items()}
 
 
 def by_filter(
     sets: Mapping[str, Sequence[str]], corpus: Callable[[], Iterable[str]], n: int = 8, p: float = 1e-8
 ) -> dict[str, Overlap]:
     """GPT-2's method. corpus: () -> its texts, called twice."""
-    total = sum(max(len(ngrams.words(text)) - n + 1, 0) for text in corpus())
-    bloom = ngrams.Bloom(total, p)
-    for text in corpus():
-        bloom.add(ngrams.ngram_hashes(ngrams.word_hashes(text), n))
+
+    def read() -> Iterable[np.ndarray]:
+        for batch in ngrams.word_batches(corpus(), n - 1):
+            starts = np.arange(max(len(batch.units) - n + 1, 0))
+            yield ngrams.ngram_hashes(batch.units, n)[batch.within(starts, n)]
+
+    bloom = ngrams.Bloom(sum(map(len, read())), p)
+    for hashes in read():
+        bloom.add(hashes)
     return {name: _overlap(items, _item_ngrams(items, n), n, bloom.contains) for name, items in sets.items()}
 
 
 def by_probes(sets: Mapping[str, Sequence[str]], corpus: Iterable[str], seed: int = 0) -> dict[str, Overlap]:
     """GPT-4's method. An item of less than 50 characters is a probe as a whole."""
     probes = {name: [_probes(text, seed) for text in items] for name, items in sets.items()}
-    every = {probe for items in probes.values() for of_item in items for probe in of_item if probe}
-    by_length: dict[int, dict[int, set[str]]] = {}
-    for probe in every:
-        value = int(ngrams.Windows(probe).hashes(len(probe))[0])
-        by_length.setdefault(len(probe), {}).setdefault(value, set()).add(probe)
-    known = {length: np.array(sorted(values), np.uint64) for length, values in by_length.items()}
+    open_ = {probe for items in probes.values() for of_item in items for probe in of_item if probe}
     found: set[str] = set()
-    for text in corpus:
-        text = ngrams.characters(text)
-        windows = ngrams.Windows(text)
-        for length, values in known.items():
-            here = windows.hashes(length)
-            for start in np.flatnonzero(np.isin(here, values)):
-                probe = text[start : start + length]
-                if probe in by_length[length][int(here[start])]:
-                    found.add(probe)
+    searches = [_Search(length, group) for length, group in _by_window(open_).items()]
+    for batch in ngrams.character_batches(corpus, PROBE - 1):
+        windows, text = ngrams.Windows(batch.units), None
+        for search in searches:
+            starts, place = search.known.find(windows.hashes(search.length))
+            if len(starts) and text is None:
+                text = batch.units.tobytes().decode("utf-32-le", "surrogatepass")
+            search.confirm(text, batch, starts, place, found)
     result = {}
     for name, items in probes.items():
         evidence = [next((probe for probe in of_item if probe in found), "") for of_item in items]
         short = sum(not any(of_item) for of_item in items)
         result[name] = Overlap(PROBE, np.array([bool(e) for e in evidence], bool), evidence, short)
     return result
+
+
+def _by_window(probes: Iterable[str]) -> dict[int, list[str]]:
+    """Probes by the length of their beginning that is looked for: of 1 to 7 characters, 8, 16, 32 or 50, as each length
+    costs a pass over the corpus."""
+    found: dict[int, list[str]] = {}
+    for probe in probes:
+        length = next((n for n in (PROBE, 32, 16) if len(probe) >= n), min(len(probe), 8))
+        found.setdefault(length, []).append(probe)
+    return found
+
+
+class _Search:
+    """Probes whose beginnings of some length are looked for. Those that were found are looked for no more."""
+
+    def __init__(self, length: int, probes: Sequence[str]):
+        self.length, self._probes = length, {}
+        for probe in probes:
+            value = int(ngrams.Windows(probe[:length]).hashes(length)[0])
+            self._probes.setdefault(value, set()).add(probe)
+        self._index()
+
+    def _index(self):
+        self.known = ngrams.Known(np.array(list(self._probes), np.uint64))
+
+    def confirm(self, text, batch, starts, place, found: set[str]) -> None:
+        """Adds the probes that stand in a batch's text where their beginnings were found."""
+        done = False
+        for start, value in zip(starts.tolist(), self.known.values[place].tolist(), strict=True):
+            for probe in tuple(self._probes.get(value, ())):
+                if text.startswith(probe, start) and batch.within(np.array([start]), len(probe))[0]:
+                    found.add(probe)
+                    self._probes[value].discard(probe)
+            if value in self._probes and not self._probes[value]:
+                del self._probes[value]
+                done = True
+        if done:
+            self._index()
 
 
 def _probes(text: str, seed: int) -> list[str]:
@@ -121,14 +155,6 @@ def _probes(text: str, seed: int) -> list[str]:
 
 def _item_ngrams(items: Sequence[str], n: int) -> list[np.ndarray]:
     return [ngrams.ngram_hashes(ngrams.word_hashes(text), n) for text in items]
-
-
-def _among(values, known, found) -> np.ndarray:
-    """bool: the values that are in `known` and marked."""
-    if not len(known):
-        return np.zeros(len(values), bool)
-    place = np.minimum(np.searchsorted(known, values), len(known) - 1)
-    return (known[place] == values) & found[place]
 
 
 def _overlap(items, hashes, n: int, holds) -> Overlap:

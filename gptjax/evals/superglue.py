@@ -15,7 +15,7 @@ METRICS = {
     "wic": ("accuracy",),
     "wsc": ("accuracy",),
     "multirc": ("accuracy", "f1"),  # exact match of all answers of a question; F1 over answers (F1a)
-    "record": ("accuracy", "f1"),
+    "record": ("accuracy", "f1"),  # exact match and F1 of an entity's words
 }
 
 

@@ -178,16 +178,21 @@ def padded(prompts: Sequence[Sequence[int]], config: ModelConfig, stop: Stop) ->
 
 
 def generate(params, decoder: Decoder, prompts: Sequence[Sequence[int]], stop: Stop, sampling: Sampling, *,
-             seed: int = 0, keep_eot: bool = False) -> list[list[int]]:  # fmt: skip
+             seed: int = 0, keys=None, keep_eot: bool = False) -> list[list[int]]:  # fmt: skip
     """Token lists in, token lists out: new tokens only, without the end-of-text token unless keep_eot.
 
-    The same seed gives the same text for a row, whatever the other rows are. A row stops where `stop` says, or when
-    the context is full. InputError: `padded`.
+    The same seed gives the same text for a row, whatever the other rows are. keys: a typed key for each prompt, in
+    place of those of the seed and its row. A row stops where `stop` says, or when the context is full. InputError:
+    `padded`.
     """
     if not len(prompts):
         return []
     tokens_BQ, lengths_B, limits_B, stop = padded(prompts, decoder.config, stop)
-    keys_B = jax.vmap(lambda i: jax.random.fold_in(jax.random.key(seed), i))(np.arange(len(tokens_BQ)))
+    rows_B = np.arange(len(tokens_BQ))
+    if keys is None:
+        keys_B = jax.vmap(lambda i: jax.random.fold_in(jax.random.key(seed), i))(rows_B)
+    else:
+        keys_B = keys[np.minimum(rows_B, len(prompts) - 1)]
     out_BR, count_B, _ = decode(params, decoder, tokens_BQ, lengths_B, limits_B, keys_B, stop, sampling)
     out_BR, count_B = (hosts.whole(a)[: len(prompts)] for a in (out_BR, count_B))
     texts = []

@@ -1,4 +1,4 @@
-"""How fast decoding is beside how fast it could be: a token cannot come sooner than the memory it needs is read."""
+"""Decoding speed, and its upper bound: each step has to read the weights and the KV cache from memory."""
 
 import jax
 import jax.numpy as jnp
@@ -24,7 +24,7 @@ def bytes_per_token(params, c: ModelConfig, batch: int, slots: float, dtype) -> 
 
 def describe_speed(params, c: ModelConfig, batch: int, slots: float, dtype, tokens: int, seconds: float,
                    devices) -> str:  # fmt: skip
-    """'N tokens in S s: R tokens/s, P % of ...'; without the bound on a chip whose bandwidth is not known."""
+    """'N tokens in S s: R tokens/s, P % of the bound'; without the bound on a chip whose bandwidth is not known."""
     rate, kind = tokens / seconds, devices[0].device_kind
     text = f"{tokens} tokens in {seconds:.2f} s: {rate:,.1f} tokens/s"
     bandwidth = memory_bandwidth(kind)

@@ -5,24 +5,19 @@ import dataclasses
 import functools
 import logging
 import re
-from collections.abc import Sequence
-
-import jax
 
 from gptjax import paths
 from gptjax.console import progress
 from gptjax.data.chat import ROLES, Template
 from gptjax.data.tokenizer import Tokenizer
 from gptjax.errors import InputError
-from gptjax.generation.decode import Decoder, Stop, generate
 from gptjax.generation.sampling import Sampling
 from gptjax.interop.hf_tokenizer import CHAT_TEMPLATE
-from gptjax.tasks.generate import prompt_ids
+from gptjax.tasks.generate import Continuation, continue_texts, prompt_ids, sampling_keys, with_frozen_params
 from gptjax.tasks.likelihood import log_likelihoods
 from gptjax.tasks.requests import encode_pair, prefix_token, rolling_windows
-from gptjax.tasks.stop_strings import find_stop
 from gptjax.trained import load_model
-from gptjax.training.precision import DTYPES, frozen
+from gptjax.training.precision import DTYPES
 
 try:
     import lm_eval.models  # noqa: F401  first: in a registry that has ours alone, its own models would not be found
@@ -37,7 +32,6 @@ except ModuleNotFoundError as error:
 
 _ROWS = 16
 _MAX_GEN_TOKENS = 256  # of the harness, where a task gives none
-_FIRST_PIECE = 32  # new tokens between looks for a stop string, at first
 _NEUTRAL = {"num_beams": 1, "repetition_penalty": 1.0, "use_cache": True}  # what decoding does anyway
 
 log = logging.getLogger(__name__)
@@ -64,7 +58,7 @@ class GPTJAX(LM):
         automatic = batch_size is None or str(batch_size).startswith("auto")
         self.batch_size = _ROWS if automatic else int(batch_size)
         self._template = Template(self.model.tokenizer, "chat") if self.model.template == "chat" else None
-        self._seed, self._calls = seed, 0
+        self._seed = seed
 
     def loglikelihood(self, requests, disable_tqdm: bool = False) -> list[tuple[float, bool]]:
         """(log p(continuation | context), whether greedy decoding gives it) of each request's two texts."""
@@ -90,7 +84,8 @@ class GPTJAX(LM):
         return totals
 
     def generate_until(self, requests, disable_tqdm: bool = False) -> list[str]:
-        """The text that follows each request's context, before its first stop string or end-of-text."""
+        """The text that follows each request's context, before its first stop string or end-of-text. What is sampled is
+        a function of the seed and the request's place among all of them."""
         alike: dict[str, list[int]] = {}
         for i, request in enumerate(requests):
             alike.setdefault(repr(request.args[1]), []).append(i)
@@ -102,7 +97,8 @@ class GPTJAX(LM):
                 order = sorted(members, key=lambda i: -len(prompts[i]))
                 for start in range(0, len(order), self.batch_size):
                     some = order[start : start + self.batch_size]
-                    written = self._continue([prompts[i] for i in some], generation)
+                    keys = sampling_keys(self._seed, 0, some)
+                    written = continue_texts(self._writer, [prompts[i] for i in some], keys, generation.continuation)
                     for i, text in zip(some, written, strict=True):
                         texts[i] = text
                         self.cache_hook.add_partial("generate_until", requests[i].args, text)
@@ -154,47 +150,17 @@ class GPTJAX(LM):
     def _prompt(self, context: str, room: int) -> list[int]:
         return prompt_ids(self._tokenizer(context), context)[-room:]
 
-    def _continue(self, prompts: Sequence[list[int]], generation: "Generation") -> list[str]:
-        """The text that follows each prompt, decoded in pieces: after each, the rows with a stop string are done."""
-        new: list[list[int]] = [[] for _ in prompts]
-        going, written = list(range(len(prompts))), 0
-        piece = _FIRST_PIECE if generation.until else generation.max_new_tokens
-        while going and written < generation.max_new_tokens:
-            piece = min(piece, generation.max_new_tokens - written)
-            pieces = self._decode([prompts[i] + new[i] for i in going], piece, generation)
-            for i, ids in zip(going, pieces, strict=True):
-                new[i] += ids
-            written += piece
-            going = [i for i in going if len(new[i]) == written and self._text(new[i], generation.until)[1]]
-            piece = written  # as much again, so that a text is prefilled a few times only
-        return [self._text(ids, generation.until)[0] for ids in new]
-
-    def _decode(self, prompts: list[list[int]], n: int, generation: "Generation") -> list[list[int]]:
-        model, self._calls = self.model, self._calls + 1
-        with jax.set_mesh(model.mesh):
-            decoder = Decoder(model.config, model.tokenizer.vocab_size, model.dtype, model.mesh)
-            stop = Stop(n, model.tokenizer.stop_ids)
-            return generate(self._params, decoder, prompts, stop, generation.sampling, seed=self._seed + self._calls)
-
     @functools.cached_property
-    def _params(self):
-        return frozen(self.model.params, self.model.dtype)  # half the bytes to read at 16 bits
-
-    def _text(self, ids: Sequence[int], until: Sequence[str]) -> tuple[str, bool]:
-        """(The text of ids before the first stop string, whether there is none)."""
-        text = (self._template or self.model.tokenizer).decode(ids)
-        end = find_stop(text, until)
-        return text[:end], end is None
+    def _writer(self):
+        return with_frozen_params(self.model)
 
 
 @dataclasses.dataclass(frozen=True)
 class Generation:
     """A request's generation settings. room: tokens of a prompt; longer ones lose their first tokens."""
 
-    until: tuple[str, ...]
-    max_new_tokens: int
+    continuation: Continuation
     room: int
-    sampling: Sampling
 
     @classmethod
     def of(cls, gen_kwargs: dict, context_length: int) -> "Generation":
@@ -222,7 +188,7 @@ class Generation:
             log.warning("max_gen_toks=%d leaves no room for a prompt in a context of %d: it is %d here", new,
                         context_length, clipped)  # fmt: skip
             new = clipped
-        return cls(until, new, max(1, context_length - new), sampling)
+        return cls(Continuation(until, new, sampling), max(1, context_length - new))
 
 
 class Rendered:

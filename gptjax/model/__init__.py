@@ -7,13 +7,14 @@ x_BTD is [batch, time, d_model], mask_BR [batch, response]. Names without a suff
 that a docstring gives. An axis of a fixed size is written as that number (x_B1D, qkv_BT3D); in a shard_map, the letters
 are those of the whole array.
 
-    B  batch: rows, prompts                     V  vocabulary
+    B  batch: rows, prompts, examples           V  vocabulary
     T  time: positions of a row, queries        L  layers
-    S  positions that a query sees: keys,       C  positions of a chunk of the loss
-       or slots of the KV cache                 Q  slots of a prompt, padded on the left
-    D  d_model                                  R  slots of a response, padded on the right
-    H  attention heads                          N  completions of a prompt
-    K  d_head                                   M  micro-batches
-    F  d_ff                                     U  units of an LSTM
-                                                E  width of its embedding
+    S  positions that a query sees: keys,       C  positions of a chunk of the loss;
+       or slots of the KV cache                    outputs of a classifier
+    D  d_model                                  Q  slots of a prompt, padded on the left
+    H  attention heads                          R  slots of a response, padded on the right
+    K  d_head                                   N  completions of a prompt, sequences of an
+    F  d_ff                                        example, beams
+    M  micro-batches                            P  these as rows: B x N
+    U  units of an LSTM                         E  width of an LSTM's embedding
 """

@@ -58,8 +58,8 @@ def logits(params, config: ModelConfig, x):
 
 def prefill(params, config: ModelConfig, tokens_BQ, positions_BQ, segments_BQ, *, new_tokens: int, unstacked: bool,
             **options):  # fmt: skip
-    """(parameters for `decode_step`, hidden [B, Q, D], what it has to remember of the prompt: a KV cache with room for
-    the new tokens, or a state). unstacked: without a loop over layers (gpt.unstack_layers)."""
+    """(parameters for `decode_step`, hidden [B, Q, D], its `cache`: a KV cache with room for the new tokens, or the
+    state of an LSTM). unstacked: for decoding without a loop over layers (gpt.unstack_layers)."""
     x_BQD, cache = _of(config).prefill(params, config, tokens_BQ, positions_BQ, segments_BQ, **options)
     if isinstance(config, LSTMConfig):
         return lstm.normalized(params), x_BQD, cache

@@ -341,7 +341,9 @@ def hidden(
 def _check_time(tokens_BT, config: GPTConfig):
     """InputError: more tokens than position embeddings. JAX's gather would clamp the index and raise nothing."""
     if tokens_BT.shape[1] > config.context_length:
-        raise InputError(f"{tokens_BT.shape[1]} tokens don't fit the model's context of {config.context_length}.")
+        raise InputError(
+            f"Rows of {tokens_BT.shape[1]} tokens exceed the model's context of {config.context_length}: shorten them."
+        )
 
 
 def unembedding(params, config: GPTConfig):

@@ -193,7 +193,7 @@ def _recurrence(w: _Weights, inputs: _Inputs, state: State):
 
 
 def _forward(w, inputs, state):
-    weights = _whole(w, inputs.z_B4U.dtype)
+    weights = _gathered(w, inputs.z_B4U.dtype)
 
     def step(state, now: _Inputs):
         h_BU, c_BU = state.h_BU * now.keep_B1.astype(state.h_BU.dtype), state.c_BU * now.keep_B1
@@ -211,7 +211,7 @@ def _backward(residuals, cotangents):
     """The scan backwards gives the gradients of what each step summed; the matrices' are products over all steps."""
     w, inputs, first, h_TBU, c_TBU, z_TB4U = residuals
     dtype = z_TB4U.dtype
-    weights = _whole(w, dtype)
+    weights = _gathered(w, dtype)
     before = lambda one_BU, all_TBU: jnp.concatenate([one_BU[None], all_TBU[:-1]]) * inputs.keep_B1
     h_TBU, c_TBU = before(first.h_BU, h_TBU).astype(dtype), before(first.c_BU, c_TBU)  # what the steps began with
     mh_TBU = None if w.mh_UU is None else _dot("tbu,uv->tbv", h_TBU, weights.mh_UU)
@@ -242,7 +242,7 @@ def _backward(residuals, cotangents):
 _recurrence.defvjp(_forward, _backward)
 
 
-def _whole(w: _Weights, dtype) -> _Weights:
+def _gathered(w: _Weights, dtype) -> _Weights:
     """In the dtype of the activations, and gathered over fsdp once, before the scan."""
     return jax.tree.map(lambda a: constrain(a.astype(dtype), *(None,) * a.ndim), w)
 

@@ -181,6 +181,10 @@ class ModelOptions:
     pipeline_microbatches: Count | None = None
     pipeline_virtual_stages: Count | None = None
 
+    def no_dropout_by_default(self) -> "ModelOptions":
+        """These options with dropout 0 unless they set one, where a stage is not to inherit it from its base."""
+        return dataclasses.replace(self, dropout=self.dropout or 0.0)
+
     def apply(self, config, **others):
         """The model's config with the options that are not None, and `others`, replaced. InputError: an option that
         this model does not have (an LSTM has dropout alone)."""

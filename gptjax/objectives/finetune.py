@@ -57,13 +57,13 @@ def task_loss(logits_BC, target_BC):
 
 
 def extracted(params, config: ModelConfig, tokens_BNT, lengths_BN, *, dtype, mesh=None, dropout_keys=None):
-    """(hidden states [B N, T, D], those at each sequence's last token [B, N, D])."""
+    """(hidden states [P, T, D], those at each sequence's last token [B, N, D])."""
     B, N, T = tokens_BNT.shape
-    x_STD = architecture.hidden(
+    x_PTD = architecture.hidden(
         params["trunk"], config, tokens_BNT.reshape(B * N, T), dtype=dtype, mesh=mesh, dropout_keys=dropout_keys
     )
-    last_SD = jnp.take_along_axis(x_STD, (lengths_BN.reshape(B * N) - 1)[:, None, None], axis=1)[:, 0]
-    return x_STD, last_SD.reshape(B, N, -1)
+    last_PD = jnp.take_along_axis(x_PTD, (lengths_BN.reshape(B * N) - 1)[:, None, None], axis=1)[:, 0]
+    return x_PTD, last_PD.reshape(B, N, -1)
 
 
 @shared
@@ -80,7 +80,7 @@ def finetune_loss(config: ModelConfig, task: str, lm_weight: float, dropout: flo
         if keys_B is not None:
             head_keys_B = jax.vmap(jax.random.fold_in, (0, None))(keys_B, N)
             keys = jax.vmap(lambda key: jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(N)))(keys_B).reshape(-1)
-        x_STD, last_BND = extracted(
+        x_PTD, last_BND = extracted(
             params, config, batch["tokens"], batch["lengths"], dtype=dtype, mesh=mesh, dropout_keys=keys
         )
         logits_BC = task_logits(params["head"], last_BND, batch["valid"], task, dropout, head_keys_B)
@@ -91,10 +91,10 @@ def finetune_loss(config: ModelConfig, task: str, lm_weight: float, dropout: flo
             share_BN = batch["weights"][:, None] * batch["valid"] / batch["valid"].sum(1, keepdims=True).clip(1)
             share_BN = share_BN / (batch["lengths"] - 1).clip(1)
             predicts_BNT = jnp.arange(T) < batch["lengths"][..., None] - 1
-            weights_ST = (share_BN[..., None] * predicts_BNT).reshape(B * N, T)
-            targets_ST = jnp.roll(batch["tokens"], -1, axis=-1).reshape(B * N, T)
-            x_STD, w_VD = architecture.readout(params["trunk"], config, x_STD)
-            lm = cross_entropy_sum(x_STD, w_VD, targets_ST, weights_ST, chunk)
+            weights_PT = (share_BN[..., None] * predicts_BNT).reshape(B * N, T)
+            targets_PT = jnp.roll(batch["tokens"], -1, axis=-1).reshape(B * N, T)
+            x_PTD, w_VD = architecture.readout(params["trunk"], config, x_PTD)
+            lm = cross_entropy_sum(x_PTD, w_VD, targets_PT, weights_PT, chunk)
             total = total + lm_weight * lm
         right_B = logits_BC.argmax(-1) == batch["target"].argmax(-1)
         sums = {"task_loss": nll_B.sum(), "lm_loss": lm, "correct": (batch["weights"] * right_B).sum()}

@@ -139,17 +139,21 @@ def group_advantages(score, group_size: int):
 # --- losses ------------------------------------------------------------------------------------------------
 
 
+def clipped_surrogate(ratio_BR, advantages_BR, clip: float):
+    """-min(A ratio, A clip(ratio, 1 - eps, 1 + eps)) of each action (Schulman et al. 2017 eq. 7): [B, R]."""
+    # -min(a, b) = max(-a, -b)
+    return jnp.maximum(-advantages_BR * ratio_BR, -advantages_BR * jnp.clip(ratio_BR, 1 - clip, 1 + clip))
+
+
 def policy_loss(log_prob_BR, old_log_prob_BR, advantages_BR, mask_BR, clip: float):
-    """-min(A ratio, A clip(ratio, 1 - eps, 1 + eps)) (Schulman et al. 2017 eq. 7), summed over the actions.
+    """`clipped_surrogate`, summed over the actions.
 
     Returns:
         (sum, count, statistics as sums over the actions: clipped, approx_kl (k2 of new against old), ratio).
     """
     log_ratio_BR = keep(log_prob_BR - old_log_prob_BR, mask_BR)
     ratio_BR = jnp.exp(log_ratio_BR)
-    advantages_BR = keep(advantages_BR, mask_BR)
-    # -min(a, b) = max(-a, -b)
-    losses_BR = jnp.maximum(-advantages_BR * ratio_BR, -advantages_BR * jnp.clip(ratio_BR, 1 - clip, 1 + clip))
+    losses_BR = clipped_surrogate(ratio_BR, keep(advantages_BR, mask_BR), clip)
     statistics = {
         "clipped": keep(jnp.abs(ratio_BR - 1) > clip, mask_BR).sum(),
         "approx_kl": 0.5 * keep(log_ratio_BR**2, mask_BR).sum(),
@@ -184,9 +188,7 @@ def grpo_loss(
         (sum over responses, number of responses).
     """
     ratio_BR = jnp.exp(keep(log_prob_BR - old_log_prob_BR, mask_BR))
-    advantages_BR = keep(advantages_BR, mask_BR)
-    # -min(A ratio, A clip(ratio)), as in policy_loss
-    surrogate_BR = jnp.maximum(-advantages_BR * ratio_BR, -advantages_BR * jnp.clip(ratio_BR, 1 - clip, 1 + clip))
+    surrogate_BR = clipped_surrogate(ratio_BR, keep(advantages_BR, mask_BR), clip)
     kl_BR = k3(keep(log_prob_BR, mask_BR), keep(ref_log_prob_BR, mask_BR))
     losses_BR = keep(surrogate_BR + kl_coefficient * kl_BR, mask_BR)
     length_B = mask_BR.sum(1)

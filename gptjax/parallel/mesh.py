@@ -14,8 +14,8 @@ from gptjax.ranges import Axis, Count
 
 @dataclasses.dataclass(frozen=True)
 class MeshConfig:
-    """Devices along each axis; -1 on one axis = all the rest. `rules`: which axes of the model's arrays lie on which of
-    these axes; `use_rules` of sharding.py makes them active.
+    """Devices along each axis; -1 on one axis = all the rest. `rules`: over which of these axes the model's arrays are
+    sharded; `use_rules` of sharding.py makes them active.
 
     data: copies of the model, each with its rows of the batch.
     fsdp: devices that the rows of the batch, parameters, gradients and optimizer state are sharded over.

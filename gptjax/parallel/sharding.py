@@ -47,7 +47,7 @@ _FIXED = {
 class Rules:
     """Mesh axes of each axis of the model's arrays: one, several with commas ('fsdp,seq'), or 'none' (not sharded).
 
-    mesh.rules of a config. They decide where arrays lie, never what is computed: a run may be resumed under others. The
+    mesh.rules of a config. They decide where arrays are, never what is computed: a run may be resumed under others. The
     vocabulary is sharded over tensor in embedding and loss whatever they say (vocabulary.py).
 
     batch: rows of the batch; within a pipeline's layers, where stage is manual, data and fsdp alone. Fixed.

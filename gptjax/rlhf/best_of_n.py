@@ -87,10 +87,10 @@ if __name__ == "__main__":
     FLAGS = flags.FLAGS
     command_line.define_path("policy", None, "Workdir of the model that samples.")
     command_line.define_path("reward", None, "Workdir of the reward model.")
-    command_line.define_path("prompts", None, "Rows with a `prompt`.")
+    command_line.define_path("prompts", None, "Prompts: rows with a `prompt` (JSONL, JSON, Parquet or hf:NAME).")
     flags.DEFINE_integer("n", 16, "Samples of each prompt.", lower_bound=1)
-    flags.DEFINE_integer("limit", 64, "Prompts to use.", lower_bound=1)
-    flags.DEFINE_integer("max_new_tokens", 64, "At most so many new tokens.", lower_bound=1)
+    flags.DEFINE_integer("limit", 64, "Number of prompts to use, the first ones.", lower_bound=1)
+    flags.DEFINE_integer("max_new_tokens", 64, "Maximum number of new tokens.", lower_bound=1)
     flags.DEFINE_bool("drop_long", False, "Leave out prompts that do not fit the context.")
     flags.DEFINE_enum("bad_rows", "stop", BAD_ROWS, "Stop at rows that can't be read, or leave them out.")
     flags.DEFINE_string("fields.prompt", "prompt", "The field of a row that holds its prompt.")

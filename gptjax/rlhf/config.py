@@ -18,7 +18,7 @@ class KLConfig:
 
     coefficient: beta of the per-token KL penalty; 0 = none.
     target: nats per sequence that an adaptive coefficient steers to (Ziegler et al. 2019 §2.2); None = fixed.
-    horizon: of the adaptive coefficient's controller, in episodes, more than a fifth of the batch.
+    horizon: time constant of the adaptive coefficient, in episodes; it must exceed a fifth of batch_size.
     """
 
     coefficient: float = 0.02
@@ -143,11 +143,11 @@ class PtxConfig:
 
 @dataclasses.dataclass(frozen=True)
 class EvaluationConfig:
-    """Evaluation on held-out prompts.
+    """Evaluation on held-out prompts, if `source` names some.
 
     every: iterations between evaluations of the policy's moving average; it is also evaluated at the start and the end.
-    source: held-out prompts; None = some of data's own.
-    prompts: how many prompts are answered.
+    source: held-out prompts; None = the prompts that are trained on, of which none are held out.
+    prompts: how many prompts are answered, rounded up to a number that divides over the devices and groups.
     lm_batches: batches of pre-training validation text whose loss is measured, if that text is available; 0 = none.
     samples: how many responses are written to samples.jsonl.
     gold_fn: 'package.module:function', a reward that is measured but not trained on, to detect over-optimization (Gao

@@ -40,7 +40,7 @@ def memory_plan(state: PPOState, reference, reward, spec: RLSpec, batch: int, pr
     ]
     total = sum(size for _, size, place in parts if place == "device")
     lines = [f"  {name:<20}{size / 2**20:>10,.1f} MiB  {place}" for name, size, place in parts if size]
-    lines.append(f"  {'in all':<20}{total / 2**20:>10,.1f} MiB  device, without activations")
+    lines.append(f"  {'total':<20}{total / 2**20:>10,.1f} MiB  device, without activations")
     if offload:  # both are on the device together while scoring, when there are no gradients
         scoring = (
             total

@@ -21,13 +21,15 @@ def load_callable(name: str) -> Callable:
     """The function that 'package.module:function' names. Raises InputError if there is none."""
     module, _, function = name.partition(":")
     if not module or not function:
-        raise InputError(f"reward function {name!r}: write package.module:function.")
+        raise InputError(f"The reward function {name!r} is malformed: write package.module:function.")
     try:
         found = getattr(importlib.import_module(module), function)
     except (ImportError, AttributeError) as error:
-        raise InputError(f"reward function {name!r} cannot be imported: {error}.") from error
+        raise InputError(
+            f"The reward function {name!r} cannot be imported ({error}): check its name and the Python path."
+        ) from error
     if not callable(found):
-        raise InputError(f"reward function {name!r} is a {type(found).__name__}, not a function.")
+        raise InputError(f"The reward function {name!r} is a {type(found).__name__}, not a function: give its name.")
     return found
 
 
@@ -51,7 +53,7 @@ def _values(function, on, template, prompts, prompt_texts, responses) -> np.ndar
         values = np.asarray(values, np.float32)
     except (TypeError, ValueError) as error:
         raise InputError(
-            f"The reward function gave no numbers ({error}): it must return one float a response."
+            f"The reward function gave no numbers ({error}): it must return one float for each response."
         ) from error
     if values.shape != (len(responses),):
         raise InputError(

@@ -4,10 +4,10 @@ They are necessary, not sufficient: a policy trained on shifted logits passes th
 """
 
 import math
-import sys
 
 import jax.numpy as jnp
 
+from gptjax.distributed import hosts
 from gptjax.training.loop import NotFinite
 
 # Rounding tolerances: |ratio - 1| of the first minibatch and |KL| of the first iteration. Rows are batched differently
@@ -52,9 +52,9 @@ def sanity_checks(line: dict, iteration: int, dtype, missing_eos: float | None =
 
 
 def check_iteration(line: dict, iteration: int, dtype, missing_eos: float | None = None):
-    """Prints warnings. Raises NotFinite if the gradient or the reward is no longer finite."""
+    """Prints warnings, on process 0. Raises NotFinite if the gradient or the reward is no longer finite."""
     for text in sanity_checks(line, iteration, dtype, missing_eos):
-        print(f"warning: iteration {iteration + 1}: {text}", file=sys.stderr)
+        hosts.warn(f"iteration {iteration + 1}: {text}")
     if line["finite"] < 1 or not math.isfinite(line["objective/rlhf_reward"]):
         raise NotFinite(
             f"Loss or gradient was not finite in iteration {iteration + 1}",

@@ -5,13 +5,12 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import optax
-from flax.linen import meta
 from jax.sharding import NamedSharding, PartitionSpec
 
 from gptjax.errors import InputError
 from gptjax.parallel.sharding import parameter_shardings
 from gptjax.training.offload import Offloaded
+from gptjax.training.state import optimizer_shardings, unboxed_shapes
 
 
 @jax.tree_util.register_dataclass
@@ -73,21 +72,16 @@ def state_shardings(boxed_policy, boxed_value, policy_tx, value_tx, mesh) -> tup
         raise InputError(
             "optimizer.offload is not for PPO, whose update is one program of many steps: set it to False."
         )
-    shapes = lambda boxed: jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), meta.unbox(boxed))
-    policy, value = shapes(boxed_policy), shapes(boxed_value)
+    policy, value = unboxed_shapes(boxed_policy), unboxed_shapes(boxed_value)
     abstract = jax.eval_shape(lambda p, v: new_state(p, v, policy_tx, value_tx, 0.0, 0), policy, value)
     replicated = NamedSharding(mesh, PartitionSpec())
     policy_places, value_places = parameter_shardings(boxed_policy, mesh), parameter_shardings(boxed_value, mesh)
-
-    def moments(tx, opt, places):
-        return optax.tree.map_params(tx, lambda _, s: s, opt, places, transform_non_params=lambda _: replicated)
-
     return abstract, PPOState(
         step=replicated,
         policy=policy_places,
-        policy_opt=moments(policy_tx, abstract.policy_opt, policy_places),
+        policy_opt=optimizer_shardings(policy_tx, abstract.policy_opt, policy_places, replicated),
         value=value_places,
-        value_opt=moments(value_tx, abstract.value_opt, value_places),
+        value_opt=optimizer_shardings(value_tx, abstract.value_opt, value_places, replicated),
         average=policy_places,
         kl_coefficient=replicated,
         key=replicated,

@@ -2,16 +2,20 @@
 were computed by."""
 
 import dataclasses
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from gptjax.errors import InputError
+import numpy as np
+
+from gptjax.evals import superglue
 from gptjax.tasks import likelihood
+from gptjax.tasks.files import find_files
 from gptjax.tasks.generate import generate_texts
 from gptjax.tasks.kinds import Scorer, score_generated, score_pairs, score_texts, score_threshold
 from gptjax.tasks.prompts import Prompts
 from gptjax.tasks.requests import prefix_token
-from gptjax.tasks.task import Task, find_files, load_items
+from gptjax.tasks.task import Task, load_items
 from gptjax.trained import Model
 
 
@@ -63,12 +67,26 @@ def evaluate(scorer: Scorer, task: Task, data: str, *, shots: int = 0, limit: in
     prompts = Prompts(task, items, data, shots, seed)
     score = _SCORE.get(task.kind, score_pairs)
     found = score(scorer, task, asked, prompts)
-    if task.metric not in found.metrics:
-        raise InputError(f"Task {task.name} has no metric {task.metric!r}, only {', '.join(found.metrics)}.")
     protocol = {"files": [Path(file).name for file in files], **_protocol(scorer, task, prompts), **found.counts}
     return Result(
         task.name, shots, len(asked), task.metric, found.metrics, protocol, found.samples, found.calibration
     )
+
+
+def superglue_result(results: Sequence[Result]) -> Result | None:
+    """SuperGLUE's score in percent, of eight results of one checkpoint and number of examples among these; None where a
+    task of it is not. The standard error is of tasks that are independent, the two metrics of a task counting as one
+    and the same: at most that large."""
+    found = {result.task: result for result in results if result.task in superglue.METRICS}
+    if len(found) < len(superglue.METRICS):
+        return None
+    of = lambda task, name: found[task].metrics[found[task].metric if name == "accuracy" else name]
+    values = {task: {name: 100 * of(task, name)[0] for name in names} for task, names in superglue.METRICS.items()}
+    errors = [np.mean([100 * of(task, name)[1] for name in names]) for task, names in superglue.METRICS.items()]
+    score = superglue.superglue_score(values), float(np.linalg.norm(errors)) / len(errors)
+    items = sum(result.items for result in found.values())
+    protocol = {"kind": f"mean of {len(found)} tasks", "files": list(found)}
+    return Result("superglue", results[0].shots, items, "score", {"score": score}, protocol, [])
 
 
 def _protocol(scorer: Scorer, task: Task, prompts: Prompts) -> dict:
@@ -79,7 +97,6 @@ def _protocol(scorer: Scorer, task: Task, prompts: Prompts) -> dict:
         "description": task.description,
         "delimiter": task.delimiter,
         "separator": task.separator,
-        "prefix_token": None if tokenizer.bos_id is None else tokenizer.token(prefix_token(tokenizer)),
         "examples": prompts.source,
         "seed": prompts.seed,
         "context_length": scorer.context_length,
@@ -89,5 +106,9 @@ def _protocol(scorer: Scorer, task: Task, prompts: Prompts) -> dict:
         decoding = f"beam {task.beams}, length penalty {task.length_penalty}" if task.beams > 1 else (
             f"{task.samples} samples at temperature {task.temperature}" if task.temperature else "greedy"
         )  # fmt: skip
-        protocol |= {"decoding": decoding, "stop": list(task.stop), "max_new_tokens": task.max_new_tokens}
+        return protocol | {"decoding": decoding, "stop": list(task.stop), "max_new_tokens": task.max_new_tokens,
+                           "over_answers": task.over_answers}  # fmt: skip
+    protocol["prefix_token"] = None if tokenizer.bos_id is None else tokenizer.token(prefix_token(tokenizer))
+    if task.kind in ("choice", "partial"):
+        protocol["decided_by"] = task.decision
     return protocol

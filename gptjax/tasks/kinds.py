@@ -1,5 +1,6 @@
 """How items are scored, one function for each kind of task: scorer, task, items, prompts -> Scored."""
 
+import functools
 import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -12,19 +13,19 @@ from gptjax.evals import calibration, classification
 from gptjax.tasks import code_execution, metrics, standard_errors
 from gptjax.tasks.generate import prompt_ids
 from gptjax.tasks.likelihood import Score
-from gptjax.tasks.prompts import Prompts
+from gptjax.tasks.prompts import Prompts, group_numbers
 from gptjax.tasks.requests import Request, encode_pair, prefix_token, rolling_windows
 from gptjax.tasks.task import Item, Task, function
 
 
 class Scorer(NamedTuple):
-    """What a task needs of a model. log_likelihoods: requests -> a Score each. generate: (prompts as text, task) -> the
+    """What a task needs of a model. log_likelihoods: requests -> a Score each. generate: (prompts as ids, task) -> the
     texts generated for each prompt, task.samples of them."""
 
     tokenizer: Tokenizer
     context_length: int
     log_likelihoods: Callable[[Sequence[Request]], list[Score]]
-    generate: Callable[[Sequence[str], Task], list[list[str]]]
+    generate: Callable[[Sequence[Sequence[int]], Task], list[list[str]]]
 
 
 class Scored(NamedTuple):
@@ -46,10 +47,11 @@ def score_pairs(scorer: Scorer, task: Task, items: Sequence[Item], prompts: Prom
     tokenizer, requests, where = scorer.tokenizer, [], []
     for item in items:
 
+        @functools.cache
         def pairs(before: str, item=item) -> list[Request]:
             return [encode_pair(tokenizer, before + context, text) for context, text in item.pairs]
 
-        def fits(before: str) -> bool:
+        def fits(before: str, pairs=pairs) -> bool:
             return max(len(r.context) + len(r.continuation) for r in pairs(before)) <= scorer.context_length + 1
 
         before = prompts.before(item, fits)
@@ -71,13 +73,12 @@ def score_pairs(scorer: Scorer, task: Task, items: Sequence[Item], prompts: Prom
     }
     if task.kind == "cloze":
         return Scored(_cloze_metrics(samples), samples, counts)
-    found = _choice_metrics(samples)
-    scored_by = task.metric if task.metric in samples[0]["scores"] else "acc"
-    chances = [classification.probabilities(np.array(s["scores"][scored_by])) for s in samples]
+    found = _choice_metrics(task, items, samples)
+    chances = [classification.probabilities(np.array(s["scores"][task.decision])) for s in samples]
     figures = calibration.calibration(chances, [s["gold"] for s in samples])
     for name in ("brier", "nll"):
         found[name] = figures[name], math.nan if figures[f"{name}_se"] is None else figures[f"{name}_se"]
-    return Scored({**found, "ece": (figures["ece"], math.nan)}, samples, counts, {"scores": scored_by, **figures})
+    return Scored({**found, "ece": (figures["ece"], math.nan)}, samples, counts, {"scores": task.decision, **figures})
 
 
 def _sample(task: Task, item: Item, before: str, scores: Sequence, unconditional) -> dict:
@@ -108,13 +109,28 @@ def _sample(task: Task, item: Item, before: str, scores: Sequence, unconditional
     return record
 
 
-def _choice_metrics(samples: list[dict]) -> dict[str, tuple[float, float]]:
+def _choice_metrics(task: Task, items: Sequence[Item], samples: list[dict]) -> dict[str, tuple[float, float]]:
     """acc: by log-probability; acc_token, acc_norm, acc_bytes: by that per token, per character of the choice
     (lm-evaluation-harness's acc_norm), per byte; acc_answer_context: GPT-3 §2.4's p(choice | context) / p(choice |
-    answer context)."""
-    found = {}
-    for name in samples[0]["predicted"]:
-        found[name] = standard_errors.mean([float(s["predicted"][name] == s["gold"]) for s in samples])
+    answer context); and what the task names, of the predictions by task.decision."""
+    groups, gold = group_numbers(items), np.array([item.gold for item in items])
+    predicted = {name: np.array([s["predicted"][name] for s in samples]) for name in task.decisions}
+    found = {name: standard_errors.clustered_mean(predicted[name] == gold, groups) for name in predicted}
+    chosen = predicted[task.decision]
+    names = [item.names[i] for item, i in zip(items, chosen, strict=True)]
+    found |= _answer_metrics(task, names, [item.answers for item in items], groups, samples)
+    return found | {name: function(of)(chosen, gold, groups) for name, of in task.corpus_metrics.items()}
+
+
+def _answer_metrics(task: Task, predictions: Sequence[str], answers: Sequence[Sequence[str]], groups: np.ndarray,
+                    samples: list[dict]) -> dict[str, tuple[float, float]]:  # fmt: skip
+    """task.metrics: of each item, which are added to the samples, in the mean."""
+    over, found = metrics.best_of if task.over_answers == "best" else metrics.leave_one_out, {}
+    for name, of in task.metrics.items():
+        values = [over(function(of), p, a) for p, a in zip(predictions, answers, strict=True)]
+        found[name] = standard_errors.clustered_mean(values, groups)
+        for sample, value in zip(samples, values, strict=True):
+            sample[name] = value
     return found
 
 
@@ -214,7 +230,7 @@ def auc(scores: np.ndarray, gold: np.ndarray) -> float:
 def score_generated(scorer: Scorer, task: Task, items: Sequence[Item], prompts: Prompts) -> Scored:
     """The kinds generation and code."""
     room = scorer.context_length - task.max_new_tokens
-    length = lambda prompt: len(prompt_ids(scorer.tokenizer, prompt))
+    ids = functools.cache(lambda prompt: prompt_ids(scorer.tokenizer, prompt))
     if room < 1:
         raise InputError(
             f"Task {task.name} generates {task.max_new_tokens} tokens and the model's context is "
@@ -223,10 +239,10 @@ def score_generated(scorer: Scorer, task: Task, items: Sequence[Item], prompts: 
     before = []
     for item in items:
         question = item.pairs[0][0]
-        shown = prompts.before(item, lambda shown, question=question: length(shown + question) <= room)
+        shown = prompts.before(item, lambda shown, question=question: len(ids(shown + question)) <= room)
         before.append(shown + question)
-    cut = sum(length(prompt) > room for prompt in before)
-    texts = scorer.generate(before, task)
+    cut = sum(len(ids(prompt)) > room for prompt in before)
+    texts = scorer.generate([ids(prompt) for prompt in before], task)
     samples = [
         {"where": item.where, "prompt": prompt, "generated": generated, "answers": list(item.answers)}
         for item, prompt, generated in zip(items, before, texts, strict=True)
@@ -234,11 +250,11 @@ def score_generated(scorer: Scorer, task: Task, items: Sequence[Item], prompts: 
     counts = {"truncated": cut, "examples_dropped": prompts.dropped}
     if task.kind == "code":
         return Scored(_code_metrics(task, items, samples), samples, counts)
-    found, signatures = _answer_metrics(task, samples)
+    found, signatures = _text_metrics(task, items, samples)
     return Scored(found, samples, counts | signatures)
 
 
-def _answer_metrics(task: Task, samples: list[dict]) -> tuple[dict[str, tuple[float, float]], dict[str, str]]:
+def _text_metrics(task: Task, items: Sequence[Item], samples: list[dict]):
     """(The metrics, the signatures of those of the whole corpus that have one: '<name>_signature').
 
     What is extracted from each generated text is voted on, added to the samples and compared with the answers."""
@@ -246,12 +262,7 @@ def _answer_metrics(task: Task, samples: list[dict]) -> tuple[dict[str, tuple[fl
     for sample in samples:
         sample["predicted"] = metrics.majority_vote([extract(text) for text in sample["generated"]])
     predictions, answers = [s["predicted"] or "" for s in samples], [s["answers"] for s in samples]
-    found, signatures = {}, {}
-    for name, of in task.metrics.items():
-        values = [metrics.best_of(function(of), p, a) for p, a in zip(predictions, answers, strict=True)]
-        found[name] = standard_errors.mean(values)
-        for sample, value in zip(samples, values, strict=True):
-            sample[name] = value
+    found, signatures = _answer_metrics(task, predictions, answers, group_numbers(items), samples), {}
     for name, of in task.corpus_metrics.items():
         value, error, *signature = function(of)(predictions, answers)
         found[name] = value, error

@@ -7,6 +7,7 @@ A metric of one item is a number from 0 to 1; BLEU is of a corpus, from 0 to 100
 import collections
 import functools
 import importlib
+import itertools
 import re
 import string
 from collections.abc import Callable, Sequence
@@ -15,7 +16,8 @@ from typing import NamedTuple
 import numpy as np
 
 from gptjax.errors import InputError
-from gptjax.tasks.standard_errors import bootstrap
+from gptjax.evals import classification
+from gptjax.tasks.standard_errors import bootstrap, mean
 
 # --- exact match and F1 -----------------------------------------------------------------------------------------
 
@@ -24,7 +26,7 @@ _ARTICLES = re.compile(r"\b(a|an|the)\b")
 
 def squad_normalize(text: str) -> str:
     """Lower case, without ASCII punctuation and articles, single spaces: SQuAD's evaluate-v1.1.py (Rajpurkar et al.
-    2016), which CoQA, DROP and QuAC took over."""
+    2016), which CoQA and QuAC took over."""
     text = "".join(c for c in text.lower() if c not in string.punctuation)
     return " ".join(_ARTICLES.sub(" ", text).split())
 
@@ -57,6 +59,81 @@ def token_f1(prediction: str, gold: str, normalize: Callable[[str], str] = squad
         return float(predicted == expected)
     common = (collections.Counter(predicted) & collections.Counter(expected)).total()
     return 2 * common / (len(predicted) + len(expected))
+
+
+def leave_one_out(metric: Callable[[str, str], float], prediction: str, golds: Sequence[str]) -> float:
+    """`best_of` all gold answers but one, in the mean over which one: as CoQA's and QuAC's scripts compare a model with
+    annotators, each of whom can only be compared with the others. Of a single answer `best_of`."""
+    if isinstance(golds, str) or len(golds) < 2:
+        return best_of(metric, prediction, golds)
+    values = [metric(prediction, gold) for gold in golds]
+    return float(np.mean([max(values[:i] + values[i + 1 :]) for i in range(len(values))]))
+
+
+def drop_exact_match(prediction: str, answer: str) -> float:
+    """1.0 where a prediction is a single span and the same after DROP's normalization (Dua et al. 2019; drop_eval.py):
+    an answer has a span a line."""
+    return float([drop_normalize(prediction)] == [drop_normalize(span) for span in answer.split("\n")])
+
+
+def drop_f1(prediction: str, answer: str) -> float:
+    """DROP's F1: of the sets of words of prediction and span, 0 where the span has numbers and none of them is
+    predicted; the best span's, divided by the number of spans, to two digits."""
+    predicted, found = set(drop_normalize(prediction).split()), []
+    spans = [set(drop_normalize(span).split()) for span in answer.split("\n")]
+    for span in spans:
+        numbers = {word for word in span if _is_number(word)}
+        common = len(span & predicted)
+        precision, recall = common / len(predicted) if predicted else 1.0, common / len(span) if span else 1.0
+        matches = (numbers & predicted or not numbers) and precision + recall
+        found.append(2 * precision * recall / (precision + recall) if matches else 0.0)
+    return round(max(found) / len(spans), 2)
+
+
+def drop_normalize(text: str) -> str:
+    """Lower case, split at spaces and hyphens; numbers as floats, other words without punctuation and articles."""
+    words = []
+    for word in re.split(" |-", text.lower()):
+        if not _is_number(word):
+            word = "".join(c for c in word if c not in string.punctuation)
+        words += _ARTICLES.sub(" ", str(float(word)) if _is_number(word) else word).split()
+    return " ".join(words)
+
+
+def _is_number(text: str) -> bool:
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True
+
+
+# --- choices, of whole sets of items: int arrays [items] of what was predicted, what is right, and which items belong
+# together, over which the bootstrap goes -> (value, standard error)
+
+
+def macro_f1(predicted: np.ndarray, gold: np.ndarray, groups: np.ndarray) -> tuple[float, float]:
+    """The mean over classes, those that occur, of the F1 of each (SuperGLUE's CommitmentBank)."""
+    return _of_groups(classification.macro_f1, predicted, gold, groups)
+
+
+def f1_of_second(predicted: np.ndarray, gold: np.ndarray, groups: np.ndarray) -> tuple[float, float]:
+    """F1 of the second choice over all items (MultiRC's F1a)."""
+    return _of_groups(classification.f1, predicted, gold, groups)
+
+
+def all_right(predicted: np.ndarray, gold: np.ndarray, groups: np.ndarray) -> tuple[float, float]:
+    """The share of groups of which every item is right (MultiRC's exact match of a question)."""
+    right = np.ones(groups.max() + 1)
+    np.minimum.at(right, groups, predicted == gold)
+    return mean(right)
+
+
+def _of_groups(statistic: Callable, predicted, gold, groups) -> tuple[float, float]:
+    members = np.split(np.argsort(groups, kind="stable"), np.cumsum(np.bincount(groups))[:-1])
+    drawn = lambda chosen: np.concatenate([members[i] for i in chosen])
+    error = bootstrap(lambda chosen: statistic(predicted[drawn(chosen)], gold[drawn(chosen)]), len(members))
+    return statistic(predicted, gold), error
 
 
 # --- BLEU and ROUGE, through the packages that papers report --------------------------------------------------------
@@ -181,11 +258,23 @@ def first_sentences(text: str, n: int = 1) -> str:
     """The first n sentences: GPT-2's summaries are the first 3 of 100 tokens after 'TL;DR:', its translations the
     first one (section 3.6, 3.7). A sentence ends at . ! or ?, with quotes and parentheses that it closes, before white
     space and no lower-case letter, or at a line break; 'Mr. Smith' has an end too many."""
-    text, ends = text.strip(), []
+    text, ends = text.strip(), _sentence_ends(text.strip())
+    return text[: ends[n - 1]].strip() if len(ends) >= n else text
+
+
+def sentence_lines(text: str) -> str:
+    """The sentences of a text (`first_sentences`), one a line: what rouge-score's rougeLsum reads."""
+    text = text.strip()
+    ends = [0, *_sentence_ends(text), len(text)]
+    return "\n".join(filter(None, (text[a:b].strip() for a, b in itertools.pairwise(ends))))
+
+
+def _sentence_ends(text: str) -> list[int]:
+    ends = []
     for match in _SENTENCE_END.finditer(text):
         if text[ends[-1] if ends else 0 : match.end()].strip():
             ends.append(match.end())
-    return text[: ends[n - 1]].strip() if len(ends) >= n else text
+    return ends
 
 
 # --- as task files name them: (prediction, answer) -> float ----------------------------------------------------------
@@ -204,8 +293,9 @@ def rouge2(prediction: str, answer: str) -> float:
 
 
 def rougeLsum(prediction: str, answer: str) -> float:
-    """ROUGE-L over sentences (`rouge`)."""
-    return rouge(prediction, [answer])["rougeLsum"]
+    """ROUGE-L over sentences (`rouge`), which are split into lines first: a model's text is a single line, and
+    rougeLsum of one line is rougeL."""
+    return rouge(sentence_lines(prediction), [sentence_lines(answer)])["rougeLsum"]
 
 
 def same_final_answer(prediction: str, answer: str) -> float:

@@ -120,10 +120,25 @@ def cbt(row: Row) -> Row:
     return {"context": context, "choices": choices, "gold": row["options"].index(row["answer"])}
 
 
-def squad(row: Row) -> Row:
-    """SQuAD {title, context, question, answers: {text: [...]}} -> the same with a list of answers."""
+def squad(row: Row) -> list[Row]:
+    """SQuAD {title, context, question, answers: {text: [...]}}, or its own file, {data: [...]}, -> the same with a list
+    of answers."""
+    if "data" in row:
+        return [
+            {"title": article["title"], "context": paragraph["context"], "question": asked["question"],
+             "answers": [answer["text"] for answer in asked["answers"]] or ["unanswerable"]}
+            for article in row["data"] for paragraph in article["paragraphs"] for asked in paragraph["qas"]
+        ]  # fmt: skip
     answers = row["answers"]["text"] if isinstance(row["answers"], Mapping) else row["answers"]
-    return {**row, "answers": list(answers) or ["unanswerable"]}
+    return [{**row, "answers": list(answers) or ["unanswerable"]}]
+
+
+def triviaqa(row: Row) -> Row:
+    """TriviaQA {question, answer: {value, aliases}}, or {context, answer, aliases} -> {context, shown, answers}."""
+    answer = row["answer"] if isinstance(row["answer"], Mapping) else {**row, "value": row["answer"]}
+    context = row["context"] if "context" in row else f"Q: {row['question']}\n\nA:"
+    answers = list(dict.fromkeys([answer["value"], *answer["aliases"]]))
+    return {"context": context, "shown": answer["value"], "answers": answers}
 
 
 _HEADING = re.compile(r"^ = [^=](?:.*[^=])? = $", re.MULTILINE)

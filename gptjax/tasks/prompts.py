@@ -1,5 +1,6 @@
 """K-shot prompts: a description, K solved examples, the question (Brown et al. 2020 §2.4, appendix G)."""
 
+import bisect
 import hashlib
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -7,14 +8,16 @@ from pathlib import Path
 import numpy as np
 
 from gptjax.errors import InputError
-from gptjax.tasks.task import Item, Task, find_pool, load_items, solved
+from gptjax.tasks.files import find_pool
+from gptjax.tasks.task import Item, Task, load_items, solved
 
 
 class Prompts:
     """The K-shot prompts of a task.
 
     pool: the items that examples are drawn from, `items` itself where the pool's file is not there. source: the same in
-    words. dropped: examples left out so far because the prompt was too long.
+    words. dropped: examples left out so far because the prompt was too long. An example is an item, or a whole group of
+    them (Item.group).
     """
 
     def __init__(self, task: Task, items: Sequence[Item], data: str, shots: int, seed: int):
@@ -23,33 +26,51 @@ class Prompts:
         files = find_pool(task, data) if shots or task.kind == "threshold" else []
         self._own = not files
         self.pool = load_items(task, *files) if files else items
+        self._groups, self._group = grouped(self.pool), group_numbers(items)
         pool = ", ".join(Path(file).name for file in files) or "the evaluated items, without the one that is asked"
         drawn = "anew for each item" if task.fewshot == "per_item" else "once for all items"
         self.source = f"{shots} drawn {drawn} from {pool}" if shots else "none"
         if shots and not task.takes_examples:
             raise InputError(f"Task {task.name} scores whole texts, which have no examples: use --num_fewshot=0.")
-        if shots > len(self.pool) - self._own:
+        if shots > (there := len(self._groups) - self._own):
             raise InputError(
-                f"Task {task.name} has {len(self.pool) - self._own} items to draw examples from, fewer than "
+                f"Task {task.name} has {there} items to draw examples from, fewer than "
                 f"--num_fewshot={shots}: ask for fewer."
             )
 
     def before(self, item: Item, fits: Callable[[str], bool]) -> str:
         """What stands before an item's context: the description and the examples, without the first ones where all of
         them do not fit."""
-        examples = [solved(self.task, self.pool[i]) for i in self._drawn(self._place[id(item)])]
-        for first in range(len(examples) + 1):
-            text = self.task.separator.join([*filter(None, [self.task.description]), *examples[first:], ""])
-            if fits(text) or first == len(examples):
-                self.dropped += first
-                return text
-        raise AssertionError("the loop returns without examples at the latest")
+        examples = [solved(self.task, group) for group in self._drawn(item)]
+        text = lambda first: self.task.separator.join([*filter(None, [self.task.description]), *examples[first:], ""])
+        if not examples or fits(text(0)):
+            return text(0)
+        # Bisection, as every trial encodes the whole prompt; without examples it is taken as it is.
+        first = 1 + bisect.bisect_left(range(1, len(examples)), True, key=lambda first: fits(text(first)))
+        self.dropped += first
+        return text(first)
 
-    def _drawn(self, asked: int) -> list[int]:
-        """Places in the pool of the examples before the item in place `asked`: a function of the seed and the place."""
+    def _drawn(self, asked: Item) -> list[list[Item]]:
+        """The groups that are the examples of an item, never its own: a function of the seed and the item's place."""
         if not self.shots:
             return []
-        key = f"{self.seed}/{self.task.name}/{asked if self.task.fewshot == 'per_item' else 'all'}"
+        place = self._place[id(asked)]
+        key = f"{self.seed}/{self.task.name}/{place if self.task.fewshot == 'per_item' else 'all'}"
         rng = np.random.default_rng(int.from_bytes(hashlib.sha256(key.encode()).digest()[:8], "little"))
-        drawn = rng.permutation(len(self.pool))[: self.shots + 1]
-        return [int(i) for i in drawn if not (self._own and i == asked)][: self.shots]
+        drawn = rng.permutation(len(self._groups))[: self.shots + 1]
+        own = self._group[place] if self._own else None
+        return [self._groups[i] for i in drawn if i != own][: self.shots]
+
+
+def grouped(items: Sequence[Item]) -> list[list[Item]]:
+    """Items by their group, in the order of their first ones; an item without a group is one by itself."""
+    groups: dict = {}
+    for i, item in enumerate(items):
+        groups.setdefault(item.group or i, []).append(item)
+    return list(groups.values())
+
+
+def group_numbers(items: Sequence[Item]) -> np.ndarray:
+    """int [items]: the place of each one's group in `grouped`."""
+    numbers = {id(item): i for i, group in enumerate(grouped(items)) for item in group}
+    return np.array([numbers[id(item)] for item in items])

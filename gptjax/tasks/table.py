@@ -35,8 +35,9 @@ def protocol(result: Result) -> str:
     continuations encoded apart from their context. tasks.json has all of it, templates too."""
     given = result.protocol
     parts = [f"{given['kind']}, {', '.join(given['files'])}"]
-    parts += [f"examples: {given['examples']}"] if result.shots else []
-    parts += [given["decoding"]] if "decoding" in given else [f"prefix token {given['prefix_token'] or 'none'}"]
+    parts += [f"examples: {given['examples']}"] if "examples" in given and result.shots else []
+    parts += [given["decoding"]] if "decoding" in given else []
+    parts += [f"prefix token {given['prefix_token'] or 'none'}"] if "prefix_token" in given else []
     parts += [f"{given[key]:,} {text}" for key, text in _COUNTED if given.get(key)]
     return f"{result.task}, {result.shots}-shot: {'; '.join(parts)}"
 

@@ -14,7 +14,8 @@ is measured.
 
 The kinds, with the keys of a form that each one needs:
 
-    choice      context, choices, gold       which continuation is likeliest
+    choice      context, choices, gold       which continuation is likeliest; `names`: what its metrics call each
+                                             choice; `answers`: names that are right, the gold one's if not given
     partial     contexts, continuation, gold which context makes one continuation likeliest (Trinh and Le 2018)
     cloze       context, answer              is the answer what greedy decoding gives, and its perplexity
     text        text                         perplexity of whole texts
@@ -23,13 +24,16 @@ The kinds, with the keys of a form that each one needs:
                                              first, or `shown`
     code        context, tests, entry        programs generated and run: pass@k (Chen et al. 2021)
 
-{a.b.0} reaches into objects and lists. `prepare = "module:function"` changes a row, or makes several of it, first.
+Items of the same `group`, a key of any form, belong together, as the answers to one question or the turns of one
+conversation: they are one example, and one unit of the standard errors. {a.b.0} reaches into objects and lists.
+`prepare = "module:function"` changes a row, or makes several of it, first.
 """
 
 import dataclasses
 import hashlib
 import importlib
 import itertools
+import json
 import re
 import tomllib
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -54,6 +58,13 @@ KINDS = {
     "generation": ("context", "answers"),
     "code": ("context", "tests", "entry"),
 }
+OPTIONAL = {"choice": ("labels", "names", "answers"), "partial": ("labels",), "generation": ("shown",)}  # and group
+DECISIONS = ("acc", "acc_token", "acc_norm", "acc_bytes")  # what choices are compared by: kinds.py
+_METRICS = {
+    "cloze": ("acc", "acc_last_token", "perplexity", "log_prob"),
+    "text": ("word_perplexity", "byte_perplexity", "token_perplexity", "bits_per_byte"),
+    "threshold": ("matthews", "acc", "auc"),
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,9 +80,12 @@ class Task:
     many units (words) a text counts as. stop, max_new_tokens, beams, length_penalty, temperature, top_k, top_p,
     samples: of generation; beams 1 is greedy decoding or sampling. extract: 'module:function' of a generated text ->
     the answer in it, of which the commonest of all samples is scored. metrics: 'module:function' of (prediction,
-    answer) -> float, by name; the best answer counts. corpus_metrics: the same of (all predictions, the answers of
-    each) -> value, standard error and, for the protocol, a signature if it has one. allow_code_execution: of kind
-    'code', which runs what the model wrote (code_execution.py).
+    answer) -> float, by name; of choices the prediction is a name. over_answers: 'best', the best answer counts, or
+    'leave_one_out' (metrics.leave_one_out). corpus_metrics: 'module:function' of (all predictions, the answers of each)
+    -> value, standard error and, for the protocol, a signature if it has one; of choices (predicted, gold, group, an
+    array of numbers each) -> value, standard error. decided_by: the comparison of choices (DECISIONS, or
+    acc_answer_context) whose predictions these metrics and the calibration have; `metric` or acc, if not given.
+    allow_code_execution: of kind 'code', which runs what the model wrote (code_execution.py).
     sha256: of the file.
     """
 
@@ -101,7 +115,9 @@ class Task:
     samples: int = 1
     extract: str | None = None
     metrics: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    over_answers: str = "best"
     corpus_metrics: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    decided_by: str = ""
     allow_code_execution: bool = False
     sha256: str = ""
 
@@ -110,8 +126,32 @@ class Task:
         """Whether prompts can have solved examples, which whole texts cannot."""
         return self.kind not in ("text", "threshold")
 
+    @property
+    def decisions(self) -> tuple[str, ...]:
+        """What choices are compared by."""
+        return (*DECISIONS, "acc_answer_context") if self.answer_context is not None else DECISIONS
+
+    @property
+    def decision(self) -> str:
+        """Of `decisions` the one that the choice's other metrics are of."""
+        return self.decided_by or (self.metric if self.metric in self.decisions else "acc")
+
+    @property
+    def measured(self) -> tuple[str, ...]:
+        """Names of the metrics that a result has."""
+        if self.kind == "code":
+            return tuple(f"pass@{k}" for k in (1, 10, 100) if k <= self.samples)
+        decided = (*self.decisions, "brier", "nll", "ece") if self.kind in ("choice", "partial") else ()
+        return (*decided, *_METRICS.get(self.kind, ()), *self.metrics, *self.corpus_metrics)
+
     def __post_init__(self):
         where = f"Task {self.name}"
+        for field in dataclasses.fields(self):
+            wanted = type(field.default)
+            if wanted in (str, int, float, bool) and not isinstance(
+                value := getattr(self, field.name), (int, float) if wanted is float else wanted
+            ):
+                raise InputError(f"{where}: {field.name}={value!r} must be of type {wanted.__name__}.")
         for key in ("files", "pool", "columns", "stop", "form"):
             element = Mapping if key == "form" else str
             if not isinstance(value := getattr(self, key), tuple) or not all(isinstance(v, element) for v in value):
@@ -119,8 +159,14 @@ class Task:
                 raise InputError(f"{where}: {key} must be {wanted}.")
         if self.kind not in KINDS:
             raise InputError(f"{where}: kind={self.kind!r} is unknown{nearest(self.kind, KINDS)}")
-        if self.fewshot not in ("per_item", "fixed"):
-            raise InputError(f"{where}: fewshot={self.fewshot!r}: choose per_item or fixed.")
+        choices = {"fewshot": ("per_item", "fixed"), "over_answers": ("best", "leave_one_out"),
+                   "decided_by": self.decisions}  # fmt: skip
+        for key, names in choices.items():
+            if (value := getattr(self, key)) and value not in names:
+                raise InputError(f"{where}: {key}={value!r} is unknown{nearest(value, names)}")
+        for key in ("max_new_tokens", "beams", "samples"):
+            if getattr(self, key) < 1:
+                raise InputError(f"{where}: {key}={getattr(self, key)}: give at least 1.")
         if not self.form:
             raise InputError(f"{where} has no [[form]], which says how its rows become prompts: add one.")
         for form in self.form:
@@ -128,20 +174,37 @@ class Task:
                 raise InputError(f"{where}: a form of kind {self.kind!r} needs {', '.join(missing)}: add them.")
             if wrong := [key for key, value in form.items() if not isinstance(value, str | list)]:
                 raise InputError(f"{where}: {wrong[0]} of a form must be text or a list of texts.")
+            known = (*KINDS[self.kind], *OPTIONAL.get(self.kind, ()), "group")
+            if wrong := [key for key in form if key not in known]:
+                raise InputError(f"{where}: a form has no key {wrong[0]!r}{nearest(wrong[0], known)}")
+        for key in ("metrics", "corpus_metrics"):
+            if not isinstance(getattr(self, key), Mapping):
+                raise InputError(f"{where}: {key} must be a table, as [{key}] with f1 = 'module:function' below it.")
+        named = (self.prepare, self.detokenize, self.units, self.extract)
+        for name in (*filter(None, named), *self.metrics.values(), *self.corpus_metrics.values()):
+            function(name)
+        if not self.measured:
+            raise InputError(f"{where} measures nothing: add [metrics] with f1 = 'module:function' below it.")
+        if self.metric not in self.measured:
+            raise InputError(f"{where}: metric={self.metric!r} is not measured{nearest(self.metric, self.measured)}")
 
 
 @dataclasses.dataclass(frozen=True)
 class Item:
     """One question. pairs: (context, continuation) of each candidate; of generation and code (context, ''). gold: the
-    index of the right pair. answers: what a generated text is compared with; of code its tests and the
-    function's name. text: of the kinds text and threshold. where: file and
+    index of the right pair. names: what each choice is called. answers: what a generated text, or the name of the
+    predicted choice, is compared with; of code its tests and the function's name. shown: the answer as examples show
+    it. text: of the kinds text and threshold. group: of items that belong together; '' = it is alone. where: file and
     row."""
 
     where: str
     pairs: tuple[tuple[str, str], ...] = ()
     gold: int = 0
+    names: tuple[str, ...] = ()
     answers: tuple[str, ...] = ()
+    shown: str = ""
     text: str = ""
+    group: str = ""
     row: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
 
@@ -173,56 +236,11 @@ def load_task(name: str) -> Task:
 
 def function(name: str) -> Callable:
     """'module:function' -> the function. InputError: there is none."""
-    module, _, attribute = name.partition(":")
+    module, _, attribute = str(name).partition(":")
     try:
         return getattr(importlib.import_module(module), attribute)
     except (ImportError, AttributeError, ValueError) as error:
         raise InputError(f"There is no function {name!r} ({error}): give module:function.") from None
-
-
-_TRAIN = re.compile(r"(?<![a-z])train(?:ing)?(?![a-z])", re.IGNORECASE)
-_SPLIT = re.compile(r"(?<![a-z])(?:(val|valid|validation|dev)|(test))(?![a-z])", re.IGNORECASE)
-
-
-def find_files(task: Task, data: str, patterns: Sequence[str]) -> list[str]:
-    """What the first pattern with files finds in a folder: a file, or several of one split. InputError: none of them is
-    there, or what is there is of several splits."""
-    if paths.local(data).is_file():
-        return [str(data)]
-    if found := _found(task, Path(paths.local(data)), patterns):
-        return found
-    fields = " or ".join(", ".join(sorted(fields_of(form))) for form in task.form)
-    raise InputError(
-        f"{data} has no file for the task {task.name}: it looks for {', '.join(patterns) or 'none'}, rows (.jsonl, "
-        f".json, .csv, .parquet) with the fields {fields}."
-    )
-
-
-def find_pool(task: Task, data: str) -> list[str]:
-    """The files with the rows that examples are drawn from; if data is a file, next to it. Empty: there are none.
-    InputError: the task needs them, for its threshold."""
-    folder = Path(paths.local(data))
-    folder = folder.parent if folder.is_file() else folder
-    found = [file for file in _found(task, folder, task.pool) if file != str(paths.local(data))]
-    if not found and task.pool and task.kind == "threshold":
-        raise InputError(
-            f"{folder} has no rows to find the threshold of task {task.name} on: it looks for {', '.join(task.pool)}."
-        )
-    return found
-
-
-def _found(task: Task, root: Path, patterns: Sequence[str]) -> list[str]:
-    for pattern in patterns:
-        found = [p for p in sorted(root.glob(pattern)) if _TRAIN.search(pattern) or not _TRAIN.search(p.name)]
-        splits = {match.lastindex for p in found if (match := _SPLIT.search(p.name))}
-        if len(splits) > 1:
-            raise InputError(
-                f"For the task {task.name} {root} has files of several splits ({', '.join(p.name for p in found)}): "
-                "leave there the one to be evaluated, or give it with --data=FILE."
-            )
-        if found:
-            return [str(path) for path in found]
-    return []
 
 
 def load_items(task: Task, *files: str) -> list[Item]:
@@ -247,7 +265,21 @@ def _rows(task: Task, source: str) -> Iterable[sources.Row]:
     """The rows of a source; of texts, whose files need no rows, {text} of each."""
     if task.kind == "text" and paths.local(source).is_file() and not may_hold_rows(source):
         return [sources.Row(document.name, {"text": document.text}) for document in sources.documents(source)]
+    if task.prepare and (whole := _one_object(source)):
+        return [sources.Row(str(source), whole)]
     return sources.rows(source, table=Table(columns=task.columns or None))
+
+
+def _one_object(source: str) -> dict | None:
+    """The object that a .json file consists of, as SQuAD's and its successors'; None where it has rows."""
+    path = paths.local(source)
+    if path.suffix != ".json" or not path.is_file():
+        return None
+    try:
+        value = json.loads(path.read_bytes())
+    except ValueError:  # an object a line, or nothing that can be read: sources.rows says which
+        return None
+    return value if isinstance(value, dict) else None
 
 
 def make_item(task: Task, row: Mapping[str, Any], where: str = "") -> Item:
@@ -256,27 +288,24 @@ def make_item(task: Task, row: Mapping[str, Any], where: str = "") -> Item:
     if form is None:
         wanted = " or ".join(", ".join(sorted(fields_of(form))) for form in task.form)
         raise InputError(f"The row has the fields {', '.join(map(repr, row))}; task {task.name} needs {wanted}.")
+    common = {"where": where, "row": row, "group": fill(form.get("group", ""), row)}
     if task.kind == "text":
-        return Item(where, text=fill(form["text"], row), row=row)
+        return Item(text=fill(form["text"], row), **common)
     if task.kind == "threshold":
         label = fill(form["label"], row)
         if label not in ("0", "1"):
             raise InputError(f"The label {label!r} is not 0 or 1: fix the row.")
-        return Item(where, gold=int(label), text=fill(form["text"], row), row=row)
-    if task.kind in ("generation", "code"):
-        if task.kind == "code":
-            answers = (fill(form["tests"], row), fill(form["entry"], row))
-        else:
-            shown = [fill(form["shown"], row)] if "shown" in form else []
-            answers = tuple(dict.fromkeys([*shown, *_texts(form["answers"], row)]))
-        if not any(answer.strip() for answer in answers):
-            raise InputError("The answer is empty: nothing could be compared with it.")
-        return Item(where, ((fill(form["context"], row), ""),), answers=answers, row=row)
+        return Item(gold=int(label), text=fill(form["text"], row), **common)
+    if task.kind == "code":
+        answers = (fill(form["tests"], row), fill(form["entry"], row))
+        return Item(pairs=((fill(form["context"], row), ""),), answers=_some(answers), **common)
+    if task.kind == "generation":
+        answers = _some(tuple(_texts(form["answers"], row)))
+        shown = fill(form["shown"], row) if "shown" in form else answers[0]
+        return Item(pairs=((fill(form["context"], row), ""),), answers=answers, shown=shown, **common)
     if task.kind == "cloze":
-        answer = fill(form["answer"], row)
-        if not answer.strip():
-            raise InputError("The answer is empty: nothing could be scored.")
-        return Item(where, ((fill(form["context"], row), task.delimiter + answer),), row=row)
+        (answer,) = _some((fill(form["answer"], row),))
+        return Item(pairs=((fill(form["context"], row), task.delimiter + answer),), **common)
     if task.kind == "partial":
         contexts = _texts(form["contexts"], row)
         pairs = tuple((context, task.delimiter + fill(form["continuation"], row)) for context in contexts)
@@ -285,7 +314,18 @@ def make_item(task: Task, row: Mapping[str, Any], where: str = "") -> Item:
         pairs = tuple((context, task.delimiter + choice) for choice in _texts(form["choices"], row))
     if empty := [i for i, (_, continuation) in enumerate(pairs) if not continuation.strip()]:
         raise InputError(f"Choice {empty[0]} is empty: every choice needs text.")
-    return Item(where, pairs, _gold(form, row, len(pairs)), row=row)
+    gold = _gold(form, row, len(pairs))
+    names = _texts(form["names"], row) if "names" in form else [text[len(task.delimiter) :] for _, text in pairs]
+    if len(names) != len(pairs):
+        raise InputError(f"There are {len(pairs)} choices and {len(names)} names of them: give one for each.")
+    answers = _texts(form["answers"], row) if "answers" in form else names[gold : gold + 1]
+    return Item(pairs=pairs, gold=gold, names=tuple(names), answers=tuple(answers), **common)
+
+
+def _some(answers: tuple[str, ...]) -> tuple[str, ...]:
+    if not any(answer.strip() for answer in answers):
+        raise InputError("The answer is empty, so nothing could be compared with it: fix or remove the row.")
+    return answers
 
 
 def _gold(form: Mapping[str, Any], row: Mapping[str, Any], choices: int) -> int:
@@ -310,7 +350,7 @@ def fields_of(form: Mapping[str, Any]) -> set[str]:
     """The fields of a row that a form's templates name."""
     found = set()
     for key, value in form.items():
-        if isinstance(value, str) and key in ("choices", "contexts", "answers", "labels") and "{" not in value:
+        if isinstance(value, str) and key in ("choices", "contexts", "answers", "labels", "names") and "{" not in value:
             found.add(value)
         else:
             for template in [value] if isinstance(value, str) else value:
@@ -343,7 +383,9 @@ def _texts(given: str | Sequence[str], row: Mapping[str, Any]) -> list[str]:
     return [str(x) for x in found]
 
 
-def solved(task: Task, item: Item) -> str:
-    """An item with its answer, as an example shows it."""
-    context, continuation = item.pairs[item.gold]
-    return context + (task.delimiter + item.answers[0] if task.kind == "generation" else continuation)
+def solved(task: Task, group: Sequence[Item]) -> str:
+    """The items of a group with their answers, as an example shows them: of generation the last one, since the last
+    turn of a conversation has the others in its context; else the first one's context and all right continuations."""
+    if task.kind == "generation":
+        return group[-1].pairs[0][0] + task.delimiter + group[-1].shown
+    return group[0].pairs[group[0].gold][0] + "".join(item.pairs[item.gold][1] for item in group)

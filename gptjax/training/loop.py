@@ -17,7 +17,7 @@ from gptjax.distributed.watchdog import watchdog
 from gptjax.errors import InputError
 from gptjax.training.checkpoint import Checkpointer
 from gptjax.training.metrics import MetricWriter
-from gptjax.training.stage import Stage
+from gptjax.training.stage import Stage, selection_value
 from gptjax.training.stopping import Interrupted, stop_on_signals
 
 
@@ -63,7 +63,7 @@ class _Loop:
         self.clock = _Clock(seconds)
         evaluations = writer.evaluations()
         for line in evaluations:  # in case best.json was not written
-            checkpointer.report(line["step"], line.get("selection", line.get("loss")))
+            checkpointer.report(line["step"], selection_value(line))
         self.evaluated = {line["step"] for line in evaluations}
 
     def run(self):
@@ -157,7 +157,7 @@ class _Loop:
                 return True
             self.evaluated.add(step)
             self.writer.evaluation({"step": step, **self.stage.position(step), **figures})
-            self.checkpointer.report(step, figures.get("selection", figures.get("loss")))
+            self.checkpointer.report(step, selection_value(figures))
             self.bar.clear()
             shown = [f"{k.replace('_', ' ')} {v:.4f}" for k, v in figures.items() if isinstance(v, float)]
             hosts.say(f"{self.stage.unit} {step}: validation {', '.join(shown)}")

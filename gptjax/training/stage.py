@@ -83,10 +83,15 @@ class TrainConfig(RunConfig):
 
 class Evaluation(NamedTuple):
     """figures: for evaluations.jsonl; the best checkpoint is the one with the lowest `selection`, or `loss` if there is
-    no `selection`. samples: rows for samples.jsonl."""
+    no `selection` (selection_value). samples: rows for samples.jsonl."""
 
     figures: dict[str, Any]
     samples: list[dict] = []
+
+
+def selection_value(figures: dict) -> float | None:
+    """The figure that is lowest at the best checkpoint; None if there is none, or it was not finite."""
+    return figures.get("selection", figures.get("loss"))
 
 
 @dataclasses.dataclass(frozen=True)

@@ -6,6 +6,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
+from flax.linen import meta
 from jax.sharding import NamedSharding, PartitionSpec
 
 from gptjax.errors import InputError
@@ -45,12 +46,10 @@ def state_shardings(boxed_params, tx, precision: PrecisionConfig, mesh) -> tuple
     jit(tx.init) alone would replicate the moments on every device, because zeros depend on no input.
     """
     param_shardings = parameter_shardings(boxed_params, mesh)
-    params = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), _unboxed(boxed_params))
+    params = unboxed_shapes(boxed_params)
     abstract = jax.eval_shape(lambda p: new_state(p, tx, precision), params)
     replicated = NamedSharding(mesh, PartitionSpec())
-    opt = optax.tree.map_params(
-        tx, lambda _, s: s, abstract.opt_state, param_shardings, transform_non_params=lambda _: replicated
-    )
+    opt = optimizer_shardings(tx, abstract.opt_state, param_shardings, replicated)
     if isinstance(tx, Offloaded):
         if mesh.shape["stage"] > 1:
             raise InputError(
@@ -63,10 +62,16 @@ def state_shardings(boxed_params, tx, precision: PrecisionConfig, mesh) -> tuple
     return abstract, TrainState(replicated, param_shardings, opt, scale)
 
 
-def _unboxed(boxed):
-    import flax.linen as nn
+def unboxed_shapes(boxed):
+    """The abstract parameters without their logical axis names."""
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), meta.unbox(boxed))
 
-    return nn.meta.unbox(boxed)
+
+def optimizer_shardings(tx, opt_state, param_shardings, replicated):
+    """The shardings of an optimizer state: moments as their parameters, everything else replicated."""
+    return optax.tree.map_params(
+        tx, lambda _, s: s, opt_state, param_shardings, transform_non_params=lambda _: replicated
+    )
 
 
 def init_state(config: ModelConfig, tx, precision, shardings: TrainState, seed: int) -> TrainState:

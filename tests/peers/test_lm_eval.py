@@ -37,6 +37,7 @@ from gptjax.lm_eval.adapter import GPTJAX, Generation  # noqa: E402
 from gptjax.model.spec import GPTConfig  # noqa: E402
 from gptjax.parallel.mesh import MeshConfig, make_mesh  # noqa: E402
 from gptjax.tasks import harness  # noqa: E402
+from gptjax.tasks.generate import Continuation  # noqa: E402
 from gptjax.tasks.task import load_task  # noqa: E402
 from gptjax.trained import load_model  # noqa: E402
 
@@ -214,15 +215,17 @@ def test_a_model_without_a_chat_template_says_so(models, chat_models):
 
 def test_generation_settings():
     of = lambda **kwargs: Generation.of(kwargs, 64)
-    assert of(until="a") == Generation(("a",), 32, 32, Sampling(0.0))  # 256, the harness's default, is clipped
-    assert of(max_gen_toks=8, until=["", "b"]) == Generation(("b",), 8, 56, Sampling(0.0))
-    assert of(max_gen_toks=63).room == 1 and of(max_new_tokens=64).max_new_tokens == 32
-    assert of(do_sample=True, top_k=5, max_gen_toks=8).sampling == Sampling(1.0, 5, 1.0)
-    assert of(temperature=0.7, top_p=0.9).sampling == Sampling(0.7, 0, 0.9)
-    assert of(temperature=0.7, do_sample=False).sampling == Sampling(0.0)
+    sampling = lambda **kwargs: of(**kwargs).continuation.sampling
+    # 256, the harness's default, is clipped
+    assert of(until="a") == Generation(Continuation(("a",), 32, Sampling(0.0)), 32)
+    assert of(max_gen_toks=8, until=["", "b"]) == Generation(Continuation(("b",), 8, Sampling(0.0)), 56)
+    assert of(max_gen_toks=63).room == 1 and of(max_new_tokens=64).continuation.max_new_tokens == 32
+    assert sampling(do_sample=True, top_k=5, max_gen_toks=8) == Sampling(1.0, 5, 1.0)
+    assert sampling(temperature=0.7, top_p=0.9) == Sampling(0.7, 0, 0.9)
+    assert sampling(temperature=0.7, do_sample=False) == Sampling(0.0)
     with pytest.raises(InputError, match="num_beams=4 is not supported"):
         of(num_beams=4)
-    assert of(num_beams=1, repetition_penalty=1.0).sampling.greedy
+    assert sampling(num_beams=1, repetition_penalty=1.0).greedy
 
 
 def test_sampled_text_differs_between_repeats(models):
@@ -231,6 +234,10 @@ def test_sampled_text_differs_between_repeats(models):
     request = lambda context: Instance("generate_until", {}, (context, settings), 0)
     texts = ours.generate_until([request("the cat")] * 7 + [request("a " * 300), request("")])
     assert len(set(texts)) >= 8 and not any("345" in text for text in texts)
+    ours.batch_size, batch_size = 2, ours.batch_size
+    again = ours.generate_until([request("the cat")] * 7 + [request("a " * 300), request("")])
+    ours.batch_size = batch_size
+    assert again == texts
 
 
 # --- the command and the registry -------------------------------------------------------------------------
