@@ -1,5 +1,6 @@
 """Zero- and few-shot tasks: framing, prompts, metrics of models whose probabilities are known, bad input."""
 
+import dataclasses
 import json
 import math
 
@@ -148,6 +149,9 @@ def test_a_threshold_on_the_mean_log_probability(tokenizer, tmp_path):
     result = harness.evaluate(planted(tokenizer, log_prob), load_task("cola_zero_shot"), str(tmp_path))
     assert result.metrics["auc"][0] == 1.0 and result.metrics["matthews"][0] == 1.0
     assert result.protocol["threshold_from"] == "pool" and result.protocol["threshold"] == pytest.approx(-1.0)
+    alone = dataclasses.replace(load_task("cola_zero_shot"), pool=())
+    result = harness.evaluate(planted(tokenizer, log_prob), alone, str(tmp_path))
+    assert result.protocol["threshold_from"] == "the items"
 
 
 def test_partial_evaluation_scores_what_follows_the_referent(tokenizer, tmp_path):

@@ -1,17 +1,22 @@
 """Hidden rules, one for each document: what a model can know of a question is what the examples before it tell.
 
-    table    a>c;b>h;a>c;...   a random function of 8 letters: an example tells the answer to its own question alone
-    shift    3>7;0>4;9>3;...   a digit plus a hidden one, modulo 10: one example tells everything
-    line     B>F;C>A;...       a x + b modulo 7, a not 0: two different examples tell everything
+    table    ac bh ac ...   a random function of 8 letters: an example tells the answer to its own question alone
+    shift    37 04 93 ...   a digit plus a hidden one, modulo 10: one example tells everything
+    line     BF CA ...      a x + b modulo 7, a not 0: two different examples tell everything
 
-Questions are drawn uniformly, with repetition. `best_accuracy` is that of the best possible answer after K examples, in
-closed form. Every kind has symbols of its own, so that a question tells which kind of rule it is about.
+An example is a word of two symbols, question and answer, and a token. To be asked is to complete a word: which of the
+words that begin with the question is likeliest? Questions are drawn uniformly, with repetition. `Kind.best` is the
+accuracy of the best possible answer after K examples, in closed form. Every kind has symbols of its own, so that a
+question tells which kind of rule it is about.
 """
 
 from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
+
+from gptjax.data.bpe import train_bpe
+from gptjax.data.tokenizer import Tokenizer
 
 
 class Kind(NamedTuple):
@@ -49,7 +54,14 @@ def examples(kind: Kind, rng: np.random.Generator, n: int) -> list[tuple[str, st
 
 
 def text(pairs: list[tuple[str, str]]) -> str:
-    return "".join(f"{question}>{answer};" for question, answer in pairs)
+    return "".join(f" {question}{answer}" for question, answer in pairs)
+
+
+def make_tokenizer() -> Tokenizer:
+    """Every example is a token. There is a merge for each question after its space, and one for each word."""
+    words = [(a, b) for kind in KINDS.values() for a in kind.symbols for b in kind.symbols]
+    merges = len({a for a, _ in words}) + len(words)
+    return train_bpe([text(words)], 256 + merges + 1)
 
 
 def documents(n: int, length: int, seed: int) -> list[dict]:
@@ -60,10 +72,11 @@ def documents(n: int, length: int, seed: int) -> list[dict]:
 
 
 def questions(name: str, shots: int, n: int, seed: int) -> list[dict]:
-    """n rows of a task of kind choice: {query: K examples of a new rule and a question, choices, gold}."""
+    """n rows of a task of kind choice: {query: K examples of a rule, choices: the words that begin with a question,
+    gold}."""
     kind, rng, rows = KINDS[name], np.random.default_rng([seed, shots]), []
     for _ in range(n):
         *shown, (question, answer) = examples(kind, rng, shots + 1)
-        rows.append({"query": f"{text(shown)}{question}>", "choices": list(kind.symbols),
-                     "gold": kind.symbols.index(answer)})  # fmt: skip
+        choices = [text([(question, symbol)]) for symbol in kind.symbols]
+        rows.append({"query": text(shown), "choices": choices, "gold": kind.symbols.index(answer)})
     return rows

@@ -177,6 +177,11 @@ def padded(prompts: Sequence[Sequence[int]], config: ModelConfig, stop: Stop) ->
     return Batch(tokens_BQ, np.pad(lengths_B, padding, constant_values=1), np.pad(limits_B, padding), stop)
 
 
+def row_keys(seed: int, rows_B: np.ndarray):
+    """Typed keys [B]: of each row's own noise, whatever batch it is decoded in."""
+    return jax.vmap(lambda i: jax.random.fold_in(jax.random.key(seed), i))(rows_B)
+
+
 def generate(params, decoder: Decoder, prompts: Sequence[Sequence[int]], stop: Stop, sampling: Sampling, *,
              seed: int = 0, keys=None, keep_eot: bool = False) -> list[list[int]]:  # fmt: skip
     """Token lists in, token lists out: new tokens only, without the end-of-text token unless keep_eot.
@@ -190,7 +195,7 @@ def generate(params, decoder: Decoder, prompts: Sequence[Sequence[int]], stop: S
     tokens_BQ, lengths_B, limits_B, stop = padded(prompts, decoder.config, stop)
     rows_B = np.arange(len(tokens_BQ))
     if keys is None:
-        keys_B = jax.vmap(lambda i: jax.random.fold_in(jax.random.key(seed), i))(rows_B)
+        keys_B = row_keys(seed, rows_B)
     else:
         keys_B = keys[np.minimum(rows_B, len(prompts) - 1)]
     out_BR, count_B, _ = decode(params, decoder, tokens_BQ, lengths_B, limits_B, keys_B, stop, sampling)

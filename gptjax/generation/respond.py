@@ -1,8 +1,10 @@
 """Responses to prompts that a template has turned into tokens."""
 
+import numpy as np
+
 from gptjax import console
 from gptjax.data.chat import Template
-from gptjax.generation.decode import Decoder, Stop, generate
+from gptjax.generation.decode import Decoder, Stop, generate, row_keys
 from gptjax.generation.sampling import Sampling
 
 ROWS = 256  # prompts decoded together
@@ -20,8 +22,8 @@ def respond(params, decoder: Decoder, template: Template, prompts, *, max_new_to
                                   disable=progress is None):  # fmt: skip
         some = prompts[first : first + ROWS]
         texts = generate(
-            params, decoder, [list(map(int, p)) for p in some], stop, Sampling(temperature), seed=seed + first,
-            keep_eot=True,
+            params, decoder, [list(map(int, p)) for p in some], stop, Sampling(temperature), keep_eot=True,
+            keys=row_keys(seed, np.arange(first, first + len(some))),
         )  # fmt: skip
         out += [t[: decoder.config.context_length - len(p)] for p, t in zip(some, texts, strict=True)]
     return out

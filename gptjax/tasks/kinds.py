@@ -185,7 +185,7 @@ def score_threshold(scorer: Scorer, task: Task, items: Sequence[Item], prompts: 
     """The kind threshold: a text is predicted 1 if the mean log-probability of its tokens is high enough, as GPT-1
     finds acceptable sentences without training (Radford et al. 2018 §5). The threshold is the one with the highest
     Matthews correlation on the pool, or on the items themselves if there is none, which flatters; auc has none."""
-    of_pool = prompts.pool if prompts.pool is not items else []
+    of_pool = [] if prompts.own else prompts.pool
     requests = []
     for item in (*items, *of_pool):
         requests.append(encode_pair(scorer.tokenizer, "", item.text))

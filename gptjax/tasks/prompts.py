@@ -15,16 +15,16 @@ from gptjax.tasks.task import Item, Task, load_items, solved
 class Prompts:
     """The K-shot prompts of a task.
 
-    pool: the items that examples are drawn from, `items` itself where the pool's file is not there. source: the same in
-    words. dropped: examples left out so far because the prompt was too long. An example is an item, or a whole group of
-    them (Item.group).
+    pool: the items that examples are drawn from, `items` itself where the pool's file is not there (own). source: the
+    same in words. dropped: examples left out so far because the prompt was too long. An example is an item, or a whole
+    group of them (Item.group).
     """
 
     def __init__(self, task: Task, items: Sequence[Item], data: str, shots: int, seed: int):
         self.task, self.shots, self.seed, self.dropped = task, shots, seed, 0
         self._place = {id(item): i for i, item in enumerate(items)}
         files = find_pool(task, data) if shots or task.kind == "threshold" else []
-        self._own = not files
+        self.own = not files
         self.pool = load_items(task, *files) if files else items
         self._groups, self._group = grouped(self.pool), group_numbers(items)
         pool = ", ".join(Path(file).name for file in files) or "the evaluated items, without the one that is asked"
@@ -32,7 +32,7 @@ class Prompts:
         self.source = f"{shots} drawn {drawn} from {pool}" if shots else "none"
         if shots and not task.takes_examples:
             raise InputError(f"Task {task.name} scores whole texts, which have no examples: use --num_fewshot=0.")
-        if shots > (there := len(self._groups) - self._own):
+        if shots > (there := len(self._groups) - self.own):
             raise InputError(
                 f"Task {task.name} has {there} items to draw examples from, fewer than "
                 f"--num_fewshot={shots}: ask for fewer."
@@ -58,7 +58,7 @@ class Prompts:
         key = f"{self.seed}/{self.task.name}/{place if self.task.fewshot == 'per_item' else 'all'}"
         rng = np.random.default_rng(int.from_bytes(hashlib.sha256(key.encode()).digest()[:8], "little"))
         drawn = rng.permutation(len(self._groups))[: self.shots + 1]
-        own = self._group[place] if self._own else None
+        own = self._group[place] if self.own else None
         return [self._groups[i] for i in drawn if i != own][: self.shots]
 
 
