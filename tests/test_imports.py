@@ -23,7 +23,7 @@ LAYERS = (
     ("rlhf",),
     ("run", "seeds"),
     ("pretrain", "finetune", "sft", "reward", "dpo", "ppo"),
-    ("sample", "evaluate", "lm_eval", "contamination", "describe", "convert"),
+    ("sample", "evaluate", "lm_eval", "contamination", "describe", "convert", "sweep"),
     ("aot", "scaling"),
     ("__main__",),
 )

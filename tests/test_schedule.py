@@ -201,7 +201,7 @@ def test_the_fall_ends_with_the_run_unless_told():
 
 @settings(max_examples=200, deadline=None)
 @given(
-    kind=st.sampled_from(["cosine", "linear", "constant"]), steps=st.integers(1, 10_000),
+    kind=st.sampled_from(["cosine", "linear", "constant", "wsd"]), steps=st.integers(1, 10_000),
     warmup=st.floats(0, 2), final=st.sampled_from([0.0, 0.1, 1.0]), ramp=st.booleans(),
 )  # fmt: skip
 def test_no_step_that_is_taken_has_a_rate_of_0(kind, steps, warmup, final, ramp):
@@ -245,7 +245,7 @@ def test_ppo_takes_no_iteration_at_a_rate_of_0():
 @pytest.mark.parametrize(
     "fields, says",
     [
-        ({"kind": "cosin"}, "cosine, linear, constant or gpt1_linear"),
+        ({"kind": "cosin"}, "cosine, linear, constant, wsd or gpt1_linear"),
         ({"warmup_tokens": -1.0}, "warmup_tokens"),
         ({"ramp_tokens": -1.0}, "ramp_tokens"),
         ({"final_fraction": 1.5}, "final_fraction"),
@@ -267,3 +267,29 @@ def test_bad_lengths(length, says):
 def test_a_ramp_from_less_than_a_sequence():
     with pytest.raises(InputError, match="ramp_start_batch_tokens.*one sequence"):
         ramp(start=1000, full=None, tokens=1e6, batch_size=64, context_length=2048, total=1e9)
+
+
+# --- warm-up, stable, decay -------------------------------------------------------------------------------
+
+
+def test_wsd_falls_in_a_line_over_the_end_and_is_one_run_before_it():
+    """40 and 80 steps of 10 tokens, 4 of warm-up, the last quarter a fall to a fifth."""
+    config = ScheduleConfig(kind="wsd", warmup_tokens=40.0, decay_fraction=0.25, final_fraction=0.2)
+    short, long = (
+        Schedule(config, batch_size=2, context_length=5, learning_rate=2.0, steps=steps) for steps in (40, 80)
+    )
+    rates = [short.learning_rate(step) for step in range(40)]
+    assert rates[:4] == pytest.approx([0.5, 1.0, 1.5, 2.0])
+    assert rates[4:30] == [2.0] * 26
+    assert rates[30:] == pytest.approx([2 * (0.2 + 0.8 * (1 - i / 10)) for i in range(10)])
+    assert [long.learning_rate(step) for step in range(60)] == rates[:30] + [2.0] * 30
+    assert long.learning_rate(70) == pytest.approx(2 * 0.6)
+
+
+def test_wsd_that_decays_all_along_is_linear():
+    rates = []
+    for kind, share in (("wsd", 1.0), ("linear", 0.5)):
+        config = ScheduleConfig(kind=kind, warmup_tokens=40.0, decay_fraction=share)
+        schedule = Schedule(config, batch_size=2, context_length=5, learning_rate=2.0, steps=40)
+        rates.append([schedule.learning_rate(step) for step in range(40)])
+    assert rates[0] == rates[1]

@@ -21,6 +21,7 @@ from gptjax.data.tokenizer import Tokenizer
 from gptjax.distributed import hosts
 from gptjax.errors import InputError
 from gptjax.objectives.lm import bits_per_byte
+from gptjax.ranges import Seed
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,6 +38,8 @@ class DataConfig:
     split: how the share is held out: 'documents', 'lines' (each line of a text file is a document) or 'position' (the
         last of the text); None = documents where there are several, else position.
     document_separator: text that ends a document inside a text, as '<|endoftext|>'.
+    split_seed: of the choice of documents that are held out, where runs with several seeds are to have the same ones;
+        None = the run's own seed.
     cache: local folder where token shards are kept, each request in a folder of its own, so that runs can share it;
         None = `data` in the workdir.
     """
@@ -49,6 +52,7 @@ class DataConfig:
     isolate_documents: bool = False
     split: str | None = None
     document_separator: str | None = None
+    split_seed: Seed | None = None
     cache: str | None = paths.field()
 
     def __post_init__(self):
@@ -220,7 +224,8 @@ def _load(c: DataConfig, cache, seed: int, isolate: bool, recorded: dict | None,
                 opened, splits = tokens.open_shards(directory)
             else:
                 opened, splits = prepare.prepare(
-                    path, spec, cache, validation=_fraction(c.validation), text_field=c.text_field, seed=seed,
+                    path, spec, cache, validation=_fraction(c.validation), text_field=c.text_field,
+                    seed=seed if c.split_seed is None else c.split_seed,
                     split=c.split, document_separator=c.document_separator, by_content=True,
                 )  # fmt: skip
         if tokenizer and opened.fingerprint != tokenizer.fingerprint:

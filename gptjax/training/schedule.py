@@ -17,13 +17,16 @@ FEW_STEPS = 20  # Adam moves a weight by about the learning rate per step: with 
 class ScheduleConfig:
     """Learning rate over tokens, and the batch-size ramp.
 
-    kind: what follows the warm-up: 'cosine', 'linear' (both fall to final_fraction) or 'constant'; or 'gpt1_linear',
-        the schedule of GPT-1's fine-tuning code: x / warmup_fraction in the warm-up, then 1, all of it times 1 - x,
-        where x is the fraction of the steps before this one. Its first step has a rate of 0.
+    kind: what follows the warm-up: 'cosine', 'linear' (both fall to final_fraction) or 'constant'; 'wsd' (warm-up,
+        stable, decay: Hu et al. 2024 §4), which is constant and falls linearly over the last decay_fraction, so that
+        runs of all lengths are one until they decay; or 'gpt1_linear', the schedule of GPT-1's fine-tuning code:
+        x / warmup_fraction in the warm-up, then 1, all of it times 1 - x, where x is the fraction of the steps before
+        this one. Its first step has a rate of 0.
     warmup_tokens: tokens over which the learning rate rises linearly from 0; 0 = no warm-up.
     warmup_fraction: the same as a fraction of the run, where warmup_tokens is 0.
     decay_tokens: where the decay ends, counted from the first token (GPT-3: 260B of 300B); None = the end of the run:
         the rate reaches final_fraction in the step after the last, so that no step of a decay to 0 has a rate of 0.
+    decay_fraction: of 'wsd': the share of the run in which the rate falls.
     final_fraction: fraction of the peak learning rate at which the decay ends.
     ramp_tokens: tokens over which the batch grows linearly in tokens (GPT-3 appendix B: 4-12B); 0 = none.
     ramp_start_batch_tokens: tokens of a batch at the start of the ramp.
@@ -35,14 +38,15 @@ class ScheduleConfig:
     warmup_tokens: float = 0.0
     warmup_fraction: BelowOne = 0.0
     decay_tokens: Positive | None = None
+    decay_fraction: Share = 0.1
     final_fraction: Share = 0.1
     ramp_tokens: float = 0.0
     ramp_start_batch_tokens: Positive = 32_000.0
     ramp_full_batch_tokens: Positive | None = None
 
     def __post_init__(self):
-        if self.kind not in ("cosine", "linear", "constant", "gpt1_linear"):
-            raise InputError(f"schedule.kind={self.kind!r}: choose cosine, linear, constant or gpt1_linear.")
+        if self.kind not in ("cosine", "linear", "constant", "wsd", "gpt1_linear"):
+            raise InputError(f"schedule.kind={self.kind!r}: choose cosine, linear, constant, wsd or gpt1_linear.")
         if self.warmup_tokens and self.warmup_fraction:
             raise InputError("schedule has warmup_tokens and warmup_fraction: set one of them to 0.")
         if self.kind == "gpt1_linear" and self.warmup_tokens:
@@ -147,14 +151,16 @@ class Schedule:
         return found
 
     def fraction(self, tokens: float) -> float:
-        """Learning rate as a fraction of its peak after `tokens` tokens; the decay starts at the end of the warm-up."""
+        """Learning rate as a fraction of its peak after `tokens` tokens; the decay starts at the end of the warm-up, of
+        'wsd' not before the last decay_fraction."""
         c, warmup = self.config, self.warmup_tokens
         if tokens < warmup:
             return tokens / warmup
         if c.kind == "constant":
             return 1.0
         end = c.decay_tokens or self.total_tokens
-        x = min(max((tokens - warmup) / max(end - warmup, 1e-9), 0.0), 1.0)
+        begin = max(warmup, end * (1 - c.decay_fraction)) if c.kind == "wsd" else warmup
+        x = min(max((tokens - begin) / max(end - begin, 1e-9), 0.0), 1.0)
         fall = 0.5 * (1 + math.cos(math.pi * x)) if c.kind == "cosine" else 1 - x
         return c.final_fraction + (1 - c.final_fraction) * fall
 
