@@ -36,7 +36,7 @@ test-long: $(VENV)/.installed-test
 
 # Parity with torch and transformers, in an environment of its own.
 test-peers: $(PEERS)/.installed
-	$(PEERS)/bin/python -m pytest -q tests/peers $(PYTEST_FLAGS)
+	$(QUICK) $(PEERS)/bin/python -m pytest -q tests/peers $(PYTEST_FLAGS)
 
 lint: $(VENV)/.installed-test
 	$(VENV)/bin/python -m ruff check .
