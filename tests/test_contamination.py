@@ -102,6 +102,14 @@ def test_the_filter_has_gpt_2s_size_and_no_false_positive_in_a_million():
     assert not bloom.contains(values[100_000:]).any()
 
 
+def test_a_small_filter_has_no_false_positive_in_a_million_either():
+    """Places h1 + i h2 modulo the bits of this filter are wrong 90 times: one in 7,669 has h2 = 0, a single bit."""
+    bloom = ngrams.Bloom(200)
+    values = np.random.default_rng(0).integers(0, 2**63, 1_000_200, dtype=np.uint64)
+    bloom.add(values[:200])
+    assert bloom.contains(values[:200]).all() and not bloom.contains(values[200:]).any()
+
+
 def test_the_rate_of_false_positives_is_the_one_asked_for():
     bloom = ngrams.Bloom(20_000, 0.01)
     values = np.random.default_rng(1).integers(0, 2**63, 220_000, dtype=np.uint64)

@@ -233,14 +233,14 @@ class Bloom:
         return found
 
     def _places(self, values: np.ndarray):
-        """int64 places of each value's bits, one for all values at a time: h1 + i h2 (Kirsch and Mitzenmacher 2006)."""
-        bits = np.uint64(self.bits)
-        place = (mix64(values) % bits).astype(np.int64)
-        step = (mix64(values ^ _BASE) % bits).astype(np.int64)
+        """int64 places of each value's bits, one for all values at a time: splitmix64's numbers from that value on.
+
+        Not h1 + i h2: of a set of n hashes the pairs (h1, h2) alone are wrong about .02 / n of the others (h2 = 0 is a
+        single bit), which is 10^-8 only from millions on."""
+        state = values
         for _ in range(self.hashes):
-            yield place
-            place = place + step
-            place -= self.bits * (place >= self.bits)
+            yield (mix64(state) % np.uint64(self.bits)).astype(np.int64)
+            state = state + _BASE
 
 
 _BIT = (1 << np.arange(8)).astype(np.uint8)
