@@ -217,8 +217,6 @@ def test_leaving_one_out():
     assert f("a", "a", "b") == 0.5 and f("a", "a", "a", "b") == 1 and f("a", "a") == 1 and f("a", "b", "c") == 0
 
 
-
-
 def quac_turn(question, own, *answers):
     return {"question": question, "orig_answer": {"text": own}, "answers": [{"text": text} for text in answers]}
 
@@ -277,8 +275,13 @@ def test_drop_rows(tokenizer, tmp_path):
     (item,) = items("drop", tmp_path, hub)
     assert item.answers == ("Bears\nBulls", "4") and item.shown == "Bears, Bulls"
     assert item.pairs[0][0] == "Passage: P.\n\nQuestion: Q?\n\nAnswer:"
-    plain = {"passage": "P.", "question": "Q?", "answers_spans": {"spans": ["a"], "types": ["span"]}}
-    assert items("drop", tmp_path, plain)[0].answers == ("a",)
+
+
+def test_a_list_of_all_annotators_spans_is_refused(tmp_path):
+    """Two annotators' '4' would be an answer of two spans, of which a prediction can only have one."""
+    row = {"passage": "P.", "question": "Q?", "answers_spans": {"spans": ["4", "4"], "types": ["number"] * 2}}
+    with pytest.raises(InputError, match="drop.jsonl.*answers_spans .*use drop_dataset_dev.json or EleutherAI/drop"):
+        items("drop", tmp_path, row)
 
 
 # --- SuperGLUE ----------------------------------------------------------------------------------------------------

@@ -138,7 +138,7 @@ def _turns(questions: list[str], own: list[str], golds: list[list[str]], group: 
 
 def drop(row: Row) -> list[Row]:
     """DROP (Dua et al. 2019) -> {passage, question, answers, shown, group} of each question. An answer is a number, a
-    date, or spans, a line each (metrics.drop_f1); group: the passage's."""
+    date, or spans, a line each (metrics.drop_f1); group: the passage's. On the Hub: EleutherAI/drop."""
     if "passage" in row and "qa_pairs" not in row:
         return [_drop_question(row["passage"], row)]
     passages = [row] if "passage" in row else row.values()
@@ -147,12 +147,14 @@ def drop(row: Row) -> list[Row]:
 
 def _drop_question(passage: str, row: Row) -> Row:
     if "answers_spans" in row:
-        answers = [list(row["answers_spans"]["spans"])]
-    else:
-        validated = row.get("validated_answers") or []
-        if isinstance(validated, Mapping):  # the Hub's: lists side by side
-            validated = [dict(zip(validated, values, strict=True)) for values in zip(*validated.values(), strict=True)]
-        answers = [spans for given in (row["answer"], *validated) if any(spans := _drop_spans(given))]
+        raise InputError(
+            "The row has answers_spans (ucinlp/drop), one list of all annotators' spans, which does not say which of "
+            "them are one answer: use drop_dataset_dev.json or EleutherAI/drop."
+        )
+    validated = row.get("validated_answers") or []
+    if isinstance(validated, Mapping):  # the Hub's: lists side by side
+        validated = [dict(zip(validated, values, strict=True)) for values in zip(*validated.values(), strict=True)]
+    answers = [spans for given in (row["answer"], *validated) if any(spans := _drop_spans(given))]
     shown = ", ".join(answers[0]) if answers else ""
     return {"passage": passage, "question": row["question"], "answers": ["\n".join(spans) for spans in answers] or [""],
             "shown": shown, "group": passage}  # fmt: skip
