@@ -13,7 +13,6 @@ import contextlib
 import json
 import sys
 from collections.abc import Iterable, Iterator
-from pathlib import Path
 
 import numpy as np
 from absl import flags
@@ -32,7 +31,7 @@ _BLOCK, _OVERLAP = 1 << 20, 256  # tokens decoded at a time where nothing separa
 
 def evaluation_sets(path: str, fields: list[str] | None) -> dict[str, list[str]]:
     """{name: texts of its items}. fields: of the rows, joined by spaces; None = all text in a row. InputError: no rows,
-    or an item without text."""
+    an item without text, or two files of one name."""
     root = paths.local(path)
     files = [root]
     if root.is_dir():
@@ -51,7 +50,9 @@ def evaluation_sets(path: str, fields: list[str] | None) -> dict[str, list[str]]
             if not text.strip():
                 raise InputError(f"{row.where}: The row has no text: remove it, or name its fields by --fields.")
             items.append(text)
-        sets[Path(file.name).stem] = items
+        if (name := file.stem) in sets:
+            raise InputError(f"{path} has two files of the name {name!r}, as their results would have: rename one.")
+        sets[name] = items
     return sets
 
 

@@ -209,6 +209,12 @@ def test_only_the_fields_that_are_named(folder):
     assert not found["quiz"].dirty.any()
 
 
+def test_two_sets_of_a_name_are_refused(folder):
+    (folder / "eval" / "quiz.csv").write_text("question\na b c\n")
+    with pytest.raises(InputError, match="two files of the name 'quiz'.*rename one"):
+        command.evaluation_sets(str(folder / "eval"), None)
+
+
 def test_a_pretraining_run_is_a_corpus(pretrained, alignment):
     lines = [line for line in alignment["text"].read_text().splitlines() if len(line.split()) > 8]
     found = command.find({"s": [lines[3], sentence(0)]}, str(pretrained), "gpt2")

@@ -2,7 +2,7 @@
 
     gpt2    share of an evaluation set's 8-grams that a Bloom filter of the corpus's 8-grams holds (GPT-2 §4, Table 6)
     gpt3    an item is dirty if one of its N-grams occurs in the corpus; N is the 5th percentile of the set's item
-            lengths in words, between 8 and 13 (GPT-3 appendix C)
+            lengths in words, between 8 and 13 (GPT-3 appendix C, where synthetic tasks have no minimum)
     gpt4    an item is dirty if one of three of its 50-character substrings, drawn at random, occurs in the corpus; only
             letters and digits count (GPT-4 appendix C)
 
