@@ -7,9 +7,8 @@
 With --tasks: each task's rows are looked for in --data; the table has every metric with its standard error, and
 <workdir>/tasks/tasks.json (--out) the protocol too: templates, normalization, prefix token, what was cut. A task is a
 small file, published ones in gptjax/tasks/published, the format in gptjax/tasks/task.py. --tasks=superglue is its
-eight tasks and, wherever all eight are evaluated, their score. --every_checkpoint draws
-skill over training; reliability diagrams of choices, those of --compare beside them (before and after RLHF), are drawn
-too.
+eight tasks and, wherever all eight are evaluated, their score. --every_checkpoint draws skill over training. For
+choices reliability diagrams are drawn too, with those of --compare in the same picture (before and after RLHF).
 
 Without --tasks and without --source: the validation split the run held out; of a mixture each part's and the mean under
 its weights. With --source: every document of it, told apart and joined as in training. Each token is scored once; the
@@ -224,7 +223,7 @@ def document_spans(shards) -> np.ndarray:
         return shards.spans
     if shards.eot_id is None:
         raise InputError(
-            "The tokenizer has no end-of-text, so that the documents of the validation split can't be told apart: "
+            "The tokenizer has no end-of-text, so that the documents of the validation split cannot be told apart: "
             "give the text itself with --source=PATH."
         )
     block = 1 << 22
@@ -255,7 +254,7 @@ if __name__ == "__main__":
     flags.DEFINE_bool("every_checkpoint", False, "Every checkpoint on disk, and a picture of skill over training.")
     flags.DEFINE_bool("log_samples", False, "Write a record of each item.")
     command_line.define_path("out", None, "Folder for the results of tasks; WORKDIR/tasks if not given.")
-    flags.DEFINE_list("compare", [], "Folders with other models' results, drawn beside in the reliability diagrams.")
+    flags.DEFINE_list("compare", [], "Folders with other models' results, drawn into the same reliability diagrams.")
     flags.DEFINE_bool("allow_code_execution", False, "Run programs that the model wrote (tasks of kind code).")
     flags.mark_flag_as_required("workdir")
     command_line.run(main)

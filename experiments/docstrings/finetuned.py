@@ -32,7 +32,7 @@ def config(workdir: Path, data: Path, scale: float, pretrained: bool):
 
 def measure(workdir: Path, data: Path) -> dict:
     """{'runs': [{name, accuracy, stderr}], 'majority', 'sentences', 'steps'}: accuracy on the held-out files. majority:
-    the share of the commoner label there."""
+    the share of the more frequent label there."""
     labels = [json.loads(line)["label"] for line in (data / "sentences.jsonl").read_text().splitlines()]
     rows = []
     for name, title in RUNS.items():

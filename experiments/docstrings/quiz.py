@@ -60,11 +60,11 @@ def section(result: dict) -> str:
     template = html.escape(first["protocol"]["form"][0]["context"] + "…")
     return (
         f"<p>Which of four summaries of one file belongs to the signature? {first['items']:,} questions of files that "
-        f"no stage has seen, answered without training by the likeliest summary after</p><pre>{template}</pre>"
+        f"no stage has seen, answered without training by the most likely summary after</p><pre>{template}</pre>"
         "<p>Accuracy ± standard error by the log-probability itself and by four normalizations of it; chance is .25. "
-        "The last one compares how much likelier the signature makes a summary: its softmax is what calibration (ECE: "
-        "expected calibration error) and reliability are about. Examples come from the demonstrations' files. SFT and "
-        "RLHF trained on another form, a chat, so this also shows what they left of the model's own skill.</p>"
+        "The last one compares how much more likely the signature makes a summary: its softmax is what calibration "
+        "(ECE: expected calibration error) and reliability are about. Examples come from the demonstrations' files. "
+        "SFT and RLHF trained on another form, a chat, so this also shows what they left of the model's own skill.</p>"
         f"<table><tr>{head}</tr>{rows}</table><p>{_protocols(result)}</p>"
         + report.image(picture(result), "accuracy on the quiz")
         + report.image(reliability(result), "calibration before and after RLHF")

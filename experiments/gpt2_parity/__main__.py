@@ -1,4 +1,4 @@
-"""GPT-2's published scores beside ours, with the public weights.
+"""GPT-2's published scores and ours, with the public weights.
 
     python -m experiments.gpt2_parity --weights=DIR --data=DIR [--rows=16] [--results=FILE]
     python -m experiments.gpt2_parity --random
@@ -43,8 +43,8 @@ class Row(NamedTuple):
 
 
 class Comparison(NamedTuple):
-    """ours, error: None where the task's data is not there. apart: ours minus the published one, in
-    standard errors: the larger of the two where both are known, since the items are the same."""
+    """ours, error: None where the task's data is not there. apart: ours minus the published one, in standard errors:
+    the larger of the two where both are known, since the items are the same."""
 
     row: Row
     ours: float | None

@@ -5,7 +5,7 @@
 GPTs of four sizes are pre-trained on documents that each follow a hidden rule of their own (rules.py), and then asked,
 by the few-shot harness (gptjax.tasks), about rules after K = 0 to 16 examples. No weight changes: which rule it is they
 have from the prompt alone. Others learn two-digit arithmetic from documents in the exact format of GPT-3's questions
-(arithmetic.py), and answer OpenAI's own files of them, none of which they were trained on: the published tasks'
+(arithmetic.py), and answer OpenAI's own file of them, none of which they were trained on: the published task's
 protocol, greedy decoding. Writes results.json and in_context.png: accuracy with two standard errors against K, a curve
 for each size; of the rules also the accuracy of the best possible answer, which a model exceeds only by chance.
 """
@@ -55,8 +55,7 @@ def _write(path: Path, rows: list[dict]):
 
 
 def measure_rules(model: Model, seed: int, *, folder: Path, items: int) -> dict:
-    """{kind of rule: {K: (accuracy, standard error)}} of a trained model: one evaluation, which compiles
-    once."""
+    """{kind of rule: {K: (accuracy, standard error)}} of a trained model: one evaluation, which compiles once."""
     asked = [(name, shots) for name in rules.KINDS for shots in RULE_SHOTS]
     path = folder / f"questions-{items}-{seed}.jsonl"
     _write(path, [row for name, shots in asked for row in rules.questions(name, shots, items, 1000 + seed)])
@@ -124,8 +123,7 @@ if __name__ == "__main__":
     FLAGS = flags.FLAGS
     command_line.define_path("workdir", "runs/in_context", "Where everything goes.")
     command_line.define_path(
-        "arithmetic", None, "Folder with OpenAI's files of two-digit addition and subtraction; questions are generated "
-        "if not given.",
+        "arithmetic", None, "Folder with OpenAI's file of two-digit addition; questions are generated if not given.",
     )  # fmt: skip
     flags.DEFINE_integer("steps", 500, "Optimizer steps of the models of rules.", lower_bound=1)
     flags.DEFINE_integer("arithmetic_steps", 1500, "Optimizer steps of the models of arithmetic.", lower_bound=1)

@@ -5,7 +5,7 @@
     line     BF CA ...      a x + b modulo 7, a not 0: two different examples tell everything
 
 An example is a word of two symbols, question and answer, and a token. To be asked is to complete a word: which of the
-words that begin with the question is likeliest? Questions are drawn uniformly, with repetition. `Kind.best` is the
+words that begin with the question is most likely? Questions are drawn uniformly, with repetition. `Kind.best` is the
 accuracy of the best possible answer after K examples, in closed form. Every kind has symbols of its own, so that a
 question tells which kind of rule it is about.
 """

@@ -22,7 +22,7 @@ def find_files(task: Task, data: str, patterns: Sequence[str]) -> list[str]:
     fields = " or ".join(", ".join(sorted(fields_of(form))) for form in task.form)
     raise InputError(
         f"{data} has no file for the task {task.name}: it looks for {', '.join(patterns) or 'none'}, rows (.jsonl, "
-        f".json, .csv, .parquet) with the fields {fields}."
+        f".json, .csv, .tsv, .parquet) with the fields {fields}."
     )
 
 

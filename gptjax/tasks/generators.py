@@ -85,7 +85,7 @@ def scramble(task: str, words: Iterable[str], n: int, seed: int = 0) -> list[Row
 
     words: a list, from which those of the letters a-z are used that the task can change: 'aaaaaa' has no anagram, and
     OpenAI's files do have 193 words of 10,000 that are their own anagram (A2), and one palindrome. GPT-3's words were
-    the 10,000 commonest of more than 4 and less than 15 letters. Raises InputError for another name, and for fewer
+    the 10,000 most frequent of more than 4 and less than 15 letters. Raises InputError for another name, and for fewer
     than n such words.
     """
     if task not in SCRAMBLE:

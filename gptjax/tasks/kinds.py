@@ -135,7 +135,7 @@ def _answer_metrics(task: Task, predictions: Sequence[str], answers: Sequence[Se
 
 
 def _cloze_metrics(samples: list[dict]) -> dict[str, tuple[float, float]]:
-    """acc: all tokens of the answer are the likeliest ones (LAMBADA by the word); acc_last_token: its last token is,
+    """acc: every token of the answer is the most likely one (LAMBADA by the word); acc_last_token: its last token is,
     given those before; perplexity: exp(-mean log-probability of an answer)."""
     mean, error = standard_errors.mean([s["log_probs"][0] for s in samples])
     perplexity = math.exp(min(-mean, 700.0))
@@ -151,8 +151,7 @@ def _cloze_metrics(samples: list[dict]) -> dict[str, tuple[float, float]]:
 
 
 def score_texts(scorer: Scorer, task: Task, items: Sequence[Item], prompts: Prompts) -> Scored:
-    """The kind text: every token of the detokenized text scored once, per unit of the
-    original text."""
+    """The kind text: every token of the detokenized text scored once, per unit of the original text."""
     clean = function(task.detokenize) if task.detokenize else lambda text: text
     units = function(task.units) if task.units else lambda text: len(text.split())
     requests, spans, samples = [], [], []
@@ -184,7 +183,8 @@ def score_texts(scorer: Scorer, task: Task, items: Sequence[Item], prompts: Prom
 def score_threshold(scorer: Scorer, task: Task, items: Sequence[Item], prompts: Prompts) -> Scored:
     """The kind threshold: a text is predicted 1 if the mean log-probability of its tokens is high enough, as GPT-1
     finds acceptable sentences without training (Radford et al. 2018 §5). The threshold is the one with the highest
-    Matthews correlation on the pool, or on the items themselves if there is none, which flatters; auc has none."""
+    Matthews correlation on the pool, or on the items themselves if there is none, which is biased upwards; auc needs
+    none."""
     of_pool = [] if prompts.own else prompts.pool
     requests = []
     for item in (*items, *of_pool):

@@ -25,8 +25,8 @@ _LOGITS_AT_ONCE = 512  # rows of [., V] held at a time
 
 class Score(NamedTuple):
     """log_prob: log p(continuation | context), nats. tokens: of the continuation. greedy: whether each of its tokens
-    was the likeliest; last_greedy: whether the last one was, given those before. truncated: whether the context was cut
-    on the left. spanned: Request's."""
+    was the most likely one; last_greedy: whether the last one was, given those before. truncated: whether the context
+    was cut on the left. spanned: Request's."""
 
     log_prob: float
     tokens: int
@@ -92,7 +92,7 @@ def _batches(model: Model, params, packed: Sequence[Row], rows: int):
 @functools.partial(jax.jit, static_argnames=("config", "chunk", "dtype", "mesh"))
 def _score_rows(params, config, tokens_BT, positions_BT, visible_until_BT, read_BM, index_BN, targets_BN, *, chunk: int,
                 dtype, mesh):  # fmt: skip
-    """(log-probabilities float32 [B, N], whether each target is the likeliest token [B, N]).
+    """(log-probabilities float32 [B, N], whether each target is the most likely token [B, N]).
 
     Logits are computed only where a prediction is read, `chunk` of a row's at a time. M must be a multiple of chunk.
     """
@@ -108,13 +108,13 @@ def _score_rows(params, config, tokens_BT, positions_BT, visible_until_BT, read_
         logits_BCV = architecture.logits(params, config, x_BCD)
         return jax.nn.logsumexp(logits_BCV, axis=-1), jnp.argmax(logits_BCV, axis=-1)
 
-    lse, likeliest = lax.map(summarize, jnp.swapaxes(x_BMD.reshape(B, M // chunk, chunk, D), 0, 1))
-    lse_BM, likeliest_BM = (jnp.swapaxes(a, 0, 1).reshape(B, M) for a in (lse, likeliest))
+    lse, best = lax.map(summarize, jnp.swapaxes(x_BMD.reshape(B, M // chunk, chunk, D), 0, 1))
+    lse_BM, best_BM = (jnp.swapaxes(a, 0, 1).reshape(B, M) for a in (lse, best))
     x_BND, w_VD = architecture.readout(params, config, jnp.take_along_axis(x_BMD, index_BN[..., None], axis=1))
     w_BND = w_VD[targets_BN].astype(x_BND.dtype)
     chosen_BN = jnp.einsum("bnd,bnd->bn", x_BND, w_BND, preferred_element_type=jnp.float32)
     of_index = lambda a_BM: jnp.take_along_axis(a_BM, index_BN, axis=1)
-    return chosen_BN - of_index(lse_BM), of_index(likeliest_BM) == targets_BN
+    return chosen_BN - of_index(lse_BM), of_index(best_BM) == targets_BN
 
 
 def _rounded(n: int) -> int:

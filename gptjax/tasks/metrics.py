@@ -232,8 +232,8 @@ def _plain(number: str) -> str:
 
 
 def majority_vote(answers: Sequence[str | None]) -> str | None:
-    """Self-consistency (Wang et al. 2023): the commonest answer of several samples, the first of those equally common;
-    None where no sample has one."""
+    """Self-consistency (Wang et al. 2023): the most frequent answer of several samples, the first of
+    equally frequent ones; None where no sample has one."""
     counts = collections.Counter(answer for answer in answers if answer is not None)
     return counts.most_common(1)[0][0] if counts else None
 

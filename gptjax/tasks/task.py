@@ -14,9 +14,10 @@ is measured.
 
 The kinds, with the keys of a form that each one needs:
 
-    choice      context, choices, gold       which continuation is likeliest; `names`: what its metrics call each
+    choice      context, choices, gold       which continuation is most likely; `names`: what its metrics call each
                                              choice; `answers`: names that are right, the gold one's if not given
-    partial     contexts, continuation, gold which context makes one continuation likeliest (Trinh and Le 2018)
+    partial     contexts, continuation, gold which context makes one continuation most likely (Trinh and Le
+                                             2018)
     cloze       context, answer              is the answer what greedy decoding gives, and its perplexity
     text        text                         perplexity of whole texts
     threshold   text, label                  is the mean log-probability of a text's tokens above a threshold
@@ -79,7 +80,7 @@ class Task:
     same for all. answer_context: see above. prepare, detokenize, units: 'module:function' of a row, of a text, and how
     many units (words) a text counts as. stop, max_new_tokens, beams, length_penalty, temperature, top_k, top_p,
     samples: of generation; beams 1 is greedy decoding or sampling. extract: 'module:function' of a generated text ->
-    the answer in it, of which the commonest of all samples is scored. metrics: 'module:function' of (prediction,
+    the answer in it, of which the most frequent of all samples is scored. metrics: 'module:function' of (prediction,
     answer) -> float, by name; of choices the prediction is a name. over_answers: 'best', the best answer counts, or
     'leave_one_out' (metrics.leave_one_out). corpus_metrics: 'module:function' of (all predictions, the answers of each)
     -> value, standard error and, for the protocol, a signature if it has one; of choices (predicted, gold, group, an
