@@ -32,12 +32,16 @@ def each_seed(stage: Callable, config: mlc.ConfigDict, workdir, seeds: Sequence[
     if hosts.first():
         json_files.write_json(workdir / "results.json", found)
         for split in (s for s in ("validation", "test") if s in found):
-            shown = (f"{k.replace('_', ' ')} {v['mean']:.4f} ± {v['stderr']:.4f}" for k, v in found[split].items())
+            shown = (f"{k.replace('_', ' ')} {v['mean']:.4f}{_spread(v['stderr'])}" for k, v in found[split].items())
             print(f"{split}, {len(seeds)} seeds, mean ± standard error: {', '.join(shown)}")
     return found
 
 
 def over_seeds(values: Sequence[float]) -> dict:
-    """Mean, its standard error (0 for a single value), and the values."""
-    stderr = float(np.std(values, ddof=1) / len(values) ** 0.5) if len(values) > 1 else 0.0
+    """Mean, its standard error (None for a single value), and the values."""
+    stderr = float(np.std(values, ddof=1) / len(values) ** 0.5) if len(values) > 1 else None
     return {"mean": float(np.mean(values)), "stderr": stderr, "values": list(values)}
+
+
+def _spread(stderr: float | None) -> str:
+    return "" if stderr is None else f" ± {stderr:.4f}"

@@ -24,7 +24,7 @@ from gptjax.model import gpt, heads
 from gptjax.model.spec import GPTConfig
 from gptjax.objectives.finetune import finetune_loss, task_logits, task_loss
 from gptjax.objectives.lm import lm_loss
-from gptjax.seeds import each_seed
+from gptjax.seeds import each_seed, over_seeds
 from gptjax.trained import load_model
 from gptjax.training.schedule import Schedule, ScheduleConfig
 
@@ -266,6 +266,7 @@ def test_choices_and_seeds(pretrained, rows, tmp_path):
     assert of_loss["values"] == [r["loss"] for r in of_seed] and of_loss["values"][0] != of_loss["values"][1]
     assert of_loss["mean"] == pytest.approx(np.mean(of_loss["values"]))
     assert of_loss["stderr"] == pytest.approx(abs(np.diff(of_loss["values"])[0]) / 2)
+    assert over_seeds([0.5]) == {"mean": 0.5, "stderr": None, "values": [0.5]}  # one run has no spread
 
 
 @pytest.mark.slow

@@ -230,6 +230,13 @@ def test_a_token_across_the_border_is_encoded_apart_and_counted(tmp_path):
     assert not plain.spanned and tokenizer.decode(plain.continuation) == " y"
     empty = encode_pair(tokenizer, "", "y")
     assert empty.context == (tokenizer.bos_id,)
+    (tmp_path / "t.toml").write_text(
+        'about = "a test"\nkind = "cloze"\nmetric = "acc"\ndelimiter = ""\n[[form]]\ncontext = "{a}"\nanswer = "{b}"\n'
+    )
+    write_rows(tmp_path, "rows.jsonl", [{"a": "a", "b": "b"}, {"a": "x", "b": " y"}])
+    task, data = load_task(str(tmp_path / "t.toml")), str(tmp_path / "rows.jsonl")
+    result = harness.evaluate(planted(tokenizer, lambda i, t: -1.0), task, data)
+    assert result.protocol["spanned"] == 1 and "1 continuations encoded apart" in table.table([result])
 
 
 @pytest.mark.parametrize("name", available())
