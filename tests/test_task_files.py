@@ -1,6 +1,7 @@
 """Files of tasks: which one is evaluated, where examples come from, forms that rows are published in, and what the
 command does around them."""
 
+import dataclasses
 import json
 import types
 
@@ -68,6 +69,29 @@ def test_files_of_several_splits_are_not_mixed(tmp_path):
         find_files(task, str(tmp_path), task.files)
     (tmp_path / "winogrande_test.jsonl").unlink()
     assert find_files(task, str(tmp_path), task.files) == [str(tmp_path / "winogrande_dev.jsonl")]
+
+
+def test_names_that_begin_alike_are_told_apart(tmp_path):
+    """CommitmentBank and the Children's Book Test; StoryCloze's test and validation rows, both a 'cloze_test'."""
+    story = "cloze_test_{0}__spring2016 - cloze_test_ALL_{0}.csv"
+    names = ("cb-validation.parquet", "cbt_cn-validation.parquet", "cb-train.parquet", "cbt_cn-train.parquet",
+             story.format("test"), story.format("val"))  # fmt: skip
+    for name in names:
+        (tmp_path / name).touch()
+    for task, evaluated, pool in (("cb", names[0], names[2]), ("cbt_cn", names[1], None), ("storycloze", *names[4:])):
+        task = load_task(task)
+        assert find_files(task, str(tmp_path), task.files) == [str(tmp_path / evaluated)]
+        assert find_pool(task, str(tmp_path)) == ([str(tmp_path / pool)] if pool else [])
+
+
+def test_the_evaluated_file_is_no_pool(tokenizer, tmp_path):
+    """Only LAMBADA's validation rows are there, which its examples are from: never the item that is asked."""
+    write_rows(tmp_path / "lambada_validation.jsonl", [{"text": f"it is {word}"} for word in ("red", "blue", "no")])
+    task = dataclasses.replace(load_task("lambada"), files=("lambada*.jsonl",))
+    assert find_pool(task, str(tmp_path)) == []
+    items = load_items(task, *find_files(task, str(tmp_path), task.files))
+    prompts = Prompts(task, items, str(tmp_path), 2, seed=0)
+    assert prompts.own and all(item.pairs[0][1] not in prompts.before(item, lambda text: True) for item in items)
 
 
 def test_shards_of_one_split_are_read_together(tmp_path):

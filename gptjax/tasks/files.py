@@ -27,11 +27,12 @@ def find_files(task: Task, data: str, patterns: Sequence[str]) -> list[str]:
 
 
 def find_pool(task: Task, data: str) -> list[str]:
-    """The files with the rows that examples are drawn from; if data is a file, next to it. Empty: there are none.
-    InputError: the task needs them, for its threshold."""
-    folder = Path(paths.local(data))
-    folder = folder.parent if folder.is_file() else folder
-    found = [file for file in _found(task, folder, task.pool) if file != str(paths.local(data))]
+    """The files with the rows that examples are drawn from; if data is a file, next to it. Empty: there are none but
+    those that are evaluated. InputError: the task needs them, for its threshold."""
+    path = Path(paths.local(data))
+    folder = path.parent if path.is_file() else path
+    evaluated = [str(path)] if path.is_file() else _found(task, folder, task.files)
+    found = [file for file in _found(task, folder, task.pool) if file not in evaluated]
     if not found and task.pool and task.kind == "threshold":
         raise InputError(
             f"{folder} has no rows to find the threshold of task {task.name} on: it looks for {', '.join(task.pool)}."
