@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import math
+import types
 
 import numpy as np
 import pytest
@@ -413,6 +414,24 @@ def test_the_table_has_the_main_metric_first_and_what_was_counted(tokenizer, tmp
     lines = table.table([result]).splitlines()
     assert lines[1].split()[:6] == ["piqa", "0", "3", "acc_token", "*", "1.0000"]
     assert lines[-1] == "piqa, 0-shot: choice, piqa.jsonl; prefix token <|endoftext|>; 2 items cut on the left"
+
+
+def test_the_protocol_says_how_text_is_decoded_and_scored(tokenizer):
+    prompts = types.SimpleNamespace(source="none", seed=0)
+    decoding = {
+        "gsm8k": "greedy",
+        "coqa": "beam 4, length penalty 0.6",
+        "humaneval": "10 samples at temperature 0.8, top_p 0.95",
+        "cnn_dailymail": "1 samples at temperature 1.0, top_k 2",
+    }
+    for name, expected in decoding.items():
+        task = load_task(name)
+        found = harness._protocol(planted(tokenizer, None), task, prompts)
+        assert found["decoding"] == expected and found.get("extract") == task.extract
+    task = load_task("arc_easy")
+    found = harness._protocol(planted(tokenizer, None), task, prompts)
+    assert found["answer_context"] == "Answer:" and found["prepare"].endswith(":science_question")
+    assert "detokenize" not in found and found["decided_by"] == "acc_answer_context"
 
 
 def test_calibration_of_choices_and_its_picture(tokenizer, tmp_path, monkeypatch):

@@ -68,9 +68,7 @@ def evaluate(scorer: Scorer, task: Task, data: str, *, shots: int = 0, limit: in
     score = _SCORE.get(task.kind, score_pairs)
     found = score(scorer, task, asked, prompts)
     protocol = {"files": [Path(file).name for file in files], **_protocol(scorer, task, prompts), **found.counts}
-    return Result(
-        task.name, shots, len(asked), task.metric, found.metrics, protocol, found.samples, found.calibration
-    )
+    return Result(task.name, shots, len(asked), task.metric, found.metrics, protocol, found.samples, found.calibration)
 
 
 def superglue_result(results: Sequence[Result]) -> Result | None:
@@ -102,13 +100,21 @@ def _protocol(scorer: Scorer, task: Task, prompts: Prompts) -> dict:
         "context_length": scorer.context_length,
         "task_file_sha256": task.sha256,
     }
+    steps = ("prepare", "detokenize", "units", "answer_context", "extract")
+    protocol |= {key: value for key in steps if (value := getattr(task, key)) is not None}
     if task.kind in ("generation", "code"):
-        decoding = f"beam {task.beams}, length penalty {task.length_penalty}" if task.beams > 1 else (
-            f"{task.samples} samples at temperature {task.temperature}" if task.temperature else "greedy"
-        )  # fmt: skip
-        return protocol | {"decoding": decoding, "stop": list(task.stop), "max_new_tokens": task.max_new_tokens,
-                           "over_answers": task.over_answers}  # fmt: skip
+        return protocol | {"decoding": _decoding(task), "stop": list(task.stop), "over_answers": task.over_answers,
+                           "max_new_tokens": task.max_new_tokens}  # fmt: skip
     protocol["prefix_token"] = None if tokenizer.bos_id is None else tokenizer.token(prefix_token(tokenizer))
     if task.kind in ("choice", "partial"):
         protocol["decided_by"] = task.decision
     return protocol
+
+
+def _decoding(task: Task) -> str:
+    if task.beams > 1:
+        return f"beam {task.beams}, length penalty {task.length_penalty}"
+    if not task.temperature:
+        return "greedy"
+    cut = [f"top_k {task.top_k}"] * (task.top_k > 0) + [f"top_p {task.top_p}"] * (task.top_p < 1)
+    return ", ".join([f"{task.samples} samples at temperature {task.temperature}", *cut])
