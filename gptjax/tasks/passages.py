@@ -67,7 +67,8 @@ def wsc(row: Row) -> Row:
 
 def coqa(row: Row) -> list[Row]:
     """CoQA (Reddy et al. 2019) -> {story, history, question, answers, shown, group} of each turn. answers: the
-    conversation's own and the additional ones; group: the conversation's."""
+    conversation's own and the additional ones, which the official file and EleutherAI/coqa have and stanfordnlp/coqa
+    lacks; group: the conversation's."""
     return [turn for i, story in enumerate(row.get("data", [row])) for turn in _coqa_turns(story, i)]
 
 
