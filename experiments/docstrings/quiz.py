@@ -1,8 +1,9 @@
 """Zero- and few-shot evaluation on the quiz (quiz.toml), of every model of the demo, and its calibration before and
 after RLHF.
 
-The score is log p(summary | signature) - log p(summary): its softmax over the choices is the posterior of a model that
-knows how the quiz is made, with the other three drawn without regard to the signature.
+The score is log p(summary | signature) - log p(summary | another signature), `def f(x):` (quiz.toml). With log
+p(summary) instead its softmax over the choices would be the posterior of a model that knows how the quiz is made, with
+the other three drawn without regard to the signature.
 """
 
 import html
