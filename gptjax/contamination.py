@@ -106,7 +106,7 @@ def find(sets: dict, corpus: str, method: str, text_field: str = "text", seed: i
 
 
 def read_scores(path: str, sets: dict) -> dict[str, np.ndarray]:
-    """{set: score of each item}. InputError: an unknown set, or items without a score."""
+    """{set: score of each item}. InputError: an unknown set or item, no number, or items without a score."""
     found = {name: np.full(len(items), np.nan) for name, items in sets.items()}
     for row in sources.rows(path):
         value = row.value
@@ -115,7 +115,9 @@ def read_scores(path: str, sets: dict) -> dict[str, np.ndarray]:
             raise InputError(f"{row.where}: There is no evaluation set {name!r}, only {', '.join(map(repr, found))}.")
         if not isinstance(item, int) or not 0 <= item < len(found[name]):
             raise InputError(f"{row.where}: item={item!r} is not one of the {len(found[name])} items of {name!r}.")
-        found[name][item] = float(value["score"])
+        if not isinstance(value.get("score"), int | float):
+            raise InputError(f"{row.where}: score={value.get('score')!r} is not a number: fix the row.")
+        found[name][item] = value["score"]
     for name, scores in found.items():
         if np.isnan(scores).any():
             raise InputError(f"{path} has no score for item {int(np.isnan(scores).argmax())} of {name!r}.")

@@ -229,6 +229,7 @@ def test_a_pretraining_run_is_a_corpus(pretrained, alignment):
         ({"eval": "nothing"}, "nothing"),
         ({"scores": [{"item": 9, "score": 1}]}, "item=9 is not one of the 5 items"),
         ({"scores": [{"item": 0, "score": 1}]}, "no score for item 1 of 'quiz'"),
+        ({"scores": [{"item": 0}]}, "bad.jsonl:1: score=None is not a number"),
         ({"scores": [{"set": "x", "item": 0, "score": 1}]}, "no evaluation set 'x'"),
     ],
 )
