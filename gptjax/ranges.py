@@ -53,7 +53,7 @@ Positive = Annotated[float, Range(open_low=True)]
 Real = Annotated[float, Range(-FLOAT_MAX)]
 Share = Annotated[float, Range(0, 1)]
 BelowOne = Annotated[float, Range(0, 1, open_high=True)]
-TopP = Annotated[float, Range(0, 1, open_low=True)]
+PositiveShare = Annotated[float, Range(0, 1, open_low=True)]
 Seconds = Annotated[float, Range(0, 1e9, open_low=True)]  # of a timer, whose library has a limit
 
 

@@ -26,7 +26,8 @@ DIGITS_20 = 12_345_678_901_234_567_890
 
 # Where 0 is not refused, and what it means there. A new field that takes 0 belongs here.
 ZERO = {
-    "seed", "model.dropout", "samples.temperature", "samples.count", "mix.fraction", "lm_weight", "rollout.top_k",
+    "seed", "data.split_seed", "model.dropout", "samples.temperature", "samples.count", "mix.fraction", "lm_weight",
+    "rollout.top_k",
     "optimizer.weight_decay", "value_optimizer.weight_decay", "optimizer.clip_norm", "value_optimizer.clip_norm",
     "optimizer.b1", "optimizer.b2", "value_optimizer.b1", "value_optimizer.b2",  # no memory
     "schedule.warmup_tokens", "schedule.warmup_fraction", "head_dropout", "transfer",

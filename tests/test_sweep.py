@@ -351,14 +351,13 @@ def test_a_worker_runs_what_can_be_run(tmp_path):
 
 
 def test_runs_of_one_shape_follow_each_other(tmp_path):
-    """Whatever their learning rate, and without dropout their seed: they share compiled programs."""
-    for dropout, expected in ((0.0, [0, 2, 4, 1, 3, 5]), (0.1, [0, 1, 2, 3, 4, 5])):
-        order = []
-        planned = sweep(6, run=lambda c, w, order=order: order.append(c.seed) or sweep_workers.stage(c, w), steps=1)
-        for i, point in enumerate(planned.points):
-            point.config.update(model={"d_model": i % 2, "dropout": dropout}, optimizer={"learning_rate": i})
-        assert work(planned, Queue(tmp_path / str(dropout)), tmp_path / str(dropout))
-        assert order == expected
+    """Whatever their learning rate and seed: they share compiled programs."""
+    order = []
+    planned = sweep(6, run=lambda c, w: order.append(c.seed) or sweep_workers.stage(c, w), steps=1)
+    for i, point in enumerate(planned.points):
+        point.config.update(model={"d_model": i % 2}, optimizer={"learning_rate": i})
+    assert work(planned, Queue(tmp_path), tmp_path)
+    assert order == [0, 2, 4, 1, 3, 5]
 
 
 def test_a_metric_that_was_not_evaluated_is_no_result(tmp_path):

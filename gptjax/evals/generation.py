@@ -11,7 +11,7 @@ from gptjax.errors import InputError
 from gptjax.generation.decode import Decoder, Stop, generate
 from gptjax.generation.respond import respond
 from gptjax.generation.sampling import Sampling
-from gptjax.ranges import Count, TopP
+from gptjax.ranges import Count, PositiveShare
 from gptjax.training.stage import Evaluation
 
 
@@ -28,7 +28,7 @@ class SamplesConfig:
     prompts: tuple[str, ...] = ()
     max_new_tokens: Count = 128
     temperature: float = 0.8
-    top_p: TopP = 0.95
+    top_p: PositiveShare = 0.95
 
 
 def sample_prompts(prompts, tokenizer: Tokenizer, context_length: int) -> dict[str, list[int]]:

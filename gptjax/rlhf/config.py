@@ -6,7 +6,7 @@ import math
 from gptjax import paths
 from gptjax.errors import InputError
 from gptjax.objectives.ppo import MOST_KL_ERROR
-from gptjax.ranges import Count, Positive, Real, Share, TopP
+from gptjax.ranges import Count, Positive, PositiveShare, Real, Share
 
 # Below it log-probabilities are 0 or very negative, and their gradients overflow.
 _LEAST_TEMPERATURE = 0.01
@@ -72,7 +72,7 @@ class RolloutConfig:
     group_size: Count = 1
     temperature: Positive = 1.0
     top_k: int = 0
-    top_p: TopP = 1.0
+    top_p: PositiveShare = 1.0
     missing_eos: Real | None = -1.0
     gamma: Share = 1.0
     lam: Share = 0.95

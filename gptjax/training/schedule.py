@@ -8,7 +8,7 @@ import dataclasses
 import math
 
 from gptjax.errors import InputError
-from gptjax.ranges import BelowOne, Positive, Share
+from gptjax.ranges import BelowOne, Positive, PositiveShare, Share
 
 FEW_STEPS = 20  # Adam moves a weight by about the learning rate per step: with fewer a model hardly changes
 
@@ -38,7 +38,7 @@ class ScheduleConfig:
     warmup_tokens: float = 0.0
     warmup_fraction: BelowOne = 0.0
     decay_tokens: Positive | None = None
-    decay_fraction: Share = 0.1
+    decay_fraction: PositiveShare = 0.1
     final_fraction: Share = 0.1
     ramp_tokens: float = 0.0
     ramp_start_batch_tokens: Positive = 32_000.0
