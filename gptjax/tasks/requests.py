@@ -22,9 +22,9 @@ def encode_pair(tokenizer: Tokenizer, context: str, continuation: str) -> Reques
     """The request for a continuation of a context.
 
     Spaces at the end of the context are moved to the continuation, since tokens begin with their space. The
-    continuation's tokens are those that context + continuation has beyond the context's own. Where a token spans both,
-    the two are encoded apart: the harness would score what is left of the continuation, or fail where nothing is. An
-    empty context is the prefix token (`prefix_token`). InputError: an empty continuation.
+    continuation's tokens are those that context + continuation has beyond the context's own; where a token spans both,
+    so that nothing would be left, the two are encoded apart. An empty context is the prefix token (`prefix_token`).
+    InputError: an empty continuation.
     """
     if not continuation:
         raise InputError("The continuation to score is empty: every choice and answer needs text.")
@@ -34,9 +34,9 @@ def encode_pair(tokenizer: Tokenizer, context: str, continuation: str) -> Reques
         return prefixed(tokenizer, tokenizer.encode(continuation))
     before, whole = tokenizer.encode(context), tokenizer.encode(context + continuation)
     bos = (tokenizer.bos_id,) if tokenizer.specials.adds_bos else ()
-    n = len(before)
-    if whole[:n] == before and len(whole) > n:
-        return Request((*bos, *before), tuple(whole[n:]))
+    after = whole[len(before) :]
+    if after:
+        return Request((*bos, *whole[: len(before)]), tuple(after))
     return Request((*bos, *before), tuple(tokenizer.encode(continuation)), spanned=True)
 
 
