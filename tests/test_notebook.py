@@ -92,7 +92,7 @@ def test_it_runs_from_top_to_bottom(notebook, tmp_path, monkeypatch):
     for stage in (".", "sft", "reward", "ppo", "ppo_ptx", "grpo", "dpo"):
         assert (workdir / stage / "report.html").stat().st_size > 10_000
         assert list((workdir / stage / "checkpoints").iterdir())
-    assert shown.count("<img ") == 11  # gold and proxy against KL, fine-tuning, the quiz (two), and the curves of seven stages
+    assert shown.count("<img ") == 11  # the main figure, fine-tuning, the quiz (two), the curves of seven stages
     for column in ("gold", "proxy", "KL from SFT, nats", "the real one", "PPO-ptx", "GRPO", "DPO"):
         assert f"<th>{column}</th>" in shown
     assert shown.count("<tr><td><code>") == 8  # samples on signatures that no stage has seen

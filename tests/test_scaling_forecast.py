@@ -84,8 +84,10 @@ def test_ill_determined_parameters_are_named():
     assert bootstrap.ill_determined({"A": (1.0, 11.0), "b": (-1.0, 1.0), "E": (1.0, 9.0)}) == ["A", "b"]
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("design, least", [("isoflop", 170), ("scattered", 160)])
+@pytest.mark.parametrize(
+    "design, least",
+    [pytest.param("isoflop", 170, marks=pytest.mark.slow), pytest.param("scattered", 160, marks=pytest.mark.long)],
+)
 def test_intervals_cover_nine_of_ten(design, least):
     """200 planted sets: the share whose 90 % interval holds the truth, of every parameter and of N*. Of runs drawn at
     random it is lower, 82 to 88 %: the bootstrap of residuals is for designs that are chosen."""
