@@ -114,6 +114,11 @@ def test_the_isoflop_grid(monkeypatch):
     (target,) = isoflop.get_sweep(isoflop.get_config("target"), "target").points
     assert target.config.to_dict() == isoflop.get_config("target").to_dict()
     assert target.flops > 9.9 * max(p.flops for p in points)
+    # as the file's first lines say
+    assert sum(p.to_compute for p in points) == pytest.approx(7.8e13, rel=0.01)
+    branches = isoflop.get_sweep(isoflop.get_config("wsd"), "wsd").points
+    assert sum(p.to_compute for p in branches) == pytest.approx(2.7e13, rel=0.01)
+    assert sum(p.flops for p in branches) == pytest.approx(4.6e13, rel=0.02)
 
 
 def test_a_dry_run_prints_the_grid_and_its_cost_and_draws_it(tmp_path, monkeypatch):

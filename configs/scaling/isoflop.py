@@ -3,10 +3,10 @@
     python -m gptjax.sweep --config=configs/scaling/isoflop.py --workdir=runs/isoflop --workers=2
 
 cpu (default): 4 budgets from 3e11 to 1e13 FLOPs x 5 sizes, from 1/4 to 4 times the one that gets 20 tokens a parameter
-    (Hoffmann et al. 2022, approach 2), and two more seeds of two cells: 24 runs, 7.3e13 FLOPs.
+    (Hoffmann et al. 2022, approach 2), and two more seeds of two cells: 24 runs, 7.8e13 FLOPs.
 coarse: 2 budgets x 3 sizes, 4 apart, to see where the optimum is: set TOKENS_PER_PARAMETER from it.
-wsd: 3 sizes x .5, 1, 2 and 4 times 20 tokens a parameter, the shorter runs branches of the longest: 12 runs, 3.9e13
-    FLOPs of the 6.1e13 that they would cost one by one (Hu et al. 2024 §4).
+wsd: 3 sizes x .5, 1, 2 and 4 times 20 tokens a parameter, the shorter runs branches of the longest: 12 runs, 2.7e13
+    FLOPs of the 4.6e13 that they would cost one by one (Hu et al. 2024 §4).
 target: the one run to forecast: 1e14 FLOPs, ten times the largest budget. It is a pre-training config too:
     python -m gptjax.pretrain --config=configs/scaling/isoflop.py:target --workdir=runs/target
 
