@@ -1,6 +1,7 @@
 """Intervals, forecasts and the commands: sealed, refused where the answer is known, and honest about the past."""
 
 import json
+import os
 
 import numpy as np
 import pytest
@@ -9,9 +10,9 @@ from scaling_points import BUDGETS, isoflop, scattered, write
 from test_scaling_fit import SOME
 
 from gptjax.errors import InputError
-from gptjax.scaling import bootstrap, collapse, forecast, plan, predict
-from gptjax.scaling.fitting import fit
-from gptjax.scaling.laws import CHINCHILLA, GPT4, HOFFMANN, optimum
+from gptjax.scaling import bootstrap, collapse, forecast, law_file, plan, predict
+from gptjax.scaling.fitting import Fit, fit
+from gptjax.scaling.laws import CHINCHILLA, FARSEER, GPT4, HOFFMANN, optimum
 from gptjax.scaling.points import of_arrays, read
 
 SIX = np.geomspace(1e17, 3e19, 6)
@@ -162,6 +163,19 @@ def test_forecasts_cover_nine_of_ten():
             made = forecast.predict(found, forecast._row(ahead, i), theta)
             inside.append(made.low <= ahead["loss"][i] <= made.high)
     assert 0.85 <= np.mean(inside) <= 0.96, np.mean(inside)
+
+
+def test_the_irreducible_loss_of_a_law(found):
+    """Farseer's parameter E is a coefficient of an exponent: no baseline is pinned there, and no flag is of it."""
+    made = Fit(FARSEER, found.points, FARSEER.starts[0], 0.0, np.inf, 1.0)
+    assert made.parameters["E"] < 0 and forecast.irreducible_loss(made) == 0
+    assert not any("irreducible" in flag for flag in law_file._flags(made))
+    assert forecast.irreducible_loss(found) == found.parameters["E"]
+
+
+def test_where_a_laws_points_are():
+    assert law_file._absolute("gs://bucket/a/results.jsonl") == "gs://bucket/a/results.jsonl"
+    assert law_file._absolute("a.csv") == os.path.abspath("a.csv") and law_file._absolute("") == ""
 
 
 # --- plans ------------------------------------------------------------------------------------------------

@@ -44,8 +44,7 @@ def envelope(points: Points, bins: int = BINS) -> Frontier:
 
     A size's points are ends of whole runs (a schedule decayed to each length), not a training curve. Left out are the
     values at which, of the sizes that have losses there, the smallest or the largest is best: there the envelope is cut
-    off. InputError: fewer than 3
-    sizes have 2 points or more, or fewer than 2 sizes remain.
+    off. InputError: fewer than 3 sizes have 2 points or more, or fewer than 2 sizes remain.
     """
     curves = []
     for N in np.unique(points["N"]):

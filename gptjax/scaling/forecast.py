@@ -113,7 +113,7 @@ def leave_future_out(law: Law, points: Points, level: float = LEVEL, pinned: flo
         made += zip(ahead["C"], z, strict=True)
         last = future[np.isin(future, groups[-1])]
         best = last[points["loss"][last].argmin()]
-        e = found.parameters.get("E", found.parameters.get("c", 0.0)) if pinned is None else pinned
+        e = irreducible_loss(found) if pinned is None else pinned
         target = {"compute": float(points["C"][best]), "loss": float(points["loss"][best]),
                   "law": float(np.exp(found.log_loss(_row(points, best))[0])),
                   **baselines(points.take(past), float(points["C"][best]), e)}  # fmt: skip
@@ -135,6 +135,6 @@ def _row(points: Points, i: int) -> dict[str, float]:
     return {name: float(values[i]) for name, values in points.columns.items()}
 
 
-def default_pin(found: Fit) -> float:
-    """The irreducible loss that the baseline is pinned at: the law's own."""
+def irreducible_loss(found: Fit) -> float:
+    """The law's own; 0 of laws without one (Farseer's E is a coefficient of an exponent)."""
     return found.parameters["E" if found.law is CHINCHILLA else "c"] if found.law in (CHINCHILLA, GPT4) else 0.0

@@ -43,7 +43,7 @@ def record(found: Fit, samples: int, read_with: dict, compute: list[float]) -> d
         "objective": found.objective, "delta": found.delta, "starts_at_optimum": found.reached, "runs": len(points),
         "free": found.free, "scatter": found.scatter, "metric": points.metric, "tokenizer": points.tokenizer,
         "count": points.count, "left_out": points.left_out,
-        "points": {"path": os.path.abspath(points.path) if points.path else "", "sha256": points.sha256, **read_with},
+        "points": {"path": _absolute(points.path), "sha256": points.sha256, **read_with},
     }  # fmt: skip
     flags = _flags(found)
     if law is CHINCHILLA:
@@ -60,6 +60,10 @@ def record(found: Fit, samples: int, read_with: dict, compute: list[float]) -> d
     if law is GPT4:
         made["sensitivity"] = sensitivity(found, compute or [10 * float(points["C"].max())])
     return made | {"flags": flags}
+
+
+def _absolute(path: str) -> str:
+    return path if not path or paths.is_remote(path) else os.path.abspath(paths.expand(path))
 
 
 def from_least_squares(found: Fit, squares: separable.LeastSquares) -> float:
@@ -99,7 +103,7 @@ def _flags(found: Fit) -> list[str]:
     values = found.parameters
     flags += [f"{name} = {values[name]:.3g} is not positive: with these runs the loss does not fall with it."
               for name in ("alpha", "beta", "k") if values.get(name, 1) <= 0]  # fmt: skip
-    if values.get("E", 1) < 1e-3 * found.points["loss"].min():
+    if found.law is CHINCHILLA and values["E"] < 1e-3 * found.points["loss"].min():
         flags.append("E ends at its bound, 0: the runs do not show an irreducible loss.")
     return flags
 

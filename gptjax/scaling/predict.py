@@ -100,7 +100,7 @@ def refuse_other(made: dict, metric: str | None, tokenizer: str | None):
 def seal(made: dict, law_path: str, law_hash: str, found: Fit, run: dict, name: str) -> dict:
     """The forecast as it is written."""
     theta = bootstrap(found, forecast.SAMPLES)
-    pin = forecast.default_pin(found)
+    pin = forecast.irreducible_loss(found)
     points, table, wide = found.points, [], 1.0
     if "C" in points.columns:
         table = forecast.leave_future_out(found.law, points)

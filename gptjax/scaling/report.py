@@ -51,7 +51,7 @@ def draw(points: Points, found, forecasts: list[dict]) -> tuple[dict, list[str]]
         figures["forecasts"] = plots.forecasts(forecasts)
     if "C" in points.columns and (curves := collapse.curves(forecast.frontier(points))):
         lowest = min(curve.min() for curve in curves.values())
-        irreducible = found.parameters.get("E", found.parameters.get("c", 0.0)) if found else 0.0
+        irreducible = forecast.irreducible_loss(found) if found else 0.0
         shown, leaving = collapse.collapsed(curves, irreducible if irreducible < lowest else 0.0)
         figures["collapse"] = plots.collapse(shown, leaving)
         said += [f"{name} leaves the loss-curve collapse by {100 * value:.1f} %: check its tuning."
