@@ -1,5 +1,6 @@
 """Sweeps: the grid, the queue that many workers share, and the same results however often they are killed."""
 
+import dataclasses
 import json
 import math
 import os
@@ -244,6 +245,23 @@ def test_the_heartbeat_keeps_a_lease_and_says_when_it_is_lost(place):
         assert lost.wait(2)
 
 
+def test_a_heartbeat_that_fails_says_so_once_and_goes_on(place, capsys):
+    queue, calls = Queue(place, lease=0.1), []
+    lease = queue.acquire(["p"])
+
+    def progress():
+        calls.append(1)
+        if len(calls) < 4:
+            raise OSError("no route to host")
+        return {"step": len(calls)}
+
+    with lease.kept(progress, lambda: None):
+        until(lambda: len(calls) > 5)
+    assert queue.states(["p"])["p"].beat["step"] >= 5
+    said = capsys.readouterr().out
+    assert said.count("warning: the lease of p cannot be renewed (OSError: no route to host); after 0.1 s") == 1
+
+
 def test_a_dead_process_of_this_machine_has_lost_its_points_at_once(place):
     queue, other = Queue(place), Queue(place)
     queue.me = {**queue.me, "pid": 2**22 + 1, "started": "1"}  # above every pid
@@ -353,6 +371,23 @@ def test_a_worker_runs_what_can_be_run(tmp_path):
     ]  # fmt: skip
     assert "ZeroDivisionError" in (tmp_path / "runs" / "p1" / "log.txt").read_text()
     assert "failed (There is no text: give one.)" in plan.table(planned, states, {})
+
+
+def test_results_are_points_of_a_law(tmp_path):
+    """The rows as the worker writes them, read by gptjax.scaling."""
+    from gptjax.scaling import points
+
+    made = sweep(3, faults=["diverged"], steps=2)
+    of_compute = [dataclasses.replace(p, params=10**6 * i, tokens=10**7, flops=6e13 * i, count="with_embedding",
+                                      rule="6nd", budget=6e13 * i) for i, p in enumerate(made.points, 1)]  # fmt: skip
+    assert work(Sweep(of_compute, made.run), Queue(tmp_path), tmp_path)
+    read = points.read(str(tmp_path / "results.jsonl"))
+    assert read.names == ("p1", "p2") and len(read.left_out) == 1 and "p0" in read.left_out[0]
+    assert {name: values.tolist() for name, values in read.columns.items()} == {
+        "N": [2e6, 3e6], "D": [1e7, 1e7], "C": [1.2e14, 1.8e14], "S": [2, 2], "loss": [3, 4]
+    }  # fmt: skip
+    assert (read.metric, read.count, read.tokenizer) == ("nats/token", "with_embedding", None)
+    assert read.workdirs == (str(tmp_path / "runs/p1"), str(tmp_path / "runs/p2"))
 
 
 def test_runs_of_one_shape_follow_each_other(tmp_path):
@@ -465,6 +500,26 @@ def test_workers_that_cannot_begin_end_the_command(workers):
     started, _ = workers("raise SystemExit(3)")
     with pytest.raises(InputError, match="Workers end with exit code 3 before they have a point"):
         until(lambda: not started.check())
+
+
+def test_the_command_gathers_at_its_end(tmp_path, monkeypatch):
+    """A worker that wrote an older results.jsonl and was killed before it looked again: nobody else would."""
+    from gptjax.sweep import __main__ as command
+
+    planned, queue = sweep(2), Queue(tmp_path)
+    for point in planned.points:
+        queue.finish(queue.acquire([point.name]), {"name": point.name})
+
+    class Ended:
+        stopping, count = False, 0
+
+        def check(self):
+            queue.folder.write("results.jsonl", b'{"name": "p0"}\n')
+            return False
+
+    monkeypatch.setattr(command, "_money", dict)
+    assert command.supervise(planned, queue, Ended()) == 0
+    assert results(tmp_path).keys() == {"p0", "p1"}
 
 
 # --- continuing -------------------------------------------------------------------------------------------

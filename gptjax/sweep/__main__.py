@@ -100,7 +100,8 @@ def supervise(sweep: Sweep, queue: Queue, workers: Workers) -> int:
             at_work = workers.check()
             states = queue.states(names)
             ended = [name for name in names if states[name].kind in ("finished", "failed") and name not in over]
-            rows, over = _rows(queue, names) if ended else rows, over.union(ended)
+            if ended or not at_work:  # at the end also what a worker left that was killed while it gathered
+                rows, over = _rows(queue, names), over.union(ended)
             for name in ended:
                 print(f"{name}: {plan.state(states[name], rows.get(name))}", flush=True)
             if ended or time.monotonic() > next_line or not at_work:

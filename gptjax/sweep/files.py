@@ -22,7 +22,8 @@ class Folder:
         self.remote = paths.is_remote(self.path)
         if self.remote:
             try:
-                self._fs, self._root = fsspec.core.url_to_fs(self.path)
+                # no cache: `exists` would answer from a listing that is older than another worker's claim
+                self._fs, self._root = fsspec.core.url_to_fs(self.path, use_listings_cache=False)
             except (ImportError, ValueError) as error:
                 raise InputError(
                     f"{self.path} cannot be opened ({error}): install its driver (`pip install gcsfs` for gs://)."
@@ -103,7 +104,6 @@ class Folder:
         """The files of a folder, sorted; [] if there is no such folder."""
         try:
             if self.remote:
-                self._fs.invalidate_cache(self._at(folder))
                 found = [path.rpartition("/")[2] for path in self._fs.ls(self._at(folder), detail=False)]
             else:
                 found = os.listdir(self._at(folder))

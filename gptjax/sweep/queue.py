@@ -177,14 +177,20 @@ class _Heartbeat:
         self._thread = threading.Thread(target=self._run, daemon=True)
 
     def _run(self):
+        failing, lease = False, self._lease.queue.lease
         while True:
             try:
                 if self._lease.lost():
                     return self._on_lost()
                 self._lease.beat(**self._progress())
-            except Exception:  # storage that cannot be reached now: the lease runs out if it stays so
-                pass
-            if self._stop.wait(self._lease.queue.lease / 5):
+                failing = False
+            except Exception as error:  # storage that cannot be reached now: the lease runs out if it stays so
+                if not failing:
+                    print(f"warning: the lease of {self._lease.name} cannot be renewed ({type(error).__name__}: "
+                          f"{error}); after {lease:g} s another worker takes the point. Is the workdir's storage "
+                          "there?", flush=True)  # fmt: skip
+                failing = True
+            if self._stop.wait(lease / 5):
                 return
 
     def __enter__(self):
