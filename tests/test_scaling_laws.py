@@ -12,7 +12,7 @@ NATURAL = {  # parameters of every law at which it is in its range
     "chinchilla": HOFFMANN,
     "gpt4": dict(a=30.0, c=1.7, b=-0.06),
     "pass_rate": dict(alpha=2e3, k=0.2),
-    "farseer": dict(s=-0.021, q=0.169, S=0.091, B=88.01, b=-0.1, Q=6.287, A=-0.124, a=0.123, E=0.424),
+    "farseer": dict(s=-0.021, q=0.169, S=0.091, B=88.01, b=-0.1, Q=-6.287, A=-0.124, a=0.123, E=0.424),
     **KAPLAN,
 }
 INPUTS = dict(N=[1e7, 3e8, 2e9, 7e10], D=[2e9, 1e9, 4e10, 1e12], C=[1e17, 1e19, 3e20, 1e23], S=[1e3, 3e4, 2e5, 1e5])
