@@ -5,6 +5,7 @@ import os
 
 import numpy as np
 import pytest
+from conftest import ROOT
 from runs import main_of
 from scaling_points import BUDGETS, isoflop, scattered, write
 from test_scaling_fit import SOME
@@ -327,6 +328,28 @@ def test_predict_takes_a_config(folder):
     assert predict.target(made | {"count": "without_embedding"}, c)["N"] == run["N"] - (1000 + 128) * 64
     with pytest.raises(InputError, match="given twice"):
         predict.target(made, c, N=1e9)
+
+
+@pytest.mark.parametrize("count", ["with_embedding", "without_embedding"])
+@pytest.mark.parametrize("rule", ["6nd", "exact"])
+def test_the_target_of_a_sweep_is_its_point(monkeypatch, count, rule):
+    """N, D and C of a config are those that the sweep would give its run, however it counts."""
+    monkeypatch.syspath_prepend(str(ROOT))
+    from configs.scaling import isoflop
+
+    monkeypatch.setattr(isoflop, "COUNT", count)
+    monkeypatch.setattr(isoflop, "FLOPS", rule)
+    (point,) = isoflop.get_sweep(isoflop.base(), "target").points
+    made = {"law": "chinchilla", "count": count, "rule": rule}
+    run = predict.target(made, isoflop.get_config("target").to_dict())
+    assert run == {"N": point.params, "D": point.tokens, "C": point.flops}
+
+
+def test_6_n_d_is_not_the_compute_of_runs_that_were_counted_otherwise():
+    made = {"law": "chinchilla", "count": None, "rule": "exact"}
+    assert predict.target(made, N=1e9, D=2e10) == {"N": 1e9, "D": 2e10}
+    with pytest.raises(InputError, match="gpt4 needs C of the target: give --C"):
+        predict.target(made | {"law": "gpt4"}, N=1e9, D=2e10)
 
 
 def test_plan_command(folder):

@@ -76,6 +76,7 @@ def test_a_last_line_that_is_cut(tmp_path, name, end):
         ("N,D,loss_a,loss_b\n1,2,3,4\n", "name one of 'loss_a', 'loss_b' by --columns=loss=COLUMN|'loss_b', 'loss_a'"),
         ("N,D,loss,metric\n1,2,3,nats/token\n1,2,1,bits/byte\n", "differ in metric: nats/token .*:2.*, bits/byte .*:3"),
         ("N,D,loss,count\n1,2,3,with_embedding\n1,2,1,without_embedding\n", "differ in count"),
+        ("N,D,loss,rule\n1,2,3,6nd\n1,2,1,exact\n", "differ in rule"),
         ("N,D,loss,tokenizer\n1,2,3,a\n1,2,1,b\n", "differ in tokenizer"),
         ("N,D,C,loss\n1e8,2e9,1.2e18,3.5\n1e2,2e3,1.2e18,3\n", "points.csv:3: C is 1e\\+12 times 6 N D"),
         ("N,D,loss\n1,2,3,4\n1,2,3\n", "points.csv:2: The row has 4 cells"),

@@ -42,7 +42,7 @@ def record(found: Fit, samples: int, read_with: dict, compute: list[float]) -> d
         "pinned": {name: found.parameters[name] for name in found.pinned}, "level": LEVEL, "samples": samples,
         "objective": found.objective, "delta": found.delta, "starts_at_optimum": found.reached, "runs": len(points),
         "free": found.free, "scatter": found.scatter, "metric": points.metric, "tokenizer": points.tokenizer,
-        "count": points.count, "left_out": points.left_out,
+        "count": points.count, "rule": points.rule, "left_out": points.left_out,
         "points": {"path": _absolute(points.path), "sha256": points.sha256, **read_with},
     }  # fmt: skip
     flags = _flags(found)
@@ -100,6 +100,10 @@ def _flags(found: Fit) -> list[str]:
     for i in np.flatnonzero(np.abs(residuals) > max(OUTLIER * spread, 1e-6)):
         flags.append(f"Run {found.points.names[i]} is {100 * np.expm1(residuals[i]):+.1f} % off the law, more than "
                      f"{OUTLIER:g} times the usual: was it trained to the end?")  # fmt: skip
+    if found.points.rule == "exact" and found.law is CHINCHILLA:
+        flags.append("C of the runs is of every matrix product; N* and D* are those of C = 6 N D.")
+    if found.law.name == "kaplan_ns":
+        flags.append("Steps are taken as S_min: only with batches far above the critical one are they that.")
     values = found.parameters
     flags += [f"{name} = {values[name]:.3g} is not positive: with these runs the loss does not fall with it."
               for name in ("alpha", "beta", "k") if values.get(name, 1) <= 0]  # fmt: skip

@@ -38,9 +38,9 @@ _UNITS = 100.0  # C / (6 N D) further than this from 1 cannot be a matter of wha
 class Points:
     """Runs, as float64 arrays [n] by column, N, D, C, S and loss; those that the file has no values for are absent.
 
-    names: of the runs, or their places in the file. workdirs: of those that have one. metric, tokenizer, count: of all
-    of them, or None where the file does not say. left_out: a sentence for each row that is not used. sha256: of the
-    file. found: its columns' names.
+    names: of the runs, or their places in the file. workdirs: of those that have one. metric, tokenizer, count, rule
+    (of C: 6nd or exact): of all of them, or None where the file does not say. left_out: a sentence for each row that is
+    not used. sha256: of the file. found: its columns' names.
     """
 
     columns: dict[str, np.ndarray]
@@ -49,6 +49,7 @@ class Points:
     metric: str | None = None
     tokenizer: str | None = None
     count: str | None = None
+    rule: str | None = None
     left_out: tuple[str, ...] = ()
     path: str = ""
     sha256: str = ""
@@ -109,7 +110,7 @@ def read(path: str, columns: dict[str, str] | None = None, where: dict[str, str]
     {column: value}: only the rows that have it.
 
     InputError: no such file or rows; no column for the loss, or several; a value that is not a positive number; rows in
-    different metrics, or counts of parameters, or (unless the metric is bits/byte) tokenizers.
+    different metrics, counts of parameters or of FLOPs, or (unless the metric is bits/byte) tokenizers.
     """
     file = paths.local(path)
     if not file.exists():
@@ -131,7 +132,7 @@ def read(path: str, columns: dict[str, str] | None = None, where: dict[str, str]
     if any(row.value.get(columns.get("S")) in (None, "") for row in used):
         columns.pop("S", None)  # steps are of no use unless all runs say them
     values = {name: np.array([_number(row, key, name) for row in used]) for name, key in columns.items()}
-    same = {name: _same(used, name) for name in ("metric", "count")}
+    same = {name: _same(used, name) for name in ("metric", "count", "rule")}
     same["tokenizer"] = None if same["metric"] == "bits/byte" else _same(used, "tokenizer")
     _check_units(used, values)
     return Points(

@@ -6,7 +6,7 @@
 
 --config: a pre-training config with steps or tokens, from which N (as the law counts it) and D are taken. The forecast
 is written to forecasts/NAME.json next to the law and never overwritten. A target that has a result, in the points' file
-as it is now or in --target_workdir, is refused; so is one in another metric or tokenizer than the law's. Next to the
+as it is now or in --target_workdir, is refused; so is one whose --metric or --tokenizer is not the law's. Next to the
 law's forecast are four baselines, and how all of them would have done on the budgets so far.
 """
 
@@ -21,19 +21,24 @@ from etils import epath
 from ml_collections import config_flags
 
 from gptjax import command_line, json_files, paths
-from gptjax.describe import describe
+from gptjax.config import build
+from gptjax.describe import describe, with_vocabulary
 from gptjax.errors import InputError
+from gptjax.model.architecture import ModelConfig
 from gptjax.scaling import forecast, law_file
 from gptjax.scaling.bootstrap import bootstrap
 from gptjax.scaling.fitting import Fit
 from gptjax.scaling.laws import LAWS, optimum
 from gptjax.scaling.points import Points
+from gptjax.sweep.grid import flops_per_token
 
 SAME = 0.005  # relative: runs whose N and D are closer are the same run
 
 
 def target(made: dict, config: dict | None = None, N=None, D=None, C=None) -> dict[str, float]:
-    """{N, D, C} of the run to forecast, as far as its law needs them. InputError: too little, or too much, is given."""
+    """{N, D, C} of the run to forecast, as far as they are given or follow: C from a config as the law's runs count it,
+    else by 6 N D if they do. InputError: too little, or too much, is given."""
+    exact = made.get("rule") == "exact"
     if config is not None:
         if N or D or C:
             raise InputError("The target is given twice: leave out --config, or --N, --D and --C.")
@@ -41,15 +46,19 @@ def target(made: dict, config: dict | None = None, N=None, D=None, C=None) -> di
         if not d["tokens"]:
             raise InputError("The target's config has no length: give --config.steps=N or --config.tokens=N.")
         N, D = d["params_non_embedding" if made["count"] == "without_embedding" else "params"], d["tokens"]
+        if exact:
+            model = build(ModelConfig, with_vocabulary(config)["model"], "config.model")
+            C = flops_per_token(model, made["count"], "exact") * D
     law = LAWS[made["law"]]
     if C and not N and not D and made["law"] == "chinchilla":
         N, D = map(float, optimum({name: row["value"] for name, row in made["parameters"].items()}, C))
-    if N and D:
-        C = C or 6 * N * D
-    elif N and C:
-        D = C / (6 * N)
-    elif D and C:
-        N = C / (6 * D)
+    if not exact:
+        if N and D:
+            C = C or 6 * N * D
+        elif N and C:
+            D = C / (6 * N)
+        elif D and C:
+            N = C / (6 * D)
     given = {name: float(value) for name, value in (("N", N), ("D", D), ("C", C)) if value}
     if missing := [name for name in law.inputs if name not in given]:
         needed = " and ".join(law.inputs)
