@@ -272,6 +272,32 @@ def test_a_dead_process_of_this_machine_has_lost_its_points_at_once(place):
     assert queue.acquire(["q"]) and other.acquire(["q"])
 
 
+THREADS = """
+import ctypes, os, sys, threading, time
+threading.Thread(target=time.sleep, args=(60,)).start()
+print(os.getpid(), flush=True)
+libc = ctypes.CDLL(None)
+libc.syscall({"x86_64": 60, "aarch64": 93}[os.uname().machine], 0)  # exit, of this thread alone
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="Linux's /proc")
+def test_a_process_has_ended_when_its_last_thread_has():
+    """A killed process is a zombie by its first thread while others still hold its files and their locks."""
+    from gptjax.sweep.queue import _started
+
+    with subprocess.Popen([sys.executable, "-c", THREADS], stdout=subprocess.PIPE, text=True) as process:
+        pid = int(process.stdout.readline())
+        stat = lambda: (ROOT / f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+        until(lambda: stat()[0] == "Z")
+        began = _started(pid)
+        expected = stat()[19]
+        process.kill()
+        assert began == expected
+        until(lambda: _started(pid) is None)  # not reaped yet
+        assert stat()[0] == "Z"
+
+
 def test_a_point_may_fail_so_often_and_says_why(place):
     queue = Queue(place, attempts=2)
     queue.acquire(["p"]).end(FAILED, "no text")

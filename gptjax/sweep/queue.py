@@ -245,12 +245,16 @@ def _machine() -> str | None:
 
 
 def _started(pid: int) -> str | None:
-    """When a process began, in ticks since boot; None if there is none, or it has ended and is not reaped yet."""
+    """When a process began, in ticks since boot; None if there is none, or it has ended and is not reaped yet.
+
+    Its first thread ends before the others when it is killed: until these have ended too, its files are locked.
+    """
     try:
         state, *fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     except OSError:
         return None
-    return None if state in "ZX" else fields[18]
+    threads, began = int(fields[16]), fields[18]
+    return None if state in "ZX" and threads <= 1 else began
 
 
 def ended(owner: dict) -> bool:
