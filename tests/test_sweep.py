@@ -307,7 +307,7 @@ def test_a_point_may_fail_so_often_and_says_why(place):
     queue.acquire(["p"]).end(FAILED, "still none")
     state = queue.states(["p"])["p"]
     assert (state.kind, state.reason) == ("failed", "still none") and queue.acquire(["p"]) is None
-    assert queue.forgive(["p", "q"]) == ["p"]
+    assert queue.reset_failures(["p", "q"]) == ["p"]
     queue.acquire(["p"]).end(FAILED, "again")
     assert queue.states(["p"])["p"].kind == "waiting"
     queue.acquire(["p"]).end(FAILED, "again")
@@ -318,7 +318,7 @@ def test_a_worker_that_its_command_saw_die_has_failed(place):
     command, worker = Queue(place, attempts=1), Queue(place)
     worker.me = {**worker.me, "pid": 2**22 + 1, "started": "1"}
     worker.acquire(["p"])
-    assert not command.bury(os.getpid(), "alive") and command.bury(2**22 + 1, "signal 9")
+    assert not command.fail_attempt_of(os.getpid(), "alive") and command.fail_attempt_of(2**22 + 1, "signal 9")
     assert command.states(["p"])["p"].reason == "signal 9" and command.states(["p"])["p"].kind == "failed"
 
 

@@ -49,7 +49,7 @@ def test_branches_of_one_run_are_runs_of_their_own(text, tmp_path, monkeypatch):
     assert steps == [4 * steps[2], 2 * steps[2], steps[2]] and steps[2] % 4 == 0
     assert abs(points[2].tokens - 0.5 * 0.3 * points[2].params) <= 2 * 4 * 16  # half of 4 steps
     assert [p.branch_step for p in points] == [0, steps[1] * 3 // 4, steps[2] * 3 // 4]
-    assert [p.trunk for p in points] == [None, points[0].name, points[0].name]
+    assert [p.parent for p in points] == [None, points[0].name, points[0].name]
     assert {p.config.checkpoint.every for p in points} == {steps[2] * 3 // 4}
     assert [p.to_compute / p.flops for p in points] == pytest.approx([1, 0.25, 0.25])
     points = points[:2]

@@ -74,8 +74,8 @@ class Workers:
                 continue
             if code not in (LOST, INTERRUPTED):
                 how = f"signal {-code}" if code < 0 else f"exit code {code}"
-                buried = self._queue.bury(process.pid, f"its worker ended with {how}")
-                self._unexplained = 0 if buried else self._unexplained + 1
+                had_point = self._queue.fail_attempt_of(process.pid, f"its worker ended with {how}")
+                self._unexplained = 0 if had_point else self._unexplained + 1
                 if self._unexplained > 3:
                     self.stop()
                     raise InputError(f"Workers end with {how} before they have a point: read their output above.")
@@ -94,14 +94,14 @@ def supervise(sweep: Sweep, queue: Queue, workers: Workers) -> int:
     """Shows where all runs are until no worker of this host is left. Returns the exit code."""
     names, next_line = [p.name for p in sweep.points], 0.0
     rows = _rows(queue, names)
-    over = {name for name, state in queue.states(names).items() if state.kind in ("finished", "failed")}
+    seen = {name for name, state in queue.states(names).items() if state.kind in ("finished", "failed")}
     while True:
         try:
             at_work = workers.check()
             states = queue.states(names)
-            ended = [name for name in names if states[name].kind in ("finished", "failed") and name not in over]
+            ended = [name for name in names if states[name].kind in ("finished", "failed") and name not in seen]
             if ended or not at_work:  # at the end also what a worker left that was killed while it gathered
-                rows, over = _rows(queue, names), over.union(ended)
+                rows, seen = _rows(queue, names), seen.union(ended)
             for name in ended:
                 print(f"{name}: {plan.state(states[name], rows.get(name))}", flush=True)
             if ended or time.monotonic() > next_line or not at_work:
@@ -111,7 +111,7 @@ def supervise(sweep: Sweep, queue: Queue, workers: Workers) -> int:
                 print(f"{cost}{'; running: ' + ', '.join(running) if running else ''}", flush=True)
                 next_line = time.monotonic() + EVERY
             if not at_work:
-                return _last_words(states, workers.stopping)
+                return _summary(states, workers.stopping)
             time.sleep(PACE[queue.folder.remote])
         except KeyboardInterrupt:  # the terminal has told the workers too
             workers.stopping = True
@@ -121,7 +121,7 @@ def _rows(queue: Queue, names: list[str]) -> dict[str, dict]:
     return {row["name"]: row for row in gather(queue.folder) if row.get("name") in names}
 
 
-def _last_words(states: dict, stopped: bool) -> int:
+def _summary(states: dict, stopped: bool) -> int:
     kinds = [state.kind for state in states.values()]
     failed = [name for name, state in states.items() if state.kind == "failed"]
     if stopped:
@@ -156,7 +156,7 @@ def main(_):
     plan.claim(queue.folder, sweep)
     names = [point.name for point in sweep.points]
     if FLAGS.retry_failed:
-        queue.forgive(names)
+        queue.reset_failures(names)
     states = queue.states(names)
     left = sum(state.kind not in ("finished", "failed") for state in states.values())
     print(plan.table(sweep, states, _rows(queue, names)))

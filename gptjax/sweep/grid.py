@@ -77,7 +77,7 @@ class Point:
     """A run of a sweep. name: of its folder and its result. config: the complete config of its run.
 
     params (N), tokens (D) and flops (C) are None where the sweep is not about compute. count: which parameters are in
-    N and whose FLOPs in C; rule: how C was counted (`at_budget`). budget: the compute that was asked for. trunk: the
+    N and whose FLOPs in C; rule: how C was counted (`at_budget`). budget: the compute that was asked for. parent: the
     point whose run this one's is until `branch_step`, where it goes on from that one's checkpoint (`decayed`).
     """
 
@@ -89,13 +89,13 @@ class Point:
     count: Count | None = None
     rule: Flops | None = None
     budget: float | None = None
-    trunk: str | None = None
+    parent: str | None = None
     branch_step: int = 0
 
     @property
     def to_compute(self) -> float:
         """FLOPs of the steps that are this point's own."""
-        return (self.flops or 0) * (1 - self.branch_step / self.config.steps) if self.trunk else self.flops or 0
+        return (self.flops or 0) * (1 - self.branch_step / self.config.steps) if self.parent else self.flops or 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -115,8 +115,8 @@ class Sweep:
             if not _NAME.fullmatch(name):
                 raise InputError(f"The point {name!r} is the name of a folder: use letters, digits and . _ + - alone.")
         for point in self.points:
-            if point.trunk not in (None, *names):
-                raise InputError(f"{point.name} branches off {point.trunk}, which is not in the sweep: add it.")
+            if point.parent not in (None, *names):
+                raise InputError(f"{point.name} branches off {point.parent}, which is not in the sweep: add it.")
         if twice := [name for name in names if names.count(name) > 1]:
             raise InputError(
                 f"{names.count(twice[0])} points are named {twice[0]}: drop one, or tell them apart by at_budget's tag."
@@ -190,7 +190,7 @@ def decayed(
         times = round(multiple / least)
         point = _point(config, model, unit * times, count, flops, tag, None)
         if multiple != longest:
-            point = dataclasses.replace(point, trunk=points[0].name, branch_step=stable * times)
+            point = dataclasses.replace(point, parent=points[0].name, branch_step=stable * times)
         points.append(point)
     return points
 

@@ -25,7 +25,7 @@ from pathlib import Path
 from gptjax import json_files
 from gptjax.sweep.files import Folder
 
-DONE, FAILED, RELEASED, FORGIVEN = "done", "failed", "released", "forgiven"  # how an attempt ended
+DONE, FAILED, RELEASED, RESET = "done", "failed", "released", "reset"  # how an attempt ended
 
 
 @dataclasses.dataclass
@@ -71,8 +71,8 @@ class Queue:
             return State("finished", last)
         ends = [self._json(f"{_attempt(name, k)}.end.json") for k in range(1, last + 1)
                 if f"{_attempt(name, k)}.end.json" in there]  # fmt: skip
-        forgiven = max((i + 1 for i, end in enumerate(ends) if end.get("how") == FORGIVEN), default=0)
-        failures = [end for end in ends[forgiven:] if end.get("how") == FAILED]
+        reset = max((i + 1 for i, end in enumerate(ends) if end.get("how") == RESET), default=0)
+        failures = [end for end in ends[reset:] if end.get("how") == FAILED]
         reason = failures[-1].get("reason") if failures else None
         if len(failures) >= self.attempts:
             return State("failed", last, reason=reason)
@@ -119,7 +119,7 @@ class Queue:
         lease.end(DONE)
         gather(self.folder)
 
-    def bury(self, pid: int, reason: str) -> bool:
+    def fail_attempt_of(self, pid: int, reason: str) -> bool:
         """Ends the attempt of a worker of this machine that has died, as failed; whether it was at one."""
         files, found = self.folder.names("claims"), False
         for file in files:
@@ -131,13 +131,13 @@ class Queue:
                 found |= self.folder.create(f"claims/{attempt}.end.json", _bytes({"how": FAILED, "reason": reason}))
         return found
 
-    def forgive(self, names: Iterable[str]) -> list[str]:
+    def reset_failures(self, names: Iterable[str]) -> list[str]:
         """Lets points that have failed be tried again; returns which."""
         failed = [name for name, state in self.states(names).items() if state.kind == "failed"]
         for name in failed:
             attempt = _attempt(name, self.states([name])[name].attempts + 1)
             if self.folder.create(f"claims/{attempt}.json", _bytes(self.me)):
-                self.folder.create(f"claims/{attempt}.end.json", _bytes({"how": FORGIVEN}))
+                self.folder.create(f"claims/{attempt}.end.json", _bytes({"how": RESET}))
         return failed
 
 

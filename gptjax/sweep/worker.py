@@ -35,10 +35,10 @@ def work(sweep: Sweep, queue: Queue, workdir, *, poll: float = 1.0, on_lost: Cal
     shapes, last = {name: shape(point) for name, point in points.items()}, None
     while True:
         states = queue.states(points)
-        over = {name for name, state in states.items() if state.kind in ("finished", "failed")}
-        if len(over) == len(points):
+        ended = {name for name, state in states.items() if state.kind in ("finished", "failed")}
+        if len(ended) == len(points):
             return True
-        ready = [name for name, p in points.items() if name not in over and (p.trunk is None or p.trunk in over)]
+        ready = [name for name, p in points.items() if name not in ended and (p.parent is None or p.parent in ended)]
         lease = queue.acquire(sorted(ready, key=lambda name, last=last: last is not None and shapes[name] != last))
         if lease is None:
             time.sleep(poll)
@@ -68,8 +68,8 @@ def _attempt(sweep: Sweep, point: Point, lease: Lease, workdir) -> dict | None:
     try:
         with _output_to(run_dir):
             _wait_for(run_dir, lease.queue.lease)
-            if point.trunk:
-                branch(paths.local(workdir) / "runs" / point.trunk, point.branch_step, run_dir)
+            if point.parent:
+                branch(paths.local(workdir) / "runs" / point.parent, point.branch_step, run_dir)
             result = sweep.run(_config(point, workdir), str(run_dir))
         if result.finished:
             return row_of(sweep, point, run_dir, result)
@@ -107,21 +107,21 @@ def _wait_for(run_dir, patience: float):
             time.sleep(0.5)
 
 
-def branch(trunk, step: int, run_dir):
+def branch(parent, step: int, run_dir):
     """Makes run_dir a run that has done the first `step` steps of another, to be resumed with a config of its own;
     nothing where it has begun, or the other has no such checkpoint: the run is then trained from its beginning, to the
     same end."""
-    source = trunk / "checkpoints" / str(step)
+    source = parent / "checkpoints" / str(step)
     if (run_dir / "checkpoints").exists() or not source.exists():
         return
     for name in ("data.json", "metrics.jsonl", "evaluations.jsonl", "config.json"):
-        if (trunk / name).exists():
-            (trunk / name).copy(run_dir / name, overwrite=True)
+        if (parent / name).exists():
+            (parent / name).copy(run_dir / name, overwrite=True)
     partial = run_dir / "checkpoints.partial"
     partial.rmtree(missing_ok=True)
     _copy_folder(source, partial / str(step))
     partial.rename(run_dir / "checkpoints")  # last: what was killed before is begun again
-    print(f"begins with step {step} of {trunk}")
+    print(f"begins with step {step} of {parent}")
 
 
 def _copy_folder(source, target):
