@@ -522,6 +522,23 @@ def test_a_worker_that_dies_is_replaced_and_its_point_fails_in_the_end(workers, 
     assert (state.kind, state.attempts, state.reason) == ("failed", 2, "its worker ended with signal 9")
 
 
+def test_a_worker_that_dies_while_it_is_checked_is_at_work_until_the_next_check(workers):
+    started, _ = workers("raise SystemExit(0)")
+    started._running[0].wait()
+
+    class Dying:
+        pid, codes = 2**22 + 1, iter([None, -9, -9])
+
+        def poll(self):
+            return next(self.codes)
+
+    started._running[0] = Dying()
+    assert started.check() and started.check()
+    assert not isinstance(started._running[0], Dying)
+    started._running[0].wait()
+    assert not started.check()
+
+
 def test_workers_that_cannot_begin_end_the_command(workers):
     started, _ = workers("raise SystemExit(3)")
     with pytest.raises(InputError, match="Workers end with exit code 3 before they have a point"):

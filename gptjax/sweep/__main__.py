@@ -67,9 +67,12 @@ class Workers:
                 process.terminate()
 
     def check(self) -> bool:
-        """Whether any is still at work, after replacing those that have died."""
+        """Whether any is still at work, after replacing those that have died. Each is looked at once: one that dies
+        meanwhile is at work until the next check, which replaces it."""
+        at_work = False
         for i, process in enumerate(self._running):
             code = process.poll()
+            at_work |= code is None
             if code in (None, 0) or self.stopping:
                 continue
             if code not in (LOST, INTERRUPTED):
@@ -83,7 +86,8 @@ class Workers:
                 self.stopping = True
             else:
                 self._running[i] = self._start()
-        return any(process.poll() is None for process in self._running)
+                at_work = True
+        return at_work
 
     @property
     def count(self) -> int:
