@@ -227,6 +227,9 @@ def _export_notes(run: dict, model: Model, isolated: bool) -> list[str]:
         )
     elif "optimizer" in run:
         notes.append("The optimizer state is not exported: resume training in the workdir.")
+    if model.config.mup_base_width is not None:
+        notes.append("muP's multipliers are folded into the weights: the same outputs, but training would go on in "
+                     "standard parametrization.")  # fmt: skip
     if tokenizer is None:
         return [*notes, "The workdir has no tokenizer, so none is exported."]
     if tokenizer.vocab_size < model.config.vocab_size:

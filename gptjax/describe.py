@@ -47,7 +47,7 @@ def describe(config: dict) -> dict:
     tokens = schedule and (int(c.tokens) if c.steps is None else schedule.total_tokens)
     sizes = {axis: max(getattr(c.mesh, axis), 1) for axis in AXES}  # -1 counts as 1
     mesh = AbstractMesh(tuple(sizes[a] for a in AXES), AXES, axis_types=(AxisType.Auto,) * len(AXES))
-    boxed, tx = architecture.abstract_params(m), make_optimizer(c.optimizer)
+    boxed, tx = architecture.abstract_params(m), make_optimizer(c.optimizer, architecture.hidden_rate(m))
     abstract, shardings = state_shardings(boxed, tx, c.precision, mesh)
     params, optimizer = _bytes(abstract.params, shardings.params), _bytes(abstract.opt_state, shardings.opt_state)
     return {

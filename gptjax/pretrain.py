@@ -40,6 +40,8 @@ class PretrainConfig(TrainConfig):
     tokens: length of the run in training tokens, if steps is not given.
     batch_size: sequences of a step over all devices.
     loss_chunk: time steps whose logits are held at once.
+    noise_scale: log the gradient noise scale in tokens (training/noise_scale.py), from the gradients of the
+        micro-batches, of which a batch must have at least two (microbatch_size).
     init_from: a workdir whose weights the run starts from; None = random ones.
     """
 
@@ -48,7 +50,16 @@ class PretrainConfig(TrainConfig):
     samples: SamplesConfig = SamplesConfig()
     tokens: Positive | None = None
     loss_chunk: Count = 128
+    noise_scale: bool = False
     init_from: str | None = paths.field()
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.noise_scale and self.microbatch_rows == self.batch_size:
+            raise InputError(
+                f"noise_scale compares gradients of micro-batches with that of the batch, and batch_size="
+                f"{self.batch_size} is a single one: set microbatch_size to a half of it or less."
+            )
 
 
 def pretrain(config: mlc.ConfigDict, workdir) -> RunResult:
@@ -64,7 +75,9 @@ def pretrain(config: mlc.ConfigDict, workdir) -> RunResult:
 def program(c: PretrainConfig, model: ModelConfig, mesh) -> TrainProgram:
     """What runs on the devices, from shapes alone."""
     objective = Objective(causal_lm_loss(model, c.precision.dtype, c.loss_chunk, mesh))
-    return train_program(objective, architecture.abstract_params, model, c.optimizer, c.precision, mesh)
+    return train_program(
+        objective, architecture.abstract_params, model, c.optimizer, c.precision, mesh, c.noise_scale
+    )
 
 
 def build(c: PretrainConfig, mesh, claim: Claim, by_tokenizer: bool) -> Stage:

@@ -15,9 +15,9 @@ from gptjax.json_files import write_json
 # What may differ between two starts of one run: where and how fast it runs, not what it computes.
 _MAY_CHANGE = (
     "mesh", "checkpoint", "eval", "log", "steps", "tokens", "epochs", "episodes", "steps_per_dispatch", "samples",
-    "offload", "microbatch_size", "loss_chunk", "rollout.forward_rows", "ppo.microbatch_size", "model.remat",
-    "model.pipeline_microbatches", "model.pipeline_virtual_stages", "optimizer.offload", "data.cache", "mix.cache",
-    "ptx.cache",
+    "offload", "microbatch_size", "loss_chunk", "noise_scale", "rollout.forward_rows", "ppo.microbatch_size",
+    "model.remat", "model.pipeline_microbatches", "model.pipeline_virtual_stages", "optimizer.offload", "data.cache",
+    "mix.cache", "ptx.cache",
 )  # fmt: skip
 
 

@@ -23,8 +23,9 @@ TINY = GPTConfig(vocab_size=53, n_layer=2, n_head=2, d_model=16, context_length=
 VARIANTS = {
     "pre": TINY,
     "post": dataclasses.replace(TINY, norm="post", local_window=3),
-    "untied": dataclasses.replace(TINY, tied_head=False, local_window=3, attention="reference", unroll=2),
-}
+    "untied": dataclasses.replace(TINY, tied_head=False, local_window=3, attention="reference", unroll=2,
+                                  mup_base_width=4, mup_base_heads=2),
+}  # fmt: skip
 PROMPTS = [[3, 1, 4, 1, 5, 9, 2, 6], [5], [35, 8, 9], [7, 9, 3, 2, 3]]
 
 

@@ -22,7 +22,7 @@ TINY = GPTConfig(vocab_size=61, n_layer=3, n_head=2, d_model=16, context_length=
 VARIANTS = {
     "pre": TINY,
     "post": dataclasses.replace(TINY, norm="post", local_window=3, attention="cpu"),
-    "untied": dataclasses.replace(TINY, tied_head=False, local_window=3),
+    "untied": dataclasses.replace(TINY, tied_head=False, local_window=3, mup_base_width=4, mup_base_heads=2),  # muP
 }
 TERMS = model_terms(TINY, 3)
 every_variant = pytest.mark.parametrize("name", VARIANTS)
@@ -89,11 +89,12 @@ def numpy_forward(params, c, tokens):
         q, k, v = np.split(linear(x, "attn/c_attn", layer), 3, axis=-1)
         out = np.zeros_like(q)
         size = c.d_model // c.n_head
+        divisor = size / math.sqrt(c.mup_base_width / c.mup_base_heads) if c.mup_base_width else math.sqrt(size)
         for head in range(c.n_head):
             at = slice(head * size, (head + 1) * size)
             for t in range(len(x)):
                 first = max(0, t - c.local_window + 1) if c.local_window and layer % 2 == 1 else 0
-                scores = k[first : t + 1, at] @ q[t, at] / math.sqrt(size)
+                scores = k[first : t + 1, at] @ q[t, at] / divisor
                 e = np.exp(scores - scores.max())
                 out[t, at] = e / e.sum() @ v[first : t + 1, at]
         return linear(out, "attn/c_proj", layer)
@@ -113,7 +114,7 @@ def numpy_forward(params, c, tokens):
                 x = norm(x + attend(x, layer), "blocks/ln_1", layer)
                 x = norm(x + mlp(x, layer), "blocks/ln_2", layer)
         rows.append(norm(x, "ln_f") if c.norm == "pre" else x)
-    x = np.stack(rows)
+    x = np.stack(rows) / (c.d_model / c.mup_base_width if c.mup_base_width else 1)
     return x, x @ p["wte" if c.tied_head else "lm_head"].T
 
 

@@ -22,6 +22,7 @@ from gptjax.interop import shards
 from gptjax.interop.hf_config import ARCHITECTURES, SCORE, model_config, settings_of
 from gptjax.interop.hf_tokenizer import dump, read_json, token_ids, write_tokenizer
 from gptjax.interop.layout import HEAD, Tensor, assemble, differences, listed, table
+from gptjax.model import mup
 from gptjax.model.spec import GPTConfig
 
 MAX_SHARD_SIZE = "5GB"
@@ -126,7 +127,7 @@ def write(directory: str | os.PathLike, config: GPTConfig, params, tokenizer=Non
 
     Args:
         directory: must not exist, or be empty. It is written atomically.
-        config, params: as from gptjax.model.gpt.init; jax or numpy arrays.
+        config, params: as from gptjax.model.gpt.init; jax or numpy arrays. muP's multipliers are folded in (mup.fold).
         tokenizer: a gptjax.data.tokenizer.Tokenizer, or None to write no tokenizer files.
         template: kind of the Template (data/chat.py) that the model was trained with; 'chat' adds a chat_template.
         generation: further settings for generation_config.json.
@@ -138,6 +139,7 @@ def write(directory: str | os.PathLike, config: GPTConfig, params, tokenizer=Non
     """
     directory, largest = local(directory), shards.parse_size(max_shard_size)
     _check_export(directory, config, tokenizer)
+    config, params = mup.fold(config, params)
     if head is not None:
         config, params = dataclasses.replace(config, tied_head=True), _with_bias(config, params, head)
     tensors = _tensors(config, params)

@@ -92,6 +92,11 @@ def flops_per_token(config: ModelConfig) -> flops.FlopsPerToken:
     return flops.flops_per_token(config)
 
 
+def hidden_rate(config: ModelConfig) -> float:
+    """Learning rate of the blocks' matrices, relative to the other parameters' (muP, mup.py)."""
+    return config.hidden_rate if isinstance(config, GPTConfig) else 1.0
+
+
 def describe(config: ModelConfig) -> str:
     """Its shape, in words."""
     rest = f"context {config.context_length}, vocabulary {config.vocab_size:,}"

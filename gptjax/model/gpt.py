@@ -19,7 +19,7 @@ from jax import lax
 
 from gptjax.errors import InputError
 from gptjax.model.attention import attention, cached_attention, causal_mask, tree_attention
-from gptjax.model.layers import INIT_STD, LayerNorm, Linear, drop, fold, gelu, normal
+from gptjax.model.layers import INIT_STD, LayerNorm, Linear, drop, fold, gelu, normal, scaled
 from gptjax.model.spec import GPTConfig
 from gptjax.parallel import pipeline
 from gptjax.parallel.sharding import RESIDUAL, constrain, reshard
@@ -102,7 +102,7 @@ class GPT(nn.Module):
             x_BTD, cache = self.unrolled_layers(x_BTD, cache, layers, shared)
         if c.norm == "pre":
             x_BTD = LayerNorm(name="ln_f")(x_BTD)
-        return x_BTD, cache, kv
+        return scaled(x_BTD, c.output_multiplier), cache, kv
 
     def scan_layers(self, x_BTD, cache, layers: PerLayer, shared: Shared):
         """One loop (lax.scan) over the stacked layers, so that the program does not grow with depth."""
@@ -149,12 +149,13 @@ class Block(nn.Module):
     def __call__(self, carry, layer: PerLayer, shared: Shared):
         c = self.config
         x_BTD, cache = carry
-        # Residual projections of pre-LN models are scaled down by the number of residual sums, 2 L
-        # (GPT-2 §2.3 as Hugging Face and nanoGPT interpret it); GPT-1 has N(0, .02) throughout.
-        residual_std = INIT_STD / (2 * c.n_layer) ** 0.5 if c.norm == "pre" else INIT_STD
+        # Residual projections of pre-LN models are scaled down by the number of residual sums, 2 L (GPT-2 §2.3 as
+        # Hugging Face and nanoGPT interpret it); GPT-1 has N(0, .02) throughout. Width multiplier: mup.py.
+        std = INIT_STD / c.width_multiplier**0.5
+        residual_std = std / (2 * c.n_layer) ** 0.5 if c.norm == "pre" else std
         ln_1, ln_2 = LayerNorm(name="ln_1"), LayerNorm(name="ln_2")
-        attn = Attention(c, self.mode, residual_std, name="attn")
-        mlp = MLP(c, residual_std, name="mlp")
+        attn = Attention(c, self.mode, std, residual_std, name="attn")
+        mlp = MLP(c, std, residual_std, name="mlp")
 
         def dropout(h_BTD, site):
             return drop(h_BTD, c.dropout, shared.dropout_keys, 3 * layer.index + site)
@@ -175,6 +176,7 @@ class Block(nn.Module):
 class Attention(nn.Module):
     config: GPTConfig
     mode: Mode
+    std: float
     residual_std: float
 
     @nn.compact
@@ -182,9 +184,11 @@ class Attention(nn.Module):
         """Returns (output [B, T, D], the cache with the new keys and values, these themselves if mode.keep_kv)."""
         c = self.config
         B, T, _ = x_BTD.shape
-        qkv_BT3D = Linear((3, c.d_model), ("embed", "qkv", "heads"), name="c_attn")(to_tensor_parallel(x_BTD))
+        qkv_BT3D = Linear((3, c.d_model), ("embed", "qkv", "heads"), self.std, name="c_attn")(to_tensor_parallel(x_BTD))
         qkv_BT3D = constrain(qkv_BT3D, "batch", "time", "qkv", "heads")
         q_BTHK, k_BTHK, v_BTHK = (qkv_BT3D[:, :, i].reshape(B, T, c.n_head, c.d_head) for i in range(3))
+        q_BTHK = scaled(q_BTHK, c.attention_multiplier)
+        self.sow("intermediates", "qk", (q_BTHK, k_BTHK))
         if cache is None:
             y_BTHK = self.self_attention(q_BTHK, k_BTHK, v_BTHK, layer, shared)
         else:
@@ -238,12 +242,13 @@ class Attention(nn.Module):
 
 class MLP(nn.Module):
     config: GPTConfig
+    std: float
     residual_std: float
 
     @nn.compact
     def __call__(self, x_BTD):
         c = self.config
-        h_BTF = Linear((c.d_ff,), ("embed", "mlp"), name="c_fc")(to_tensor_parallel(x_BTD))
+        h_BTF = Linear((c.d_ff,), ("embed", "mlp"), self.std, name="c_fc")(to_tensor_parallel(x_BTD))
         h_BTF = constrain(h_BTF, "batch", "time", "mlp")
         self.sow("intermediates", "c_fc_out", h_BTF)
         y_BTD = Linear((c.d_model,), ("mlp", "embed"), self.residual_std, name="c_proj")(gelu(h_BTF))
@@ -323,10 +328,9 @@ def hidden(
         segment_ids: int [B, T], or None; attention stays within a segment.
         visible_until: int [B, T], or None; rows are prefix trees (attention/tree.py), for which there is no gradient.
         dropout_keys: a key for each row, [B]; None means no dropout.
-        dtype: of the activations and matmuls.
-        mesh: for attention kernels that need a shard_map.
+        dtype: of the activations and matmuls. mesh: for attention kernels that need a shard_map.
     Returns:
-        [B, T, D] in dtype, after the final LayerNorm where the model has one.
+        [B, T, D] in dtype, after the final LayerNorm where the model has one, times muP's output multiplier.
     """
     if visible_until is None:  # a tree has more slots than its sequences have positions
         _check_time(tokens_BT, config)
@@ -380,10 +384,9 @@ def decode_step(params, config: GPTConfig, tokens_BT, positions_BT, cache, slot,
     Returns:
         (hidden [B, T, D], the cache with the new keys and values).
     """
-    x_BTD, cache, _ = GPT(config, Mode(), dtype).apply(
+    return GPT(config, Mode(), dtype).apply(
         {"params": params}, tokens_BT, positions_BT, cache=cache, slot=slot, filled=filled_BS
-    )
-    return x_BTD, cache
+    )[:2]
 
 
 def unstack_layers(params, cache: KVCache, config: GPTConfig):

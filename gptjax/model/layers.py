@@ -12,6 +12,11 @@ LAYER_NORM_EPS = 1e-5  # all three papers' code; Flax's own default is 1e-6
 INIT_STD = 0.02
 
 
+def scaled(x, multiplier: float):
+    """x times a multiplier, in x's dtype; x itself where that is 1."""
+    return x if multiplier == 1 else x * multiplier
+
+
 def normal(std, *names):
     return nn.with_logical_partitioning(nn.initializers.normal(std), names)
 
@@ -35,7 +40,7 @@ class LayerNorm(nn.Module):
 class Linear(nn.Module):
     features: tuple[int, ...]
     names: tuple[str, ...]  # logical axes: input, then one for each of features
-    std: float = INIT_STD
+    std: float
 
     @nn.compact
     def __call__(self, x):

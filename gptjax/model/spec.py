@@ -19,6 +19,7 @@ ATTENTION_PATHS = ("auto", "reference", "xla", "cpu", "splash", "cudnn")
 REMAT_POLICIES = ("none", "dots", "full", "offload")
 SHAPE = (  # the keys that weights depend on
     "vocab_size", "n_layer", "n_head", "d_model", "context_length", "norm", "local_window", "tied_head",
+    "mup_base_width", "mup_base_heads",
 )  # fmt: skip
 
 
@@ -37,6 +38,10 @@ class GPTConfig:
         dense, in odd layers a query sees only the last `local_window` positions, its own included. The paper
         gives neither the width nor which layers are banded: both are our choice, after openai/sparse_attention.
     tied_head: the output projection is the token embedding (all GPTs); False = a separate matrix.
+    mup_base_width: maximal-update parametrization (muP, model/mup.py), under which the learning rate that is best for
+        a model of this d_model is nearly the best for wider ones; None = standard parametrization. A model of this
+        very width is the same in both.
+    mup_base_heads: heads of the model of that width.
     dropout: probability that an element is dropped in training; 0 = no dropout.
     dropout_sites: 'all' = embeddings, attention weights and sub-layer outputs (GPT-1 §4.1); 'residual' = sub-layer
         outputs alone (InstructGPT C.1).
@@ -59,6 +64,8 @@ class GPTConfig:
     norm: Literal["pre", "post"] = "pre"
     local_window: Count | None = None
     tied_head: bool = True
+    mup_base_width: Count | None = None
+    mup_base_heads: Count | None = None
     dropout: BelowOne = 0.0
     dropout_sites: str = "all"
     attention: str = "auto"
@@ -94,6 +101,14 @@ class GPTConfig:
         microbatches = 1 if self.pipeline_microbatches is None else self.pipeline_microbatches
         if min(self.pipeline_virtual_stages, microbatches) < 1:
             raise InputError("model.pipeline_virtual_stages and model.pipeline_microbatches are at least 1.")
+        width, heads = self.mup_base_width, self.mup_base_heads
+        if (width is None) != (heads is None):
+            raise InputError(
+                "muP needs both model.mup_base_width and model.mup_base_heads, the width and the heads of the model "
+                "whose learning rate is known: give the other one too, or neither."
+            )
+        if width is not None and (min(width, heads) < 1 or width % heads):
+            raise InputError(f"model.mup_base_width={width} is not a multiple of model.mup_base_heads={heads}.")
 
     @property
     def d_head(self) -> int:
@@ -103,6 +118,28 @@ class GPTConfig:
     def d_ff(self) -> int:
         """All GPTs: four times the width."""
         return 4 * self.d_model
+
+    # --- muP: what differs from standard parametrization, where all of these are 1 (model/mup.py) ---
+
+    @property
+    def width_multiplier(self) -> float:
+        """d_model over that of the base model."""
+        return self.d_model / self.mup_base_width if self.mup_base_width else 1.0
+
+    @property
+    def output_multiplier(self) -> float:
+        """Of the final hidden states, and so of the logits."""
+        return 1 / self.width_multiplier
+
+    @property
+    def attention_multiplier(self) -> float:
+        """Of the queries: scores are q k / sqrt(d_head) times this, which is const / d_head."""
+        return (self.mup_base_width / self.mup_base_heads / self.d_head) ** 0.5 if self.mup_base_width else 1.0
+
+    @property
+    def hidden_rate(self) -> float:
+        """Adam's learning rate of the blocks' matrices, relative to the other parameters'."""
+        return 1 / self.width_multiplier
 
     def is_local(self, layer: int) -> bool:
         """Whether a layer has banded attention (GPT-3 §2.1: alternating)."""

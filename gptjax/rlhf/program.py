@@ -66,7 +66,8 @@ def ppo_program(c, spec: RLSpec) -> PPOProgram:
 
 @shared
 def _ppo_program(c: UpdateConfig, optimizer: OptimizerConfig, value_optimizer: OptimizerConfig, spec: RLSpec):
-    policy_tx, value_tx = make_optimizer(optimizer), make_optimizer(value_optimizer)
+    policy_tx = make_optimizer(optimizer, spec.policy.hidden_rate)
+    value_tx = make_optimizer(value_optimizer, (spec.value or spec.policy).hidden_rate)
     abstract, shardings = state_shardings(*boxed_params(spec), policy_tx, value_tx, spec.mesh)
     update = make_update(c, spec, policy_tx, value_tx, optimizer.clip_norm, value_optimizer.clip_norm)
     jitted = jax.jit(update, donate_argnums=0, out_shardings=(shardings, None))

@@ -235,13 +235,6 @@ def minimum_compute(compute, batch, loss):
     return compute / (1 + batch / critical_batch(loss))
 
 
-def noise_scale(small: float, big: float, small_squared: float, big_squared: float) -> float:
-    """tr(Sigma) / |G|^2 of the gradient, in the unit of the batches, from the mean squared norms of gradients of two
-    batch sizes (McCandlish et al. 2018, appendix A.1). May be negative in noise: average both parts before dividing."""
-    squared = (big * big_squared - small * small_squared) / (big - small)
-    return (small_squared - big_squared) / (1 / small - 1 / big) / squared
-
-
 # --- compute-optimal training -----------------------------------------------------------------------------
 
 

@@ -1,9 +1,11 @@
 """Plan a compute budget: parameters and tokens, batch and learning rate, and which next run would narrow them most.
 
-    python -m gptjax.scaling.plan --compute=1e21 --law=runs/isoflop/law.json [--json]
+    python -m gptjax.scaling.plan --compute=1e21 --law=runs/isoflop/law.json [--rates=runs/rates/results.jsonl] [--json]
 
 N* and D* are Chinchilla's (fit --law=chinchilla) with 90 % intervals; batch and learning rate are published rules at
-them, each named. The next runs are ranked by how much a run that ends where the law says would narrow N*.
+them, each named, and with --rates the best learning rates of a sweep, continued to N*. Where the loss is in nats per
+token, a batch's steps and compute are compared with the least that any batch needs (Kaplan et al. 2020, eq. 5.4, 5.5).
+The next runs are ranked by how much a run that ends where the law says would narrow N*.
 """
 
 import math
@@ -16,8 +18,10 @@ from gptjax.errors import InputError
 from gptjax.scaling import law_file
 from gptjax.scaling.bootstrap import bootstrap, exponent_intervals, optimum_intervals
 from gptjax.scaling.fitting import Fit
-from gptjax.scaling.forecast import predict
-from gptjax.scaling.laws import LAWS, critical_batch, optimum
+from gptjax.scaling.forecast import Forecast, predict
+from gptjax.scaling.laws import LAWS, critical_batch, minimum_compute, minimum_steps, optimum
+from gptjax.scaling.learning_rate import RateRule, fit_rate
+from gptjax.scaling.points import read
 
 # Brown et al. 2020, Table 2.1: parameters, batch in tokens, learning rate.
 GPT3 = ((125e6, 0.5e6, 6e-4), (350e6, 0.5e6, 3e-4), (760e6, 0.5e6, 2.5e-4), (1.3e9, 1e6, 2e-4), (2.7e9, 1e6, 1.6e-4),
@@ -37,29 +41,49 @@ def deepseek_rule(compute) -> tuple[float, float]:
     return 0.2920 * compute**0.3271, 0.3118 * compute**-0.1250
 
 
-def plan(made: dict, found: Fit, compute: float, samples: int = 1000) -> dict:
+def plan(made: dict, found: Fit, compute: float, samples: int = 1000, rates: RateRule | None = None) -> dict:
     """The plan as JSON types."""
     theta = bootstrap(found, samples)
     best = optimum_intervals(found, theta, compute)
-    N, D = best["N"], best["D"]
-    run = {"N": N["value"], "D": D["value"], "C": compute}
+    run = {"N": best["N"]["value"], "D": best["D"]["value"], "C": compute}
     loss = predict(found, run, theta)
-    ends = [gpt3_rule(N[end]) for end in ("value", "low", "high")]
-    deepseek = deepseek_rule(compute)
-    rules = [
-        {"rule": "GPT-3, Table 2.1, at N*", "batch": _interval(*(e[0] for e in ends)),
-         "learning_rate": _interval(*(e[1] for e in ends))},
-        {"rule": "DeepSeek LLM, eq. 1, of C", "batch": _interval(*[deepseek[0]] * 3),
-         "learning_rate": _interval(*[deepseek[1]] * 3)},
-    ]  # fmt: skip
-    if made["metric"] in (None, "nats/token"):
-        losses = (loss.loss, loss.high, loss.low)  # the batch falls with the loss
-        batch = _interval(*map(critical_batch, losses))
-        rules.append({"rule": "Kaplan, eq. 1.4: critical batch at the loss", "batch": batch})
+    measured = [own_rule(rates, best["N"])] if rates is not None else []
     return {
         "compute": compute, "beyond": compute / float(found.points["C"].max()), **best,
         **exponent_intervals(found, theta), "loss": {"value": loss.loss, "low": loss.low, "high": loss.high},
-        "rules": rules, "next_runs": next_runs(found, theta, compute),
+        "rules": rules(made["metric"], best, compute, loss) + measured, "next_runs": next_runs(found, theta, compute),
+    }  # fmt: skip
+
+
+def rules(metric: str | None, best: dict, compute: float, loss: Forecast) -> list[dict]:
+    """Published rules for the batch (tokens) and learning rate at N*: {rule, batch, learning_rate}, each an interval.
+    Of a loss in nats per token also {steps, over_least_steps, over_least_compute} of each batch."""
+    of_gpt3 = [gpt3_rule(best["N"][end]) for end in ("value", "low", "high")]
+    deepseek = deepseek_rule(compute)
+    found = [
+        {"rule": "GPT-3, Table 2.1, at N*", "batch": _interval(*(e[0] for e in of_gpt3)),
+         "learning_rate": _interval(*(e[1] for e in of_gpt3))},
+        {"rule": "DeepSeek LLM, eq. 1, of C", "batch": _interval(*[deepseek[0]] * 3),
+         "learning_rate": _interval(*[deepseek[1]] * 3)},
+    ]  # fmt: skip
+    if metric in (None, "nats/token"):
+        losses = (loss.loss, loss.high, loss.low)  # the batch falls with the loss
+        batch = _interval(*map(critical_batch, losses))
+        found.append({"rule": "Kaplan, eq. 1.4: critical batch at the loss", "batch": batch})
+        for rule in found:
+            batch = rule["batch"]["value"]
+            steps = best["D"]["value"] / batch
+            rule |= {"steps": steps, "over_least_steps": float(steps / minimum_steps(steps, batch, loss.loss)),
+                     "over_least_compute": float(compute / minimum_compute(compute, batch, loss.loss))}  # fmt: skip
+    return found
+
+
+def own_rule(rates: RateRule, N: dict) -> dict:
+    """The best learning rate of a sweep, continued to N*, in the form of `rules`."""
+    sizes = f"{rates.sizes.min():.3g} to {rates.sizes.max():.3g}"
+    return {
+        "rule": f"sweep over learning rates, N {sizes}: {rates.a:.3g} N^{rates.b:.3g}, at N*",
+        "learning_rate": _interval(*(rates(N[end]) for end in ("value", "low", "high"))), "left_out": rates.left_out,
     }  # fmt: skip
 
 
@@ -112,8 +136,12 @@ def text(made: dict) -> str:
         f"  loss {show(made['loss'], '{:.4f}')}", "", "batch in tokens, learning rate:",
     ]  # fmt: skip
     for rule in made["rules"]:
-        rate = f", {show(rule['learning_rate'])}" if "learning_rate" in rule else ""
-        lines.append(f"  {rule['rule']}: {show(rule['batch'])}{rate}")
+        values = ", ".join(show(rule[key]) for key in ("batch", "learning_rate") if key in rule)
+        lines.append(f"  {rule['rule']}: {values}")
+        if "steps" in rule:
+            lines.append(f"    {rule['steps']:,.0f} steps, {rule['over_least_steps']:.2f} times the least; "
+                         f"{rule['over_least_compute']:.2f} times the least compute")  # fmt: skip
+        lines += [f"    {sentence}" for sentence in rule.get("left_out", ())]
     if made["next_runs"]:
         lines += ["", "next runs, and how wide the interval of N* would be after each:"]
     for run in made["next_runs"]:
@@ -124,7 +152,8 @@ def text(made: dict) -> str:
 def main(_):
     made, _ = law_file.load(FLAGS.law)
     law_file.chinchilla_only(LAWS[made["law"]], "A plan")
-    planned = plan(made, law_file.reopen(made), FLAGS.compute)
+    rates = FLAGS.rates and fit_rate(read(FLAGS.rates))
+    planned = plan(made, law_file.reopen(made), FLAGS.compute, rates=rates)
     if not all(np.isfinite([planned["N"]["low"], planned["N"]["high"]])):
         raise InputError("N* has no finite interval: the fitted exponents are not positive. Add runs of more budgets.")
     print(json_files.dumps(planned) if FLAGS.json else text(planned))
@@ -133,6 +162,7 @@ def main(_):
 if __name__ == "__main__":
     FLAGS = flags.FLAGS
     command_line.define_path("law", None, "law.json of --law=chinchilla.", required=True)
+    command_line.define_path("rates", None, "results.jsonl of a sweep over learning rates; also any such table.")
     flags.DEFINE_float("compute", None, "FLOPs to plan for.", lower_bound=1, required=True)
     flags.DEFINE_bool("json", False, "One JSON object.")
     command_line.run(main)

@@ -1,9 +1,9 @@
 """Points: what is known of finished runs, read from results.jsonl of a sweep or any CSV, TSV, JSONL or JSON.
 
-A row is a run: N (parameters), D (tokens), C (FLOPs), loss; also steps, name, status, seed, metric, tokenizer, count.
-Column names are read without regard to case, with the aliases below. Of N, D and C two are enough: the third is from
-C = 6 N D. Which rows are left out: those whose status is other than "done". A loss that is not a positive number, in a
-row that is not left out, is an error.
+A row is a run: N (parameters), D (tokens), C (FLOPs), loss; also steps, learning rate, name, status, seed, metric,
+tokenizer, count. Column names are read without regard to case, with the aliases below. Of N, D and C two are enough:
+the third is from C = 6 N D. Which rows are left out: those whose status is other than "done". A loss that is not a
+positive number, in a row that is not left out, is an error.
 """
 
 import csv
@@ -28,15 +28,16 @@ ALIASES = {
     "C": ("c", "flops", "flop", "compute", "compute_budget", "budget", "train_flops", "training_flops",
           "training_flop"),
     "S": ("s", "s_min", "steps", "step", "n_steps"),
+    "lr": ("lr", "learning_rate", "peak_lr", "max_lr"),
     "loss": ("loss", "final_loss", "val_loss", "valid_loss", "validation_loss", "eval_loss", "test_loss"),
 }  # fmt: skip
-_MEANING = {"N": "parameters", "D": "tokens", "C": "FLOPs", "S": "steps", "loss": "the loss"}
+_MEANING = {"N": "parameters", "D": "tokens", "C": "FLOPs", "S": "steps", "lr": "learning rates", "loss": "the loss"}
 _UNITS = 100.0  # C / (6 N D) further than this from 1 cannot be a matter of what is counted
 
 
 @dataclasses.dataclass(frozen=True)
 class Points:
-    """Runs, as float64 arrays [n] by column, N, D, C, S and loss; those that the file has no values for are absent.
+    """Runs, as float64 arrays [n] by column, N, D, C, S, lr and loss; those that the file has no values for are absent.
 
     names: of the runs, or their places in the file. workdirs: of those that have one. metric, tokenizer, count, rule
     (of C: 6nd or exact): of all of them, or None where the file does not say. left_out: a sentence for each row that is
@@ -106,8 +107,8 @@ class _Row(NamedTuple):
 
 
 def read(path: str, columns: dict[str, str] | None = None, where: dict[str, str] | None = None) -> Points:
-    """The points of a file. columns: {N, D, C, S or loss: its column's name} where the aliases do not find it. where:
-    {column: value}: only the rows that have it.
+    """The points of a file. columns: {N, D, C, S, lr or loss: its column's name} where the aliases do not find it.
+    where: {column: value}: only the rows that have it.
 
     InputError: no such file or rows; no column for the loss, or several; a value that is not a positive number; rows in
     different metrics, counts of parameters or of FLOPs, or (unless the metric is bits/byte) tokenizers.
@@ -129,8 +130,11 @@ def read(path: str, columns: dict[str, str] | None = None, where: dict[str, str]
     used, left_out = _used(rows, cut)
     if not used:
         raise InputError(f"{path} has no finished run: {left_out[0]}")
-    if any(row.value.get(columns.get("S")) in (None, "") for row in used):
-        columns.pop("S", None)  # steps are of no use unless all runs say them
+    for name in ("S", "lr"):  # they are of no use unless all runs say them
+        if any(row.value.get(columns.get(name)) in (None, "") for row in used):
+            columns.pop(name, None)
+    if "lr" in columns and not all(_is_positive(row, columns["lr"]) for row in used):
+        columns.pop("lr")  # as the rate at the end of a decay to 0
     values = {name: np.array([_number(row, key, name) for row in used]) for name, key in columns.items()}
     same = {name: _same(used, name) for name in ("metric", "count", "rule")}
     same["tokenizer"] = None if same["metric"] == "bits/byte" else _same(used, "tokenizer")
@@ -194,7 +198,7 @@ def _table(path, text):
 
 
 def _columns(path, found, given) -> dict[str, str]:
-    """{N, D, C, S or loss: the file's own name of it}."""
+    """{N, D, C, S, lr or loss: the file's own name of it}."""
     plain = {name.strip().lower().replace(" ", "_").replace("-", "_"): name for name in reversed(found)}
     columns = {}
     for ours, aliases in ALIASES.items():
@@ -235,20 +239,28 @@ def _text(row: _Row, name: str) -> str | None:
     return None if value in (None, "") else str(value)
 
 
-def _number(row: _Row, key: str, name: str) -> float:
-    """A positive number. InputError otherwise."""
+def _float(row: _Row, key: str) -> float:
+    """The number of a cell; nan if it is none."""
     value = row.value.get(key)
     try:
-        number = math.nan if value is None or isinstance(value, bool) else float(value)
+        return math.nan if value is None or isinstance(value, bool) else float(value)
     except (TypeError, ValueError):
-        number = math.nan
-    if not (math.isfinite(number) and number > 0):
+        return math.nan
+
+
+def _is_positive(row: _Row, key: str) -> bool:
+    return 0 < _float(row, key) < math.inf
+
+
+def _number(row: _Row, key: str, name: str) -> float:
+    """A positive number. InputError otherwise."""
+    if not _is_positive(row, key):
         told = " (a diverged run has the status 'diverged')" if name == "loss" else ""
         raise InputError(
-            f"{row.where}: {name} must be a positive number, and {key!r} is {value!r}. Correct the row or remove "
-            f"it{told}."
+            f"{row.where}: {name} must be a positive number, and {key!r} is {row.value.get(key)!r}. Correct the row or "
+            f"remove it{told}."
         )
-    return number
+    return _float(row, key)
 
 
 def _same(rows, name) -> str | None:

@@ -165,6 +165,7 @@ def row_of(sweep: Sweep, point: Point, run_dir, result: RunResult | None, reason
         "name": point.name, "N": point.params, "count": point.count, "D": point.tokens, "C": point.flops,
         "rule": point.rule, "budget": point.budget, "loss": loss, "metric": sweep.metric,
         **_text(run_dir), "seed": point.config.get("seed"),
+        "learning_rate": (point.config.get("optimizer") or {}).get("learning_rate"),
         "status": "diverged" if reason else "done", "reason": reason,
         "steps": result.steps if result else (lines[-1]["step"] if lines else 0),
         "seconds": result.seconds if result else (lines[-1].get("seconds") if lines else None),

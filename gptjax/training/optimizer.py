@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import optax
 
 from gptjax.errors import InputError
+from gptjax.model.mup import HIDDEN
 from gptjax.ranges import BelowOne, Positive
 from gptjax.training.offload import Offloaded
 
@@ -68,14 +69,30 @@ def decay_mask(params, pattern: str = DECAYED):
     return jax.tree_util.tree_map_with_path(lambda path, _: bool(re.search(pattern, parameter_path(path))), params)
 
 
-def make_optimizer(c: OptimizerConfig) -> optax.GradientTransformation:
-    """An optimizer whose updates are multiplied by the learning rate and added to the parameters. It does not clip."""
+def make_optimizer(c: OptimizerConfig, hidden_rate: float = 1.0) -> optax.GradientTransformation:
+    """An optimizer whose updates are multiplied by the learning rate and added to the parameters. It does not clip.
+
+    hidden_rate: factor of Adam's updates of the blocks' matrices (muP, model/mup.py), not of their weight decay.
+    """
     mask = lambda params: decay_mask(params, c.decayed)
     if c.name == "gpt1_adam":
-        tx = gpt1_adam(c.b1, c.b2, c.eps, c.weight_decay, mask)
-    else:
+        tx = gpt1_adam(c.b1, c.b2, c.eps, c.weight_decay, mask, hidden_rate)
+    elif hidden_rate == 1:
         tx = optax.adamw(1.0, b1=c.b1, b2=c.b2, eps=c.eps, weight_decay=c.weight_decay, mask=mask)
+    else:
+        tx = optax.chain(
+            optax.scale_by_adam(b1=c.b1, b2=c.b2, eps=c.eps),
+            optax.stateless(lambda updates, _: _at_hidden_rate(updates, hidden_rate)),
+            optax.add_decayed_weights(c.weight_decay, mask),
+            optax.scale_by_learning_rate(1.0),
+        )
     return Offloaded(tx.init, tx.update) if c.offload else tx
+
+
+def _at_hidden_rate(updates, rate: float):
+    """Updates by Adam alone, those of the blocks' matrices times their relative learning rate."""
+    at_rate = lambda path, u: u * rate if re.search(HIDDEN, parameter_path(path)) else u
+    return updates if rate == 1 else jax.tree_util.tree_map_with_path(at_rate, updates)
 
 
 class Gpt1AdamState(NamedTuple):
@@ -84,7 +101,7 @@ class Gpt1AdamState(NamedTuple):
     nu: optax.Updates
 
 
-def gpt1_adam(b1, b2, eps, weight_decay, mask) -> optax.GradientTransformation:
+def gpt1_adam(b1, b2, eps, weight_decay, mask, hidden_rate: float = 1.0) -> optax.GradientTransformation:
     """Adam of openai/finetune-transformer-lm's opt.py, which is not AdamW:
 
         p <- p - lr sqrt(1 - b2^t)/(1 - b1^t) (m/(sqrt(v) + eps) + l2 p)
@@ -103,7 +120,8 @@ def gpt1_adam(b1, b2, eps, weight_decay, mask) -> optax.GradientTransformation:
         mu = jax.tree.map(lambda m, g: b1 * m + (1 - b1) * g, state.mu, grads)
         nu = jax.tree.map(lambda v, g: b2 * v + (1 - b2) * g * g, state.nu, grads)
         decay = jax.tree.map(lambda p, on: weight_decay * p if on else 0.0, params, mask(params))
-        updates = jax.tree.map(lambda m, v, d: -correction * (m / (jnp.sqrt(v) + eps) + d), mu, nu, decay)
+        moves = _at_hidden_rate(jax.tree.map(lambda m, v: m / (jnp.sqrt(v) + eps), mu, nu), hidden_rate)
+        updates = jax.tree.map(lambda move, d: -correction * (move + d), moves, decay)
         return updates, Gpt1AdamState(count, mu, nu)
 
     return optax.GradientTransformation(init, update)

@@ -14,22 +14,28 @@ import optax
 from jax import lax
 from jax.sharding import NamedSharding, PartitionSpec
 
+from gptjax.model import architecture
 from gptjax.model.architecture import ModelConfig
 from gptjax.objectives.base import Objective, Sums
 from gptjax.parallel.sharding import shared
 from gptjax.training.accumulate import accumulate, apply_gradients
+from gptjax.training.noise_scale import gradient_and_noise, squared_norm
 from gptjax.training.optimizer import OptimizerConfig, make_optimizer
 from gptjax.training.precision import PrecisionConfig, next_loss_scale
 from gptjax.training.state import TrainState, state_shardings
 
 
-def train_step(objective: Objective, tx, clip_norm: float, precision: PrecisionConfig, seed: int, dropout: bool):
+def train_step(
+    objective: Objective, tx, clip_norm: float, precision: PrecisionConfig, seed: int, dropout: bool,
+    noise_scale: bool = False,
+):  # fmt: skip
     """Returns step(state, (batch, learning_rate), seed) -> (state, metrics), to be jitted or scanned over.
 
     Args:
         tx: an optax transformation whose updates are for a learning rate of 1 (optimizer.py).
         clip_norm: global norm that gradients are clipped to; 0 = no clipping.
         seed: of dropout's noise, where the step gets none. dropout: whether the loss gets dropout keys.
+        noise_scale: whether the metrics of several micro-batches have noise, (|G|^2, tr(Sigma)) (noise_scale.py).
 
     The batch is a dict of arrays [M, B, ...], M micro-batches of B rows; `weights` is one of them. metrics: loss_sum,
     count, grad_norm, finite, loss_scale, sums (the objective's extra sums), and target_bytes (UTF-8 bytes of the
@@ -52,9 +58,10 @@ def train_step(objective: Objective, tx, clip_norm: float, precision: PrecisionC
                 sums = Sums(*objective.loss(params, micro, keys_of(index) if dropout else None))
                 return sums.total * scale, sums
 
-            return jax.grad(scaled_loss, has_aux=True)(state.params), ()
+            grads, sums = jax.grad(scaled_loss, has_aux=True)(state.params)
+            return (grads, sums), (sums.count, squared_norm(grads)) if noise_scale else ()
 
-        (grads, sums), _ = accumulate(gradient, batch)
+        (grads, sums), of_parts = accumulate(gradient, batch)
         inverse = 1 / (scale * jnp.maximum(sums.count, 1))
         grads = jax.tree.map(lambda g: g * inverse, grads)
         grad_norm = optax.tree.norm(grads)
@@ -74,6 +81,10 @@ def train_step(objective: Objective, tx, clip_norm: float, precision: PrecisionC
         }
         if "target_bytes" in batch:  # on the device: a row is counted once, however many hosts hold it
             metrics["target_bytes"] = batch["target_bytes"].sum()
+        if noise_scale and batch["weights"].shape[0] > 1:
+            counts_M, norms_M = of_parts
+            norms_M = norms_M / (scale * jnp.maximum(counts_M, 1)) ** 2
+            metrics["noise"] = gradient_and_noise(counts_M, norms_M, sums.count, grad_norm**2)
         return TrainState(state.step + 1, params, opt_state, loss_scale), metrics
 
     return step
@@ -113,23 +124,24 @@ class TrainProgram:
 
 def train_program(
     objective: Objective, abstract_params, model: ModelConfig, optimizer: OptimizerConfig, precision: PrecisionConfig,
-    mesh,
+    mesh, noise_scale: bool = False,
 ) -> TrainProgram:  # fmt: skip
     """The TrainProgram of an objective; the same one for equal arguments, whatever the learning rate.
 
     abstract_params: (model) -> abstract parameters, in Flax's boxes with logical axis names, as
         architecture.abstract_params.
+    noise_scale: as in `train_step`.
     """
     optimizer = dataclasses.replace(optimizer, learning_rate=1.0)  # the step takes it as an argument
-    return _train_program(objective, abstract_params, model, optimizer, precision, mesh)
+    return _train_program(objective, abstract_params, model, optimizer, precision, mesh, noise_scale)
 
 
 @shared
-def _train_program(objective, abstract_params, model, optimizer, precision, mesh) -> TrainProgram:
-    tx = make_optimizer(optimizer)
+def _train_program(objective, abstract_params, model, optimizer, precision, mesh, noise_scale) -> TrainProgram:
+    tx = make_optimizer(optimizer, architecture.hidden_rate(model))
     abstract, shardings = state_shardings(abstract_params(model), tx, precision, mesh)
     dropout = model.dropout > 0 or objective.dropout
-    step = train_step(objective, tx, optimizer.clip_norm, precision, 0, dropout)
+    step = train_step(objective, tx, optimizer.clip_norm, precision, 0, dropout, noise_scale)
     return TrainProgram(objective, tx, abstract, shardings, jit_train_step(step, shardings))
 
 

@@ -16,6 +16,7 @@ from gptjax.objectives.lm import bits_per_byte
 from gptjax.parallel.sharding import batch_sharding
 from gptjax.training.loop import NotFinite
 from gptjax.training.metrics import JsonLines
+from gptjax.training.noise_scale import Averages
 from gptjax.training.schedule import Schedule
 from gptjax.training.stage import Advance, Stage, TrainConfig
 from gptjax.training.step import TrainProgram, memory_needed
@@ -40,6 +41,7 @@ def supervised(
             for text in schedule.warnings():
                 hosts.say(f"warning: {text}")
             _compare_rates(workdir, schedule, start)
+            lines.resume(workdir, start)
         sharding = batch_sharding(mesh, 2)
         for first, count, batch in device_batches(batches, steps, c.microbatch_rows, sharding, start, schedule.steps):
             rates = np.array([schedule.learning_rate(s) for s in range(first, first + count)], np.float32)
@@ -106,6 +108,14 @@ class _Lines:
         self._objective, self._schedule, self._flops_per_token = objective, schedule, flops_per_token
         self._scaled = c.precision.scaled  # float16 skips a step that is not finite, instead of stopping
         self._devices = jax.devices()
+        self._noise = Averages()
+
+    def resume(self, workdir, start: int):
+        """Goes on with the averages of the last line up to step `start`."""
+        if start and hosts.first():
+            before = [line for line in JsonLines.read(workdir / "metrics.jsonl") if line["step"] <= start]
+            last = before[-1] if before else {}
+            self._noise = Averages(last.get("noise/squared_gradient"), last.get("noise/trace"))
 
     def __call__(self, first: int, count: int, metrics, seconds: float) -> Iterator[dict]:
         for i in range(count):
@@ -131,6 +141,8 @@ class _Lines:
             f"{unit}_per_second": count / seconds,
             "mfu": flops and mfu(flops * count / seconds, self._devices[0].device_kind, len(self._devices)),
         }
+        if "noise" in metrics:
+            line |= self._noise.add(step, *map(float, metrics["noise"]))
         if self._scaled:
             line |= {"loss_scale": float(metrics["loss_scale"]), "skipped": int(not metrics["finite"])}
         return line
