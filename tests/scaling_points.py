@@ -28,12 +28,20 @@ def scattered(count=60, noise=0.0, seed=0, law=HOFFMANN):
     return of_arrays(N=N, D=D, loss=CHINCHILLA.loss(law, N=N, D=D) * np.exp(noise * rng.standard_normal(count)))
 
 
+def rates(sizes=(1e6, 4e6, 1.6e7), a=3.0, b=-0.4, grid=2.0 ** np.arange(-14, -5)):
+    """A sweep over learning rates: losses that are parabolas in log lr about a N^b, at every size and rate."""
+    N, lr = (x.ravel() for x in np.meshgrid(sizes, grid, indexing="ij"))
+    return of_arrays(N=N, D=20 * N, loss=3.0 + 0.02 * (np.log(lr) - np.log(a * N**b)) ** 2, lr=lr)
+
+
 def write(points, path, **more):
     """results.jsonl as a sweep writes it."""
+    learning_rates = points.columns.get("lr", [None] * len(points))
     rows = [
         {"name": f"run-{i}", "N": n, "D": d, "C": 6 * n * d, "loss": loss, "metric": "nats/token", "tokenizer": "abc",
-         "count": "with_embedding", "seed": 0, "status": "done", "steps": 100, "seconds": 1.0, **more}
-        for i, (n, d, loss) in enumerate(zip(points["N"], points["D"], points["loss"], strict=True))
+         "count": "with_embedding", "seed": 0, "learning_rate": lr, "status": "done", "steps": 100, "seconds": 1.0,
+         **more}
+        for i, (n, d, loss, lr) in enumerate(zip(points["N"], points["D"], points["loss"], learning_rates, strict=True))
     ]  # fmt: skip
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return path

@@ -38,9 +38,9 @@ def paths(tree):
     return {parameter_path(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
 
 
-def descend(c, params, gradients, rates):
+def descend(c, params, gradients, rates, hidden_rate=1.0):
     """Parameters after each gradient, as the train step applies updates."""
-    tx = make_optimizer(c)
+    tx = make_optimizer(c, hidden_rate)
     state, trail = jax.jit(tx.init)(params), []
 
     @jax.jit

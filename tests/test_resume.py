@@ -115,10 +115,10 @@ def copy(workdir, to):
 
 # --- interrupted and resumed -------------------------------------------------------------------------------
 
-FLOAT16 = {  # with dropout, a ramp of the batch size, a warmup and micro-batches
+FLOAT16 = {  # with dropout, a ramp of the batch size, a warmup, micro-batches and their noise scale
     "precision__compute": "float16", "precision__growth_interval": 4, "precision__initial_scale": 2.0**22,
     "schedule__ramp_tokens": 3000.0, "schedule__ramp_start_batch_tokens": 128.0, "microbatch_size": 4,
-    "schedule__warmup_tokens": 1000.0,
+    "schedule__warmup_tokens": 1000.0, "noise_scale": True,
 }  # fmt: skip
 
 

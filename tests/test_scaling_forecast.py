@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from conftest import ROOT
 from runs import main_of
-from scaling_points import BUDGETS, isoflop, scattered, write
+from scaling_points import BUDGETS, isoflop, rates, scattered, write
 from test_scaling_fit import SOME
 
 from gptjax.errors import InputError
@@ -358,8 +358,15 @@ def test_plan_command(folder):
     made = json.loads(out)
     assert made["N"]["low"] < made["N"]["value"] < made["N"]["high"] and len(made["rules"]) == 3
     assert made["N"]["value"] * made["D"]["value"] * 6 == pytest.approx(1e23) and made["next_runs"]
-    code, out, _ = main_of("gptjax.scaling.plan", f"--law={folder}/law.json", "--compute=1e23")
-    assert code == 0 and "next runs" in out
+    gpt3, _, kaplan = made["rules"]  # at the critical batch twice the least steps, twice the least compute
+    assert kaplan["over_least_steps"] == pytest.approx(2) and kaplan["over_least_compute"] == pytest.approx(2)
+    assert gpt3["steps"] == pytest.approx(made["D"]["value"] / gpt3["batch"]["value"])
+    swept = write(rates(), folder / "rates.jsonl")
+    code, out, _ = main_of("gptjax.scaling.plan", f"--law={folder}/law.json", "--compute=1e23", f"--rates={swept}")
+    assert code == 0 and "next runs" in out and "1e+06 to 1.6e+07: 3 N^-0.4, at N*" in out
+    code, _, err = main_of("gptjax.scaling.plan", f"--law={folder}/law.json", "--compute=1e23",
+                           f"--rates={folder}/results.jsonl")  # fmt: skip
+    assert code == 2 and "has no column of learning rates" in err
     code, _, err = main_of("gptjax.scaling.plan", f"--law={folder}/gpt4.json", "--compute=1e23")
     assert code == 2
 

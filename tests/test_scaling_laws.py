@@ -2,11 +2,14 @@
 
 import numpy as np
 import pytest
+from scaling_points import rates
 
 from gptjax.errors import InputError
 from gptjax.model.flops import PF_DAY
 from gptjax.scaling import laws
 from gptjax.scaling.laws import HOFFMANN, KAPLAN, LAWS, critical_batch, minimum_compute, minimum_steps, optimum
+from gptjax.scaling.learning_rate import fit_rate
+from gptjax.scaling.points import of_arrays
 
 NATURAL = {  # parameters of every law at which it is in its range
     "chinchilla": HOFFMANN,
@@ -50,16 +53,29 @@ def test_critical_batch():
     assert minimum_compute(8.0, batch, 3.0) == pytest.approx(4)
 
 
-def test_noise_scale_of_a_planted_gradient():
-    """Mean squared norms |G|^2 + tr(Sigma) / B, here exact, then of draws."""
-    squared, trace = 0.25, 40.0
-    norm = lambda batch: squared + trace / batch
-    assert laws.noise_scale(8, 512, norm(8), norm(512)) == pytest.approx(trace / squared, rel=1e-12)
-    rng = np.random.default_rng(0)
-    gradient, sigma = np.full(100, 0.05), rng.uniform(0.2, 1.0, 100)
-    drawn = lambda batch: np.mean(((gradient + sigma * rng.standard_normal((4000, 100)) / batch**0.5) ** 2).sum(1))
-    found = laws.noise_scale(16, 1024, drawn(16), drawn(1024))
-    assert found == pytest.approx((sigma**2).sum() / (gradient**2).sum(), rel=0.05)
+def test_best_learning_rates_of_a_sweep():
+    rule = fit_rate(rates())
+    assert rule.a == pytest.approx(3.0, rel=1e-6) and rule.b == pytest.approx(-0.4, rel=1e-6)
+    assert rule(1e9) == pytest.approx(3.0 * 1e9**-0.4, rel=1e-5) and not rule.left_out
+
+
+def test_a_size_whose_best_rate_is_at_the_edge_is_left_out():
+    rule = fit_rate(rates(sizes=(1e6, 4e6, 1.6e7, 1e12)))
+    assert len(rule.sizes) == 3 and "1e+12: the best rate is at the edge" in rule.left_out[0]
+    assert rule.b == pytest.approx(-0.4, rel=1e-6)
+
+
+@pytest.mark.parametrize(
+    "sweep, says",
+    [
+        (of_arrays(N=[1e6, 2e6], D=[1e7, 2e7], loss=[3.0, 2.9]), "has no column of learning rates"),
+        (rates(grid=[1e-3, 2e-3]), "three learning rates: sweep over optimizer.learning_rate"),
+        (rates(sizes=[1e6]), "best learning rate of two sizes, and the points has 1"),
+    ],
+)  # fmt: skip
+def test_a_sweep_without_a_rule_for_the_rate(sweep, says):
+    with pytest.raises(InputError, match=says):
+        fit_rate(sweep)
 
 
 def test_hoffmann_optimum():

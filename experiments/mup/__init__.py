@@ -1,0 +1,1 @@
+"""muP: the coordinate check, and the best learning rate at several widths."""

@@ -16,17 +16,18 @@ from experiments.mup import coordinates, pictures, transfer
 from gptjax import command_line, json_files
 
 WIDTHS, SEEDS = (64, 128, 256, 512, 1024), (0, 1)
-TRANSFER_WIDTHS, RATES, STEPS = (32, 64, 128, 256), tuple(2.0**-k for k in range(11, 3, -1)), 200
+TRANSFER_WIDTHS, RATES, STEPS = (32, 64, 128), tuple(2.0**-k for k in range(11, 3, -1)), 200
 
 
 def run_coordinates() -> dict:
-    """{variant: {"movement": {activation: [steps][widths]}, "slopes": {activation: [steps]}}}"""
+    """{variant: {"slopes": {activation: slope}, "movement": {activation: [steps][widths]}}}"""
     found = {}
     for name, variant in coordinates.VARIANTS.items():
         moved = coordinates.check(variant, WIDTHS, seeds=SEEDS)
         slopes = coordinates.slopes(moved, WIDTHS)
-        found[name] = {"movement": moved, "slopes": slopes}
-        print(f"{name}: slope after 5 steps " + ", ".join(f"{k} {v[-1]:+.2f}" for k, v in slopes.items()), flush=True)
+        found[name] = {"slopes": slopes, "movement": {k: np.array([[f"{x:.3g}" for x in row] for row in v], float)
+                                                      for k, v in moved.items()}}  # fmt: skip
+        print(f"{name}: slopes " + ", ".join(f"{k} {v:+.2f}" for k, v in slopes.items()), flush=True)
     return {"widths": WIDTHS, "seeds": SEEDS, "variants": found}
 
 
@@ -36,9 +37,12 @@ def run_transfer() -> dict:
     for name, mup in (("standard", False), ("muP", True)):
         found[name] = []
         for width in TRANSFER_WIDTHS:
-            found[name].append(transfer.losses(width, mup, RATES, steps=STEPS))
-            best = RATES[int(np.argmin(found[name][-1]))]
-            print(f"{name}, width {width}: best {best:.2g}, {np.round(found[name][-1], 3).tolist()}", flush=True)
+            if mup and width == transfer.BASE:  # the same model
+                losses = found["standard"][TRANSFER_WIDTHS.index(width)]
+            else:
+                losses = np.round(transfer.losses(width, mup, RATES, steps=STEPS), 3).tolist()
+            found[name].append(losses)
+            print(f"{name}, width {width}: best rate {RATES[int(np.argmin(losses))]:.2g}, {losses}", flush=True)
     return {"widths": TRANSFER_WIDTHS, "rates": RATES, "steps": STEPS, "losses": found}
 
 
@@ -50,8 +54,8 @@ def main(_):
                             ("transfer", run_transfer, pictures.transfer)):  # fmt: skip
         if FLAGS.only in (None, name):
             began = time.process_time()
-            results[name] = json.loads(json_files.dumps(run())) | {"cpu_seconds": round(time.process_time() - began)}
-            json_files.write_json(path, results)
+            results[name] = json_files.json_safe(run()) | {"cpu_seconds": round(time.process_time() - began)}
+            path.write_text(json_files.dumps(results) + "\n")
             draw(results[name], out / f"{name}.png")
 
 

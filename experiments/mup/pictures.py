@@ -19,14 +19,14 @@ def coordinates(found: dict, path: Path):
                 color = plt.get_cmap("viridis")((step - 1) / 5)
                 ax.plot(found["widths"], values, "o-", ms=3, color=color, label=f"step {step}")
             ax.set(xscale="log", yscale="log")
-            ax.set_title(f"{name}, slope {of['slopes'][name][-1]:+.2f}", fontsize=8)
+            ax.set_title(f"{name}, slope {of['slopes'][name]:+.2f}", fontsize=8)
         row[0].set_ylabel(variant, fontsize=8)
     for ax in axes[-1]:
         ax.set_xticks(found["widths"], map(str, found["widths"]), fontsize=7, minor=False)
         ax.minorticks_off()
         ax.set_xlabel("width")
     axes[0, 0].legend(frameon=False, fontsize=7)
-    figure.suptitle("Mean |change| since initialization; slope of its log after the last step")
+    figure.suptitle("Mean |change| since initialization; slope of its log over that of the width")
     _save(figure, path)
 
 
