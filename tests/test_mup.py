@@ -59,8 +59,8 @@ def test_the_blocks_matrices_learn_at_the_hidden_rate_and_decay_at_the_full_one(
     c = OptimizerConfig(name, weight_decay=0.1, decayed="kernel")
     params = {"trunk": random_params(STANDARD), "head": heads.new_head(16, jax.random.key(0))}  # of a reward model
     gradients = jax.tree.map(lambda p: 0.3 + 0 * p, params)
-    after = [flatten_dict(descend(c, params, [gradients], [1e-2], rate)[0], sep="/") for rate in (1.0, 1 / 4)]
-    decay = flatten_dict(descend(c, params, [jax.tree.map(jnp.zeros_like, params)], [1e-2])[0], sep="/")
+    after = [flatten_dict(descend(c, params, [gradients], [1.0], rate)[0], sep="/") for rate in (1.0, 1 / 4)]
+    decay = flatten_dict(descend(c, params, [jax.tree.map(jnp.zeros_like, params)], [1.0])[0], sep="/")
     for path, p in flatten_dict(params, sep="/").items():
         full, scaled = after[0][path] - decay[path], after[1][path] - decay[path]
         expected = full / 4 if path.removeprefix("trunk/") in HIDDEN else full
