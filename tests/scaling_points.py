@@ -28,7 +28,7 @@ def scattered(count=60, noise=0.0, seed=0, law=HOFFMANN):
     return of_arrays(N=N, D=D, loss=CHINCHILLA.loss(law, N=N, D=D) * np.exp(noise * rng.standard_normal(count)))
 
 
-def rates(sizes=(1e6, 4e6, 1.6e7), a=3.0, b=-0.4, grid=2.0 ** np.arange(-14, -5)):
+def rates(sizes=(1e6, 4e6, 1.6e7), a=3.0, b=-0.4, grid=2.0 ** np.arange(-14, -3)):
     """A sweep over learning rates: losses that are parabolas in log lr about a N^b, at every size and rate."""
     N, lr = (x.ravel() for x in np.meshgrid(sizes, grid, indexing="ij"))
     return of_arrays(N=N, D=20 * N, loss=3.0 + 0.02 * (np.log(lr) - np.log(a * N**b)) ** 2, lr=lr)

@@ -146,6 +146,7 @@ def test_13_steps_and_12_are_25_with_float16_and_a_ramp(text, tmp_path, one_devi
     sizes = [m["batch_tokens"] for m in metrics]
     assert sizes[0] == 4 * 32 and sizes[-1] == 8 * 32 and set(sizes) == {n * 32 for n in (4, 5, 6, 7, 8)}
     assert all(b >= a - 32 for a, b in zip(sizes, sizes[1:], strict=False))  # rounded to whole sequences
+    assert ["noise_scale" in m for m in metrics] == [n > 4 * 32 for n in sizes]  # where there are two micro-batches
 
 
 def test_several_steps_a_dispatch(text, tmp_path, one_device, uninterrupted, finished_run):

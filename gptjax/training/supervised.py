@@ -111,11 +111,12 @@ class _Lines:
         self._noise = Averages()
 
     def resume(self, workdir, start: int):
-        """Goes on with the averages of the last line up to step `start`."""
+        """Goes on with the averages of the last line up to step `start` that has them."""
         if start and hosts.first():
-            before = [line for line in JsonLines.read(workdir / "metrics.jsonl") if line["step"] <= start]
-            last = before[-1] if before else {}
-            self._noise = Averages(last.get("noise/squared_gradient"), last.get("noise/trace"))
+            parts = ("noise/squared_gradient", "noise/trace")
+            lines = [line for line in JsonLines.read(workdir / "metrics.jsonl") if line["step"] <= start]
+            before = [[line[part] for part in parts] for line in lines if parts[0] in line]
+            self._noise = Averages(*before[-1]) if before else Averages()
 
     def __call__(self, first: int, count: int, metrics, seconds: float) -> Iterator[dict]:
         for i in range(count):
