@@ -16,7 +16,7 @@ from gptjax.model.lstm import LSTMConfig
 from gptjax.model.spec import GPT1, GPTConfig
 from gptjax.pretrain import pretrain
 
-KEPT = 6  # checkpoints of a pre-training, for the zero-shot curves
+KEPT = 12  # checkpoints of a pre-training, for the zero-shot curves
 VALIDATION = 0.05  # of the files where the text has no valid/; rows.py holds out the same ones of the standard library
 
 
