@@ -23,7 +23,7 @@ def test_pretraining_takes_the_rate_of_the_lowest_loss(monkeypatch, tmp_path):
     found = rates.pretraining(SIZE, "text", tmp_path)
     assert rates.factors(found) == {"transformer": 1, "lstm": 9}
     assert [t["loss"] for t in found["lstm"]["tried"]] == [8, 6, 0]
-    assert {c.steps for c in tried} == {10} and {c.schedule.warmup_tokens for c in tried} == {16 * 128}
+    assert {c.steps for c in tried} == {25} and {c.schedule.warmup_tokens for c in tried} == {2.5 * 16 * 128}
     of_lstm = [c.optimizer.learning_rate for c in tried[3:]]
     assert of_lstm == pytest.approx([f * 2.5e-4 * (2048 / SIZE.lstm.units) ** 0.5 for f in (1, 3, 9)])
 

@@ -2,7 +2,8 @@
 
 A rate is GPT-1's, times the root of how much narrower the model is (runs.py), times one of FACTORS:
 
-- Pre-training: each model for a tenth of the updates; the lowest loss on the held-out text.
+- Pre-training: each model for a quarter of the updates; the lowest loss on the held-out text. Those must be some
+  hundreds: after 80 any rate has learned the words' frequencies and no more, also one that stays there (LOG.md).
 - Fine-tuning: one rate for all variants of a model. A fifth of the training rows of two tasks is held out, and the
   highest mean of the scores on it is taken: of the Transformer over both `full` and `no_pretraining`, which is not to
   suffer from a rate that suits the pre-trained one; of the LSTM, which the study has pre-trained only, over that.
@@ -18,7 +19,7 @@ from experiments.gpt1_transfer.rows import Task
 from gptjax.pretrain import pretrain
 
 FACTORS = {"pretraining": (1.0, 3.0, 9.0), "finetuning": (1.0, 4.0, 16.0)}
-SHORTER = 10
+SHORTER = 4
 HELD_OUT = "0.2"  # of the training rows
 VARIANTS = {"transformer": ("full", "no_pretraining"), "lstm": ("lstm",)}
 SEED = 1000  # of fine-tuning, none of the study's
