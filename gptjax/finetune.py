@@ -137,9 +137,8 @@ def build(c: FinetuneConfig, mesh, claim: Claim) -> Stage:
     )
     batches_of = lambda examples: in_order(examples, c.microbatch_rows, labeled.most, length, **options)
     schedule = make_schedule(c, counted * labeled.most, batches)
-    claim.make(c, **sections)
+    claim.make(c, base.tokenizer, **sections)
     hosts.only_first(lambda: labeled.left_out.write(claim.workdir))
-    hosts.only_first(lambda: base.tokenizer.save(claim.workdir / "tokenizer"))
 
     # --- model ---
     train = program(c, model, outputs, mesh)
