@@ -6,7 +6,7 @@ from collections import Counter
 from pathlib import Path
 
 from experiments.docstrings.plot import COLORS
-from gptjax import report
+from gptjax import json_files, report
 from gptjax.config import config_dict
 from gptjax.finetune import FinetuneConfig
 from gptjax.training.metrics import JsonLines
@@ -33,7 +33,7 @@ def config(workdir: Path, data: Path, scale: float, pretrained: bool):
 def measure(workdir: Path, data: Path) -> dict:
     """{'runs': [{name, accuracy, stderr}], 'majority', 'sentences', 'steps'}: accuracy on the held-out files. majority:
     the share of the more frequent label there."""
-    labels = [json.loads(line)["label"] for line in (data / "sentences.jsonl").read_text().splitlines()]
+    labels = [row["label"] for row in json_files.read_json_lines(data / "sentences.jsonl")]
     rows = []
     for name, title in RUNS.items():
         found = json.loads((workdir / name / "results.json").read_text())

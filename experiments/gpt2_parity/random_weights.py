@@ -1,7 +1,6 @@
 """gptjax's published tasks on our model against lm-evaluation-harness's own task files on its own model class: the same
 random weights, the same made-up rows, the same numbers."""
 
-import json
 import math
 import os
 import tempfile
@@ -11,7 +10,7 @@ from typing import NamedTuple
 import jax
 import numpy as np
 
-from gptjax import convert
+from gptjax import convert, json_files
 from gptjax.data.bpe import train_bpe
 from gptjax.interop import huggingface
 from gptjax.model import gpt
@@ -52,8 +51,7 @@ def compare(items: int = 24, seed: int = 0) -> list[Agreement]:
         folder = Path(name)
         make_model(folder, seed)
         for task, rows in made_rows(np.random.default_rng(seed), items).items():
-            lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-            (folder / f"{task}.jsonl").write_text(lines, encoding="utf-8")
+            json_files.write_json_lines(folder / f"{task}.jsonl", rows)
         ours, theirs = our_metrics(folder), their_metrics(folder)
     found = [
         Agreement(task, metric, ours[task][metric][0], theirs[task][f"{name},none"])
