@@ -42,7 +42,7 @@ def write_json_lines(path, rows: Iterable):
 
 def read_json_lines(path) -> list:
     """The rows of a file of JSONL."""
-    return [json.loads(line) for line in epath.Path(path).read_text().splitlines()]
+    return [json.loads(line) for line in epath.Path(path).read_text().split("\n") if line]
 
 
 def _replace(path, text: str):
