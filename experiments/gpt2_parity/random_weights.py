@@ -30,7 +30,7 @@ TASKS = {
     "piqa": ("piqa/piqa.yaml", {"acc": "acc", "acc_norm": "acc_norm"}),
     "winogrande": ("winogrande/default.yaml", {"acc": "acc"}),
 }
-RELATIVE = 2e-6  # of a metric; float32 sums of a model this small
+RELATIVE = 1e-6  # of a metric. A perplexity is e to a mean log-probability, whose rounding in float32 it has
 WORDS = (
     "the cat sat on a mat and ran to its naïve café where 345 dogs jump over foxes quickly ; it is 東京 's [title] "
     "@-@ Zoë , they were late . ( so ) he said \" no \" — and , then , left"
