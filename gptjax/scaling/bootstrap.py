@@ -29,12 +29,14 @@ def resampled(fit: Fit, samples: int, seed: int = 0) -> np.ndarray:
     these the p smallest, of p fitted parameters, are not drawn. With noise far above delta the fit is nearly one of
     least absolute deviations, which meets p points exactly: those zeros are the fit's, not the noise's, and how wide an
     interval is depends on how dense the noise is around 0 (LOG.md). With noise below delta their absence makes up for
-    n - p degrees of freedom.
+    n - p degrees of freedom. The others are drawn with either sign: noise around the law is as likely above as below,
+    while the mean of few residuals, and of robust ones, is not 0.
     """
     x, fitted = fit.points.inputs(fit.law), fit.log_loss(fit.points.columns)
     residuals = fit.residuals / np.sqrt(1 - _leverage(fit, x))
     drawn = residuals[np.argsort(np.abs(residuals))[fit.free :]]
-    return fitted + (drawn - drawn.mean())[np.random.default_rng(seed).integers(len(drawn), size=(samples, len(x[0])))]
+    drawn = np.concatenate([drawn, -drawn])
+    return fitted + drawn[np.random.default_rng(seed).integers(len(drawn), size=(samples, len(fitted)))]
 
 
 def _leverage(fit, x):
