@@ -125,16 +125,18 @@ TRUTHS = {
 }
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("name", TRUTHS)
+@pytest.mark.parametrize("name", [
+    pytest.param(name, marks=pytest.mark.long if name == "kaplan_nd" else pytest.mark.slow) for name in TRUTHS
+])  # fmt: skip
 def test_intervals_cover_nine_of_ten(name):
-    """200 sets of each law and design: the share whose 90 % interval holds the truth, of every parameter and of N*."""
+    """200 sets of each law and design: the share whose 90 % interval holds the truth, of every parameter and of N*. Of
+    100 samples the quantiles are a little narrow, by 1 or 2 % of the sets."""
     law, truth, points_of = TRUTHS[name]
     truth = truth | ({"N": optimum(truth, 1e22)[0]} if law is CHINCHILLA else {})
     covered, start = dict.fromkeys(truth, 0), law.free(np.array([truth[p] for p in law.parameters]))
     for seed in range(200):
         found = fit(law, points_of(seed), starts=start)
-        theta = bootstrap.bootstrap(found, 150, seed)
+        theta = bootstrap.bootstrap(found, 100, seed)
         intervals = bootstrap.parameter_intervals(found, theta)
         if law is CHINCHILLA:
             best = bootstrap.optimum_intervals(found, theta, 1e22)["N"]
