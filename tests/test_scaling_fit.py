@@ -28,7 +28,7 @@ def found(noisy):
     return fit(CHINCHILLA, noisy)
 
 
-def objective(theta, points, delta=DELTA):
+def objective(theta, points, delta=1e-3):
     """Hoffmann et al. 2022, eq. 3, a term at a time."""
     a, b, e, alpha, beta = theta
     total = 0.0

@@ -8,6 +8,7 @@ import pytest
 from conftest import ROOT
 from runs import main_of
 from scaling_points import BUDGETS, GPT4_TRUTH, isoflop, of_compute, of_kaplan, scattered, write
+from scipy import stats
 from test_scaling_fit import SOME
 
 from gptjax.data.bpe import train_bpe
@@ -102,7 +103,7 @@ def test_profile_of_a_line_is_students_interval():
     found = fit(PASS_RATE, of_arrays(C=compute, loss=loss), delta=np.inf)
     x = np.log(compute)
     error = np.sqrt((found.residuals**2).sum() / 10 / ((x - x.mean()) ** 2).sum())
-    k, half = found.parameters["k"], found.t(0.9) * error
+    k, half = found.parameters["k"], stats.t.ppf(0.95, 10) * error
     assert bootstrap.profile(found, "k") == pytest.approx((k - half, k + half), rel=1e-4)
 
 
@@ -147,6 +148,18 @@ def test_intervals_cover_nine_of_ten(name):
 
 
 # --- forecasts --------------------------------------------------------------------------------------------
+
+
+def test_a_forecasts_interval_by_hand(found, theta):
+    """Student's quantile of 36 - 5 degrees of freedom times the root of the squares of scatter, with as many, and of
+    the law's own standard error."""
+    run = {"N": 1e9, "D": 1e11}
+    made, scatter = forecast.predict(found, run, theta), np.sqrt((found.residuals**2).sum() / 31)
+    low, high = np.quantile(found.log_loss(run, theta)[:, 0], [0.05, 0.95])
+    error = np.hypot(scatter, (high - low) / (2 * stats.norm.ppf(0.95)))
+    half = stats.t.ppf(0.95, 31) * error
+    assert (np.log(made.loss / made.low), np.log(made.high / made.loss)) == pytest.approx((half, half), rel=1e-4)
+    assert (found.scatter, made.log_error) == pytest.approx((scatter, error), rel=1e-4) and error > 1.02 * scatter
 
 
 def test_a_forecast_of_the_planted_law(found, theta):
