@@ -30,7 +30,7 @@ TASKS = {
     "piqa": ("piqa/piqa.yaml", {"acc": "acc", "acc_norm": "acc_norm"}),
     "winogrande": ("winogrande/default.yaml", {"acc": "acc"}),
 }
-RELATIVE = 1e-6  # of a metric. A perplexity is e to a mean log-probability, whose rounding in float32 it has
+RELATIVE = 1e-6  # of a metric; float32's roundings in the model come to 6e-8, with weights twice as large to 7.5e-7
 WORDS = (
     "the cat sat on a mat and ran to its naïve café where 345 dogs jump over foxes quickly ; it is 東京 's [title] "
     "@-@ Zoë , they were late . ( so ) he said \" no \" — and , then , left"
@@ -76,7 +76,7 @@ def make_model(folder: Path, seed: int):
     tokenizer = train_bpe([" ".join(WORDS)] * 3, 400)
     config = GPTConfig(tokenizer.vocab_size, 2, 2, 32, 96)
     params = jax.jit(lambda key: gpt.init(config, key))(jax.random.key(seed))
-    params = jax.tree.map(lambda p: np.asarray(p) * (6 if p.ndim > 1 else 1), params)  # far from uniform
+    params = jax.tree.map(lambda p: np.asarray(p) * (3 if p.ndim > 1 else 1), params)  # far from init's
     huggingface.write(folder / "hf", config, params, tokenizer)
     convert.import_weights(folder / "hf", folder / "run")
 
