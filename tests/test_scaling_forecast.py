@@ -66,7 +66,10 @@ def test_the_points_that_a_fit_meets_are_no_draws_of_noise():
     drawn = bootstrap.resampled(found, 500) - found.log_loss(found.points.columns)
     assert len(np.unique(np.abs(drawn).round(12))) == 55
     assert len(np.unique(drawn.round(12))) == 110 and abs(drawn.mean()) < 0.05 * found.scatter
-    assert drawn.std() == pytest.approx(np.sqrt((sizes[5:] ** 2).mean() / (1 - 5 / 60)), rel=0.05)
+    slopes = CHINCHILLA.log_loss(found.theta[None], found.points.inputs(CHINCHILLA))[1][0].T
+    leverage = (np.linalg.qr(slopes / np.linalg.norm(slopes, axis=0))[0] ** 2).sum(1)
+    expected = np.sort(np.abs(found.residuals) / np.sqrt(1 - leverage))[5:]
+    assert np.unique(np.abs(drawn).round(12)) == pytest.approx(expected, rel=1e-6)
 
 
 def test_samples_that_have_failed_are_counted_and_many_are_no_interval():
