@@ -1,4 +1,4 @@
-"""Forecasts, plans and the commands: sealed, refused where the answer is known, and honest about the past."""
+"""Forecasts, plans and the commands: sealed, and refused where the answer is known."""
 
 import json
 import os
