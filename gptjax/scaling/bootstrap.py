@@ -12,19 +12,23 @@ LEVEL = 0.9
 
 
 def bootstrap(fit: Fit, samples: int = SAMPLES, seed: int = 0) -> np.ndarray:
-    """theta [samples, p], each fitted to the points with residuals drawn anew: the design is kept, because budgets and
-    sizes are chosen, not drawn. Residuals are in log loss, centered, and divided by sqrt(1 - leverage), without which
-    they are smaller than the noise by sqrt(1 - p/n).
+    """theta [samples, p], each fitted to a set of `resampled`."""
+    x, starts = fit.points.inputs(fit.law), np.broadcast_to(fit.theta, (samples, len(fit.theta)))
+    theta, _ = minimize(
+        fit.law.log_loss, x, resampled(fit, samples, seed), starts, frozen=fit.frozen, delta=fit.delta, iterations=100
+    )
+    return theta
+
+
+def resampled(fit: Fit, samples: int, seed: int = 0) -> np.ndarray:
+    """Log losses [samples, n] at the points: the law's, with residuals drawn anew. The design is kept, because budgets
+    and sizes are chosen, not drawn. Residuals are centered, and divided by sqrt(1 - leverage), without which they are
+    smaller than the noise by sqrt(1 - p/n).
     """
     x, fitted = fit.points.inputs(fit.law), fit.log_loss(fit.points.columns)
     residuals = fit.residuals / np.sqrt(1 - _leverage(fit, x))
     residuals -= residuals.mean()
-    draws = np.random.default_rng(seed).integers(len(fitted), size=(samples, len(fitted)))
-    starts = np.broadcast_to(fit.theta, (samples, len(fit.theta)))
-    theta, _ = minimize(
-        fit.law.log_loss, x, fitted + residuals[draws], starts, frozen=fit.frozen, delta=fit.delta, iterations=100
-    )
-    return theta
+    return fitted + residuals[np.random.default_rng(seed).integers(len(fitted), size=(samples, len(fitted)))]
 
 
 def _leverage(fit, x):
