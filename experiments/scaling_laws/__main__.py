@@ -1,17 +1,18 @@
 """Does a law fitted to small runs forecast one of ten times their compute? The whole protocol, from text to outcome.
 
-    python -m experiments.scaling_laws --workdir=runs/scaling_laws [--workers=2]
+    python -m experiments.scaling_laws --workdir=runs/scaling_laws
 
 Three learning rates at one size; a coarse pass, from which the grid of the ladder takes its center; the ladder
 (grid.py), a law fitted to it, the forecast of the target, sealed before its run exists; the target's run; the outcome
 beside the forecast. The same command continues after any interruption. In the workdir are the sweeps' folders (rates,
-coarse, ladder with law.json and forecasts/, target), report/report.html with the pictures, and summary.json.
+coarse, ladder with law.json and forecasts/, target), report/report.html with the pictures, and summary.json. More
+workers, on any host that sees the workdir, are python -m gptjax.sweep on the preset that is being run, in its folder,
+with --config.data.source=WORKDIR/text.jsonl and --config.data.cache=WORKDIR/tokens.
 """
 
+import functools
 import json
 import math
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -24,18 +25,27 @@ from gptjax.scaling import law_file, points, predict, report
 from gptjax.scaling.bootstrap import SAMPLES
 from gptjax.scaling.fitting import fit
 from gptjax.scaling.laws import CHINCHILLA
+from gptjax.sweep import plan
+from gptjax.sweep.queue import Queue, gather
+from gptjax.sweep.worker import work
 
 AS_READ = {"columns": {}, "where": {}}  # of law_file: the columns go by their own names
 
 
-def sweep(workdir: Path, preset: str, workers: int) -> Path:
-    """Runs a preset of grid.py in a folder of its own. Returns its results.jsonl. InputError: some runs have failed."""
-    folder = workdir / preset.partition("@")[0]
-    command = [sys.executable, "-m", "gptjax.sweep", f"--config={grid.__file__}:{preset}", f"--workdir={folder}",
-               f"--workers={workers}", f"--config.data.source={text.write(workdir / 'text.jsonl')}",
-               f"--config.data.cache={workdir / 'tokens'}"]  # fmt: skip
-    if code := subprocess.run(command).returncode:
-        raise InputError(f"The runs of {preset} have not all finished (exit code {code}): the lines above say why.")
+def sweep(workdir: Path, preset: str) -> Path:
+    """Runs a preset of grid.py in a folder of its own, as one worker. Returns its results.jsonl. InputError: some runs
+    have failed. SystemExit: it was stopped."""
+    folder, config = workdir / preset.partition("@")[0], grid.base()
+    config.data.update(source=str(text.write(workdir / "text.jsonl")), cache=str(workdir / "tokens"))
+    planned, queue = grid.get_sweep(config, preset), Queue(folder)
+    plan.claim(queue.folder, planned)
+    finished, names = work(planned, queue, folder), [point.name for point in planned.points]
+    states, rows = queue.states(names), {row["name"]: row for row in gather(queue.folder)}
+    print(plan.table(planned, states, rows), flush=True)
+    if not finished:
+        raise SystemExit("stopped; the same command continues")
+    if failed := [name for name, state in states.items() if state.kind == "failed"]:
+        raise InputError(f"{len(failed)} runs have failed: {folder}/runs/{failed[0]}/log.txt says why.")
     return folder / "results.jsonl"
 
 
@@ -76,9 +86,9 @@ def together(path: Path, *results: Path):
     path.write_text("".join(json_files.dumps(row) + "\n" for row in rows))
 
 
-def main(_):
-    workdir = Path(FLAGS.workdir)
-    run = lambda preset: sweep(workdir, preset, FLAGS.workers)
+def study(workdir: Path) -> dict:
+    """Everything. Returns the figures of summary.json."""
+    run = functools.partial(sweep, workdir)
     run("rates")
     ratio = center(points.read(str(run("coarse"))))
     ladder = run(f"ladder@{ratio:g}")
@@ -88,13 +98,16 @@ def main(_):
     together(results, ladder, target)
     made, runs = law_file.load(str(ladder.parent / "law.json"))[0], points.read(str(results))
     report.write(runs, made, report.compared(runs, sealed.parent), workdir / "report", "The ladder and its target")
-    figures = summary.of(workdir, made, predict.open_sealed(sealed))
+    figures = {"tokens_per_parameter": ratio} | summary.of(workdir, made, predict.open_sealed(sealed))
     json_files.write_json(workdir / "summary.json", figures)
-    print(summary.text(figures))
+    return figures
+
+
+def main(_):
+    print(summary.text(study(Path(FLAGS.workdir))))
 
 
 if __name__ == "__main__":
     FLAGS = flags.FLAGS
     command_line.define_path("workdir", "runs/scaling_laws", "Where everything goes.")
-    flags.DEFINE_integer("workers", 2, "Processes that run the sweeps.", lower_bound=1)
     command_line.run(main)

@@ -17,7 +17,7 @@ from gptjax.errors import InputError
 from gptjax.model.spec import GPTConfig
 from gptjax.sweep.grid import Point, Sweep, at_budget, chain, parameters, product
 
-BUDGETS = (5e10, 2e11, 8e11, 3.2e12)
+BUDGETS = (1e10, 4e10, 1.6e11, 6.4e11)
 TARGET = 10 * BUDGETS[-1]
 RATIOS = (1 / 4, 1 / 2, 1, 2, 4)  # sizes, by that in the middle
 COARSE = 20  # tokens per parameter before anything is known
@@ -59,9 +59,10 @@ def parsed(argument: str) -> tuple[str, float]:
 
 
 def base():
-    """What all runs share: configs/scaling/isoflop.py's, with half its batch, as the shortest runs are short."""
+    """What all runs share: configs/scaling/isoflop.py's, with a quarter of its batch: the shortest runs are short."""
     c = isoflop.base()
-    c.batch_size = 8
+    c.batch_size = 4
+    c.steps_per_dispatch = 1  # else what is left at a run's end is a program of its own, compiled for that run alone
     c.eval.batches = 256
     c.checkpoint.every = 2000
     return c
@@ -85,5 +86,5 @@ def shape(config, size: float) -> dict:
         model = GPTConfig(config.model.vocab_size, 2, 1, width, config.model.context_length)
         return abs(math.log(parameters(model, isoflop.COUNT) / size))
 
-    width = min([*range(4, 16, 2), *range(16, 32, 4), *range(32, 257, 8)], key=distance)
+    width = min([*range(3, 16), *range(16, 32, 4), *range(32, 257, 8)], key=distance)
     return dict(n_layer=2, d_model=width, n_head=1 if width < 32 else 2 if width < 64 else 4, unroll=2)

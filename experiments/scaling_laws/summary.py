@@ -12,7 +12,7 @@ from gptjax.model import architecture
 from gptjax.objectives.lm import log_probs
 from gptjax.trained import load_model
 
-WINDOWS = 2048  # of the held-out text: those of grid.py's evaluations, 256 batches of 8
+WINDOWS = 1024  # of the held-out text: those of grid.py's evaluations, 256 batches of 4
 
 
 def of(workdir: Path, made: dict, ahead: dict) -> dict:
