@@ -17,10 +17,10 @@ from gptjax.errors import InputError
 from gptjax.model.spec import GPTConfig
 from gptjax.sweep.grid import Point, Sweep, at_budget, chain, parameters, product
 
-BUDGETS = (1e10, 4e10, 1.6e11, 6.4e11)
+BUDGETS = (5e9, 2e10, 8e10, 3.2e11)
 TARGET = 10 * BUDGETS[-1]
 RATIOS = (1 / 4, 1 / 2, 1, 2, 4)  # sizes, by that in the middle
-COARSE = 20  # tokens per parameter before anything is known
+COARSE, COARSE_BUDGETS = 20, (4e10, 1.6e11)  # tokens per parameter before anything is known
 RATE = 4e-3  # of a width of 64; in proportion to 1 / sqrt(width)
 
 
@@ -32,9 +32,9 @@ def get_config(argument="ladder"):
 def get_sweep(config, argument="ladder"):
     preset, ratio = parsed(argument)
     if preset == "rates":
-        runs = [point(config, BUDGETS[1], 1, ratio=ratio, rate=rate) for rate in (RATE / 2, RATE, 2 * RATE)]
+        runs = [point(config, COARSE_BUDGETS[0], 1, ratio=ratio, rate=rate) for rate in (RATE / 2, RATE, 2 * RATE)]
     elif preset == "coarse":
-        runs = [point(config, **cell, ratio=ratio) for cell in product(budget=BUDGETS[1:3], size=RATIOS[::2])]
+        runs = [point(config, **cell, ratio=ratio) for cell in product(budget=COARSE_BUDGETS, size=RATIOS[::2])]
     elif preset == "target":
         runs = [target(config, ratio)]
     else:
@@ -86,5 +86,5 @@ def shape(config, size: float) -> dict:
         model = GPTConfig(config.model.vocab_size, 2, 1, width, config.model.context_length)
         return abs(math.log(parameters(model, isoflop.COUNT) / size))
 
-    width = min([*range(3, 16), *range(16, 32, 4), *range(32, 257, 8)], key=distance)
+    width = min([*range(2, 16), *range(16, 32, 4), *range(32, 257, 8)], key=distance)
     return dict(n_layer=2, d_model=width, n_head=1 if width < 32 else 2 if width < 64 else 4, unroll=2)
