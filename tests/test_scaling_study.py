@@ -5,6 +5,7 @@ import functools
 import hashlib
 import json
 import math
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -124,3 +125,14 @@ def test_the_text_is_the_standard_library(tmp_path, monkeypatch):
     monkeypatch.setattr("sysconfig.get_paths", lambda: {"stdlib": str(tmp_path / "lib")})
     path = study.text.write(tmp_path / "text.jsonl")
     assert [json.loads(line)["text"] for line in path.read_text().splitlines()] == ["x = 1\n", "y = 2\n"]
+
+
+def test_the_committed_forecast_is_of_the_committed_ladder():
+    folder = Path(study.__file__).parent
+    digest = lambda name: hashlib.sha256((folder / name).read_bytes()).hexdigest()
+    sealed, figures = predict.open_sealed(folder / "forecast.json"), json.loads((folder / "summary.json").read_text())
+    assert sealed["points"]["sha256"] == digest("ladder.jsonl") and sealed["law"]["sha256"] == digest("law.json")
+    target = json.loads((folder / "target.jsonl").read_text())
+    assert target["name"] == sealed["name"] and target["name"] not in (folder / "ladder.jsonl").read_text()
+    assert figures["outcome"] == target["loss"] and figures["forecast"]["loss"] == sealed["loss"]
+    assert figures["error"] == pytest.approx(sealed["loss"] / target["loss"] - 1)
