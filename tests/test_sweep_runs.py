@@ -72,6 +72,7 @@ def test_branches_of_one_run_are_runs_of_their_own(text, tmp_path, monkeypatch):
     }
     for row in rows:
         assert row["status"] == "done" and row["tokenizer"] and row["text_tokens"] > 9000 and row["loss"] > 0
+        assert row["epochs"] == row["D"] / row["text_tokens"]
     assert plan.picture(sweep).startswith(b"\x89PNG")
 
 

@@ -75,7 +75,8 @@ def _chinchilla(made):
             centered = "centered" if row["centered"] else "not centered"
             bias = (f"; expected bias of this grid, which is {centered}: a {row['expected_bias_a']:+.3f}, "
                     f"N* {100 * row['expected_bias_N']:+.1f} %")  # fmt: skip
-        lines.append(f"{title}: N* ~ C^{row['a']:.3f}, N*({row['C']:.3g}) = {_number(row['N'])}{bias}")
+        best = f"N*({row['C']:.3g}) = {_number(row['N'])}"
+        lines.append(f"{title}: N* ~ C^{row['a']:.3f} ({_range(row)}), {best}{bias}")
     return lines
 
 

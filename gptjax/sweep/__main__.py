@@ -26,7 +26,7 @@ from gptjax.errors import INTERRUPTED, InputError
 from gptjax.pretrain import PretrainConfig
 from gptjax.sweep import plan
 from gptjax.sweep.grid import Sweep
-from gptjax.sweep.queue import Queue, gather
+from gptjax.sweep.queue import Queue, end_with, gather
 from gptjax.sweep.worker import LOST, work
 
 PACE = {False: 0.5, True: 5.0}  # seconds between two looks at the queue, by whether it is in a bucket
@@ -115,6 +115,8 @@ def supervise(sweep: Sweep, queue: Queue, workers: Workers) -> int:
                 print(f"{cost}{'; running: ' + ', '.join(running) if running else ''}", flush=True)
                 next_line = time.monotonic() + EVERY
             if not at_work:
+                for sentence in plan.repetition(sweep, plan.epochs(sweep, rows)):
+                    print(sentence)
                 return _summary(states, workers.stopping)
             time.sleep(PACE[queue.folder.remote])
         except KeyboardInterrupt:  # the terminal has told the workers too
@@ -154,6 +156,7 @@ def main(_):
         raise InputError("Flag --workdir must have a value other than None.")
     queue = Queue(FLAGS.workdir, lease=FLAGS.lease, attempts=FLAGS.attempts)
     if FLAGS.worker:
+        end_with(FLAGS.worker)
         gpu_flags.prepare(verbose=False)
         work(sweep, queue, FLAGS.workdir, poll=PACE[queue.folder.remote])
         return 0
@@ -170,7 +173,7 @@ def main(_):
         cache = paths.local(FLAGS.workdir).resolve() / "cache" / socket.gethostname()
         environment.setdefault("JAX_COMPILATION_CACHE_DIR", str(cache))
         environment.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.1")
-    command = [sys.executable, "-m", "gptjax.sweep", *sys.argv[1:], "--worker"]
+    command = [sys.executable, "-m", "gptjax.sweep", *sys.argv[1:], f"--worker={os.getpid()}"]
     return supervise(sweep, queue, Workers(min(FLAGS.workers, left), command, environment, queue))
 
 
@@ -199,6 +202,6 @@ if __name__ == "__main__":
     flags.DEFINE_integer("attempts", 3, "Times that a point may fail before it is given up.", lower_bound=1)
     flags.DEFINE_float("lease", 60.0, "Seconds after which a silent worker's point is taken over.", lower_bound=0.5)
     flags.DEFINE_bool("retry_failed", False, "Try the points that were given up again.")
-    flags.DEFINE_bool("worker", False, "Be one worker: how the command starts its own.")
+    flags.DEFINE_integer("worker", None, "Be one worker of the command that is this process: how it starts its own.")
     flags.mark_flag_as_required("config")
     command_line.run(main, PretrainConfig)  # --help has the keys of most sweeps
