@@ -7,6 +7,8 @@
 from gptjax.config import config_dict
 from gptjax.curation.config import CurateConfig
 from gptjax.curation.exact import Exact
+from gptjax.curation.fuzzy import Fuzzy
+from gptjax.curation.minhash import GPT3
 
 PRESETS = {"curate": []}
 
@@ -16,4 +18,4 @@ def get_config():
 
 
 def get_steps(config):
-    return [Exact()]
+    return [Exact(), Fuzzy(GPT3)]
