@@ -9,6 +9,7 @@ from curation_runs import curated
 from scipy.stats import binom, norm
 
 from gptjax.curation import minhash
+from gptjax.curation.exact import Exact
 from gptjax.curation.fuzzy import Fuzzy, contained, document_ngrams
 from gptjax.curation.minhash import FINEWEB, GPT3, MARIN, Bands
 from gptjax.curation.words import batches, words
@@ -181,6 +182,12 @@ def test_short_and_empty_of_words(tmp_path):
     texts = ["...", "---", "one", "One!", "two words", "Two, words", "words two"]
     _, records, _ = curated(tmp_path, {"a": texts}, [Fuzzy(FINEWEB)])
     assert [r["twin"] for r in records.values()] == [None, None, None, "a.jsonl:3", None, "a.jsonl:5", None]
+
+
+@pytest.mark.parametrize("texts", [[], ["one of a kind", "and another"]])
+def test_nothing_to_compare(tmp_path, texts):
+    summary, _, _ = curated(tmp_path, {"a": texts, "b": []}, [Exact(), Fuzzy(FINEWEB)])
+    assert summary["kept"] == len(texts) and summary["steps"]["fuzzy"]["figures"]["compared"] == 0
 
 
 def test_a_chain_of_neighbors_is_not_removed_through_it(tmp_path):

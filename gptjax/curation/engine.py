@@ -8,6 +8,8 @@ A step is one of three:
     step.decide(sketches, folder)                           it decides when it has seen a sketch of every document
     step.applied(folder, shard) -> function                 of the documents of one shard
 
+and each may have `check()`, which raises InputError before anything runs.
+
 A phase is a chain of functions, which each document goes through at once, up to a step that must see all: that one
 sketches what is left. Then it decides, and the next phase begins with its decision. Each phase writes the documents
 that are left, shard by shard; the last one writes the output. Tasks (a shard of a phase, a decision) are points of a

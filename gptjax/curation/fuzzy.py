@@ -148,7 +148,7 @@ class _Corpus:
 
 def _nominated(corpus: _Corpus) -> Iterator[tuple[int, list[int]]]:
     """(row, its buckets) of the documents that share a bucket, which is a key of a band: the longest first."""
-    rows, buckets, count = [], [], 0
+    rows, buckets, count = [np.zeros(0, int)], [np.zeros(0, int)], 0
     for band in range(corpus.keys[0].shape[1] if corpus.keys else 0):
         keys = np.concatenate([shard[:, band] for shard in corpus.keys])  # one band in memory at a time
         order = np.argsort(keys, kind="stable")
@@ -159,9 +159,9 @@ def _nominated(corpus: _Corpus) -> Iterator[tuple[int, list[int]]]:
         rows.append(order[shared])
         buckets.append(bucket[shared] + count)
         count += len(order)
-    if not rows:
-        return
     row, bucket = np.concatenate(rows), np.concatenate(buckets)
+    if not len(row):
+        return
     order = np.lexsort((bucket, row, -corpus.words[row]))
     row, bucket = row[order], bucket[order]
     begins = np.flatnonzero(np.concatenate([[True], np.diff(row) != 0])[: len(row)])

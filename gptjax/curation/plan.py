@@ -87,6 +87,8 @@ def _check(steps) -> None:
     for step, name in zip(steps, names, strict=True):
         if not callable(step) and not hasattr(step, "opened") and not hasattr(step, "sketch"):
             raise InputError(f"The step {name} is no function of a document: see gptjax/curation/engine.py.")
+        if hasattr(step, "check"):
+            step.check()
 
 
 def _compare(there: dict, plan: dict, workdir: Path) -> None:
