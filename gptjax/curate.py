@@ -1,4 +1,4 @@
-"""Curates text: deduplication, quality, personal data, decontamination, by a recipe of steps; the same continues.
+"""Makes a corpus of crawled text: deduplication, quality, personal data, decontamination, by a recipe of steps.
 
     python -m gptjax.curate --config=configs/curate/gpt3.py --workdir=runs/curated --config.input='crawl/*.jsonl.gz' \
         [--workers=4]
@@ -6,7 +6,7 @@
 The config file has, beside get_config, which gives what is read, get_steps(config, ARGUMENT), which returns the steps:
 Python functions and objects, each documented in gptjax/curation. The workdir is then a source of pre-training
 (--config.data.source=runs/curated). manifest/ says of every document why it was kept or removed, removed/ has texts of
-each reason for reading, report.html the counts.
+each reason for reading, report.html the counts. The same command continues after any interruption.
 
 Workers on other hosts are the same command there, with the same workdir on a disk that all see.
 """

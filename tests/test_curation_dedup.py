@@ -12,6 +12,7 @@ from gptjax.curation import minhash
 from gptjax.curation.exact import Exact
 from gptjax.curation.fuzzy import Fuzzy, contained, document_ngrams
 from gptjax.curation.minhash import FINEWEB, GPT3, MARIN, Bands
+from gptjax.curation.repeats import Repeats
 from gptjax.curation.words import batches, words
 from gptjax.data import ngrams
 
@@ -198,3 +199,30 @@ def test_a_chain_of_neighbors_is_not_removed_through_it(tmp_path):
     texts = [" ".join(stream[i : i + 200]) for i in range(0, 800, 20)]
     summary, _, _ = curated(tmp_path, {"a": texts}, [Fuzzy(Bands(20, 5))])
     assert summary["kept"] == len(texts) and summary["steps"]["fuzzy"]["figures"]["compared"] > 20
+
+
+# --- exact substrings -----------------------------------------------------------------------------------------
+
+
+def test_passages_that_occurred_before_are_cut_out(tmp_path):
+    rng = random.Random(4)
+    passage, short = prose(rng, 60), prose(rng, 49)
+    own = [prose(rng, 30) for _ in range(9)]
+    texts = {
+        "a": [f"{own[0]} {passage} {own[1]}", f"{own[2]} {short} {own[3]}"],
+        "b": [f"{own[4]} {passage.upper()} {own[5]} {short}", passage, f"{own[6]} {own[7]}", f"{own[8]} {passage[2:]}"],
+    }
+    step = Repeats(parts=3)
+    summary, records, documents = curated(tmp_path, texts, [step])
+    assert [d["text"] for d in documents] == [
+        texts["a"][0], texts["a"][1], f"{own[4]} {own[5]} {short}", texts["b"][2], f"{own[8]} {passage[2:].split()[0]} "
+    ]  # fmt: skip
+    assert records["b.jsonl:2"]["reason"] == "repeated" and records["b.jsonl:2"]["score"] == 60
+    assert summary["steps"]["repeats"]["figures"]["repeated"] == 11 + 11 + 10
+    again, _, _ = curated(tmp_path / "again", {"a": [d["text"] for d in documents]}, [step])
+    assert again["kept_characters"] == again["read_characters"]
+
+
+def test_a_word_again_and_again_keeps_one_run_of_it(tmp_path):
+    _, _, documents = curated(tmp_path, {"a": ["ha " * 200 + "end", "ha " * 60]}, [Repeats()])
+    assert [d["text"] for d in documents] == ["ha " * 50 + "end"]

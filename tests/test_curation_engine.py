@@ -13,6 +13,7 @@ import textwrap
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from conftest import ROOT
 from curation_runs import contents, curated, write_rows
 
 from gptjax import curate as command
@@ -297,5 +298,12 @@ def test_small_files_are_read_together():
 
 
 def test_a_worker_needs_no_jax():
-    code = "import gptjax.curation.worker, sys; sys.exit('jax' in sys.modules)"
-    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+    code = """if True:
+        import gptjax.curation.worker, sys
+        from gptjax.curation.config import CurateConfig
+        from gptjax.curation.plan import load_steps
+        for name in ("gpt3", "fineweb"):
+            assert load_steps(f"configs/curate/{name}.py", CurateConfig("in", good="a", bad="b", evaluation="c"))
+        sys.exit("jax" in sys.modules)
+    """
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0

@@ -1,14 +1,22 @@
 """The engine: shards of the input through phases of steps, by any number of workers that share a folder.
 
-A step is one of three:
+A step has one of three forms.
 
-    step(document) -> Document | Drop | list of those       a function, or an object with __call__
-    step.prepare(folder), step.opened(folder) -> function   it learns from files first; both forms may have `prepare`
+    step(document) -> Document | Drop | list of those
+
+A function, or an object with __call__. A list divides the document.
+
+    step.prepare(folder) -> figures
+    step.opened(folder) -> function of a document
+
+It learns from files first, once, and keeps in the folder what it has learned.
+
     step.sketch(prefix, folder) -> object with add(document) and close()
-    step.decide(sketches, folder)                           it decides when it has seen a sketch of every document
-    step.applied(folder, shard) -> function                 of the documents of one shard
+    step.decide(sketches, folder) -> figures
+    step.applied(folder, shard) -> function of a document
 
-and each may have `check()`, which raises InputError before anything runs.
+It decides when it has seen a sketch of every document. It may have `prepare` too. Any step may have `check()`, which
+raises InputError before anything runs.
 
 A phase is a chain of functions, which each document goes through at once, up to a step that must see all: that one
 sketches what is left. Then it decides, and the next phase begins with its decision. Each phase writes the documents
@@ -112,19 +120,19 @@ class Run:
         return [queue.result(task) for task in next(tasks for name, tasks, _ in self.stages() if name == stage)]
 
     def _prepare(self, step: int) -> dict:
-        began, folder = time.perf_counter(), self.folder(step)
+        began, folder = time.thread_time(), self.folder(step)
         folder.mkdir(parents=True, exist_ok=True)
         figures = self.steps[step].prepare(folder)
-        return {"seconds": time.perf_counter() - began, "figures": figures}
+        return {"seconds": time.thread_time() - began, "figures": figures}
 
     def _decide(self, phase: Phase) -> dict:
-        began, step, folder = time.perf_counter(), self.steps[phase.closing], self.folder(phase.closing)
+        began, step, folder = time.thread_time(), self.steps[phase.closing], self.folder(phase.closing)
         folder.mkdir(parents=True, exist_ok=True)
         counts = [row["documents"] for row in self.results(f"phase-{phase.number}")]
         sketches = [Sketch(self.sketch(phase, i), self.table(phase.number, i, "documents"), count)
                     for i, count in enumerate(counts)]  # fmt: skip
         figures = step.decide(sketches, folder)
-        return {"seconds": time.perf_counter() - began, "figures": figures}
+        return {"seconds": time.thread_time() - began, "figures": figures}
 
 
 # --- a shard through a phase ----------------------------------------------------------------------------------
@@ -168,9 +176,9 @@ def through(run: Run, phase: Phase, shard: int) -> dict:
             count += 1
             kept.add(document if last else storage.document_row(document))
             if sketch is not None:
-                began = time.perf_counter()
+                began = time.thread_time()
                 sketch.add(document)
-                sketching += time.perf_counter() - began
+                sketching += time.thread_time() - began
     removed.close()
     kept.close()
     if sketch is not None:
@@ -217,12 +225,12 @@ def _apply(document: Document, chain, counters: list[Counter], samples: storage.
     """(document, None, None) of what is left of it at the end of the chain, (document, Drop, step) of what is not."""
     for i in range(at, len(chain)):
         (name, step), counter, before, edits = chain[i], counters[i], document.text, len(document.edits)
-        figures, began = counter.figures, time.perf_counter()
+        figures, began = counter.figures, time.thread_time()
         try:
             outcome = step(document)
         except Exception as error:
             raise RuntimeError(f"The step {name} failed on {document.id} ({type(error).__name__}: {error})") from error
-        counter.seconds += time.perf_counter() - began
+        counter.seconds += time.thread_time() - began
         figures["in"] += 1
         figures["chars_in"] += len(before)
         pieces = outcome if isinstance(outcome, list) else [outcome]

@@ -76,7 +76,7 @@ def _figures(run, step: int) -> dict:
 
 
 def _seconds(run, phases) -> dict[str, float]:
-    """CPU-bound seconds of each step, over all workers."""
+    """CPU seconds of each step, over all workers."""
     found = Counter()
     for phase in run.phases:
         for row in phases[phase.number]:
@@ -125,12 +125,12 @@ def report(run, summary: dict, seconds: dict[str, float], texts: dict[str, list[
 
 def _funnel(summary: dict, seconds: dict[str, float]) -> str:
     total = max(summary["read"], 1)
-    rows = ["<tr><th>step<th>documents left<th><th>removed<th>characters left<th>MB/s a core<th>why</tr>"]
+    rows = ["<tr><th>step<th>documents left<th><th>removed<th>characters left<th>characters a CPU second<th>why</tr>"]
     for name, step in summary["steps"].items():
         if "in" not in step:
             continue
         bar = f"<div style='background:#3b6fb6;height:.8em;width:{12 * step['out'] / total:.2f}em'></div>"
-        speed = f"{step['chars_in'] / 1e6 / seconds[name]:,.1f}" if seconds.get(name) else ""
+        speed = f"{step['chars_in'] / seconds[name]:,.0f}" if seconds.get(name) else ""
         why = ", ".join(f"{n:,} {html.escape(reason)}" for reason, n in step["reasons"].items())
         rows.append(
             f"<tr><th>{html.escape(name)}<td class=n>{step['out']:,}<td>{bar}"
