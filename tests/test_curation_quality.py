@@ -167,6 +167,7 @@ def test_the_classifier_in_a_run(tmp_path):
         Quality(corpus(tmp_path, "few", vocabulary, 6, rng), bad).prepare(tmp_path)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not SHARED_DATA.exists(), reason="needs ../shared/data, real data beside the checkout")
 def test_it_separates_books_from_the_standard_library(tmp_path):
     step = Quality(str(SHARED_DATA / "lm/books_small/train"), "stdlib", most=600)

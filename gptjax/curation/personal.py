@@ -62,7 +62,7 @@ def _cards(text: str) -> Iterator[tuple[int, int]]:
 
     for match in _CARD.finditer(text):
         digits = re.sub(r"\D", "", match[0])
-        if _ISSUERS.fullmatch(digits) and luhn.is_valid(digits) and len(set(digits)) > 2:
+        if _ISSUERS.fullmatch(digits) and luhn.is_valid(digits):
             yield match.span()
 
 
