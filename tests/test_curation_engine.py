@@ -275,6 +275,10 @@ def test_refused(tmp_path):
     )
     with pytest.raises(InputError, match="No file matches"):
         begin(input=str(tmp_path / "*.none"))
+    with pytest.raises(InputError, match="config.input is not set: give the text with --config.input=PATH"):
+        begin(input=None)
+    with pytest.raises(InputError, match="is not a local folder"):
+        plan.begin(CurateConfig(input=str(source)), [no_digits], "gs://bucket/x", "-")
     with pytest.raises(InputError, match="Two steps have the name 'no_digits'"):
         begin([no_digits, no_digits])
     with pytest.raises(InputError, match="config.good and config.bad"):

@@ -43,9 +43,7 @@ class CurateConfig:
     evaluation: str | None = paths.field()
 
     def __post_init__(self):
-        if not self.input:
-            raise InputError("config.input is not set: give the text with --config.input=PATH.")
-        if self.input.startswith("hf:"):
+        if self.input and self.input.startswith("hf:"):
             raise InputError(f"{self.input} is not a file: download the data set, and give its folder.")
         for name, known in (("invalid_utf8", ("drop", "replace")), ("format", ("parquet", "jsonl"))):
             if getattr(self, name) not in known:

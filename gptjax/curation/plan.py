@@ -24,8 +24,10 @@ PLAN, _MOST_FILES = "curation.json", 2_000  # files of a shard
 def begin(config: CurateConfig, steps, workdir, path: str) -> Run:
     """The run of a workdir, which begins if there is none. path: of the config file with get_steps, for the record.
 
-    InputError: no file of text, or a workdir of another config, other steps or other files.
+    InputError: no input, a step that cannot run here, or a workdir of another config, other steps or other files.
     """
+    if not config.input:
+        raise InputError("config.input is not set: give the text with --config.input=PATH.")
     if paths.is_remote(workdir):
         raise InputError(f"{workdir} is not a local folder: give one, on a disk that all workers see.")
     _check(steps)
