@@ -2,6 +2,7 @@
 were computed by."""
 
 import dataclasses
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -12,10 +13,11 @@ from gptjax.evals import superglue
 from gptjax.tasks import likelihood
 from gptjax.tasks.files import find_files
 from gptjax.tasks.generate import generate_texts
+from gptjax.tasks.items import load
 from gptjax.tasks.kinds import Scorer, score_generated, score_pairs, score_texts, score_threshold
-from gptjax.tasks.prompts import Prompts
+from gptjax.tasks.prompts import Prompts, cluster_numbers
 from gptjax.tasks.requests import prefix_token
-from gptjax.tasks.task import Task, load_items
+from gptjax.tasks.task import Task
 from gptjax.trained import Model
 
 
@@ -43,9 +45,21 @@ class Result:
     samples: list[dict]
     calibration: dict[str, Any] | None = None
 
+    @property
+    def no_error(self) -> str:
+        """Why standard errors are NaN, where they are: there is but one unit of them."""
+        unit = "document" if self.protocol["kind"] == "text" else "item"
+        if self.items == 1:
+            return f"one {unit}"
+        return f"one cluster of {unit}s" if self.protocol.get("clusters") == 1 else "not known"
+
     def record(self) -> dict:
         """For JSON, without the samples."""
-        values = {name: {"value": value, "stderr": error} for name, (value, error) in self.metrics.items()}
+        values = {}
+        for name, (value, error) in self.metrics.items():
+            values[name] = {"value": value, "stderr": error}
+            if math.isnan(error):
+                values[name]["no_stderr"] = self.no_error
         return {"task": self.task, "shots": self.shots, "items": self.items, "metric": self.metric,
                 "metrics": values, "calibration": self.calibration, "protocol": self.protocol}  # fmt: skip
 
@@ -62,12 +76,13 @@ def evaluate(scorer: Scorer, task: Task, data: str, *, shots: int = 0, limit: in
     rows, a K larger than the pool.
     """
     files = find_files(task, data, task.files)
-    items = load_items(task, *files)
+    items, not_asked = load(task, *files)
     asked = items[:limit]
     prompts = Prompts(task, items, data, shots, seed)
     score = _SCORE.get(task.kind, score_pairs)
     found = score(scorer, task, asked, prompts)
-    protocol = {"files": [Path(file).name for file in files], **_protocol(scorer, task, prompts), **found.counts}
+    protocol = {"files": [Path(file).name for file in files], **_protocol(scorer, task, prompts), **found.counts,
+                "not_asked": not_asked, "clusters": int(cluster_numbers(asked).max()) + 1}  # fmt: skip
     return Result(task.name, shots, len(asked), task.metric, found.metrics, protocol, found.samples, found.calibration)
 
 

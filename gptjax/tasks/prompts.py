@@ -9,7 +9,8 @@ import numpy as np
 
 from gptjax.errors import InputError
 from gptjax.tasks.files import find_pool
-from gptjax.tasks.task import Item, Task, load_items, solved
+from gptjax.tasks.items import load_items
+from gptjax.tasks.task import Item, Task, solved
 
 
 class Prompts:
@@ -72,5 +73,14 @@ def grouped(items: Sequence[Item]) -> list[list[Item]]:
 
 def group_numbers(items: Sequence[Item]) -> np.ndarray:
     """int [items]: the place of each one's group in `grouped`."""
-    numbers = {id(item): i for i, group in enumerate(grouped(items)) for item in group}
-    return np.array([numbers[id(item)] for item in items])
+    return _numbered([item.group or i for i, item in enumerate(items)])
+
+
+def cluster_numbers(items: Sequence[Item]) -> np.ndarray:
+    """int [items]: the unit of the standard errors that each one is part of, from 0."""
+    return _numbered([item.cluster or item.group or i for i, item in enumerate(items)])
+
+
+def _numbered(names: Sequence) -> np.ndarray:
+    numbers: dict = {}
+    return np.array([numbers.setdefault(name, len(numbers)) for name in names])

@@ -26,27 +26,23 @@ The kinds, with the keys of a form that each one needs:
     code        context, tests, entry        programs generated and run: pass@k (Chen et al. 2021)
 
 Items of the same `group`, a key of any form, belong together, as the answers to one question or the turns of one
-conversation: they are one example, and one unit of the standard errors. {a.b.0} reaches into objects and lists.
-`prepare = "module:function"` changes a row, or makes several of it, first.
+conversation: they are one example, and one unit of the standard errors. Of items that have only a text in common, as
+questions on one passage, that is the `cluster`, another key of any form: it is the unit of the standard errors, in the
+group's place, and nothing else. {a.b.0} reaches into objects and lists. `prepare = "module:function"` changes a row, or
+makes several of it, first.
 """
 
 import dataclasses
 import hashlib
 import importlib
-import itertools
-import json
 import re
 import tomllib
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from gptjax import paths
 from gptjax.config import nearest
-from gptjax.data import sources
-from gptjax.data.formats import may_hold_rows
 from gptjax.data.rows import reach
-from gptjax.data.tables import Table
 from gptjax.errors import InputError
 
 PUBLISHED = Path(__file__).parent / "published"
@@ -59,7 +55,7 @@ KINDS = {
     "generation": ("context", "answers"),
     "code": ("context", "tests", "entry"),
 }
-OPTIONAL = {"choice": ("labels", "names", "answers"), "partial": ("labels",), "generation": ("shown",)}  # and group
+OPTIONAL = {"choice": ("labels", "names", "answers"), "partial": ("labels",), "generation": ("shown",)}
 DECISIONS = ("acc", "acc_token", "acc_norm", "acc_bytes")  # what choices are compared by: kinds.py
 _METRICS = {
     "cloze": ("acc", "acc_last_token", "perplexity", "log_prob"),
@@ -83,8 +79,8 @@ class Task:
     the answer in it, of which the most frequent of all samples is scored. metrics: 'module:function' of (prediction,
     answer) -> float, by name; of choices the prediction is a name. over_answers: 'best', the best answer counts, or
     'leave_one_out' (metrics.leave_one_out). corpus_metrics: 'module:function' of (all predictions, the answers of each)
-    -> value, standard error and, for the protocol, a signature if it has one; of choices (predicted, gold, group, an
-    array of numbers each) -> value, standard error. decided_by: the comparison of choices (DECISIONS, or
+    -> value, standard error and, for the protocol, a signature if it has one; of choices (predicted, gold, group,
+    cluster, an array of numbers each) -> value, standard error. decided_by: the comparison of choices (DECISIONS, or
     acc_answer_context) whose predictions these metrics and the calibration have; `metric` or acc, if not given.
     allow_code_execution: of kind 'code', which runs what the model wrote (code_execution.py).
     sha256: of the file.
@@ -175,7 +171,7 @@ class Task:
                 raise InputError(f"{where}: a form of kind {self.kind!r} needs {', '.join(missing)}: add them.")
             if wrong := [key for key, value in form.items() if not isinstance(value, str | list)]:
                 raise InputError(f"{where}: {wrong[0]} of a form must be text or a list of texts.")
-            known = (*KINDS[self.kind], *OPTIONAL.get(self.kind, ()), "group")
+            known = (*KINDS[self.kind], *OPTIONAL.get(self.kind, ()), "group", "cluster")
             if wrong := [key for key in form if key not in known]:
                 raise InputError(f"{where}: a form has no key {wrong[0]!r}{nearest(wrong[0], known)}")
         for key in ("metrics", "corpus_metrics"):
@@ -195,8 +191,8 @@ class Item:
     """One question. pairs: (context, continuation) of each candidate; of generation and code (context, ''). gold: the
     index of the right pair. names: what each choice is called. answers: what a generated text, or the name of the
     predicted choice, is compared with; of code its tests and the function's name. shown: the answer as examples show
-    it. text: of the kinds text and threshold. group: of items that belong together; '' = it is alone. where: file and
-    row."""
+    it. text: of the kinds text and threshold. group: of items that belong together; cluster: of those that depend on
+    each other, the group if not given; '' = it is alone. where: file and row."""
 
     where: str
     pairs: tuple[tuple[str, str], ...] = ()
@@ -206,6 +202,7 @@ class Item:
     shown: str = ""
     text: str = ""
     group: str = ""
+    cluster: str = ""
     row: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
 
@@ -244,52 +241,13 @@ def function(name: str) -> Callable:
         raise InputError(f"There is no function {name!r} ({error}): give module:function.") from None
 
 
-def load_items(task: Task, *files: str) -> list[Item]:
-    """All items of files of rows. InputError: a row that has none of the task's forms, or an empty one."""
-    prepare = function(task.prepare) if task.prepare else lambda row: [row]
-    items = []
-    for row in itertools.chain.from_iterable(_rows(task, file) for file in files):
-        try:
-            prepared = prepare(row.value)
-            values = [prepared] if isinstance(prepared, Mapping) else prepared
-            items += [make_item(task, value, row.where) for value in values]
-        except InputError as error:
-            raise InputError(f"{row.where}: {error}") from None
-        except (AttributeError, LookupError, TypeError, ValueError) as error:  # of a prepare function
-            raise InputError(f"{row.where}: {task.prepare} cannot read the row ({error!r}): fix it.") from None
-    if not items:
-        raise InputError(f"{', '.join(files)}: no rows for the task {task.name}.")
-    return items
-
-
-def _rows(task: Task, source: str) -> Iterable[sources.Row]:
-    """The rows of a source; of texts, whose files need no rows, {text} of each."""
-    if task.kind == "text" and paths.local(source).is_file() and not may_hold_rows(source):
-        return [sources.Row(document.name, {"text": document.text}) for document in sources.documents(source)]
-    if task.prepare and (whole := _one_object(source)):
-        return [sources.Row(str(source), whole)]
-    return sources.rows(source, table=Table(columns=task.columns or None))
-
-
-def _one_object(source: str) -> dict | None:
-    """The object that a .json file consists of, as SQuAD's and its successors'; None where it has rows."""
-    path = paths.local(source)
-    if path.suffix != ".json" or not path.is_file():
-        return None
-    try:
-        value = json.loads(path.read_bytes())
-    except ValueError:  # an object a line, or nothing that can be read: sources.rows says which
-        return None
-    return value if isinstance(value, dict) else None
-
-
 def make_item(task: Task, row: Mapping[str, Any], where: str = "") -> Item:
     """The item of a row. InputError: fields are missing, the answer is empty or not among the choices."""
     form = next((form for form in task.form if all(reach(row, f) is not None for f in fields_of(form))), None)
     if form is None:
         wanted = " or ".join(", ".join(sorted(fields_of(form))) for form in task.form)
         raise InputError(f"The row has the fields {', '.join(map(repr, row))}; task {task.name} needs {wanted}.")
-    common = {"where": where, "row": row, "group": fill(form.get("group", ""), row)}
+    common = {"where": where, "row": row, **{key: fill(form.get(key, ""), row) for key in ("group", "cluster")}}
     if task.kind == "text":
         return Item(text=fill(form["text"], row), **common)
     if task.kind == "threshold":
