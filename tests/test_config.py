@@ -23,6 +23,7 @@ from gptjax.command_line import run
 from gptjax.config import build, choose, config_dict, to_json
 from gptjax.errors import InputError
 from gptjax.json_files import json_safe, read_json_lines, write_json, write_json_lines
+from gptjax.parallel import sharding
 from gptjax.pretrain import PretrainConfig
 from gptjax.run_config import claim_workdir, read_config
 
@@ -275,7 +276,7 @@ def test_checkpoints_without_the_config_that_made_them(config, tmp_path):
 
 def test_a_config_may_leave_out_its_mesh():
     seen = []
-    stage = configs.with_sharding_rules(lambda config: seen.append(configs.sharding.partition_spec(("embed",))))
+    stage = configs.with_sharding_rules(lambda config: seen.append(sharding.partition_spec(("embed",))))
     for config in ({}, {"mesh": None}, {"mesh": {"data": 1}}, {"mesh": {"rules": {"embed": "none"}}}):
         stage(config)
     assert [spec[0] for spec in seen] == ["fsdp", "fsdp", "fsdp", None]

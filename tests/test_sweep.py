@@ -22,10 +22,10 @@ from gptjax.config import config_dict
 from gptjax.errors import InputError
 from gptjax.model.spec import GPTConfig, non_embedding_count, parameter_count
 from gptjax.pretrain import PretrainConfig
+from gptjax.queue.claims import FAILED, RELEASED, Queue, gather, identity
+from gptjax.queue.files import Folder
 from gptjax.sweep import grid, plan
-from gptjax.sweep.files import Folder
 from gptjax.sweep.grid import Point, Sweep, at_budget
-from gptjax.sweep.queue import FAILED, RELEASED, Queue, gather, identity
 from gptjax.sweep.worker import diverged, row_of, work
 
 ISOFLOP = "configs/scaling/isoflop.py"
@@ -315,7 +315,7 @@ libc.syscall({"x86_64": 60, "aarch64": 93}[os.uname().machine], 0)  # exit, of t
 @pytest.mark.skipif(sys.platform != "linux", reason="Linux's /proc")
 def test_a_process_has_ended_when_its_last_thread_has():
     """A killed process is a zombie by its first thread while others still hold its files and their locks."""
-    from gptjax.sweep.queue import _started
+    from gptjax.queue.claims import _started
 
     with subprocess.Popen([sys.executable, "-c", THREADS], stdout=subprocess.PIPE, text=True) as process:
         pid = int(process.stdout.readline())
@@ -374,7 +374,7 @@ def test_a_killed_process_is_no_failure_of_its_point(place):
 def test_a_worker_ends_with_its_command(tmp_path):
     """The command is killed, so that it cannot tell its worker."""
     worker = (
-        "import os, signal, time; from gptjax.sweep.queue import end_with\n"
+        "import os, signal, time; from gptjax.queue.claims import end_with\n"
         f"open({str(tmp_path / 'pid')!r}, 'w').write(str(os.getpid()))\n"
         "end_with(int(os.environ['COMMAND'])); time.sleep(60)"
     )
@@ -582,17 +582,17 @@ def test_a_sleeping_owner_is_waited_for_while_it_has_the_folder(tmp_path):
 @pytest.fixture
 def workers(tmp_path, monkeypatch):
     """workers(code) -> Workers that run a piece of Python, and their Queue."""
-    from gptjax.sweep.__main__ import Workers
+    from gptjax.queue.workers import Workers
 
     monkeypatch.setattr(signal, "signal", lambda *_: None)  # theirs would stay
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     queue = Queue(tmp_path, attempts=2)
-    return lambda code: (Workers(1, [sys.executable, "-c", code], environment, queue), queue)
+    return lambda code: (Workers(1, [sys.executable, "-c", code], environment, queue.fail_attempt_of), queue)
 
 
 def test_a_worker_that_dies_is_replaced_and_its_point_fails_in_the_end(workers, tmp_path):
     started, queue = workers(
-        "import os; from gptjax.sweep.queue import Queue\n"
+        "import os; from gptjax.queue.claims import Queue\n"
         f"if Queue({str(tmp_path)!r}, attempts=2).acquire(['p']): os.kill(os.getpid(), 9)"
     )
     until(lambda: not started.check())
@@ -665,7 +665,7 @@ def test_another_config_is_refused_by_its_difference(tmp_path):
 
 def test_cost_and_time_left(tmp_path):
     """Two of four points of 100 FLOPs done in 5 s each, one half way: 20 FLOP/s, 150 left."""
-    from gptjax.sweep.queue import State
+    from gptjax.queue.claims import State
 
     configs = [p.config for p in sweep(4).points]
     planned = Sweep([Point(f"p{i}", c, 10, 10, 100.0, "with_embedding", "6nd", 100) for i, c in enumerate(configs)])

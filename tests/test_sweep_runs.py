@@ -18,9 +18,9 @@ from test_resume import on_one_device, text  # noqa: F401 (a fixture)
 from gptjax.config import config_dict
 from gptjax.errors import InputError
 from gptjax.pretrain import PretrainConfig, pretrain
+from gptjax.queue.claims import Queue
 from gptjax.sweep import plan
 from gptjax.sweep.grid import Sweep, decayed
-from gptjax.sweep.queue import Queue
 from gptjax.sweep.worker import work
 
 SHAPE = dict(n_layer=1, n_head=2, d_model=16)

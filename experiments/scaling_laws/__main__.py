@@ -26,7 +26,7 @@ from gptjax.scaling.bootstrap import SAMPLES
 from gptjax.scaling.fitting import fit
 from gptjax.scaling.laws import CHINCHILLA
 from gptjax.sweep import plan
-from gptjax.sweep.queue import Queue, gather
+from gptjax.queue.claims import Queue, gather
 from gptjax.sweep.worker import work
 
 AS_READ = {"columns": {}, "where": {}}  # of law_file: the columns go by their own names

@@ -6,9 +6,9 @@ from collections.abc import Mapping
 
 from gptjax import json_files
 from gptjax.errors import InputError
-from gptjax.sweep.files import Folder
+from gptjax.queue.claims import State
+from gptjax.queue.files import Folder
 from gptjax.sweep.grid import Point, Sweep, short
-from gptjax.sweep.queue import State
 
 # What may differ between two starts of a sweep: where and how fast its runs are computed, not what.
 _MAY_CHANGE = ("mesh", "log", "checkpoint", "samples", "data.cache", "steps_per_dispatch")

@@ -13,15 +13,15 @@ from gptjax import lock, paths
 from gptjax.data.corpus import shards_directory
 from gptjax.data.tokens import read_manifest
 from gptjax.errors import InputError
+from gptjax.queue.claims import FAILED, RELEASED, Lease, Queue
+from gptjax.queue.files import Folder
+from gptjax.queue.workers import LOST
 from gptjax.run_config import read_config
-from gptjax.sweep.files import Folder
 from gptjax.sweep.grid import FIGURES, Point, Sweep
-from gptjax.sweep.queue import FAILED, RELEASED, Lease, Queue
 from gptjax.training.loop import TrainingDiverged
 from gptjax.training.metrics import JsonLines
 from gptjax.training.stage import RunResult
 
-LOST = 75  # exit code of a worker whose point another one has taken over
 RISE = 1.05  # a run whose training loss ends above this times its lowest has diverged
 
 

@@ -24,7 +24,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from gptjax import json_files
-from gptjax.sweep.files import Folder
+from gptjax.queue.files import Folder
 
 DONE, FAILED, RELEASED, RESET = "done", "failed", "released", "reset"  # how an attempt ended
 
@@ -44,7 +44,7 @@ class State:
 
 
 class Queue:
-    """A worker's view of the queue. workdir: of the sweep. lease: seconds. attempts: failures that a point may have.
+    """A worker's view of the queue. workdir: of the points. lease: seconds. attempts: failures that a point may have.
     clock: seconds, of any origin."""
 
     def __init__(self, workdir, *, lease: float = 60.0, attempts: int = 3, clock: Callable[[], float] = time.monotonic):
@@ -138,9 +138,17 @@ class Queue:
 
     def finish(self, lease: "Lease", row: dict):
         """Keeps the result of a point, the first one if there are two, and gathers all."""
+        self.keep(lease, row)
+        gather(self.folder)
+
+    def keep(self, lease: "Lease", row: dict):
+        """Keeps the result of a point, the first one if there are two."""
         self.folder.create(f"results/{lease.name}.json", _bytes(row))
         lease.end(DONE)
-        gather(self.folder)
+
+    def result(self, name: str) -> dict | None:
+        """The result of a point; None if it has none."""
+        return _parsed(self.folder.read(f"results/{name}.json"))
 
     def fail_attempt_of(self, pid: int, reason: str) -> bool:
         """Ends the attempt of a worker of this machine that has died, as failed; whether it was at one."""
