@@ -10,10 +10,11 @@ from gptjax.data import bpe
 from gptjax.errors import InputError
 from gptjax.evals.superglue import METRICS
 from gptjax.tasks import harness, metrics, table
+from gptjax.tasks.items import load_items
 from gptjax.tasks.kinds import Scorer
 from gptjax.tasks.likelihood import Score
 from gptjax.tasks.prompts import Prompts
-from gptjax.tasks.task import load_items, load_task
+from gptjax.tasks.task import load_task
 
 
 @pytest.fixture(scope="module")

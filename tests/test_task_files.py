@@ -12,6 +12,7 @@ from gptjax.data import bpe
 from gptjax.errors import InputError
 from gptjax.tasks import generate, harness
 from gptjax.tasks.files import find_files, find_pool
+from gptjax.tasks.items import load_items
 from gptjax.tasks.kinds import Scorer
 from gptjax.tasks.likelihood import Score
 from gptjax.tasks.prepare import triviaqa, wikitext_pages
@@ -20,7 +21,6 @@ from gptjax.tasks.task import (
     PUBLISHED,
     available,
     function,
-    load_items,
     load_task,
     make_item,
     solved,

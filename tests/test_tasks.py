@@ -12,11 +12,12 @@ from gptjax.data import bpe
 from gptjax.errors import InputError
 from gptjax.tasks import harness, table
 from gptjax.tasks.files import find_files
+from gptjax.tasks.items import load_items
 from gptjax.tasks.kinds import Scorer
 from gptjax.tasks.likelihood import Score
 from gptjax.tasks.prompts import Prompts
 from gptjax.tasks.requests import encode_pair
-from gptjax.tasks.task import Task, available, load_items, load_task, make_item
+from gptjax.tasks.task import Task, available, load_task, make_item
 
 TEXT = "Question: what is it? Answer: the house is red. the cat is in the house. yes no True False " * 3
 
