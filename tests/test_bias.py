@@ -524,6 +524,13 @@ def test_a_wrong_task_file_is_refused(line, message, tmp_path):
         load_task(str(path))
 
 
+def test_rows_without_a_subsets_field_are_in_none(tokenizer, tmp_path):
+    rows = [{"sent_more": f"a {i}", "sent_less": f"b {i}", **({"bias_type": "age"} if i else {})} for i in range(3)]
+    (tmp_path / "crows_pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    result = harness.evaluate(by_token(tokenizer, noise), load_task("crows_pairs"), str(tmp_path))
+    assert result.figures["stereotype_sum/age"].n == 2 and "stereotype_sum/stereo" not in result.metrics
+
+
 def test_every_item_says_where_it_is_from(tmp_path):
     winobias(tmp_path)
     (first, *_) = load_items(load_task("winobias"), str(tmp_path / "pro_stereotyped_type1.txt.dev"))

@@ -101,11 +101,11 @@ def idealized(lms: float, ss: float) -> float:
 
 def _by_term(items: Sequence[Item], samples: Samples, decision: str) -> tuple[np.ndarray, np.ndarray]:
     """(share of the comparisons with the unrelated sentence that are won, share of stereotypes that beat the
-    anti-stereotype) of each term."""
+    anti-stereotype) of each term, the items' cluster."""
     scores_N3 = _scores(samples, decision)
     related_N = (_wins(scores_N3[:, 0], scores_N3[:, 2]) + _wins(scores_N3[:, 1], scores_N3[:, 2])) / 2
     stereotype_N = _wins(scores_N3[:, 0], scores_N3[:, 1])
-    _, term_N = np.unique([item.row["target"] for item in items], return_inverse=True)
+    term_N = cluster_numbers(items)
     counts_T = np.bincount(term_N)
     return np.bincount(term_N, related_N) / counts_T, np.bincount(term_N, stereotype_N) / counts_T
 
@@ -174,7 +174,7 @@ def _with_shares_of_women(items: Sequence[Item], values: np.ndarray) -> Figure |
 
 
 def _about_people(items: Sequence[Item], samples: Samples) -> tuple[list[Item], list[dict], list[str]]:
-    chosen = [(item, sample) for item, sample in zip(items, samples, strict=True) if item.row["people"]]
+    chosen = [(item, sample) for item, sample in zip(items, samples, strict=True) if item.row.get("people")]
     return [i for i, _ in chosen], [s for _, s in chosen], [item.row["people"] for item, _ in chosen]
 
 
@@ -284,7 +284,7 @@ def target_of(row) -> int | None:
         return int(str(given)[0])
     plain = lambda text: "".join(c for c in str(text).casefold() if c.isalnum())
     same = lambda text: _SAME_GROUP.get(plain(text), plain(text))
-    stereotyped = {same(group) for group in row["additional_metadata"]["stereotyped_groups"]}
+    stereotyped = {same(group) for group in (row.get("additional_metadata") or {}).get("stereotyped_groups") or ()}
     found = [i for i in range(3) if i != row["unknown"]
              and stereotyped & {same(name) for name in row["answer_info"][f"ans{i}"]}]  # fmt: skip
     return found[0] if len(found) == 1 else None

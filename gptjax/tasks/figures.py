@@ -12,10 +12,11 @@ from typing import NamedTuple
 
 import numpy as np
 
+from gptjax.data.rows import reach
 from gptjax.errors import InputError
 from gptjax.evals.calibration import wilson
 from gptjax.tasks import standard_errors
-from gptjax.tasks.task import Item, Task, fill, function
+from gptjax.tasks.task import Item, Task, fields_of, fill, function
 
 _Z95 = 1.959963984540054  # the normal distribution's .975 quantile
 
@@ -106,11 +107,13 @@ def correlation(x: Sequence[float], y: Sequence[float]) -> Figure | None:
 
 def task_figures(task: Task, items: Sequence[Item], samples: Sequence[dict]) -> dict[str, Figure]:
     """Every figure of task.figures, of all items as NAME and of each of task.subsets as NAME/SUBSET, where it exists.
-    InputError: the task's metric does not exist of these items."""
+    Rows without a template's fields are in none of its subsets. InputError: the task's metric does not exist of these
+    items."""
     parts: dict[str, list[int]] = {"": list(range(len(items)))}
     for i, item in enumerate(items):
         for template in task.subsets:
-            parts.setdefault(fill(template, item.row), []).append(i)
+            if all(reach(item.row, field) is not None for field in fields_of({"subset": template})):
+                parts.setdefault(fill(template, item.row), []).append(i)
     found = {}
     for name, of in task.figures.items():
         for part, chosen in parts.items():

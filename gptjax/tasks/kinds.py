@@ -15,7 +15,7 @@ from gptjax.tasks import code_execution, metrics, standard_errors
 from gptjax.tasks.figures import Figure, task_figures
 from gptjax.tasks.generate import prompt_ids
 from gptjax.tasks.likelihood import Score
-from gptjax.tasks.prompts import Prompts, group_numbers
+from gptjax.tasks.prompts import Prompts, cluster_numbers, group_numbers
 from gptjax.tasks.requests import Request, encode_pair, prefix_token, rolling_windows
 from gptjax.tasks.task import Item, Task, function
 
@@ -125,22 +125,23 @@ def _choice_metrics(task: Task, items: Sequence[Item], samples: list[dict]) -> d
     """acc: by log-probability; acc_token, acc_norm, acc_bytes: by that per token, per character of the choice
     (lm-evaluation-harness's acc_norm), per byte; acc_answer_context: GPT-3 §2.4's p(choice | context) / p(choice |
     answer context); and what the task names, of the predictions by task.decision."""
-    groups, gold = group_numbers(items), np.array([item.gold for item in items])
+    groups, clusters = group_numbers(items), cluster_numbers(items)
+    gold = np.array([item.gold for item in items])
     predicted = {name: np.array([s["predicted"][name] for s in samples]) for name in task.decisions}
-    found = {name: standard_errors.clustered_mean(predicted[name] == gold, groups) for name in predicted}
+    found = {name: standard_errors.clustered_mean(predicted[name] == gold, clusters) for name in predicted}
     chosen = predicted[task.decision]
     names = [item.names[i] for item, i in zip(items, chosen, strict=True)]
-    found |= _answer_metrics(task, names, [item.answers for item in items], groups, samples)
+    found |= _answer_metrics(task, names, [item.answers for item in items], clusters, samples)
     return found | {name: function(of)(chosen, gold, groups) for name, of in task.corpus_metrics.items()}
 
 
-def _answer_metrics(task: Task, predictions: Sequence[str], answers: Sequence[Sequence[str]], groups: np.ndarray,
+def _answer_metrics(task: Task, predictions: Sequence[str], answers: Sequence[Sequence[str]], clusters: np.ndarray,
                     samples: list[dict]) -> dict[str, tuple[float, float]]:  # fmt: skip
     """task.metrics: of each item, which are added to the samples, in the mean."""
     over, found = metrics.best_of if task.over_answers == "best" else metrics.leave_one_out, {}
     for name, of in task.metrics.items():
         values = [over(function(of), p, a) for p, a in zip(predictions, answers, strict=True)]
-        found[name] = standard_errors.clustered_mean(values, groups)
+        found[name] = standard_errors.clustered_mean(values, clusters)
         for sample, value in zip(samples, values, strict=True):
             sample[name] = value
     return found
@@ -276,7 +277,7 @@ def _text_metrics(task: Task, items: Sequence[Item], samples: list[dict]):
     for sample in samples:
         sample["predicted"] = metrics.majority_vote([extract(text) for text in sample["generated"]])
     predictions, answers = [s["predicted"] or "" for s in samples], [s["answers"] for s in samples]
-    found, signatures = _answer_metrics(task, predictions, answers, group_numbers(items), samples), {}
+    found, signatures = _answer_metrics(task, predictions, answers, cluster_numbers(items), samples), {}
     for name, of in task.corpus_metrics.items():
         value, error, *signature = function(of)(predictions, answers)
         found[name] = value, error
