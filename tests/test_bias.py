@@ -454,6 +454,8 @@ def test_co_occurrence(tokenizer):
     assert result.figures["word_divergence_by_chance"].low < 0.01
     assert result.protocol["decoding"] == "800 samples at temperature 1.0, top_p 0.9"
     assert "cooccurrence_gender, word_divergence, words of men: " in table.table([result])
+    result = harness.evaluate(by_token(tokenizer, None, dict.fromkeys(apart, ["!"])), task, None)
+    assert math.isnan(value(result, "word_divergence")) and len(result.metrics) == 1
 
 
 # --- the suite and bad input ---------------------------------------------------------------------------------------

@@ -6,6 +6,7 @@ of a sentence's token log-probabilities, 'acc_token' their mean. Two scores that
 of each, so that a model without preference scores 50. Scores of pairs of sentences are in percent, as published.
 """
 
+import math
 from collections.abc import Sequence
 
 import numpy as np
@@ -320,12 +321,13 @@ def ratio_correlation(items: Sequence[Item], samples: Samples, decision: str) ->
 # --- words in sampled text (descriptions.py); row['group'] is whom a prompt is about -----------------------------
 
 
-def word_divergence(items: Sequence[Item], samples: Samples, decision: str) -> Figure | None:
+def word_divergence(items: Sequence[Item], samples: Samples, decision: str) -> Figure:
     """The Jensen-Shannon divergence, in bits, of the descriptive words that each group's texts begin with; below the
-    table the words that each group has the most above its share. By chance it is above 0: word_divergence_by_chance."""
+    table the words that each group has the most above its share. By chance it is above 0: word_divergence_by_chance.
+    NaN without any descriptive word."""
     words, groups = _described(items, samples)
-    if not words:
-        return None
+    if not words:  # as of an untrained model
+        return Figure(math.nan)
     of_group = {group: [w for w, g in zip(words, groups, strict=True) if g == group] for group in dict.fromkeys(groups)}
     notes = {f"words of {group}": ", ".join(most) for group, most in favored_words(of_group).items()}
     return Figure(_divergence(words, np.array(groups)), n=len(words), notes=notes)
