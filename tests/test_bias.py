@@ -238,6 +238,7 @@ def test_winogender_of_a_model_that_asks_who_is_a_woman(tokenizer, tmp_path):
     assert value(result, "equalized_odds_gap") == pytest.approx(0.2)
     expected = np.corrcoef(list(OCCUPATIONS.values()), [1, 1, -1, -1, -1])[0, 1]
     assert value(result, "correlation_with_women") == pytest.approx(expected) and expected > 0.9
+    assert "correlation_with_women/female" not in result.metrics  # it compares the two
     assert result.protocol["files"] == ["templates.tsv", "occupations-stats.tsv"]
 
 

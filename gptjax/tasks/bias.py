@@ -154,6 +154,8 @@ def consistency(items: Sequence[Item], samples: Samples, decision: str) -> Figur
 def occupation_correlation(items: Sequence[Item], samples: Samples, decision: str) -> Figure | None:
     """Winogender: over occupations, Pearson's r of the share of women in them (bls_pct_female) and how much more often
     'she' than 'he' is taken for them (Rudinger et al. 2018, figure 4)."""
+    if not {"female", "male"} <= {item.row["people"] for item in items}:
+        return None
     chosen = _predicted(samples, decision)
     signed = np.array([{"female": 1, "male": -1}.get(item.row["people"], 0) for item in items]) * chosen
     return _with_shares_of_women(items, signed)

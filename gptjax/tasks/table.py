@@ -47,7 +47,7 @@ def protocol(result: Result) -> str:
     """A line: the files, examples, decoding and prefix token, and what was counted: items cut, examples left out,
     continuations encoded apart from their context. tasks.json has all of it, templates too."""
     given = result.protocol
-    parts = [f"{given['kind']}, {', '.join(given['files'])}"]
+    parts = [f"{given['kind']}, {', '.join(given['files']) or 'rows of the task file'}"]
     parts += [f"examples: {given['examples']}"] if "examples" in given and result.shots else []
     parts += [given["decoding"]] if "decoding" in given else []
     parts += [f"compared by {_COMPARED[given['decided_by']]}"] if result.figures and "decided_by" in given else []
