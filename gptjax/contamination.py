@@ -10,7 +10,6 @@ the clean and the dirty items. --log: a row for each item, with what was found o
 """
 
 import contextlib
-import json
 import sys
 from collections.abc import Iterable, Iterator
 
@@ -133,11 +132,11 @@ def main(_):
     for name in scores or {}:
         result[name]["scores"] = contamination.split_scores(scores[name], found[name].dirty)
     if FLAGS.log:
-        with open(FLAGS.log, "w") as log:
-            for name, overlap in found.items():
-                for item, (dirty, evidence) in enumerate(zip(overlap.dirty, overlap.evidence, strict=True)):
-                    row = {"set": name, "item": item, "dirty": bool(dirty), "found": evidence}
-                    log.write(json.dumps(row) + "\n")
+        json_files.write_json_lines(FLAGS.log, (
+            {"set": name, "item": item, "dirty": bool(dirty), "found": evidence}
+            for name, overlap in found.items()
+            for item, (dirty, evidence) in enumerate(zip(overlap.dirty, overlap.evidence, strict=True))
+        ))  # fmt: skip
     if FLAGS.json:
         print(json_files.dumps({"method": FLAGS.method, "corpus": FLAGS.corpus, "sets": result}))
         return

@@ -8,6 +8,7 @@ import types
 import numpy as np
 import pytest
 
+from gptjax import json_files
 from gptjax.data import bpe
 from gptjax.errors import InputError
 from gptjax.tasks import harness, table
@@ -123,6 +124,10 @@ def test_perplexity_counts_the_originals_units(tokenizer, tmp_path):
     text = "= Cats =\n\nThe cat-like one, red.\n"
     assert (sample["tokens"], sample["units"]) == (len(tokenizer.encode(text)), 11 + 3)
     assert result.metrics["word_perplexity"][0] == pytest.approx(math.exp(2 * sample["tokens"] / 14))
+    # a single document has no standard error, and it is said why
+    assert "n/a (one document)" in table.table([result])
+    saved = json.loads(json_files.dumps(result.record()))["metrics"]["word_perplexity"]
+    assert saved["stderr"] is None and saved["no_stderr"] == "one document"
 
 
 def test_lambada_by_the_word_and_by_its_last_token(tokenizer, tmp_path):

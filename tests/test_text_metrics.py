@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 
 from gptjax.errors import InputError
+from gptjax.evals import standard_errors as se
 from gptjax.tasks import metrics as m
-from gptjax.tasks import standard_errors as se
 from gptjax.tasks import stop_strings as stops
 from gptjax.tasks.code_execution import humaneval_program, run_program, run_programs
 

@@ -3,7 +3,9 @@
     python -m gptjax.scaling.plan --compute=1e21 --law=runs/isoflop/law.json [--json]
 
 N* and D* are Chinchilla's (fit --law=chinchilla) with 90 % intervals; batch and learning rate are published rules at
-them, each named. The next runs are ranked by how much a run that ends where the law says would narrow N*.
+them, each named. The loss has the interval of a forecast (predict): widened by what earlier forecasts from these points
+got wrong. The intervals of N* and D* are of the bootstrap alone: they are right where the law is. The next runs are
+ranked by how much a run that ends where the law says would narrow N*.
 """
 
 import math
@@ -16,7 +18,7 @@ from gptjax.errors import InputError
 from gptjax.scaling import law_file
 from gptjax.scaling.bootstrap import bootstrap, exponent_intervals, optimum_intervals
 from gptjax.scaling.fitting import Fit
-from gptjax.scaling.forecast import predict
+from gptjax.scaling.forecast import earlier, predict
 from gptjax.scaling.laws import LAWS, critical_batch, optimum
 
 # Brown et al. 2020, Table 2.1: parameters, batch in tokens, learning rate.
@@ -43,7 +45,7 @@ def plan(made: dict, found: Fit, compute: float, samples: int = 1000) -> dict:
     best = optimum_intervals(found, theta, compute)
     N, D = best["N"], best["D"]
     run = {"N": N["value"], "D": D["value"], "C": compute}
-    loss = predict(found, run, theta)
+    loss = predict(found, run, theta, earlier(found)[1])
     ends = [gpt3_rule(N[end]) for end in ("value", "low", "high")]
     deepseek = deepseek_rule(compute)
     rules = [
@@ -58,7 +60,8 @@ def plan(made: dict, found: Fit, compute: float, samples: int = 1000) -> dict:
         rules.append({"rule": "Kaplan, eq. 1.4: critical batch at the loss", "batch": batch})
     return {
         "compute": compute, "beyond": compute / float(found.points["C"].max()), **best,
-        **exponent_intervals(found, theta), "loss": {"value": loss.loss, "low": loss.low, "high": loss.high},
+        **exponent_intervals(found, theta),
+        "loss": {"value": loss.loss, "low": loss.low, "high": loss.high, "widening": loss.widening},
         "rules": rules, "next_runs": next_runs(found, theta, compute),
     }  # fmt: skip
 
@@ -109,7 +112,8 @@ def text(made: dict) -> str:
     lines = [
         f"compute {made['compute']:.3g} FLOPs, {made['beyond']:.3g} times the largest fitted",
         f"  N* {show(made['N'])}", f"  D* {show(made['D'])}", f"  tokens per parameter {show(made['D_per_N'])}",
-        f"  loss {show(made['loss'], '{:.4f}')}", "", "batch in tokens, learning rate:",
+        f"  loss {show(made['loss'], '{:.4f}')}, widened {made['loss']['widening']:.2f} times by earlier forecasts",
+        "  the intervals of N* and D* are of sampling alone, if the law holds", "", "batch in tokens, learning rate:",
     ]  # fmt: skip
     for rule in made["rules"]:
         rate = f", {show(rule['learning_rate'])}" if "learning_rate" in rule else ""

@@ -129,8 +129,9 @@ def read(path: str, columns: dict[str, str] | None = None, where: dict[str, str]
     used, left_out = _used(rows, cut)
     if not used:
         raise InputError(f"{path} has no finished run: {left_out[0]}")
-    if any(row.value.get(columns.get("S")) in (None, "") for row in used):
-        columns.pop("S", None)  # steps are of no use unless all runs say them
+    for name in ("N", "D", "C", "S"):  # a column of nothing is none; steps are of no use unless all runs say them
+        if (any if name == "S" else all)(row.value.get(columns.get(name)) in (None, "") for row in used):
+            columns.pop(name, None)
     values = {name: np.array([_number(row, key, name) for row in used]) for name, key in columns.items()}
     same = {name: _same(used, name) for name in ("metric", "count", "rule")}
     same["tokenizer"] = None if same["metric"] == "bits/byte" else _same(used, "tokenizer")
@@ -243,9 +244,10 @@ def _number(row: _Row, key: str, name: str) -> float:
     except (TypeError, ValueError):
         number = math.nan
     if not (math.isfinite(number) and number > 0):
+        shown = repr(value) if value is not None else "null" if key in row.value else "missing"
         told = " (a diverged run has the status 'diverged')" if name == "loss" else ""
         raise InputError(
-            f"{row.where}: {name} must be a positive number, and {key!r} is {value!r}. Correct the row or remove "
+            f"{row.where}: {name} must be a positive number, and column {key!r} is {shown}. Correct the row or remove "
             f"it{told}."
         )
     return number

@@ -14,8 +14,8 @@ import numpy as np
 
 from gptjax.data.rows import reach
 from gptjax.errors import InputError
+from gptjax.evals import standard_errors
 from gptjax.evals.calibration import wilson
-from gptjax.tasks import standard_errors
 from gptjax.tasks.task import Item, Task, fields_of, fill, function
 
 _Z95 = 1.959963984540054  # the normal distribution's .975 quantile
@@ -61,14 +61,10 @@ def normal(value: float, error: float, n: int) -> Figure:
     return Figure(value, error, value - _Z95 * error, value + _Z95 * error, n)
 
 
-def bootstrapped(statistic: Callable[[np.ndarray], float], clusters: Sequence[Hashable]) -> Figure:
-    """A statistic of the indices of items, of which whole clusters are drawn again; there is at least one item."""
-    numbers: dict = {}
-    for i, cluster in enumerate(clusters):
-        numbers.setdefault(cluster, []).append(i)
-    members = [np.array(of_one) for of_one in numbers.values()]
-    drawn = lambda chosen: statistic(np.concatenate([members[c] for c in chosen]))
-    error = standard_errors.bootstrap(drawn, len(members), resamples=200)
+def bootstrapped(statistic: Callable[[np.ndarray], float], clusters: Sequence[int]) -> Figure:
+    """A statistic of the indices of items, of which whole clusters are drawn again; there is at least one item.
+    clusters: int [items], their numbers, from 0."""
+    error = standard_errors.clustered_bootstrap(statistic, np.asarray(clusters), resamples=200)
     return normal(float(statistic(np.arange(len(clusters)))), error, len(clusters))
 
 

@@ -1,9 +1,11 @@
-"""The items of a task from files of rows."""
+"""The items of a task from files of rows, and how many of their questions are not asked."""
 
+import collections
 import itertools
 import json
 from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import NamedTuple
 
 from gptjax import paths
 from gptjax.data import sources
@@ -13,15 +15,33 @@ from gptjax.errors import InputError
 from gptjax.tasks.task import Item, Task, function, make_item
 
 
-def load_items(task: Task, *files: str, join: str | None = None) -> list[Item]:
+class NotAsked(NamedTuple):
+    """What a prepare function returns in place of a row that its data set's own scorer leaves out. why: what such rows
+    are, in the plural. They are counted; any other row that cannot be used is an error."""
+
+    why: str
+
+
+class Loaded(NamedTuple):
+    """items, and {why: how many rows are not asked}."""
+
+    items: list[Item]
+    not_asked: dict[str, int]
+
+
+def load(task: Task, *files: str, join: str | None = None) -> Loaded:
     """All items of files of rows. join: the file of task.join. InputError: a row that has none of the task's forms, or
-    an empty one."""
+    whose answer is empty."""
     prepare = function(task.prepare) if task.prepare else lambda row: [row]
-    added, items = _joined(task, join) if join else {}, []
+    added = _joined(task, join) if join else {}
+    items, not_asked = [], collections.Counter()
     for row in itertools.chain(_own_rows(task), *(_rows(task, file) for file in files)):
         try:
             prepared = prepare(row.value)
-            for value in [prepared] if isinstance(prepared, Mapping) else prepared:
+            for value in [prepared] if isinstance(prepared, Mapping | NotAsked) else prepared:
+                if isinstance(value, NotAsked):
+                    not_asked[value.why] += 1
+                    continue
                 value = {**added.get(_key(task, value), {}), **value} if added else value
                 items.append(make_item(task, value, row.where))
         except InputError as error:
@@ -29,8 +49,14 @@ def load_items(task: Task, *files: str, join: str | None = None) -> list[Item]:
         except (AttributeError, LookupError, TypeError, ValueError) as error:  # of a prepare function
             raise InputError(f"{row.where}: {task.prepare} cannot read the row ({error!r}): fix it.") from None
     if not items:
-        raise InputError(f"{', '.join(files)}: no rows for the task {task.name}.")
-    return items
+        only = f" but {', '.join(not_asked)}" if not_asked else ""
+        raise InputError(f"{', '.join(files)}: no rows{only} for the task {task.name}.")
+    return Loaded(items, dict(not_asked))
+
+
+def load_items(task: Task, *files: str) -> list[Item]:
+    """The items of `load`."""
+    return load(task, *files).items
 
 
 def _own_rows(task: Task) -> Iterable[sources.Row]:

@@ -58,7 +58,7 @@ KINDS = {
     "generation": ("context", "answers"),
     "code": ("context", "tests", "entry"),
 }
-OPTIONAL = {"choice": ("labels", "names", "answers"), "partial": ("labels",), "generation": ("shown",)}  # and group
+OPTIONAL = {"choice": ("labels", "names", "answers"), "partial": ("labels",), "generation": ("shown",)}
 DECISIONS = ("acc", "acc_token", "acc_norm", "acc_bytes")  # what choices are compared by: kinds.py
 _METRICS = {
     "cloze": ("acc", "acc_last_token", "perplexity", "log_prob"),
@@ -82,8 +82,8 @@ class Task:
     the answer in it, of which the most frequent of all samples is scored. metrics: 'module:function' of (prediction,
     answer) -> float, by name; of choices the prediction is a name. over_answers: 'best', the best answer counts, or
     'leave_one_out' (metrics.leave_one_out). corpus_metrics: 'module:function' of (all predictions, the answers of each)
-    -> value, standard error and, for the protocol, a signature if it has one; of choices (predicted, gold, group, an
-    array of numbers each) -> value, standard error. decided_by: the comparison of choices (DECISIONS, or
+    -> value, standard error and, for the protocol, a signature if it has one; of choices (predicted, gold, group,
+    cluster, an array of numbers each) -> value, standard error. decided_by: the comparison of choices (DECISIONS, or
     acc_answer_context) whose predictions these metrics and the calibration have; `metric` or acc, if not given.
     figures: 'module:function' of (items, samples, decision) -> figures.Figure or None, by name, in place of all other
     metrics; subsets: templates, for whose values each figure is also given of the items that have that value. rows:
