@@ -21,12 +21,12 @@ from absl import flags
 from experiments.scaling_laws import grid, summary, text
 from gptjax import command_line, json_files
 from gptjax.errors import InputError
+from gptjax.queue.claims import Queue, gather
 from gptjax.scaling import law_file, points, predict, report
 from gptjax.scaling.bootstrap import SAMPLES
 from gptjax.scaling.fitting import fit
 from gptjax.scaling.laws import CHINCHILLA
 from gptjax.sweep import plan
-from gptjax.queue.claims import Queue, gather
 from gptjax.sweep.worker import work
 
 AS_READ = {"columns": {}, "where": {}}  # of law_file: the columns go by their own names

@@ -2,7 +2,7 @@
 
 import functools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -10,7 +10,9 @@ import numpy as np
 from gptjax.data.tokenizer import Tokenizer
 from gptjax.errors import InputError
 from gptjax.evals import calibration, classification, standard_errors
+from gptjax.evals.best_of_k import probability_of_any
 from gptjax.tasks import code_execution, metrics
+from gptjax.tasks.figures import Figure, task_figures
 from gptjax.tasks.generate import prompt_ids
 from gptjax.tasks.likelihood import Score
 from gptjax.tasks.prompts import Prompts, cluster_numbers, group_numbers
@@ -30,12 +32,14 @@ class Scorer(NamedTuple):
 
 class Scored(NamedTuple):
     """metrics: {name: (value, standard error)}. samples: a record of each item. counts: what was counted on the way:
-    truncated items, ... calibration: evals/calibration.py's figures, of choices."""
+    truncated items, ... calibration: evals/calibration.py's figures, of choices. figures: of tasks that have [figures],
+    with their intervals."""
 
     metrics: dict[str, tuple[float, float]]
     samples: list[dict]
     counts: dict[str, Any]
     calibration: dict[str, Any] | None = None
+    figures: Mapping[str, Figure] = {}
 
 
 # --- choice, partial, cloze -----------------------------------------------------------------------------------
@@ -73,12 +77,20 @@ def score_pairs(scorer: Scorer, task: Task, items: Sequence[Item], prompts: Prom
     }
     if task.kind == "cloze":
         return Scored(_cloze_metrics(samples, cluster_numbers(items)), samples, counts)
+    if task.figures:
+        return _with_figures(task, items, samples, counts)
     found = _choice_metrics(task, items, samples)
     chances = [classification.probabilities(np.array(s["scores"][task.decision])) for s in samples]
     figures = calibration.calibration(chances, [s["gold"] for s in samples], clusters=cluster_numbers(items))
     for name in ("brier", "nll", "ece"):
         found[name] = figures[name], math.nan if figures[f"{name}_se"] is None else figures[f"{name}_se"]
     return Scored(found, samples, counts, {"scores": task.decision, **figures})
+
+
+def _with_figures(task: Task, items: Sequence[Item], samples: list[dict], counts: dict[str, Any]) -> Scored:
+    found = task_figures(task, items, samples)
+    metrics = {name: (figure.value, figure.stderr) for name, figure in found.items()}
+    return Scored(metrics, samples, counts, figures=found)
 
 
 def _sample(task: Task, item: Item, before: str, scores: Sequence, unconditional) -> dict:
@@ -251,6 +263,8 @@ def score_generated(scorer: Scorer, task: Task, items: Sequence[Item], prompts: 
         for item, prompt, generated in zip(items, before, texts, strict=True)
     ]
     counts = {"truncated": cut, "examples_dropped": prompts.dropped}
+    if task.figures:
+        return _with_figures(task, items, samples, counts)
     if task.kind == "code":
         return Scored(_code_metrics(task, items, samples), samples, counts)
     found, signatures = _text_metrics(task, items, samples)
@@ -284,6 +298,6 @@ def _code_metrics(task: Task, items: Sequence[Item], samples: list[dict]) -> dic
         sample["outcomes"] = outcomes[i * task.samples : (i + 1) * task.samples]
     found = {}
     for k in (k for k in (1, 10, 100) if k <= task.samples):
-        passed = [metrics.pass_at_k(task.samples, s["outcomes"].count("passed"), k) for s in samples]
+        passed = [probability_of_any(task.samples, s["outcomes"].count("passed"), k) for s in samples]
         found[f"pass@{k}"] = standard_errors.clustered_mean(passed, cluster_numbers(items))
     return found

@@ -1,5 +1,5 @@
 """Metrics of generated text, as functions of strings: exact match and F1 over several gold answers, BLEU and ROUGE, the
-final answer of a chain of thought, self-consistency, pass@k, and the parts of a text that protocols score.
+final answer of a chain of thought, self-consistency, and the parts of a text that protocols score.
 
 A metric of one item is a number from 0 to 1; BLEU is of a corpus, from 0 to 100. Standard errors are those of
 evals/standard_errors.py.
@@ -234,16 +234,6 @@ def majority_vote(answers: Sequence[str | None]) -> str | None:
     equally frequent ones; None where no sample has one."""
     counts = collections.Counter(answer for answer in answers if answer is not None)
     return counts.most_common(1)[0][0] if counts else None
-
-
-def pass_at_k(samples: int, correct: int, k: int) -> float:
-    """The chance that one of k samples is correct, unbiased, from n samples of which c are: 1 - C(n-c, k) / C(n, k), as
-    a product, whose factors neither overflow nor cancel (Chen et al. 2021, equation 1 and figure 3)."""
-    if not (0 <= correct <= samples and 1 <= k <= samples):
-        raise InputError(f"pass@{k} of {samples} samples, {correct} correct: take at least k samples, and 1 <= k.")
-    if samples - correct < k:
-        return 1.0
-    return float(1.0 - np.prod(1.0 - k / np.arange(samples - correct + 1, samples + 1)))
 
 
 # --- the part of a text that is scored --------------------------------------------------------------------------

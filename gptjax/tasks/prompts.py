@@ -32,7 +32,7 @@ class Prompts:
         drawn = "anew for each item" if task.fewshot == "per_item" else "once for all items"
         self.source = f"{shots} drawn {drawn} from {pool}" if shots else "none"
         if shots and not task.takes_examples:
-            raise InputError(f"Task {task.name} scores whole texts, which have no examples: use --num_fewshot=0.")
+            raise InputError(f"Task {task.name} has no solved examples to show: use --num_fewshot=0.")
         if shots > (there := len(self._groups) - self.own):
             raise InputError(
                 f"Task {task.name} has {there} items to draw examples from, fewer than "

@@ -30,6 +30,9 @@ conversation: they are one example, and one unit of the standard errors. Of item
 questions on one passage, that is the `cluster`, another key of any form: it is the unit of the standard errors, in the
 group's place, and nothing else. {a.b.0} reaches into objects and lists. `prepare = "module:function"` changes a row, or
 makes several of it, first.
+
+Where no choice is right, as of the two sentences of a bias benchmark, a form has no `gold`, and a [figures] table says
+what is measured instead: figures.py.
 """
 
 import dataclasses
@@ -82,6 +85,11 @@ class Task:
     -> value, standard error and, for the protocol, a signature if it has one; of choices (predicted, gold, group,
     cluster, an array of numbers each) -> value, standard error. decided_by: the comparison of choices (DECISIONS, or
     acc_answer_context) whose predictions these metrics and the calibration have; `metric` or acc, if not given.
+    figures: 'module:function' of (items, samples, decision) -> figures.Figure or None, by name, in place of all other
+    metrics; subsets: templates, for whose values each figure is also given of the items that have that value. rows:
+    rows in the task file itself, which then needs no files. lines: the files are text, of which each line becomes a row
+    {line, file}. join, join_on: patterns of a table whose columns are added to the rows, after `prepare`, that have the
+    same values of these fields; without the table nothing is added.
     allow_code_execution: of kind 'code', which runs what the model wrote (code_execution.py).
     sha256: of the file.
     """
@@ -115,13 +123,19 @@ class Task:
     over_answers: str = "best"
     corpus_metrics: Mapping[str, str] = dataclasses.field(default_factory=dict)
     decided_by: str = ""
+    figures: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    subsets: tuple[str, ...] = ()
+    rows: tuple[Mapping[str, Any], ...] = ()
+    lines: bool = False
+    join: tuple[str, ...] = ()
+    join_on: tuple[str, ...] = ()
     allow_code_execution: bool = False
     sha256: str = ""
 
     @property
     def takes_examples(self) -> bool:
-        """Whether prompts can have solved examples, which whole texts cannot."""
-        return self.kind not in ("text", "threshold")
+        """Whether prompts can have solved examples, which whole texts and choices of which none is right cannot."""
+        return self.kind not in ("text", "threshold") and all(key in f for f in self.form for key in KINDS[self.kind])
 
     @property
     def decisions(self) -> tuple[str, ...]:
@@ -135,7 +149,9 @@ class Task:
 
     @property
     def measured(self) -> tuple[str, ...]:
-        """Names of the metrics that a result has."""
+        """Names of the metrics that a result has; of figures those of all items."""
+        if self.figures:
+            return tuple(self.figures)
         if self.kind == "code":
             return tuple(f"pass@{k}" for k in (1, 10, 100) if k <= self.samples)
         decided = (*self.decisions, "brier", "nll", "ece") if self.kind in ("choice", "partial") else ()
@@ -149,10 +165,10 @@ class Task:
                 value := getattr(self, field.name), (int, float) if wanted is float else wanted
             ):
                 raise InputError(f"{where}: {field.name}={value!r} must be of type {wanted.__name__}.")
-        for key in ("files", "pool", "columns", "stop", "form"):
-            element = Mapping if key == "form" else str
+        for key in ("files", "pool", "columns", "stop", "form", "subsets", "rows", "join", "join_on"):
+            element = Mapping if key in ("form", "rows") else str
             if not isinstance(value := getattr(self, key), tuple) or not all(isinstance(v, element) for v in value):
-                wanted = "[[form]] tables" if key == "form" else 'a list of texts, as ["a", "b"]'
+                wanted = f"[[{key}]] tables" if element is Mapping else 'a list of texts, as ["a", "b"]'
                 raise InputError(f"{where}: {key} must be {wanted}.")
         if self.kind not in KINDS:
             raise InputError(f"{where}: kind={self.kind!r} is unknown{nearest(self.kind, KINDS)}")
@@ -167,36 +183,40 @@ class Task:
         if not self.form:
             raise InputError(f"{where} has no [[form]], which says how its rows become prompts: add one.")
         for form in self.form:
-            if missing := [key for key in KINDS[self.kind] if key not in form]:
+            unneeded = ("gold", "answers") if self.figures else ()
+            if missing := [key for key in KINDS[self.kind] if key not in (*form, *unneeded)]:
                 raise InputError(f"{where}: a form of kind {self.kind!r} needs {', '.join(missing)}: add them.")
             if wrong := [key for key, value in form.items() if not isinstance(value, str | list)]:
                 raise InputError(f"{where}: {wrong[0]} of a form must be text or a list of texts.")
             known = (*KINDS[self.kind], *OPTIONAL.get(self.kind, ()), "group", "cluster")
             if wrong := [key for key in form if key not in known]:
                 raise InputError(f"{where}: a form has no key {wrong[0]!r}{nearest(wrong[0], known)}")
-        for key in ("metrics", "corpus_metrics"):
+        for key in ("metrics", "corpus_metrics", "figures"):
             if not isinstance(getattr(self, key), Mapping):
                 raise InputError(f"{where}: {key} must be a table, as [{key}] with f1 = 'module:function' below it.")
         named = (self.prepare, self.detokenize, self.units, self.extract)
-        for name in (*filter(None, named), *self.metrics.values(), *self.corpus_metrics.values()):
+        tables = (self.metrics, self.corpus_metrics, self.figures)
+        for name in (*filter(None, named), *(name for table in tables for name in table.values())):
             function(name)
+        if self.figures and (self.metrics or self.corpus_metrics or self.kind not in ("choice", "generation")):
+            raise InputError(f"{where}: [figures] are of kind choice or generation and the only metrics: drop one.")
         if not self.measured:
             raise InputError(f"{where} measures nothing: add [metrics] with f1 = 'module:function' below it.")
-        if self.metric not in self.measured:
+        if (self.metric.partition("/")[0] if self.figures else self.metric) not in self.measured:
             raise InputError(f"{where}: metric={self.metric!r} is not measured{nearest(self.metric, self.measured)}")
 
 
 @dataclasses.dataclass(frozen=True)
 class Item:
     """One question. pairs: (context, continuation) of each candidate; of generation and code (context, ''). gold: the
-    index of the right pair. names: what each choice is called. answers: what a generated text, or the name of the
-    predicted choice, is compared with; of code its tests and the function's name. shown: the answer as examples show
-    it. text: of the kinds text and threshold. group: of items that belong together; cluster: of those that depend on
-    each other, the group if not given; '' = it is alone. where: file and row."""
+    index of the right pair; None = no choice is right. names: what each choice is called. answers: what a generated
+    text, or the name of the predicted choice, is compared with; of code its tests and the function's name. shown: the
+    answer as examples show it. text: of the kinds text and threshold. group: of items that belong together; cluster:
+    of those that depend on each other, the group if not given; '' = it is alone. where: file and row."""
 
     where: str
     pairs: tuple[tuple[str, str], ...] = ()
-    gold: int = 0
+    gold: int | None = 0
     names: tuple[str, ...] = ()
     answers: tuple[str, ...] = ()
     shown: str = ""
@@ -259,7 +279,7 @@ def make_item(task: Task, row: Mapping[str, Any], where: str = "") -> Item:
         answers = (fill(form["tests"], row), fill(form["entry"], row))
         return Item(pairs=((fill(form["context"], row), ""),), answers=_some(answers), **common)
     if task.kind == "generation":
-        answers = _some(tuple(_texts(form["answers"], row)))
+        answers = _some(tuple(_texts(form["answers"], row))) if "answers" in form else ("",)
         shown = fill(form["shown"], row) if "shown" in form else answers[0]
         return Item(pairs=((fill(form["context"], row), ""),), answers=answers, shown=shown, **common)
     if task.kind == "cloze":
@@ -273,11 +293,13 @@ def make_item(task: Task, row: Mapping[str, Any], where: str = "") -> Item:
         pairs = tuple((context, task.delimiter + choice) for choice in _texts(form["choices"], row))
     if empty := [i for i, (_, continuation) in enumerate(pairs) if not continuation.strip()]:
         raise InputError(f"Choice {empty[0]} is empty: every choice needs text.")
-    gold = _gold(form, row, len(pairs))
+    gold = _gold(form, row, len(pairs)) if "gold" in form else None
+    if gold is None and len(set(pairs)) < len(pairs):
+        raise InputError("Two of the texts to compare are the same: fix or remove the row.")
     names = _texts(form["names"], row) if "names" in form else [text[len(task.delimiter) :] for _, text in pairs]
     if len(names) != len(pairs):
         raise InputError(f"There are {len(pairs)} choices and {len(names)} names of them: give one for each.")
-    answers = _texts(form["answers"], row) if "answers" in form else names[gold : gold + 1]
+    answers = _texts(form["answers"], row) if "answers" in form else names[gold : gold + 1] if gold is not None else []
     return Item(pairs=pairs, gold=gold, names=tuple(names), answers=tuple(answers), **common)
 
 
