@@ -5,13 +5,7 @@ import json
 
 import numpy as np
 import pytest
-from alignment_runs import (
-    RESPONSE,
-    on_one_device,
-    ppo_config,
-    template,
-    write,
-)
+from alignment_runs import RESPONSE, ppo_config, template, write
 from conftest import ROOT
 from numerics import approx
 from ppo_runs import ROUNDING, refused, share
@@ -23,11 +17,7 @@ from gptjax.ppo import ppo
 from gptjax.rlhf.rewards import load_callable
 from gptjax.training.checkpoint import Checkpointer
 
-
-@pytest.fixture(scope="module", autouse=True)
-def one_device():
-    with on_one_device():
-        yield
+pytestmark = pytest.mark.usefixtures("one_device")
 
 
 @pytest.fixture(scope="module")
@@ -109,7 +99,7 @@ def still(ruled, tmp_path_factory):
     """A run of one prompt, at a rate of next to 0, by a rule and a gold score that its config names: 1, and -7 for a
     response without an end. Not all 24 evaluation prompts go through a forward pass at once."""
     root = tmp_path_factory.mktemp("still")
-    source = write(root / "rows.jsonl", 24 * [{"prompt": "ba ko mi"}])
+    source = write(root / "rows.jsonl", 24 * [{"prompt": "ba ko mi ru te"}])  # as wide as `learned`'s
     c = ruled(
         steps=3, data__source=str(source), eval__lm_batches=0, eval__every=3, eval__prompts=24,
         rollout__forward_rows=16, rollout__missing_eos=-7.0, optimizer__learning_rate=1e-12,
