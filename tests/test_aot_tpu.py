@@ -91,7 +91,10 @@ def arrays(text):
 
 @pytest.mark.parametrize(
     "model_and_rows",
-    [(GPTConfig(1500, 2, 2, 256, 512), 16), pytest.param((GPT2["124m"], 64), marks=pytest.mark.long)],
+    [
+        pytest.param((GPTConfig(1500, 2, 2, 256, 512), 16), marks=pytest.mark.slow),
+        pytest.param((GPT2["124m"], 64), marks=pytest.mark.long),
+    ],
     ids=["small", "gpt2-124m"],
 )
 def test_train_step_on_eight_v5e_chips(chips, model_and_rows):
