@@ -12,7 +12,6 @@ from alignment_runs import (
     LIKED,
     comparisons,
     demonstrations,
-    on_one_device,
     pretrain_config,
     reward_config,
     sft_config,
@@ -40,11 +39,7 @@ from gptjax.trained import load_model
 from gptjax.training.checkpoint import Checkpointer
 from gptjax.training.stage import Evaluation
 
-
-@pytest.fixture(autouse=True)
-def one_device():
-    with on_one_device():
-        yield
+pytestmark = pytest.mark.usefixtures("one_device")
 
 
 @pytest.fixture(scope="module")

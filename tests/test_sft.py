@@ -39,18 +39,14 @@ from gptjax.training.checkpoint import Checkpointer
 from gptjax.training.stage import Evaluation
 from gptjax.training.supervised import device_batches
 
+pytestmark = pytest.mark.usefixtures("one_device")
+
 TERMS = model_terms(GPTConfig(300, n_layer=2, n_head=4, d_model=32, context_length=CONTEXT), rows=24)
 
 
 @pytest.fixture(autouse=True)
 def programs_of_what_is_patched():
     """In place of conftest's: nothing that is patched here is traced, so all runs share their programs."""
-
-
-@pytest.fixture(autouse=True)
-def one_device():
-    with on_one_device():
-        yield
 
 
 @pytest.fixture(scope="module")
