@@ -30,9 +30,9 @@ def get_config():
     c.optimizer.update(b2=0.95, weight_decay=0.1)
     if jax.default_backend() == "cpu":
         c.data.tokenizer = "bpe:4096"
-        c.model.update(n_layer=4, n_head=4, d_model=256, context_length=128)
+        c.model.update(n_layer=4, n_head=5, d_model=160, context_length=128)
         c.optimizer.learning_rate = 2e-3
-        c.steps, c.batch_size = 450, 16
+        c.steps, c.batch_size = 300, 16
         c.eval.update(every=150, batches=16)
     else:
         c.data.tokenizer = "bpe:8192"

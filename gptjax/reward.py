@@ -14,33 +14,22 @@ import jax
 import numpy as np
 from ml_collections import config_dict as mlc
 
-from gptjax import command_line, json_files, paths, run_config
-from gptjax import config as configs
+from gptjax import command_line, json_files, paths
 from gptjax.data.chat import Template, chat_tokenizer
 from gptjax.data.comparisons import ComparisonConfig, batches_of, load_comparisons, padded_length
-from gptjax.data.demonstrations import DemonstrationConfig, load_demonstrations
 from gptjax.distributed import hosts
 from gptjax.errors import InputError
 from gptjax.evals.base import spread
-from gptjax.evals.preference import (
-    agreement,
-    calibration,
-    length_explains,
-    pairs,
-    ranking,
-    ranking_metrics,
-    scorer,
-)
+from gptjax.evals.preference import agreement_with, length_explains, ranking, ranking_metrics, scorer
 from gptjax.model import heads
 from gptjax.model.architecture import require_gpt
 from gptjax.model.spec import GPTConfig, ModelOptions
-from gptjax.objectives.base import Objective, Sums
-from gptjax.objectives.preference import best_of_k_loss, ranking_loss, ranking_statistics
+from gptjax.objectives.base import Objective
 from gptjax.parallel import pipeline
 from gptjax.parallel.mesh import check_fits
-from gptjax.parallel.sharding import shared
 from gptjax.ranges import Count
-from gptjax.rlhf.reward_model import RewardModel, normalized, score_at_end
+from gptjax.rlhf.normalization import fit_scale, reference_texts, texts_of_base
+from gptjax.rlhf.reward_model import CRITERIA, RewardModel, reward_loss, score_at_end
 from gptjax.run import Claim, require, run
 from gptjax.trained import load_base, origin
 from gptjax.training.checkpoint import check_selection
@@ -50,8 +39,6 @@ from gptjax.training.stage import Evaluator, RunResult, Stage, TrainConfig
 from gptjax.training.state import new_state
 from gptjax.training.step import TrainProgram, train_program
 from gptjax.training.supervised import make_schedule, supervised
-
-CRITERIA = {"pairs": ranking_loss, "best": best_of_k_loss}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -111,7 +98,7 @@ def build(c: RewardConfig, mesh, claim: Claim) -> Stage:
         "data.source": "No comparisons: give --config.data.source=PATH (JSONL, Parquet or hf:NAME).",
         "steps,epochs": "Say how long to train: --config.epochs=1 (more overfits) or --config.steps.",
     })  # fmt: skip
-    kind, of_sft = texts_of_base(c, claim)
+    kind, of_sft = texts_of_base(c, claim.workdir, claim.resuming)
 
     # --- the base model ---
     base = load_base(c.init_from, claim.workdir, mesh=mesh)
@@ -171,93 +158,6 @@ def build(c: RewardConfig, mesh, claim: Claim) -> Stage:
         changed=f"{c.data.source} has changed since the run began: restore it, or give another --workdir.",
         evaluators=(Evaluator(validation, c.eval.every),), begin=begin, finish=finish,
     )  # fmt: skip
-
-
-def texts_of_base(c: RewardConfig, claim: Claim) -> tuple[str, dict]:
-    """(template, data section of the SFT run in init_from, or {} if that is another run). InputError: the config names
-    another template than the SFT run's, or the folder of init_from is needed and gone."""
-    gone = claim.resuming and not paths.local(c.init_from).exists()
-    if gone and c.normalize != "none" and c.demonstrations is None:
-        raise InputError(
-            f"{c.init_from} no longer exists, and its config says which demonstrations are to score 0 on average: "
-            "restore it."
-        )
-    before = {"template": run_config.read_config(claim.workdir)["template"]} if gone else {}
-    of_sft = {} if gone else demonstration_config(run_config.read_config(c.init_from))
-    kind = c.template or (before or of_sft).get("template", "chat")
-    if of_sft and kind != of_sft["template"]:
-        raise InputError(f"template={kind!r}, but {c.init_from} was tuned with {of_sft['template']!r}: leave it out.")
-    return kind, of_sft
-
-
-def demonstration_config(run: dict) -> dict:
-    """The data section of a run's config.json where its data are demonstrations, else {}."""
-    data = run.get("data") or {}
-    return data if "loss_on" in data else {}
-
-
-@shared
-def reward_loss(model: GPTConfig, dtype, objective: str, mesh=None):
-    """The loss of an Objective, summed over prompts. Micro-batch: tokens [B, N, T]; lengths, ranks, valid [B, N]."""
-    criterion = CRITERIA[objective]
-
-    def loss(params, batch, dropout_keys_B) -> Sums:
-        B, N, T = batch["tokens"].shape
-        keys = None
-        if dropout_keys_B is not None:  # each completion's own
-            keys = jax.vmap(lambda key: jax.random.split(key, N))(dropout_keys_B).reshape(B * N)
-        flat = batch["tokens"].reshape(B * N, T), batch["lengths"].reshape(B * N)
-        scores_BN = score_at_end(params, *flat, model, dtype, mesh, keys).reshape(B, N)
-        total, count = criterion(scores_BN, batch["ranks"], batch["valid"])
-        return Sums(total, count, ranking_statistics(scores_BN, batch["ranks"], batch["valid"]))
-
-    return loss
-
-
-def agreement_with(scorer, params, batches, comparisons) -> dict:
-    """The entries of reward.json on a split: agreement with its rankings, and calibration. batches: of `comparisons`,
-    in their order."""
-    scores, *rest = scorer(params, batches)
-    characters = np.zeros(scores.shape)
-    for row, comparison in zip(characters, comparisons, strict=False):  # rows of padding follow
-        row[: len(comparison.characters)] = comparison.characters
-    p = pairs(scores, *rest, characters)
-    return {**agreement(p), "calibration": calibration(p)}
-
-
-def reference_texts(c: RewardConfig, of_sft: dict, template: Template, context_length: int):
-    """(prompts, responses) as ids of the demonstrations that are to score 0 on average: at most 1,000, spread evenly
-    over the source."""
-    if not of_sft and c.demonstrations is None:
-        raise InputError(
-            f"{c.init_from} is no SFT run, so there are no demonstrations to set the zero of the reward by: give "
-            "--config.demonstrations=PATH, or --config.normalize=none."
-        )
-    data = {**of_sft, "max_length": None, "drop_long": True}
-    if c.demonstrations is not None:
-        data = {"source": c.demonstrations, "template": template.kind, "drop_long": True}
-    source = configs.build(DemonstrationConfig, data, "demonstrations")
-    demonstrations = load_demonstrations(source, template, context_length, c.seed, flags=None)
-    chosen, left_out = demonstrations.train, demonstrations.left_out
-    if left_out and c.demonstrations is not None:  # the SFT run has reported its own
-        hosts.say(f"demonstrations left out: {left_out}; {left_out.first()}")
-    chosen = [chosen[i * len(chosen) // min(len(chosen), 1000)] for i in range(min(len(chosen), 1000))]
-    return [d.ids[: d.prompt] for d in chosen], [d.ids[d.prompt :] for d in chosen]
-
-
-def fit_scale(raw: RewardModel, examples, deviation: bool) -> dict:
-    """{'gain', 'bias', ...}: what the scores are multiplied by and what is then added, so that those of the examples
-    have mean 0 and, if `deviation`, standard deviation 1."""
-    raw = dataclasses.replace(raw, config=dataclasses.replace(raw.config, dropout=0.0))
-    scores = raw.score(*examples)
-    gain = 1.0 / max(float(scores.std()), 1e-8) if deviation else 1.0
-    bias = -gain * float(scores.mean())
-    head = normalized(raw.params["head"], gain, bias)
-    after = dataclasses.replace(raw, params={**raw.params, "head": head}).score(*examples)
-    return {
-        "gain": gain, "bias": bias, "demonstrations": len(scores),
-        "mean_before": float(scores.mean()), "std_before": float(scores.std()), "mean_after": float(after.mean()),
-    }  # fmt: skip
 
 
 def say(result: dict, fitted: dict):

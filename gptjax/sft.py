@@ -8,7 +8,6 @@ run, bitwise identical.
 """
 
 import dataclasses
-import functools
 
 import jax
 from ml_collections import config_dict as mlc
@@ -34,11 +33,10 @@ from gptjax.model.architecture import require_gpt
 from gptjax.model.flops import flops_per_token
 from gptjax.model.spec import GPTConfig, ModelOptions, parameter_count
 from gptjax.objectives.base import Objective
-from gptjax.objectives.finetune import auxiliary_weights
-from gptjax.objectives.lm import causal_lm_loss
+from gptjax.objectives.sft import sft_loss, weigher
 from gptjax.parallel import pipeline
 from gptjax.parallel.mesh import check_fits
-from gptjax.parallel.sharding import batch_sharding, shared
+from gptjax.parallel.sharding import batch_sharding
 from gptjax.ranges import BelowOne, Count
 from gptjax.rlhf.reward_model import RewardModel, load_reward_model
 from gptjax.run import Claim, require, run
@@ -197,33 +195,6 @@ def check_reward_model(c: SFTConfig, reward_model: RewardModel, demonstrations, 
         raise InputError(
             f"The reward model in {c.reward} saw {reward_model.template!r} prompts, not {template.kind!r} ones."
         )
-
-
-@shared
-def sft_loss(model: GPTConfig, dtype, chunk: int, mesh=None):
-    """The loss of an Objective: the language-model loss under the batch's token weights. The count is that of the
-    task's tokens: `task` if there is an auxiliary term (weigher), else `weights`."""
-    language_model = causal_lm_loss(model, dtype, chunk, mesh)
-
-    def loss(params, batch, dropout_keys):
-        total, _ = language_model(params, batch, dropout_keys)
-        return total, batch.get("task", batch["weights"]).sum()
-
-    return loss
-
-
-@functools.cache
-def weigher(lm_weight: float):
-    """Returns the `prepare` of an Objective, which adds GPT-1's auxiliary term (eq. 5) to the token weights of a whole
-    batch, [M, B, T]; the identity if lm_weight is 0."""
-    if not lm_weight:
-        return lambda batch: batch
-
-    def weigh(batch):
-        task = batch["weights"]
-        return batch | {"task": task, "weights": auxiliary_weights(task, batch["lm_weights"], lm_weight)}
-
-    return weigh
 
 
 def describe(c: SFTConfig, model: GPTConfig, demonstrations, packed: PackedRows, schedule: Schedule, mesh):

@@ -12,9 +12,10 @@ from numerics import model_terms, tolerance
 from gptjax.model import gpt, heads
 from gptjax.model.spec import GPTConfig
 from gptjax.rlhf import rollout
+from gptjax.rlhf.config import UpdateConfig
 from gptjax.rlhf.networks import RLSpec
 from gptjax.rlhf.state import new_state, phase_keys
-from gptjax.rlhf.update import UpdateConfig, make_update
+from gptjax.rlhf.update import make_update
 from gptjax.training.optimizer import OptimizerConfig, make_optimizer
 
 ARMS, BETA, BATCH, ITERATIONS = 4, 0.5, 512, 80

@@ -2,6 +2,7 @@
 
 import ast
 import json
+import re
 from types import SimpleNamespace
 
 import jax
@@ -245,27 +246,22 @@ def test_written_files_hold_the_parts(examples, parts, tmp_path, monkeypatch):
         "evaluation": pairs["evaluation"],
         "quiz": task.questions(parts["evaluation"], SEED)[: task.QUESTIONS],
         "quiz_train": task.questions(parts["demonstrations"], SEED),
-        "sentences": task.sentences(parts["evaluation"], SEED),
-        "sentences_train": task.sentences(parts["demonstrations"], SEED),
+        "kinds": task.kinds(parts["evaluation"], SEED),
+        "kinds_train": task.kinds(parts["demonstrations"], SEED),
     }
 
 
-def test_half_of_the_sentences_have_two_words_swapped(parts):
-    rows = task.sentences(parts["demonstrations"], SEED)
-    real = {" ".join(e.summary.split()) for e in parts["demonstrations"]}
-    assert len(rows) == len(real)
-    assert {row["text"] for row in rows if row["label"] == "1"} <= real
-    same_words = {}
-    for text in real:
-        same_words.setdefault(" ".join(sorted(text.split())), []).append(text.split())
-    for row in (row for row in rows if row["label"] == "0"):
-        words = row["text"].split()
-        apart = [
-            [i for i, (a, b) in enumerate(zip(words, other, strict=True)) if a != b]
-            for other in same_words[" ".join(sorted(words))]
-        ]
-        assert any(len(places) == 2 and places[1] == places[0] + 1 for places in apart)
-    assert abs(np.mean([row["label"] == "0" for row in rows]) - 0.5) < 4 * np.sqrt(0.25 / len(rows))
+def test_half_of_the_labeled_summaries_are_of_classes(parts):
+    rows = task.kinds(parts["demonstrations"], SEED)
+    assert len(rows) > 100 and len({row["text"] for row in rows}) == len(rows)
+    assert sum(row["label"] == "class" for row in rows) == len(rows) / 2
+    of = {"class": set(), "function": set()}
+    for e in parts["demonstrations"]:
+        of["class" if re.fullmatch(r"class \w+(\(.*\))?:", e.prompt) else "function"].add(e.summary)
+    for row in rows:
+        kind, other = row["label"], "function" if row["label"] == "class" else "class"
+        assert row["text"] in of[kind] - of[other]
+    assert rows != task.kinds(parts["demonstrations"], SEED + 1)
 
 
 def test_a_question_has_one_right_answer_and_three_of_the_same_file(parts):
@@ -316,13 +312,9 @@ def test_grpo_and_dpo_are_runs_that_can_be(tmp_path, scale):
 
 
 @pytest.mark.parametrize("scale", [1.0, 0.02])
-def test_the_fine_tuned_models_differ_in_where_they_begin_alone(tmp_path, scale):
-    start, scratch = (
-        build(FinetuneConfig, finetuned.config(tmp_path, tmp_path, scale, pretrained).to_dict())
-        for pretrained in (True, False)
-    )
-    assert {k for k in vars(start) if getattr(start, k) != getattr(scratch, k)} == {"transfer"}
-    assert start.transfer is None and scratch.transfer == -1 and start.steps >= 2 and start.lm_weight == 0.5
+def test_the_fine_tuned_model_begins_at_the_whole_pre_trained_one(tmp_path, scale):
+    c = build(FinetuneConfig, finetuned.config(tmp_path, tmp_path, scale).to_dict())
+    assert c.init_from == str(tmp_path) and c.transfer is None and c.steps >= 2 and c.lm_weight == 0.5
 
 
 @pytest.fixture
@@ -428,7 +420,7 @@ def test_every_policy_has_a_row_and_a_place_in_the_picture(told, tmp_path, monke
 
 
 def test_results_are_what_a_run_measured(told, asked, tmp_path, monkeypatch, capsys):
-    tuned = {"runs": [{"name": "pre-trained", "accuracy": 0.61, "stderr": 0.02}], "majority": 0.27}
+    tuned = {"accuracy": 0.61, "stderr": 0.02, "majority": 0.27}
     numbers = {"reward_accuracy": 0.7, "pair_accuracy_ceiling": 0.9, "longer_wins": 0.4}
     parts = {"seconds": {"SFT": 61, "ppo": 2}, "samples": ["long"], "finetuned": tuned, "quiz": asked}
     story_of_run = told | numbers | parts
@@ -439,6 +431,6 @@ def test_results_are_what_a_run_measured(told, asked, tmp_path, monkeypatch, cap
     assert set(result) == set(story_of_run) - {"samples"} and result["table"] == told["table"]
     assert "protocol" not in result["quiz"]["models"][0] and (tmp_path / "results.png").stat().st_size > 10_000
     printed = capsys.readouterr().out
-    for text in ("| GRPO | 5.50 | 5.00 | 4.00 | 9.000 |", "| pre-trained | 0.610 ± 0.020 |", "63 s: SFT 61, ppo 2.",
-                 "| PPO | 2 | 1.000 ± 0.000 |", "step 1 0.000, step 3 0.333"):  # fmt: skip
+    for text in ("| GRPO | 5.50 | 5.00 | 4.00 | 9.000 |", "Fine-tuned: 0.610 ± 0.020, majority 0.270.",
+                 "63 s: SFT 61, ppo 2.", "| PPO | 2 | 1.000 ± 0.000 |", "step 1 0.000, step 3 0.333"):  # fmt: skip
         assert text in printed

@@ -31,8 +31,7 @@ from gptjax.parallel.mesh import MeshConfig, make_mesh
 from gptjax.ppo import PPOConfig
 from gptjax.pretrain import PretrainConfig
 from gptjax.rlhf import rollout
-from gptjax.rlhf.config import RolloutConfig
-from gptjax.rlhf.update import UpdateConfig
+from gptjax.rlhf.config import RolloutConfig, UpdateConfig
 from gptjax.training.precision import PrecisionConfig
 
 MODEL = GPTConfig(256, n_layer=2, n_head=2, d_model=32, context_length=64, attention="cudnn", unroll=1)

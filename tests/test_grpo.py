@@ -19,9 +19,9 @@ from gptjax.model import gpt
 from gptjax.objectives import ppo as objectives
 from gptjax.ppo import PPOConfig, ppo
 from gptjax.rlhf import rollout
-from gptjax.rlhf.config import RolloutConfig
+from gptjax.rlhf.config import RolloutConfig, UpdateConfig
 from gptjax.rlhf.state import new_state, phase_keys
-from gptjax.rlhf.update import UpdateConfig, make_update
+from gptjax.rlhf.update import make_update
 from gptjax.trained import load_model
 from gptjax.training.checkpoint import Checkpointer
 from gptjax.training.optimizer import OptimizerConfig, make_optimizer

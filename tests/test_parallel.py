@@ -16,10 +16,10 @@ from gptjax.generation.decode import Decoder, Stop, generate
 from gptjax.generation.sampling import Sampling
 from gptjax.model import gpt, heads
 from gptjax.model.spec import GPTConfig
+from gptjax.objectives.sft import sft_loss
 from gptjax.parallel.mesh import MeshConfig, make_mesh
 from gptjax.parallel.sharding import Rules, batch_sharding, parameter_shardings, use_rules
-from gptjax.reward import reward_loss
-from gptjax.sft import sft_loss
+from gptjax.rlhf.reward_model import reward_loss
 
 ROWS, TIME, VOCAB = 8, 16, 61  # a prime vocabulary
 MODEL = GPTConfig(VOCAB, n_layer=2, n_head=4, d_model=32, context_length=TIME)

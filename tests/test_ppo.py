@@ -27,7 +27,7 @@ from gptjax.errors import InputError
 from gptjax.generation.sampling import Sampling
 from gptjax.parallel.mesh import MeshConfig, make_mesh
 from gptjax.ppo import PPOConfig, ppo
-from gptjax.rlhf import memory, rollout
+from gptjax.rlhf import memory, rollout, start
 from gptjax.rlhf.reward_model import load_reward_model
 from gptjax.sample import continue_texts
 from gptjax.trained import load_model
@@ -372,8 +372,8 @@ def test_kill_9_and_gone_on_with(straight, tuned, reward_dir, alignment, tmp_pat
 def test_a_reference_that_moved_on_is_refused(config, straight, tuned, tmp_path, monkeypatch):
     """Taken up again, a run must find the policy it began with."""
     copy = shutil.copytree(straight, tmp_path / "run")
-    real = stage.load_model
-    monkeypatch.setattr(stage, "load_model", lambda *a, **k: dataclasses.replace(real(*a, **k), step=999))
+    real = start.load_model
+    monkeypatch.setattr(start, "load_model", lambda *a, **k: dataclasses.replace(real(*a, **k), step=999))
     with pytest.raises(InputError, match="policy: .* is at step 999 now and was at"):
         ppo(config(**WHOLE), str(copy), share)
 

@@ -19,6 +19,7 @@ from gptjax.data.records import read_record, start_record, write_record
 from gptjax.errors import InputError
 from gptjax.objectives.ppo import adaptive_kl_coefficient
 from gptjax.parallel.mesh import MeshConfig, make_mesh
+from gptjax.rlhf import start
 from gptjax.rlhf.config import PtxConfig
 from gptjax.rlhf.ptx import Text, batch_shape, sequences
 
@@ -102,7 +103,7 @@ def test_the_adaptive_coefficient_stays_positive(coefficient, horizon):
 @pytest.mark.parametrize("shared_trunk", [False, True])
 def test_a_reward_model_of_a_shorter_context(config, tmp_path, monkeypatch, shared_trunk):
     """The policy has room for 48 tokens, the reward model for 24: no text it scores may be longer."""
-    monkeypatch.setattr(stage, "load_reward_model", shortened(stage.load_reward_model, 24))
+    monkeypatch.setattr(start, "load_reward_model", shortened(start.load_reward_model, 24))
     c = lambda **overrides: config(shared_trunk=shared_trunk, **overrides)
     reader = "reward model" if shared_trunk else "value network"
     refused(c(rollout__max_new_tokens=24), tmp_path / "run", f"no room for a prompt in the {reader}'s context of 24")

@@ -31,9 +31,10 @@ from gptjax.data.tokenizer import Tokenizer
 from gptjax.errors import InputError
 from gptjax.model import gpt, heads
 from gptjax.model.spec import GPTConfig
+from gptjax.objectives.sft import sft_loss, weigher
 from gptjax.parallel.sharding import batch_sharding
 from gptjax.run_config import read_config
-from gptjax.sft import sft, sft_loss, weigher
+from gptjax.sft import sft
 from gptjax.trained import load_model
 from gptjax.training.checkpoint import Checkpointer
 from gptjax.training.stage import Evaluation

@@ -19,8 +19,9 @@ from gptjax.parallel.mesh import MeshConfig, make_mesh
 from gptjax.parallel.sharding import batch_sharding
 from gptjax.rlhf import rollout, sanity_checks
 from gptjax.rlhf import update as updates
+from gptjax.rlhf.config import UpdateConfig
 from gptjax.rlhf.state import new_state, state_shardings
-from gptjax.rlhf.update import UpdateConfig, make_update, ppo_gradients, ptx_gradient
+from gptjax.rlhf.update import make_update, ppo_gradients, ptx_gradient
 from gptjax.training.optimizer import OptimizerConfig, make_optimizer
 
 ROWS, MICRO = 8, 2

@@ -25,10 +25,10 @@ from gptjax.model import gpt, heads
 from gptjax.model.spec import GPTConfig
 from gptjax.rlhf import rollout
 from gptjax.rlhf.clock import Clock
-from gptjax.rlhf.config import RolloutConfig
+from gptjax.rlhf.config import RolloutConfig, UpdateConfig
 from gptjax.rlhf.networks import RLSpec
 from gptjax.rlhf.state import new_state, phase_keys
-from gptjax.rlhf.update import UpdateConfig, make_update
+from gptjax.rlhf.update import make_update
 from gptjax.training.optimizer import OptimizerConfig, make_optimizer
 from gptjax.training.precision import frozen
 

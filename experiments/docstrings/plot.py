@@ -73,9 +73,8 @@ def markdown(result: dict) -> str:
         f"{number(row.get('lm_loss'))} |"
         for row in result["table"]
     ]
-    lines += ["", "| | accuracy |", "|---|---|"]
-    lines += [f"| {r['name']} | {r['accuracy']:.3f} ± {r['stderr']:.3f} |" for r in result["finetuned"]["runs"]]
-    lines += [f"| majority class | {result['finetuned']['majority']:.3f} |", ""]
+    tuned = result["finetuned"]
+    lines += ["", f"Fine-tuned: {tuned['accuracy']:.3f} ± {tuned['stderr']:.3f}, majority {tuned['majority']:.3f}.", ""]
     metrics = list(NORMALIZATIONS)
     lines += [f"| | shots | {' | '.join(NORMALIZATIONS.values())} | ECE (95 %) |", "|---" * (len(metrics) + 3) + "|"]
     for row in result["quiz"]["models"]:

@@ -136,7 +136,7 @@ def write_report(workdir: Path, result: dict) -> Path:
         f"<h2>Fine-tuning on a labeled task, as GPT-1</h2>{finetuned.section(workdir, result['finetuned'])}"
         f"<h2>Zero- and few-shot, and calibration before and after RLHF</h2>{quiz.section(result['quiz'])}"
         f"<h2>Time</h2>{_times(result)}<h2>The stages' own reports</h2><p>"
-        + ", ".join(f"<a href='{n}/report.html'>{n}</a>" for n in (*finetuned.RUNS, "sft", "reward", *RUNS))
+        + ", ".join(f"<a href='{n}/report.html'>{n}</a>" for n in (finetuned.WORKDIR, "sft", "reward", *RUNS))
         + "; below: pre-training.</p>"
     )
     Path(own).write_text(page[:start] + body + page[start:])

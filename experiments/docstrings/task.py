@@ -4,8 +4,8 @@ The examples are the documented functions, methods and classes of Python's stand
 every machine that runs this and differ a little between Python versions. They are split by file: the evaluation
 files are those that pre-training on the same corpus holds out, so no stage has seen them.
 
-The quiz asks the converse: which of four summary lines of a file belongs to this signature? The labeled task is to tell
-summaries from those with two neighboring words swapped.
+The quiz asks the converse: which of four summary lines of a file belongs to this signature? The labeled task: is a
+summary line a class's or a function's?
 """
 
 from __future__ import annotations
@@ -134,20 +134,24 @@ def questions(examples: list[Example], seed: int) -> list[dict]:
     return [rows[i] for i in rng.permutation(len(rows))]
 
 
-def sentences(examples: list[Example], seed: int) -> list[dict]:
-    """Rows {"text", "label"} in random order: each summary once, as it is ("1"), or, by chance one half, with two
-    neighboring words that differ swapped ("0"): a matter of acceptability, as CoLA."""
+def kinds(examples: list[Example], seed: int) -> list[dict]:
+    """Rows {"text", "label"} in random order: the summaries of classes ("class"), and as many of functions and methods,
+    drawn at random ("function"). A summary that both have is left out, every other is there once."""
     rng = np.random.default_rng(seed)
-    rows = []
-    for text in dict.fromkeys(e.summary for e in examples):
-        words = text.split()
-        places = [i for i in range(len(words) - 1) if words[i].lower() != words[i + 1].lower()]
-        swapped = bool(places) and rng.random() < 0.5
-        if swapped:
-            i = int(rng.choice(places))
-            words[i : i + 2] = words[i + 1], words[i]
-        rows.append({"text": " ".join(words), "label": "0" if swapped else "1"})
+    classes, functions = ({e.summary: None for e in examples if is_class(e) == kind} for kind in (True, False))
+    own = [[text for text in one if text not in other] for one, other in ((classes, functions), (functions, classes))]
+    most = min(map(len, own))
+    rows = [
+        {"text": texts[i], "label": label}
+        for label, texts in zip(("class", "function"), own, strict=True)
+        for i in rng.permutation(len(texts))[:most]
+    ]
     return [rows[i] for i in rng.permutation(len(rows))]
+
+
+def is_class(example: Example) -> bool:
+    """Whether the signature is a class's: that of a method goes on after the name of its class."""
+    return example.prompt.startswith("class ") and example.prompt.endswith(":") and ": " not in example.prompt
 
 
 def write(directory: str | os.PathLike, seed: int) -> None:
@@ -156,7 +160,7 @@ def write(directory: str | os.PathLike, seed: int) -> None:
     demonstrations.jsonl, comparison_prompts.jsonl (where the real summary is one of the candidates) and
     evaluation.jsonl have rows {"prompt", "response"}; prompts.jsonl has rows {"prompt"}, each signature once;
     quiz.jsonl and quiz_train.jsonl have `questions` of the evaluation files (QUESTIONS) and of the demonstrations';
-    sentences.jsonl and sentences_train.jsonl have the `sentences` of both.
+    kinds.jsonl and kinds_train.jsonl have the `kinds` of both.
     """
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
@@ -168,8 +172,8 @@ def write(directory: str | os.PathLike, seed: int) -> None:
     _write_rows(directory / "prompts.jsonl", ({"prompt": prompt} for prompt in unique))
     _write_rows(directory / "quiz.jsonl", questions(parts["evaluation"], seed)[:QUESTIONS])
     _write_rows(directory / "quiz_train.jsonl", questions(parts["demonstrations"], seed))
-    _write_rows(directory / "sentences.jsonl", sentences(parts["evaluation"], seed))
-    _write_rows(directory / "sentences_train.jsonl", sentences(parts["demonstrations"], seed))
+    _write_rows(directory / "kinds.jsonl", kinds(parts["evaluation"], seed))
+    _write_rows(directory / "kinds_train.jsonl", kinds(parts["demonstrations"], seed))
 
 
 def _write_rows(path: Path, rows: Iterable[dict]) -> None:

@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 from experiments.ppo_exact.task import LENGTH, VOCAB, Task, TaskConfig, enumerated
 from gptjax import command_line, json_files
-from gptjax.rlhf.update import UpdateConfig
+from gptjax.rlhf.config import UpdateConfig
 
 CONTEXT = np.array([1, 3, 3], np.int32)
 PER_EPISODE = 1.0  # pre-training sequences for each episode; InstructGPT has 8

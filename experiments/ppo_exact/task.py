@@ -16,10 +16,10 @@ import numpy as np
 from gptjax.model import gpt, heads
 from gptjax.model.spec import GPTConfig
 from gptjax.rlhf import networks, rollout
-from gptjax.rlhf.config import RolloutConfig
+from gptjax.rlhf.config import RolloutConfig, UpdateConfig
 from gptjax.rlhf.networks import RLSpec
 from gptjax.rlhf.state import new_state, phase_keys
-from gptjax.rlhf.update import UpdateConfig, make_update
+from gptjax.rlhf.update import make_update
 from gptjax.training.optimizer import OptimizerConfig, make_optimizer
 
 VOCAB, LENGTH = 5, 4  # ids 0..4 are sampled; EOS is the last, PAD lies beyond them

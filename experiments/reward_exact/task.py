@@ -17,8 +17,7 @@ from gptjax.errors import InputError
 from gptjax.model import gpt, heads
 from gptjax.model.spec import GPTConfig
 from gptjax.objectives.base import Objective
-from gptjax.reward import reward_loss
-from gptjax.rlhf.reward_model import score_rows
+from gptjax.rlhf.reward_model import reward_loss, score_rows
 from gptjax.training.optimizer import OptimizerConfig, make_optimizer
 from gptjax.training.precision import PrecisionConfig
 from gptjax.training.schedule import Schedule, ScheduleConfig

@@ -162,6 +162,19 @@ def calibration(p: Pairs, bins: int = 10) -> list[dict]:
     return rows
 
 
+def agreement_with(scores, params, batches, comparisons) -> dict:
+    """The entries of reward.json on a split: agreement with its rankings, and calibration.
+
+    scores: what `scorer` returns. batches: of `comparisons`, in their order.
+    """
+    scored, *rest = scores(params, batches)
+    characters = np.zeros(scored.shape)
+    for row, comparison in zip(characters, comparisons, strict=False):  # rows of padding follow
+        row[: len(comparison.characters)] = comparison.characters
+    p = pairs(scored, *rest, characters)
+    return {**agreement(p), "calibration": calibration(p)}
+
+
 def length_explains(figures: dict, within: float = 0.02) -> bool:
     """Whether length alone is as accurate as the model, up to `within`. False for a model no better than chance
     (accuracy within two standard errors of 1/2), which has learned nothing."""

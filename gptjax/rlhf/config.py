@@ -1,12 +1,17 @@
-"""PPO's own config sections, one dataclass each; gptjax/ppo.py puts them together."""
+"""PPOConfig, the config of gptjax/ppo.py, and the sections that only it has."""
 
 import dataclasses
 import math
 
 from gptjax import paths
+from gptjax.data.prompts import PromptConfig
 from gptjax.errors import InputError
+from gptjax.model.spec import ModelOptions
 from gptjax.objectives.ppo import MOST_KL_ERROR
-from gptjax.ranges import Count, Positive, PositiveShare, Real, Share
+from gptjax.ranges import BelowOne, Count, Positive, PositiveShare, Real, Share
+from gptjax.training.checkpoint import CheckpointConfig
+from gptjax.training.optimizer import OptimizerConfig
+from gptjax.training.stage import RunConfig
 
 # Below it log-probabilities are 0 or very negative, and their gradients overflow.
 _LEAST_TEMPERATURE = 0.01
@@ -98,6 +103,46 @@ class RolloutConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class UpdateConfig:
+    """The update: epochs x minibatches optimizer steps per iteration.
+
+    epochs: passes over the episodes of an iteration.
+    minibatches: optimizer steps of an epoch.
+    microbatch_size: episodes whose gradients are computed at a time; None = the whole minibatch.
+    clip: epsilon of the clipped policy loss.
+    value_clip: epsilon of the clipped value loss.
+    value_coefficient: weight of the value loss; it matters when policy and value share a trunk.
+    normalize: what the policy and value losses are means over: 'token' (all actions of the minibatch) or 'sequence'
+        (sums over each response, averaged over responses).
+    ptx_coefficient: gamma of PPO-ptx; 0 = plain PPO.
+    ptx_normalize: log pi(x) is a mean over tokens ('token') or summed over a sequence ('sequence'). The paper does not
+        say which; the right scale of gamma depends on it.
+    ema_decay: decay per iteration of the policy's exponential moving average, which evaluations and later stages use;
+        0 = no average.
+    """
+
+    epochs: Count = 4
+    minibatches: Count = 1
+    microbatch_size: Count | None = None
+    clip: Positive = 0.2
+    value_clip: Positive = 0.2
+    value_coefficient: float = 1.0
+    normalize: str = "token"
+    ptx_coefficient: float = 0.0
+    ptx_normalize: str = "token"
+    ema_decay: BelowOne = 0.992
+
+    def __post_init__(self):
+        if self.epochs < 1 or self.minibatches < 1:
+            raise InputError("ppo.epochs and ppo.minibatches are at least 1.")
+        if self.clip <= 0 or self.value_clip <= 0 or self.ptx_coefficient < 0 or not 0 <= self.ema_decay < 1:
+            raise InputError("ppo: clip and value_clip > 0, ptx_coefficient >= 0, ema_decay in [0, 1).")
+        for name in ("normalize", "ptx_normalize"):
+            if getattr(self, name) not in ("token", "sequence"):
+                raise InputError(f"ppo.{name}={getattr(self, name)!r}: choose token or sequence.")
+
+
+@dataclasses.dataclass(frozen=True)
 class RateConfig:
     """Learning rates over iterations. No iteration has a rate of 0.
 
@@ -164,3 +209,71 @@ class EvaluationConfig:
     def __post_init__(self):
         if self.every < 1 or self.prompts < 1 or self.lm_batches < 0 or self.samples < 0:
             raise InputError("eval: every and prompts are at least 1, lm_batches and samples at least 0.")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PPOConfig(RunConfig):
+    """Reinforcement learning. How long: steps (iterations), or episodes. Give `reward`, `reward_fn`, or both.
+
+    steps: iterations of the run.
+    batch_size: episodes (sampled responses) of an iteration.
+    policy: workdir of the SFT run whose model is the initial policy and the reference.
+    reward: workdir of the reward model.
+    reward_fn: 'package.module:function', alone or added to the reward model's score.
+    reward_on: what reward_fn gets, 'text' or 'tokens'.
+    optimizer: of the policy.
+    value_optimizer: of the separate value network, which is initialized from the reward model.
+    shared_trunk: a value head on the policy's trunk, in place of a separate value network.
+    offload: keep the two frozen models in host memory and bring them to the device to score.
+    episodes: length of the run in sampled responses, if steps is not given.
+    loss_chunk: time steps whose logits are held at once.
+    """
+
+    policy: str | None = paths.field()
+    reward: str | None = paths.field()
+    reward_fn: str | None = None
+    reward_on: str = "text"
+    model: ModelOptions = ModelOptions()
+    data: PromptConfig = PromptConfig()
+    rollout: RolloutConfig = RolloutConfig()
+    ppo: UpdateConfig = UpdateConfig()
+    kl: KLConfig = KLConfig()
+    ptx: PtxConfig = PtxConfig()
+    rate: RateConfig = RateConfig()
+    optimizer: OptimizerConfig = OptimizerConfig(learning_rate=5e-6, weight_decay=0.0)
+    value_optimizer: OptimizerConfig = OptimizerConfig(learning_rate=9e-6, weight_decay=0.0)
+    shared_trunk: bool = False
+    offload: bool = False
+    checkpoint: CheckpointConfig = CheckpointConfig(every=10)
+    eval: EvaluationConfig = EvaluationConfig()
+    episodes: Count | None = None
+    batch_size: Count = 512
+    loss_chunk: Count = 128
+
+    def __post_init__(self):
+        rows, group = self.batch_size // self.ppo.minibatches, self.rollout.group_size
+        if self.batch_size % self.ppo.minibatches:
+            raise InputError(
+                f"batch_size={self.batch_size} is not a multiple of ppo.minibatches={self.ppo.minibatches}: change one."
+            )
+        if rows % (self.ppo.microbatch_size or rows):
+            raise InputError(
+                f"A minibatch of {rows} episodes is not a multiple of ppo.microbatch_size={self.ppo.microbatch_size}: "
+                "change it, batch_size or ppo.minibatches."
+            )
+        if self.rollout.forward_rows is not None and self.batch_size % self.rollout.forward_rows:
+            raise InputError(
+                f"batch_size={self.batch_size} is not a multiple of rollout.forward_rows={self.rollout.forward_rows}: "
+                "change one."
+            )
+        if self.batch_size % group:
+            raise InputError(
+                f"batch_size={self.batch_size} is not a multiple of rollout.group_size={group}: change one."
+            )
+        if group > 1 and self.shared_trunk:
+            raise InputError(f"rollout.group_size={group} is GRPO, which has no values: set shared_trunk to False.")
+        if self.precision.scaled:
+            raise InputError("PPO computes in float32 or bfloat16: set --config.precision.compute to one of them.")
+        self.kl.check_batch(self.batch_size)
+        if self.reward_on not in ("text", "tokens"):
+            raise InputError(f"reward_on={self.reward_on!r}: choose text or tokens.")

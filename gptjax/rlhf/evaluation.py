@@ -13,7 +13,7 @@ from gptjax.objectives.lm import causal_lm_loss
 from gptjax.parallel.mesh import batch_shards
 from gptjax.parallel.sharding import batch_sharding
 from gptjax.rlhf import rewards, rollout
-from gptjax.rlhf.config import EvaluationConfig
+from gptjax.rlhf.config import EvaluationConfig, PPOConfig
 from gptjax.rlhf.networks import RLSpec
 from gptjax.training.stage import Evaluation
 from gptjax.training.step import jit_eval_step
@@ -24,7 +24,7 @@ _FIGURES = {
 }  # fmt: skip
 
 
-def held_out_score(c, spec: RLSpec, prompts, widths, template: Template, text, frozen_models,
+def held_out_score(c: PPOConfig, spec: RLSpec, prompts, widths, template: Template, text, frozen_models,
                    rule: rewards.Rule | None, shuffle: int):  # fmt: skip
     """Returns evaluate(state) -> Evaluation of the policy's moving average, always with the same noise.
 
@@ -32,7 +32,7 @@ def held_out_score(c, spec: RLSpec, prompts, widths, template: Template, text, f
     length, eos_rate, and with pre-training text (`text`, rlhf/ptx.py) lm_loss; for a mixture its weighted mean and
     lm_loss/<name> of each part.
     Args:
-        c: PPOConfig. widths: lengths that prompts may be padded to. frozen_models: Models.frozen of rollout.collect.
+        widths: lengths that prompts may be padded to. frozen_models: Models.frozen of rollout.collect.
         shuffle: version of lm.shuffled.
     """
     sharding = batch_sharding(spec.mesh, 0)

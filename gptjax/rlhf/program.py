@@ -12,15 +12,18 @@ from gptjax.model.spec import GPTConfig
 from gptjax.parallel import pipeline
 from gptjax.parallel.mesh import batch_shards, check_fits
 from gptjax.parallel.sharding import shared
+from gptjax.rlhf.config import PPOConfig, UpdateConfig
 from gptjax.rlhf.networks import RLSpec
 from gptjax.rlhf.state import PPOState, state_shardings
-from gptjax.rlhf.update import UpdateConfig, make_update
+from gptjax.rlhf.update import make_update
 from gptjax.training.optimizer import OptimizerConfig, make_optimizer
 
 
-def make_spec(c, policy: GPTConfig, reward: GPTConfig | None, mesh, *, eos_id: int, pad_id: int, vocab: int) -> RLSpec:
-    """The RLSpec of a run. c: PPOConfig. policy, reward: configs of the models that the run starts from. Raises
-    InputError if they or the batch cannot be divided over the mesh."""
+def make_spec(
+    c: PPOConfig, policy: GPTConfig, reward: GPTConfig | None, mesh, *, eos_id: int, pad_id: int, vocab: int
+) -> RLSpec:
+    """The RLSpec of a run. policy, reward: configs of the models that the run starts from. Raises InputError if they or
+    the batch cannot be divided over the mesh."""
     options = dataclasses.replace(c.model, dropout=0.0)  # or the ratio of the first minibatch would not be 1
     policy = options.apply(policy)
     value = None if c.shared_trunk or c.rollout.group_size > 1 else options.apply(reward) if reward else policy
@@ -59,8 +62,8 @@ class PPOProgram:
     update: Any
 
 
-def ppo_program(c, spec: RLSpec) -> PPOProgram:
-    """The PPOProgram of a PPOConfig; the same one for equal settings of update, optimizers and models."""
+def ppo_program(c: PPOConfig, spec: RLSpec) -> PPOProgram:
+    """The PPOProgram of a run; the same one for equal settings of update, optimizers and models."""
     return _ppo_program(c.ppo, c.optimizer, c.value_optimizer, spec)
 
 

@@ -1,4 +1,4 @@
-"""A trained reward model, loaded to score texts: used by best-of-n, PPO and SFT's checkpoint selection.
+"""The reward model: its score, its loss, and a trained one loaded for best-of-n, PPO and SFT's checkpoint selection.
 
 The workdir's reward.json holds the gain and bias that reward.py fitted after training (InstructGPT: demonstrations
 score 0 on average), because comparisons leave the offset of the scores undetermined. They are folded into the head.
@@ -23,10 +23,14 @@ from gptjax.generation.decode import bucket
 from gptjax.model import gpt, heads
 from gptjax.model.attention import resolve
 from gptjax.model.spec import GPTConfig
+from gptjax.objectives.base import Sums
+from gptjax.objectives.preference import best_of_k_loss, ranking_loss, ranking_statistics
 from gptjax.parallel.mesh import batch_shards
-from gptjax.parallel.sharding import parameter_shardings
+from gptjax.parallel.sharding import parameter_shardings, shared
 from gptjax.trained import load_params
 from gptjax.training.precision import DTYPES
+
+CRITERIA = {"pairs": ranking_loss, "best": best_of_k_loss}  # what RewardConfig.objective may be
 
 
 @dataclasses.dataclass(frozen=True)
@@ -101,6 +105,24 @@ def score_at_end(params, tokens_BT, lengths_B, config: GPTConfig, dtype, mesh=No
 
 
 score_rows = functools.partial(jax.jit, static_argnames=("config", "dtype", "mesh"))(score_at_end)
+
+
+@shared
+def reward_loss(model: GPTConfig, dtype, objective: str, mesh=None):
+    """The loss of an Objective, summed over prompts. Micro-batch: tokens [B, N, T]; lengths, ranks, valid [B, N]."""
+    criterion = CRITERIA[objective]
+
+    def loss(params, batch, dropout_keys_B) -> Sums:
+        B, N, T = batch["tokens"].shape
+        keys = None
+        if dropout_keys_B is not None:  # each completion's own
+            keys = jax.vmap(lambda key: jax.random.split(key, N))(dropout_keys_B).reshape(B * N)
+        flat = batch["tokens"].reshape(B * N, T), batch["lengths"].reshape(B * N)
+        scores_BN = score_at_end(params, *flat, model, dtype, mesh, keys).reshape(B, N)
+        total, count = criterion(scores_BN, batch["ranks"], batch["valid"])
+        return Sums(total, count, ranking_statistics(scores_BN, batch["ranks"], batch["valid"]))
+
+    return loss
 
 
 def load_reward_model(workdir, *, mesh, tokenizer: Tokenizer | None = None) -> RewardModel:

@@ -11,57 +11,16 @@ import jax.numpy as jnp
 import optax
 from jax import lax
 
-from gptjax.errors import InputError
 from gptjax.model import gpt
 from gptjax.objectives import ppo
 from gptjax.objectives.chunked import cross_entropy_sum
 from gptjax.parallel.sharding import constrain
-from gptjax.ranges import BelowOne, Count, Positive
 from gptjax.rlhf import networks
+from gptjax.rlhf.config import UpdateConfig
 from gptjax.rlhf.networks import RLSpec
 from gptjax.rlhf.rollout import Experience
 from gptjax.rlhf.state import PPOState, phase_keys
 from gptjax.training.accumulate import accumulate, apply_gradients
-
-
-@dataclasses.dataclass(frozen=True)
-class UpdateConfig:
-    """The update: epochs x minibatches optimizer steps per iteration.
-
-    epochs: passes over the episodes of an iteration.
-    minibatches: optimizer steps of an epoch.
-    microbatch_size: episodes whose gradients are computed at a time; None = the whole minibatch.
-    clip: epsilon of the clipped policy loss.
-    value_clip: epsilon of the clipped value loss.
-    value_coefficient: weight of the value loss; it matters when policy and value share a trunk.
-    normalize: what the policy and value losses are means over: 'token' (all actions of the minibatch) or 'sequence'
-        (sums over each response, averaged over responses).
-    ptx_coefficient: gamma of PPO-ptx; 0 = plain PPO.
-    ptx_normalize: log pi(x) is a mean over tokens ('token') or summed over a sequence ('sequence'). The paper does not
-        say which; the right scale of gamma depends on it.
-    ema_decay: decay per iteration of the policy's exponential moving average, which evaluations and later stages use;
-        0 = no average.
-    """
-
-    epochs: Count = 4
-    minibatches: Count = 1
-    microbatch_size: Count | None = None
-    clip: Positive = 0.2
-    value_clip: Positive = 0.2
-    value_coefficient: float = 1.0
-    normalize: str = "token"
-    ptx_coefficient: float = 0.0
-    ptx_normalize: str = "token"
-    ema_decay: BelowOne = 0.992
-
-    def __post_init__(self):
-        if self.epochs < 1 or self.minibatches < 1:
-            raise InputError("ppo.epochs and ppo.minibatches are at least 1.")
-        if self.clip <= 0 or self.value_clip <= 0 or self.ptx_coefficient < 0 or not 0 <= self.ema_decay < 1:
-            raise InputError("ppo: clip and value_clip > 0, ptx_coefficient >= 0, ema_decay in [0, 1).")
-        for name in ("normalize", "ptx_normalize"):
-            if getattr(self, name) not in ("token", "sequence"):
-                raise InputError(f"ppo.{name}={getattr(self, name)!r}: choose token or sequence.")
 
 
 def ppo_gradients(c: UpdateConfig, spec: RLSpec, policy, value, batch: Experience, kl_coefficient=0.0):
