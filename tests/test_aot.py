@@ -295,6 +295,7 @@ def test_the_remedy_is_the_first_candidate_that_compiles(monkeypatch):
     assert find_remedy(config, parse("v5e-4"), Request(), result, None) is None
 
 
+@pytest.mark.slow
 def test_a_program_too_large_is_reported(libtpu):
     """A real refusal: the compiler's own figure, and the largest arrays by ours."""
     config = tiny(**{"model.remat": "none", "model.n_layer": 24, "model.d_model": 1024, "model.context_length": 1024,

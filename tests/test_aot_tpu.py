@@ -154,6 +154,7 @@ def decode_arguments(decoder, prompts, stop, sampling, sizes, monkeypatch):
     return found.value.args
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rows", [1, 8])
 def test_sampling_from_a_prompt_long_enough_for_splash(chips, rows, monkeypatch):
     """A prompt of 65 tokens and more is padded to 128, which Splash takes: one row or several, on eight chips."""

@@ -65,7 +65,9 @@ def loss_of(task, lm_weight):
 # --- the loss -----------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("task, n", [("entailment", 1), ("similarity", 2), ("choice", 3)])
+@pytest.mark.parametrize("task, n", [
+    pytest.param("entailment", 1, marks=pytest.mark.slow), ("similarity", 2), ("choice", 3),
+])  # fmt: skip
 def test_the_gradient_of_l3_is_that_of_l2_plus_lambda_l1s(task, n):
     """L1 by hand: of each example the mean over its sequences of their mean loss per token, by the plain loss."""
     p, b = params(1 if task == "choice" else C), batch(n, n if task == "choice" else C)

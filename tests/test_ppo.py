@@ -292,6 +292,7 @@ def test_stopped_five_ways_it_is_the_same_run(config, straight, tmp_path, monkey
     assert_same_ppo(parts, straight, 4)
 
 
+@pytest.mark.slow
 def test_a_full_disk_and_models_in_host_memory_change_no_bit(config, straight, tmp_path, monkeypatch, capsys):
     """The records of iterations 2 and 3 wait until there is room; the frozen models come to the device to score."""
     real, check, at, away = os.pwrite, stage.check_iteration, [0], []

@@ -165,7 +165,8 @@ def test_one_example_has_no_gradient_on_another(start, some):
 
 
 @pytest.mark.parametrize("options", [
-    {"data__loss_on": "all"}, {"lm_weight": 0.5, "data__packing": False, "microbatch_size": 1},
+    pytest.param({"data__loss_on": "all"}, marks=pytest.mark.slow),
+    {"lm_weight": 0.5, "data__packing": False, "microbatch_size": 1},
 ])  # fmt: skip
 def test_the_first_step_by_hand(pretrained, alignment, start, some, tmp_path, monkeypatch, options):
     """metrics.jsonl's loss, count and gradient norm of a whole run's first step; 4 rows of ragged demonstrations."""
