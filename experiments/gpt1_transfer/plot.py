@@ -1,8 +1,8 @@
 """results.json as a picture.
 
-Above: the score of each task with 95 % intervals over seeds, and against the number of layers that are transferred
-(GPT-1's Figure 2, left). Below: the zero-shot heuristics against updates of pre-training, with bands of two standard
-errors (Figure 2, right).
+Above: the score of each task and its difference from the whole recipe, with 95 % intervals over seeds, beside Table
+5's differences; and the score against the number of layers that are transferred (GPT-1's Figure 2, left). Below: the
+zero-shot heuristics against updates of pre-training, with bands of two standard errors (Figure 2, right).
 """
 
 from pathlib import Path
@@ -18,10 +18,10 @@ def picture(result: dict, path: Path):
     import matplotlib.pyplot as plt
 
     zero_shot = list(dict.fromkeys(point["task"] for point in result["zero_shot"]))
-    figure = plt.figure(figsize=(11, 6.6), layout="constrained")
+    figure = plt.figure(figsize=(14, 7), layout="constrained")
     above, below = figure.subfigures(2, 1)
-    _variants(result, *(axes := above.subplots(1, 2))[:1])
-    _layers(result, axes[1])
+    for draw, axis in zip((_variants, _differences, _layers), above.subplots(1, 3), strict=True):
+        draw(result, axis)
     for axis, task in zip(below.subplots(1, len(zero_shot), squeeze=False)[0], zero_shot, strict=True):
         _over_updates([p for p in result["zero_shot"] if p["task"] == task], axis)
     for axis in figure.axes:
@@ -41,6 +41,22 @@ def _variants(result: dict, axis):
         axis.plot([place - 0.35, place + 0.35], [100 * result["chance"][task]] * 2, "k:", lw=1)
     axis.set_xticks(range(len(columns)), columns)
     axis.set_title("fine-tuned (dotted: without skill)", loc="left", fontsize=10)
+    axis.legend(frameon=False, fontsize=8)
+
+
+def _differences(result: dict, axis):
+    columns = [*result["chance"], "average"]
+    for i, (variant, found) in enumerate(result["comparison"].items()):
+        of = [(found["tasks"] | {"average": found})[c] for c in columns]
+        places = [c + 0.2 * (i - 1) for c in range(len(columns))]
+        means, halves = ([d[key] or 0 for d in of] for key in ("mean", "half"))
+        axis.errorbar(places, means, halves, fmt="o", ms=5, capsize=2, color=COLORS[variant], label=NAMES[variant])
+        published = [(place, d["published"]) for place, d in zip(places, of, strict=True) if "published" in d]
+        axis.plot(*zip(*published, strict=True), "x", ms=7, color=COLORS[variant])
+    axis.plot([], [], "x", ms=7, color="gray", label="Table 5")
+    axis.axhline(0, color="k", lw=1)
+    axis.set_xticks(range(len(columns)), columns)
+    axis.set_title("difference from full", loc="left", fontsize=10)
     axis.legend(frameon=False, fontsize=8)
 
 

@@ -24,7 +24,8 @@ MULTIPLE_CHOICE = str(HERE / "multiple_choice.toml")
 class Task(NamedTuple):
     """preset: of configs/gpt1_finetune.py. metric: the score of the table. chance: its value without any skill.
     max_length: tokens that a sequence is cut to. zero_shot: the task that has its heuristic, or None. files: the
-    published training and development rows. data: settings where they are not the preset's."""
+    published training and development rows. data: settings where they are not the preset's. choices: sequences of an
+    example, so of a task with fewer examples for as many tokens."""
 
     name: str
     preset: str
@@ -34,19 +35,27 @@ class Task(NamedTuple):
     zero_shot: str | None
     files: tuple[str, str] = ("", "")
     data: dict[str, Any] = {}
+    choices: int = 1
+
+
+def _choice_of(*context: str) -> dict:
+    """The settings of rows with a list of four choices. context: the fields that are joined to the text."""
+    fields = {"context": ",".join(context), "choices": "choices", "label": "gold"}
+    return {"form": "rows", "labels": "0,1,2,3", "fields": fields}
 
 
 PUBLISHED = (
     Task("cola", "cola", "matthews", 0.0, 32, "cola_zero_shot", ("in_domain_train.tsv", "in_domain_dev.tsv")),
     Task("sst2", "sst2", "accuracy", 0.509, 48, "sst2_zero_shot", ("train_binary_sent.csv", "dev_binary_sent.csv")),
     Task("sick", "sick", "accuracy", 0.564, 48, None, ("SICK_train.txt", "SICK_trial.txt")),
-    Task("mctest", "mctest", "accuracy", 0.25, 96, MULTIPLE_CHOICE, ("mc500.train.tsv", "mc500.dev.tsv")),
+    # The question before the story, which is cut to max_length at its end.
+    Task("mctest", "mctest", "accuracy", 0.25, 96, MULTIPLE_CHOICE, ("mc500.train.tsv", "mc500.dev.tsv"),
+         _choice_of("question", "story"), choices=4),
 )  # chance: the share of the largest class of the development rows (SST-2, SICK), of a choice one in four
 STDLIB = (
     Task("match", "rte", "accuracy", 0.5, 64, None, data={
         "labels": "match,mismatch", "fields": {"premise": "signature", "hypothesis": "summary", "label": "label"}}),
-    Task("summary", "race", "accuracy", 0.25, 96, MULTIPLE_CHOICE, data={
-        "form": "rows", "labels": "0,1,2,3", "fields": {"context": "context", "choices": "choices", "label": "gold"}}),
+    Task("summary", "race", "accuracy", 0.25, 96, MULTIPLE_CHOICE, data=_choice_of("context"), choices=4),
 )  # fmt: skip
 CHOICES = 4
 
@@ -74,34 +83,38 @@ def prepare(data: str | None, folder: Path, most: int) -> tuple[Task, ...]:
 
 def train_and_dev(task: Task, folder: Path) -> tuple[str, str]:
     """Paths of a task's rows."""
-    suffix = "tsv" if task.preset == "mctest" else "jsonl"
-    return tuple(str(folder / f"{task.name}_{split}.{suffix}") for split in ("train", "dev"))
+    return tuple(str(folder / f"{task.name}_{split}.jsonl") for split in ("train", "dev"))
 
 
 def _write_published(task: Task, source: Path, folder: Path, split: str, most: int):
-    settings = gpt1_finetune.TASKS[task.preset]
-    if task.preset == "mctest":  # stories of 4 questions of 4 choices, in order: the answers are by number
-        stories = -(-most // 32) or None
-        for suffix in (".tsv", ".ans"):
-            lines = source.with_suffix(suffix).read_text().splitlines(keepends=True)
-            (folder / f"{task.name}_{split}{suffix}").write_text("".join(lines[:stories]))
+    if task.preset == "mctest":
+        rows = list(_mctest_questions(source))
         if split == "dev":
-            _write(folder / "multiple_choice.jsonl", _mctest_questions(source))
-        return
-    columns = settings.get("columns")
-    table = Table(settings.get("format"), columns and tuple(columns.split(",")))
-    rows = [row.value for row in sources.rows(str(source), table=table)]
-    _write(folder / f"{task.name}_{split}.jsonl", drawn(rows, most))
+            _write(folder / "multiple_choice.jsonl", ({**r, "context": f"{r['story']} {r['question']}"} for r in rows))
+    else:
+        settings = gpt1_finetune.TASKS[task.preset]
+        columns = settings.get("columns")
+        table = Table(settings.get("format"), columns and tuple(columns.split(",")))
+        rows = [row.value for row in sources.rows(str(source), table=table)]
+    _write(folder / f"{task.name}_{split}.jsonl", drawn(rows, share(task, most)))
+
+
+def share(task: Task, most: int) -> int:
+    """Examples of a task that have about as many tokens as `most` pairs of sentences; 0 = all. A choice's sequences
+    are twice as long."""
+    return -(-most // (2 * task.choices)) if task.choices > 1 else most
 
 
 def _mctest_questions(source: Path) -> Iterable[dict]:
+    """{story, question, choices, gold} of each of the four questions of each story."""
     answers = [line.split() for line in source.with_suffix(".ans").read_text().splitlines()]
     for line, letters in zip(source.read_text().splitlines(), answers, strict=True):
         _, _, story, *cells = line.split("\t")
         for i, letter in enumerate(letters):
             question, *choices = cells[5 * i : 5 * i + 5]
-            context = f"{story} {question.partition(': ')[2] or question}".replace("\\newline", "\n")
-            yield {"context": context, "choices": choices, "gold": "ABCD".index(letter)}
+            question = question.partition(": ")[2] or question  # 'one: ' or 'multiple: '
+            yield {"story": story.replace("\\newline", "\n"), "question": question, "choices": choices,
+                   "gold": "ABCD".index(letter)}  # fmt: skip
 
 
 def _write_stdlib(folder: Path, most: int):
@@ -112,7 +125,7 @@ def _write_stdlib(folder: Path, most: int):
     for split, examples, number in (("train", train, most), ("dev", parts["evaluation"], 0)):
         pairs = [(e.prompt, e.summary) for e in examples]
         _write(folder / f"match_{split}.jsonl", drawn(matches(pairs), number))
-        choices = drawn(multiple_choice(pairs), -(-number // CHOICES))
+        choices = drawn(multiple_choice(pairs), share(STDLIB[1], number))
         _write(folder / f"summary_{split}.jsonl", choices)
         if split == "dev":
             _write(folder / "multiple_choice.jsonl", choices)

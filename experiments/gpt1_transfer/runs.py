@@ -26,7 +26,7 @@ class Size:
     not dropped, which would be a third of a step's time on a CPU.
 
     layers, width, context: of the Transformer, with heads of 32. vocab: tokens of the BPE. steps, batch: of
-    pre-training. rows: training examples of a task, 0 = all. epochs: of fine-tuning, in batches of 32.
+    pre-training. rows: training examples of a task, 0 = all. epochs: of fine-tuning, in batches of 32 sequences.
     """
 
     layers: int = 4
@@ -60,9 +60,9 @@ class Stopped(Exception):
 # --- pre-training -------------------------------------------------------------------------------------------
 
 
-def pretrain_config(model: str, size: Size, text: str, workdir: Path, seed: int):
+def pretrain_config(model: str, size: Size, text: str, workdir: Path, seed: int, factor: float = 1.0):
     """GPT-1's or its LSTM's, at this size. The learning rate is GPT-1's, times the root of how much narrower the model
-    is: at 12 times GPT-1's a Transformer of width 64 learned the words' frequencies and no more."""
+    is, times the factor that rates.py chooses."""
     c = gpt1.get_config() if model == "transformer" else lstm.get_config("gpt1_baseline")
     published, own = c.model.d_model if model == "transformer" else c.model.units, getattr(size, model)
     c.model.update(dataclasses.asdict(own))
@@ -70,7 +70,7 @@ def pretrain_config(model: str, size: Size, text: str, workdir: Path, seed: int)
     source, valid = map(str, folders) if all(f.is_dir() for f in folders) else (text, str(VALIDATION))
     c.data.update(source=source, validation=valid, tokenizer=f"bpe:{size.vocab}", cache=str(workdir / "tokens"))
     c.steps, c.batch_size, c.seed = size.steps, size.batch, seed
-    c.optimizer.learning_rate *= (published / own.d_model) ** 0.5
+    c.optimizer.learning_rate *= factor * (published / own.d_model) ** 0.5
     c.schedule.warmup_tokens = 0.1 * size.steps * size.batch * size.context
     every = -(-size.steps // KEPT)
     c.checkpoint.update(every=every, keep_every=every, keep_last=1)
@@ -79,14 +79,17 @@ def pretrain_config(model: str, size: Size, text: str, workdir: Path, seed: int)
     return c
 
 
-def pretrain_both(size: Size, text: str, workdir: Path, seed: int) -> dict:
-    """{model: its parameters, training FLOPs and seconds, and the loss on held-out text by update}."""
+def pretrain_both(size: Size, text: str, workdir: Path, seed: int, factors: dict[str, float]) -> dict:
+    """{model: its parameters, training FLOPs and seconds, and the loss on held-out text by update}. factors: of the
+    learning rate of either."""
     found = {}
-    for model in ("transformer", "lstm"):
-        result = finished(pretrain(pretrain_config(model, size, text, workdir, seed), str(workdir / model)))
+    for model, factor in factors.items():
+        c = pretrain_config(model, size, text, workdir, seed, factor)
+        result = finished(pretrain(c, str(workdir / model)))
         lines = (workdir / model / "evaluations.jsonl").read_text().splitlines()
         found[model] = {
             "parameters": architecture.parameter_count(getattr(size, model)), "flops": result.flops,
+            "learning_rate": c.optimizer.learning_rate,
             "seconds": result.seconds, "tokens": size.steps * size.batch * size.context,
             "loss": [[e["step"], e["loss"]] for e in map(json.loads, lines)],
         }  # fmt: skip
@@ -120,9 +123,13 @@ def planned(tasks: tuple[Task, ...], seeds: list[int], layers: int, layer_seeds:
     return of(VARIANTS, seeds) + of([f"layers_{k}" for k in range(layers)], seeds[:layer_seeds])
 
 
-def finetune_config(cell: Cell, task: Task, size: Size, workdir: Path):
+def model_of(variant: str) -> str:
+    return "lstm" if variant == "lstm" else "transformer"
+
+
+def finetune_config(cell: Cell, task: Task, size: Size, workdir: Path, factor: float = 1.0):
     """GPT-1's, at this size: the learning rate as in pre-training. Nothing is chosen by what is evaluated on."""
-    model = "lstm" if cell.variant == "lstm" else "transformer"
+    model = model_of(cell.variant)
     published = GPT1.d_model if model == "transformer" else lstm.get_config("gpt1_baseline").model.units
     c = gpt1_finetune.get_config(task.preset)
     c.init_from = str(workdir / model)
@@ -130,8 +137,9 @@ def finetune_config(cell: Cell, task: Task, size: Size, workdir: Path):
     c.data.update({k: v for k, v in task.data.items() if k != "fields"})
     c.data.train, c.data.valid = train_and_dev(task, workdir / "rows")
     c.data.max_length = min(task.max_length, size.context)
+    c.batch_size //= task.choices
     c.epochs, c.seed = float(size.epochs), cell.seed
-    c.optimizer.learning_rate *= (published / getattr(size, model).d_model) ** 0.5
+    c.optimizer.learning_rate *= factor * (published / getattr(size, model).d_model) ** 0.5
     c.eval.batches = 1  # the results are of all rows
     c.eval.every = c.checkpoint.every = 10**6
     c.checkpoint.keep_last, c.log.tensorboard = 1, False
@@ -166,10 +174,9 @@ class Results:
         self.done.add(cell)
 
 
-def run_cell(cell: Cell, task: Task, size: Size, workdir: Path) -> tuple[float, dict]:
-    """(the task's score on its development rows, all metrics). What the run prints goes to runs.log."""
-    folder = workdir / "cells" / cell.name
-    with (workdir / "runs.log").open("a") as log, contextlib.redirect_stdout(log), contextlib.redirect_stderr(log):
-        finished(finetune(finetune_config(cell, task, size, workdir), str(folder)))
+def run_cell(c, task: Task, folder: Path, log: Path) -> tuple[float, dict]:
+    """(the task's score on the rows that config c evaluates on, all metrics). What the run prints goes to the log."""
+    with log.open("a") as file, contextlib.redirect_stdout(file), contextlib.redirect_stderr(file):
+        finished(finetune(c, str(folder)))
     metrics = json.loads((folder / "results.json").read_text())["validation"]
     return metrics[task.metric], metrics
