@@ -148,6 +148,7 @@ def test_13_steps_and_12_are_25_with_float16_and_a_ramp(text, tmp_path, one_devi
     assert all(b >= a - 32 for a, b in zip(sizes, sizes[1:], strict=False))  # rounded to whole sequences
 
 
+@pytest.mark.slow
 def test_several_steps_a_dispatch(text, tmp_path, one_device, uninterrupted, finished_run):
     """Bitwise the same however it is interrupted; to rounding the run of one step a dispatch: one device call of
     several steps is a loop, which XLA may fuse otherwise than a single step."""

@@ -89,12 +89,12 @@ def test_widening():
 @pytest.mark.slow
 def test_forecasts_cover_nine_of_ten():
     """100 planted ladders, noise of .3 %: the last budget's runs, forecast from the others."""
-    inside = []
+    inside, start = [], CHINCHILLA.free(np.array([HOFFMANN[name] for name in CHINCHILLA.parameters]))
     for seed in range(100):
         points = isoflop(SIX, 6, noise=0.003, seed=seed)
         past, ahead = points.take(points["C"] < 2e19), points.take(points["C"] > 2e19)
-        found = fit(CHINCHILLA, past, starts=SOME[:20])
-        theta = bootstrap.bootstrap(found, 300)
+        found = fit(CHINCHILLA, past, starts=start)
+        theta = bootstrap.bootstrap(found, 100)
         for i in range(len(ahead)):
             made = forecast.predict(found, forecast._row(ahead, i), theta)
             inside.append(made.low <= ahead["loss"][i] <= made.high)

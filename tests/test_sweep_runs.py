@@ -41,6 +41,7 @@ def base(source, **schedule):
 WSD = dict(kind="wsd", warmup_tokens=200.0, decay_fraction=0.25, final_fraction=0.0)
 
 
+@pytest.mark.slow
 def test_branches_of_one_run_are_runs_of_their_own(text, tmp_path, monkeypatch):  # noqa: F811
     """Bit for bit those that are trained from their beginning; only their own steps are computed."""
     on_one_device(monkeypatch)
