@@ -9,9 +9,10 @@ ACCELERATOR ?= $(shell if nvidia-smi -L >/dev/null 2>&1; then echo 'jax[cuda12]'
 export JAX_COMPILATION_CACHE_DIR ?= $(CURDIR)/.jax_cache
 export JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS ?= 0
 
-# Tests run in so many processes, whole files at a time; 0 is one process, as plain `pytest` is.
+# Tests run in so many processes, each with a part of the files, and who is done takes half of what another one has
+# left; 0 is one process, as plain `pytest` is.
 WORKERS ?= 2
-PYTEST := $(VENV)/bin/python -m pytest -q -n $(WORKERS) --dist loadfile
+PYTEST := $(VENV)/bin/python -m pytest -q -n $(WORKERS) --dist worksteal
 # Most tests are made of compilation, not arithmetic: they leave out LLVM's optimization of XLA's programs and XLA's newer
 # code generator, so that compiling takes a seventh of the time. With OPTIMIZED=1 no test does, as those that are marked
 # `optimized`.
@@ -30,7 +31,8 @@ test-slow: $(VENV)/.installed-test
 	$(QUICK) $(PYTEST) -m "slow and not optimized" $(PYTEST_FLAGS)
 	$(PYTEST) -m "slow and optimized" $(PYTEST_FLAGS)
 
-# Before a release: compilations for large TPU slices, and nanoGPT's loss. .ci/run does not call it.
+# Before a release: larger cases of what the slow tests have smaller (presets through the TPU compiler, whole studies),
+# the notebook, and nanoGPT's loss. .ci/run does not call it.
 test-long: $(VENV)/.installed-test
 	$(PYTEST) -m long $(PYTEST_FLAGS)
 

@@ -8,9 +8,11 @@ into dataclasses. Nothing below the mains ever sees a ConfigDict. The defaults l
 import dataclasses
 import difflib
 import functools
+import importlib.util
 import inspect
 import json
 import re
+import sys
 import types
 import typing
 from collections.abc import Iterator, Mapping
@@ -19,7 +21,6 @@ from ml_collections import config_dict as mlc
 
 from gptjax import console, paths, ranges
 from gptjax.errors import InputError
-from gptjax.parallel import sharding
 
 # Config keys that earlier versions had under another name.
 RENAMED = {
@@ -108,8 +109,10 @@ def build(cls, section, path="config"):
         raise InputError(f"{path}: {error}.") from error
 
 
-def sharding_rules(config) -> sharding.Rules:
-    """The mesh.rules of a config (a ConfigDict or dict); the default ones if it leaves them out."""
+def sharding_rules(config):
+    """The mesh.rules (sharding.Rules) of a config, a ConfigDict or dict; the default ones if it leaves them out."""
+    from gptjax.parallel import sharding  # imports JAX, which configs without a device need not wait for
+
     return build(sharding.Rules, (config.get("mesh") or {}).get("rules") or {}, "config.mesh.rules")
 
 
@@ -119,10 +122,21 @@ def with_sharding_rules(stage):
 
     @functools.wraps(stage)
     def under_rules(config, *args, **kwargs):
+        from gptjax.parallel import sharding
+
         with console.lenient_output(), sharding.use_rules(sharding_rules(config)):
             return stage(config, *args, **kwargs)
 
     return under_rules
+
+
+def function_of(file: str, name: str):
+    """A function of a config file, beside its get_config; None if it has none of that name."""
+    spec = importlib.util.spec_from_file_location("config_file", file)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # dataclasses look their module up
+    spec.loader.exec_module(module)
+    return getattr(module, name, None)
 
 
 def nearest(name, names) -> str:

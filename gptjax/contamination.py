@@ -10,7 +10,6 @@ the clean and the dirty items. --log: a row for each item, with what was found o
 """
 
 import contextlib
-import json
 import sys
 from collections.abc import Iterable, Iterator
 
@@ -22,46 +21,11 @@ from gptjax.config import nearest
 from gptjax.console import progress
 from gptjax.data import sources
 from gptjax.data.corpus import pretraining_text
-from gptjax.data.formats import may_hold_rows
+from gptjax.data.evaluation_sets import evaluation_sets
 from gptjax.errors import InputError
 from gptjax.evals import contamination
 
 _BLOCK, _OVERLAP = 1 << 20, 256  # tokens decoded at a time where nothing separates documents, and read again
-
-
-def evaluation_sets(path: str, fields: list[str] | None) -> dict[str, list[str]]:
-    """{name: texts of its items}. fields: of the rows, joined by spaces; None = all text in a row. InputError: no rows,
-    an item without text, or two files of one name."""
-    root = paths.local(path)
-    files = [root]
-    if root.is_dir():
-        files = sorted(file for file in root.iterdir() if may_hold_rows(file.name))
-        if not files:
-            raise InputError(f"{path} has no file of rows: give .jsonl, .json, .csv, .tsv or .parquet files.")
-    sets = {}
-    for file in files:
-        items = []
-        for row in sources.rows(str(file)):
-            missing = [name for name in fields or () if name not in row.value]
-            if missing:
-                there = ", ".join(map(repr, row.value))
-                raise InputError(f"{row.where}: There is no field {missing[0]!r}, only {there}: change --fields.")
-            text = " ".join(_texts([row.value[name] for name in fields] if fields else row.value))
-            if not text.strip():
-                raise InputError(f"{row.where}: The row has no text: remove it, or name its fields by --fields.")
-            items.append(text)
-        if (name := file.stem) in sets:
-            raise InputError(f"{path} has two files of the name {name!r}, as their results would have: rename one.")
-        sets[name] = items
-    return sets
-
-
-def _texts(value) -> Iterator[str]:
-    if isinstance(value, str):
-        yield value
-    elif isinstance(value, dict | list):
-        for part in value.values() if isinstance(value, dict) else value:
-            yield from _texts(part)
 
 
 def corpus_texts(corpus: str, text_field: str) -> Iterable[str]:
@@ -133,11 +97,11 @@ def main(_):
     for name in scores or {}:
         result[name]["scores"] = contamination.split_scores(scores[name], found[name].dirty)
     if FLAGS.log:
-        with open(FLAGS.log, "w") as log:
-            for name, overlap in found.items():
-                for item, (dirty, evidence) in enumerate(zip(overlap.dirty, overlap.evidence, strict=True)):
-                    row = {"set": name, "item": item, "dirty": bool(dirty), "found": evidence}
-                    log.write(json.dumps(row) + "\n")
+        json_files.write_json_lines(FLAGS.log, (
+            {"set": name, "item": item, "dirty": bool(dirty), "found": evidence}
+            for name, overlap in found.items()
+            for item, (dirty, evidence) in enumerate(zip(overlap.dirty, overlap.evidence, strict=True))
+        ))  # fmt: skip
     if FLAGS.json:
         print(json_files.dumps({"method": FLAGS.method, "corpus": FLAGS.corpus, "sets": result}))
         return

@@ -97,10 +97,9 @@ def build(c: DPOConfig, mesh, claim: Claim) -> Stage:
         c, comparisons, length, template.pad_id, mesh, record["shuffle"], (reference.train, reference.validation)
     )
     schedule = make_schedule(c, counted * comparisons.k, batches)
-    claim.make(c, **sections)
+    claim.make(c, base.tokenizer, **sections)
     reference.save()
     hosts.only_first(lambda: comparisons.left_out.write(claim.workdir))
-    hosts.only_first(lambda: base.tokenizer.save(claim.workdir / "tokenizer"))
 
     # --- model ---
     train = program(c, model, mesh)

@@ -3,12 +3,14 @@
     python -m gptjax.evaluate --workdir=runs/x [--source=PATH] [--stride=256] [--per_document] [--json]
     python -m gptjax.evaluate --workdir=runs/x --tasks=lambada,piqa,my.toml --data=DIR [--num_fewshot=0,1,8]
         [--every_checkpoint] [--log_samples] [--limit=100] [--compare=runs/sft/tasks] [--json]
+    python -m gptjax.evaluate --workdir=runs/x --suite=bias --data=DIR [--samples=100]
 
 With --tasks: each task's rows are looked for in --data; the table has every metric with its standard error, and
 <workdir>/tasks/tasks.json (--out) the protocol too: templates, normalization, prefix token, what was cut. A task is a
 small file, published ones in gptjax/tasks/published, the format in gptjax/tasks/task.py. --tasks=superglue is its
 eight tasks and, wherever all eight are evaluated, their score. --every_checkpoint draws skill over training. For
 choices reliability diagrams are drawn too, with those of --compare in the same picture (before and after RLHF).
+--suite=bias is the bias benchmarks and GPT-3's probes (gptjax/tasks/bias.py), of those whose files are in --data.
 
 Without --tasks and without --source: the validation split the run held out; of a mixture each part's and the mean under
 its weights. With --source: every document of it, told apart and joined as in training. Each token is scored once; the
@@ -41,12 +43,15 @@ from gptjax.objectives.lm import causal_lm_loss
 from gptjax.parallel.mesh import batch_shards
 from gptjax.parallel.sharding import batch_sharding
 from gptjax.tasks import harness, table
-from gptjax.tasks.files import find_files
+from gptjax.tasks.bias import SUITE as BIAS
+from gptjax.tasks.files import task_files
 from gptjax.tasks.harness import Result
 from gptjax.tasks.task import Task, load_task
 from gptjax.trained import Model, load_model
 from gptjax.training.checkpoint import Checkpointer
 from gptjax.training.step import jit_eval_step
+
+SUITES = {"bias": BIAS}
 
 
 def score(model: Model, text: Text, rows: int, *, stride: int | None = None, per_document: bool = False,
@@ -77,7 +82,7 @@ def score(model: Model, text: Text, rows: int, *, stride: int | None = None, per
 
 
 def main(_):
-    if FLAGS.tasks:
+    if FLAGS.tasks or FLAGS.suite:
         with contextlib.redirect_stdout(sys.stderr):  # stdout is for the result
             results = _evaluate_tasks()
         print(json_files.dumps([r.record() for _, r in results]) if FLAGS.json else _tables(results))
@@ -112,17 +117,20 @@ def _evaluate() -> dict:
 
 def _evaluate_tasks() -> list[tuple[int, Result]]:
     """(step, result) of every checkpoint asked for, task and number of examples."""
-    if FLAGS.data is None:
-        raise InputError("--tasks needs --data=DIR, the folder with the tasks' files.")
-    names = [each for name in FLAGS.tasks for each in (superglue.METRICS if name == "superglue" else [name])]
+    given = FLAGS.tasks or []
+    names = [each for name in given for each in (superglue.METRICS if name == "superglue" else [name])]
     tasks = [load_task(name) for name in dict.fromkeys(names)]
     if twice := [task.name for i, task in enumerate(tasks) if task.name in {other.name for other in tasks[:i]}]:
         raise InputError(f"--tasks has two files of the name {twice[0]!r}, as their results would have: rename one.")
+    for task in tasks:  # a missing file is known before hours of computing
+        task_files(task, FLAGS.data)
+    if FLAGS.suite:
+        tasks += [task for task in suite(SUITES[FLAGS.suite], FLAGS.data) if task.name not in names]
     if FLAGS.allow_code_execution:
         tasks = [dataclasses.replace(task, allow_code_execution=True) for task in tasks]
+    if FLAGS.samples:
+        tasks = [dataclasses.replace(task, samples=FLAGS.samples) if task.samples > 1 else task for task in tasks]
     shots = shots_of(FLAGS.num_fewshot)
-    for task in tasks:  # a missing file is known before hours of computing
-        find_files(task, FLAGS.data, task.files)
     asked = [(task, k) for task in tasks for k in (shots if task.takes_examples else [0])]
     steps = Checkpointer(FLAGS.workdir).steps() if FLAGS.every_checkpoint else [FLAGS.step]
     folder = Path(paths.local(FLAGS.out or f"{FLAGS.workdir}/tasks"))
@@ -169,6 +177,24 @@ def evaluate_checkpoints(
                 results.append((model.step, score_of_eight))
                 table.write(results, folder, about, log_samples=False)
     return results
+
+
+def suite(names: Sequence[str], data: str | None) -> list[Task]:
+    """The tasks of a suite whose files are in the folder `data`; prints which others are left out, and why. InputError:
+    there is no folder, or none of their files in it."""
+    if data is None or not Path(paths.local(data)).is_dir():
+        raise InputError("--suite needs --data=DIR, the folder with the files of its tasks.")
+    found, missing = [], []
+    for task in map(load_task, names):
+        try:
+            task_files(task, data)
+            found.append(task)
+        except InputError as error:
+            missing.append(f"{task.name} is left out: {error}")
+    if all(task.rows for task in found):
+        raise InputError("\n".join([f"{data} has no file of the suite.", *missing]))
+    print("\n".join(missing), end="\n" * bool(missing))
+    return found
 
 
 def shots_of(given: list[str]) -> list[int]:
@@ -247,9 +273,11 @@ if __name__ == "__main__":
     flags.DEFINE_bool("per_document", False, "Score each document by itself, not what was joined.")
     flags.DEFINE_bool("json", False, "JSON instead of a table.")
     flags.DEFINE_list("tasks", None, "Names of tasks, or .toml files; superglue is eight of them and their score.")
+    flags.DEFINE_enum("suite", None, list(SUITES), "Tasks that belong together, of those whose files are in --data.")
     command_line.define_path("data", None, "The folder with the tasks' files, or a single file.")
     flags.DEFINE_list("num_fewshot", ["0"], "Examples in a prompt; several with commas. Whole texts have none.")
     flags.DEFINE_integer("limit", None, "Only the first so many items of a task.", lower_bound=1)
+    flags.DEFINE_integer("samples", None, "Texts for a prompt, of tasks that sample several.", lower_bound=1)
     flags.DEFINE_integer("seed", 0, "Which examples are drawn, and samples.", lower_bound=0)
     flags.DEFINE_bool("every_checkpoint", False, "Every checkpoint on disk, and a picture of skill over training.")
     flags.DEFINE_bool("log_samples", False, "Write a record of each item.")

@@ -12,7 +12,6 @@ and the mean of their metrics with its standard error in WORKDIR/results.json.
 """
 
 import dataclasses
-import json
 
 import jax
 from absl import flags
@@ -137,9 +136,8 @@ def build(c: FinetuneConfig, mesh, claim: Claim) -> Stage:
     )
     batches_of = lambda examples: in_order(examples, c.microbatch_rows, labeled.most, length, **options)
     schedule = make_schedule(c, counted * labeled.most, batches)
-    claim.make(c, **sections)
+    claim.make(c, base.tokenizer, **sections)
     hosts.only_first(lambda: labeled.left_out.write(claim.workdir))
-    hosts.only_first(lambda: base.tokenizer.save(claim.workdir / "tokenizer"))
 
     # --- model ---
     train = program(c, model, outputs, mesh)
@@ -162,7 +160,7 @@ def build(c: FinetuneConfig, mesh, claim: Claim) -> Stage:
                 rows += predictions(name, logits, examples, labeled.labels, c.data.score_range)
         if hosts.first():
             json_files.write_json(claim.workdir / "results.json", results)
-            (claim.workdir / "predictions.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+            json_files.write_json_lines(claim.workdir / "predictions.jsonl", rows)
             say(results)
 
     some = spread(labeled.validation, c.eval.batches * c.microbatch_rows)

@@ -1,8 +1,9 @@
-"""JSON that every parser reads, without NaN, and files that are written atomically."""
+"""JSON and JSONL (a value a line) that every parser reads, without NaN, and files that are written atomically."""
 
 import json
 import math
 import os
+from collections.abc import Iterable
 
 from etils import epath
 
@@ -24,11 +25,29 @@ def dumps(value, **options) -> str:
     return json.dumps(json_safe(value), allow_nan=False, **options)
 
 
+def json_lines(rows: Iterable) -> str:
+    """JSONL: `dumps` of each row, a line each."""
+    return "".join(dumps(row) + "\n" for row in rows)
+
+
 def write_json(path, value):
     """Atomic: a reader sees the old file or the new one. Values that are not finite become null (json_safe)."""
+    _replace(path, dumps(value, indent=2) + "\n")
+
+
+def write_json_lines(path, rows: Iterable):
+    """Writes `json_lines` as `write_json` does."""
+    _replace(path, json_lines(rows))
+
+
+def read_json_lines(path) -> list:
+    """The rows of a file of JSONL."""
+    return [json.loads(line) for line in epath.Path(path).read_text().split("\n") if line]
+
+
+def _replace(path, text: str):
     path = epath.Path(path)
     temporary = path.parent / f".{path.name}.{os.getpid()}.tmp"
-    text = dumps(value, indent=2) + "\n"
     try:
         temporary.write_text(text)
         temporary.replace(path)

@@ -74,13 +74,12 @@ def build(c: PPOConfig, mesh, claim: Claim, reward_fn: Callable | None = None) -
         about["reward_bias"] = float(reward_model.params["head"]["bias"])
     sections = {"model": spec.policy, "template": template.kind, "origin": about}
     claim.check(c, **sections)
-    hosts.only_first(lambda: base.tokenizer.save(claim.workdir / "tokenizer"))
     record = claim.begin(c.policy)
     text = ptx.load_text(
         c.ptx, c.policy, claim.workdir, spec.policy.context_length, c.seed + 2,  # not the order of earlier stages
         needed=c.ppo.ptx_coefficient > 0, record=record, known=claim.known,
     )  # fmt: skip
-    claim.make(c, text and text.text, **sections)
+    claim.make(c, base.tokenizer, text and text.text, **sections)
     left_out = prompts.left_out + (held_out.left_out if c.eval.source else LeftOut())
     hosts.only_first(lambda: left_out.write(claim.workdir))
 

@@ -130,8 +130,7 @@ def build(c: PretrainConfig, mesh, claim: Claim, by_tokenizer: bool) -> Stage:
         return dataclasses.replace(state, params=base.params) if base else state
 
     # --- all input has been checked: claim the workdir ---
-    claim.make(c, corpus, **({"origin": origin(init_from=base)} if base else {}))
-    hosts.only_first(lambda: tokenizer.save(claim.workdir / "tokenizer"))
+    claim.make(c, tokenizer, corpus, **({"origin": origin(init_from=base)} if base else {}))
     most = c.eval.batches or None
     decoder = Decoder(model, tokenizer.vocab_size, c.precision.dtype, mesh)
     held_out = corpus.validation_batches(context, c.microbatch_rows, most, here=here)

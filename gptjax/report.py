@@ -17,16 +17,7 @@ from gptjax.run_config import read_config
 from gptjax.training import files
 from gptjax.training.metrics import JsonLines
 from gptjax.training.stage import selection_value
-
-_STYLE = """
-:root { color-scheme: light dark; }
-body { font: 15px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem; }
-h1 { font-size: 1.5rem; } h2 { font-size: 1.1rem; margin-top: 2rem; }
-table { border-collapse: collapse; } td, th { padding: .15rem .8rem .15rem 0; text-align: left; vertical-align: top; }
-td.n { text-align: right; font-variant-numeric: tabular-nums; }
-pre { background: #8882; padding: .8rem; overflow-x: auto; white-space: pre-wrap; border-radius: 4px; }
-pre b { font-weight: 600; color: #3b6fb6; } img { max-width: 100%; background: #fff; }
-"""
+from gptjax.web_page import page, table
 
 
 def write(workdir) -> epath.Path:
@@ -59,14 +50,6 @@ def write(workdir) -> epath.Path:
     files.attempt(path, save)
     files.give_up(path)
     return path
-
-
-def page(title: str, parts: list[str]) -> str:
-    """A self-contained HTML page of parts that are HTML."""
-    return (
-        "<!doctype html><html lang=en><meta charset=utf-8><meta name=viewport content='width=device-width'>"
-        f"<title>{html.escape(title)}</title><style>{_STYLE}</style>" + "\n".join(parts) + "</html>\n"
-    )
 
 
 def _summary(config, train, evaluations) -> list[tuple[str, str]]:
@@ -110,12 +93,6 @@ def _figures(line: dict) -> str:
     """The main figures of a line, with their units."""
     units = _UNITS if "bits_per_byte" in line else _UNITS | {"loss": "loss {:.4f}"}
     return ", ".join(text.format(line[k]) for k, text in units.items() if line.get(k) is not None)
-
-
-def table(rows) -> str:
-    """Two columns as HTML, of (name, text)."""
-    cells = "".join(f"<tr><th>{html.escape(k)}</th><td>{html.escape(v)}</td></tr>" for k, v in rows)
-    return f"<table>{cells}</table>"
 
 
 # (key of metrics.jsonl, title, keys of evaluations.jsonl): those a run has are drawn

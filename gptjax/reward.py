@@ -117,9 +117,8 @@ def build(c: RewardConfig, mesh, claim: Claim) -> Stage:
     batches, held_out = batches_of(c, comparisons, length, template.pad_id, mesh, record["shuffle"])
     schedule = make_schedule(c, counted * comparisons.k, batches)
     hosts.agree("The comparisons", comparisons.fingerprint)
-    claim.make(dataclasses.replace(c, template=kind), model=model, origin=origin(init_from=base))
+    claim.make(dataclasses.replace(c, template=kind), tokenizer, model=model, origin=origin(init_from=base))
     hosts.only_first(lambda: comparisons.left_out.write(claim.workdir))
-    hosts.only_first(lambda: tokenizer.save(claim.workdir / "tokenizer"))
 
     # --- model ---
     train = program(c, model, mesh)

@@ -23,6 +23,7 @@ from gptjax import config as configs
 from gptjax import console, lock, report, run_config
 from gptjax.data.corpus import Text
 from gptjax.data.records import start_record, write_record
+from gptjax.data.tokenizer import Tokenizer
 from gptjax.distributed import hosts
 from gptjax.errors import InputError
 from gptjax.parallel.mesh import make_mesh
@@ -55,6 +56,8 @@ class Claim:
         self.known = hosts.from_first((self.workdir / "config.json").exists)
         self.resuming = run_config.has_checkpoints(self.workdir)
         self.record: dict = {}
+        if not self.known:
+            run_config.refuse_orphans(self.workdir, self.resuming)
 
     def begin(self, base=None) -> dict:
         """The contents of data.json: the existing ones, or those of a new run, not yet written. base: the workdir
@@ -67,12 +70,14 @@ class Claim:
         if self.known:
             self._claim(c, sections)
 
-    def make(self, c: RunConfig, text: Text | None = None, **sections):
-        """Writes data.json, then config.json, into a new workdir; checks config.json of an existing one. text: the
-        tokens that data.json records. sections: further sections of config.json, as for `check`."""
+    def make(self, c: RunConfig, tokenizer: Tokenizer, text: Text | None = None, **sections):
+        """Writes data.json, config.json and then the tokenizer into a new workdir; checks config.json of an existing
+        one, of which nothing changes where it is another run's. text: the tokens that data.json records. sections:
+        further sections of config.json, as for `check`."""
         if not self.known:
             write_record(self.workdir, self.record, text)
         self._claim(c, sections)
+        hosts.only_first(lambda: tokenizer.save(self.workdir / "tokenizer"))
 
     def _claim(self, c, sections):
         run_config.claim_workdir(self.workdir, self._stage, c, kind=self._kind, **sections)

@@ -45,11 +45,7 @@ def _claim(workdir, about: dict, config, sections) -> bool:
     new = {**about, **to_json(config), **{name: to_json(section) for name, section in sections.items()}}
     local = _absolute_paths(new, config, workdir)
     if not path.exists():
-        if _steps(workdir):
-            raise InputError(
-                f"{workdir} has checkpoints but no config.json, so it is unknown which run they are of: restore it, or "
-                "give another --workdir."
-            )
+        refuse_orphans(workdir, bool(_steps(workdir)))
         write_json(path, new)
         return False
     old = read_config(workdir)
@@ -82,6 +78,15 @@ def _claim(workdir, about: dict, config, sections) -> bool:
 def has_checkpoints(workdir) -> bool:
     """Whether a run can resume from a checkpoint of its own; the same on all hosts."""
     return hosts.from_first(lambda: bool(_steps(workdir)))
+
+
+def refuse_orphans(workdir, checkpoints: bool):
+    """InputError: a workdir without config.json has checkpoints."""
+    if checkpoints:
+        raise InputError(
+            f"{workdir} has checkpoints but no config.json, so it is unknown which run they are of: restore it, or "
+            "give another --workdir."
+        )
 
 
 def _steps(workdir) -> list[str]:

@@ -138,14 +138,13 @@ def build(c: SFTConfig, mesh, claim: Claim) -> Stage:
     hosts.agree("The demonstrations", demonstrations.fingerprint)
     sections = {"model": model, "origin": origin(init_from=base, reward=reward_model)}
     claim.check(c, **sections)
-    hosts.only_first(lambda: tokenizer.save(claim.workdir / "tokenizer"))
     record, mix, text = claim.begin(c.init_from), None, None
     if c.mix.fraction:
         text = load_text(
             c.mix.source, c.init_from, claim.workdir, c.mix.cache, "mix.cache", c.seed + 1, record, claim.known
         )
         mix = text.examples(length, c.seed + 1, record["shuffle"])
-    claim.make(c, text, **sections)
+    claim.make(c, tokenizer, text, **sections)
     hosts.only_first(lambda: demonstrations.left_out.write(claim.workdir))
     byte_lengths = tokenizer.byte_lengths if tokenizer.lossless else tokenizer.byte_lengths * demonstrations.byte_ratio
     here = hosts.batch_rows(batch_sharding(mesh, 0), c.microbatch_rows)

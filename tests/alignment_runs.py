@@ -85,7 +85,7 @@ def overridden(c, overrides):
 
 def pretrain_config(source, **overrides):
     c = config_dict(pretrain.PretrainConfig)
-    c.model.update(n_layer=2, n_head=4, d_model=32, context_length=CONTEXT, unroll=2)
+    c.model.update(n_layer=2, n_head=4, d_model=32, context_length=CONTEXT)
     c.data.update(source=str(source), tokenizer="bpe:300")
     c.steps, c.batch_size, c.optimizer.learning_rate = 60, 8, 1e-2
     c.eval.update(batches=2)

@@ -34,6 +34,13 @@ ROOT = Path(__file__).resolve().parent.parent
 SHARED_DATA = ROOT.parent / "shared" / "data"  # real data beside the checkout; tests that want it skip without
 
 
+def pytest_collection_finish():
+    """What the imports made is never garbage: collections, a twentieth of the time, need not look at it again."""
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(10_000, 20, 20)
+
+
 @pytest.fixture(scope="session")
 def shared_data() -> Path:
     if not SHARED_DATA.exists():
@@ -80,6 +87,15 @@ def no_drawing():
 def resident_bytes() -> float:
     statm = Path("/proc/self/statm")
     return int(statm.read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") if statm.exists() else float("inf")
+
+
+@pytest.fixture(scope="module")
+def one_device():
+    """All stages of a file on the first of the 8 devices: pytestmark = pytest.mark.usefixtures("one_device")."""
+    from alignment_runs import on_one_device
+
+    with on_one_device():
+        yield
 
 
 # --- one small run of each stage of alignment, made once (alignment_runs.py) --------------------------------

@@ -4,10 +4,11 @@ import json
 
 import numpy as np
 
-from gptjax.scaling.laws import CHINCHILLA, HOFFMANN, optimum
+from gptjax.scaling.laws import CHINCHILLA, GPT4, HOFFMANN, KAPLAN, KAPLAN_ND, optimum
 from gptjax.scaling.points import of_arrays
 
 BUDGETS = np.array([1e18, 1e19, 1e20, 1e21])
+GPT4_TRUTH = dict(a=30.0, c=1.7, b=-0.06)
 
 
 def isoflop(budgets=BUDGETS, sizes=7, span=4.0, drift=0.0, noise=0.0, seed=0, law=HOFFMANN):
@@ -32,6 +33,21 @@ def rates(sizes=(1e6, 4e6, 1.6e7), a=3.0, b=-0.4, grid=2.0 ** np.arange(-14, -3)
     """A sweep over learning rates: losses that are parabolas in log lr about a N^b, at every size and rate."""
     N, lr = (x.ravel() for x in np.meshgrid(sizes, grid, indexing="ij"))
     return of_arrays(N=N, D=20 * N, loss=3.0 + 0.02 * (np.log(lr) - np.log(a * N**b)) ** 2, lr=lr)
+
+
+def of_kaplan(count, noise, seed):
+    """Runs on Kaplan's L(N, D), over 3 decades of N and 2.5 of D, drawn at random."""
+    rng = np.random.default_rng(seed)
+    N, D = 10 ** rng.uniform(6, 9, count), 10 ** rng.uniform(8, 10.5, count)
+    loss = KAPLAN_ND.loss(KAPLAN["kaplan_nd"], N=N, D=D)
+    return of_arrays(N=N, D=D, loss=loss * np.exp(noise * rng.standard_normal(count)))
+
+
+def of_compute(count, noise, seed):
+    """The best runs of `count` budgets over 6 decades, on L = a C^b + c."""
+    C = np.geomspace(1e16, 1e22, count)
+    loss = GPT4.loss(GPT4_TRUTH, C=C)
+    return of_arrays(C=C, loss=loss * np.exp(noise * np.random.default_rng(seed).standard_normal(count)))
 
 
 def write(points, path, **more):

@@ -11,8 +11,8 @@ from pathlib import Path
 from ml_collections import config_dict as mlc
 
 from gptjax.errors import InputError
+from gptjax.queue.claims import Queue
 from gptjax.sweep.grid import Point, Sweep
-from gptjax.sweep.queue import Queue
 from gptjax.sweep.worker import work
 from gptjax.training.loop import TrainingDiverged
 from gptjax.training.stage import RunResult

@@ -100,9 +100,10 @@ def test_more_micro_batches_send_more(libtpu, answer):
     assert answer["collective_bytes_per_chip"] == pytest.approx(once, rel=0.2)  # two micro-batches more: as much again
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_the_loss_gathers_the_token_table_once(libtpu):
-    """However many chunks it has: without a barrier the compiler sinks the gather into the loop over them."""
+    """However many chunks it has: without a barrier, which tests/test_language.py looks for, the compiler may sink the
+    gather into the loop over them."""
     settings = {"model.n_layer": 1, "model.remat": "dots", "mesh.fsdp": 4, "microbatch_size": 16, "batch_size": 16}
     gathered = {}
     for chunk in (128, 2048):
@@ -294,6 +295,7 @@ def test_the_remedy_is_the_first_candidate_that_compiles(monkeypatch):
     assert find_remedy(config, parse("v5e-4"), Request(), result, None) is None
 
 
+@pytest.mark.slow
 def test_a_program_too_large_is_reported(libtpu):
     """A real refusal: the compiler's own figure, and the largest arrays by ours."""
     config = tiny(**{"model.remat": "none", "model.n_layer": 24, "model.d_model": 1024, "model.context_length": 1024,
@@ -363,7 +365,7 @@ def within_ten_percent(config: dict, answer: dict):
     assert answer["bytes_per_chip"] == pytest.approx(sum(answer["ours_per_chip"].values()), rel=0.1)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_gpt3_xl_on_v5e_16(libtpu):
     config = gpt3.get_config("1.3b").to_dict()
     found = check(config, parse("v5e-16"))

@@ -91,7 +91,10 @@ def arrays(text):
 
 @pytest.mark.parametrize(
     "model_and_rows",
-    [(GPTConfig(1500, 2, 2, 256, 512), 16), pytest.param((GPT2["124m"], 64), marks=pytest.mark.long)],
+    [
+        pytest.param((GPTConfig(1500, 2, 2, 256, 512), 16), marks=pytest.mark.slow),
+        pytest.param((GPT2["124m"], 64), marks=pytest.mark.long),
+    ],
     ids=["small", "gpt2-124m"],
 )
 def test_train_step_on_eight_v5e_chips(chips, model_and_rows):
@@ -151,6 +154,7 @@ def decode_arguments(decoder, prompts, stop, sampling, sizes, monkeypatch):
     return found.value.args
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rows", [1, 8])
 def test_sampling_from_a_prompt_long_enough_for_splash(chips, rows, monkeypatch):
     """A prompt of 65 tokens and more is padded to 128, which Splash takes: one row or several, on eight chips."""

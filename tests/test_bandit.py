@@ -28,7 +28,7 @@ PROMPTS, LENGTHS = np.zeros((BATCH, 1), np.int32), np.ones(BATCH, np.int32)
 @functools.cache
 def trained():
     """(reference, final state, metrics of every iteration). The reference is uniform: its un-embedding is 0."""
-    reference = gpt.init(MODEL, jax.random.key(0))
+    reference = jax.jit(gpt.init, static_argnums=0)(MODEL, jax.random.key(0))
     reference = {**reference, "lm_head": jnp.zeros_like(reference["lm_head"])}
     tx = make_optimizer(OptimizerConfig(weight_decay=0.0))
     state = new_state(reference, {"head": heads.new_head(16, None)}, tx, tx, BETA, seed=0)
@@ -48,9 +48,14 @@ def trained():
     return reference, state, jax.device_get(record)
 
 
-def probabilities(policy):
+@jax.jit
+def _probabilities(policy):
     x = gpt.hidden(policy, MODEL, np.zeros((1, 1), np.int32))
-    return np.asarray(jax.nn.softmax(gpt.logits(policy, MODEL, x)[0, 0, :ARMS]), np.float64)
+    return jax.nn.softmax(gpt.logits(policy, MODEL, x)[0, 0, :ARMS])
+
+
+def probabilities(policy):
+    return np.asarray(_probabilities(policy), np.float64)
 
 
 def objective(p):

@@ -9,10 +9,7 @@ import types
 
 import numpy as np
 import pytest
-from alignment_runs import (
-    on_one_device,
-    write,
-)
+from alignment_runs import write
 from ppo_runs import shortened
 from runs import main_of
 
@@ -22,11 +19,7 @@ from gptjax.rlhf import reward_model
 from gptjax.rlhf.best_of_n import best_of_n, expected_best
 from gptjax.rlhf.reward_model import load_reward_model
 
-
-@pytest.fixture(scope="module", autouse=True)
-def one_device():
-    with on_one_device():
-        yield
+pytestmark = pytest.mark.usefixtures("one_device")
 
 
 @pytest.mark.parametrize("n", [1, 2, 3, 5])

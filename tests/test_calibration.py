@@ -104,9 +104,24 @@ def test_the_interval_covers_the_true_error(truth):
     confidence = np.repeat([0.9, 0.6], 150)
     for seed in range(200):
         correct = (rng.random(300) < np.repeat([truth, 0.6], 150)).astype(float)
-        low, high = cal._bootstrap(confidence, correct, 10, seed, 200)
+        _, low, high = cal._bootstrap(confidence, correct, 10, np.arange(300), seed, 200)
         covered += low <= (0.9 - truth) / 2 <= high
     assert covered >= 176  # below it with probability < 1e-3 at 94 %
+
+
+def test_the_standard_error_of_the_calibration_error():
+    """In a single bin the error is |mean gap|, whose standard error is known. Items of a cluster count as one: every
+    item four times over is no more evidence."""
+    rng = np.random.default_rng(4)
+    p, gold = np.tile([0.9, 0.1], (400, 1)), (rng.random(400) > 0.6).astype(int)
+    found = cal.calibration(list(p), gold, resamples=4000)
+    assert found["ece_se"] == pytest.approx(np.std(gold, ddof=1) / 20, rel=0.05)
+    p, gold, _ = planted(100)
+    once = cal.calibration(list(p), gold)
+    again = cal.calibration(list(np.repeat(p, 4, 0)), np.repeat(gold, 4), clusters=np.repeat(np.arange(100), 4))
+    for name in ("ece_se", "ece_low", "ece_high", "nll_se", "brier_se", "accuracy_se"):
+        assert again[name] == pytest.approx(once[name], rel=1e-9)
+    assert cal.calibration([p[0]], gold[:1])["ece_se"] is None
 
 
 def test_resampling_in_chunks_is_the_same_statistics(monkeypatch):

@@ -22,7 +22,8 @@ from gptjax import config as configs
 from gptjax.command_line import run
 from gptjax.config import build, choose, config_dict, to_json
 from gptjax.errors import InputError
-from gptjax.json_files import json_safe, write_json
+from gptjax.json_files import json_safe, read_json_lines, write_json, write_json_lines
+from gptjax.parallel import sharding
 from gptjax.pretrain import PretrainConfig
 from gptjax.run_config import claim_workdir, read_config
 
@@ -275,7 +276,7 @@ def test_checkpoints_without_the_config_that_made_them(config, tmp_path):
 
 def test_a_config_may_leave_out_its_mesh():
     seen = []
-    stage = configs.with_sharding_rules(lambda config: seen.append(configs.sharding.partition_spec(("embed",))))
+    stage = configs.with_sharding_rules(lambda config: seen.append(sharding.partition_spec(("embed",))))
     for config in ({}, {"mesh": None}, {"mesh": {"data": 1}}, {"mesh": {"rules": {"embed": "none"}}}):
         stage(config)
     assert [spec[0] for spec in seen] == ["fsdp", "fsdp", "fsdp", None]
@@ -287,6 +288,16 @@ def test_no_workdir_and_a_damaged_one(tmp_path):
     (tmp_path / "config.json").write_text('{"stage": ')
     with pytest.raises(InputError, match="config.json is damaged"):
         read_config(tmp_path)
+
+
+def test_json_lines(tmp_path):
+    """A row a line, whatever is in its texts; NaN is null; a row that cannot be written leaves the old file."""
+    path, rows = tmp_path / "a.jsonl", [{"text": "é\n\u2028x", "loss": float("nan")}, {"n": np.int32(3)}]
+    write_json_lines(path, iter(rows))
+    assert read_json_lines(path) == [{"text": "é\n\u2028x", "loss": None}, {"n": 3}]
+    with pytest.raises(TypeError):
+        write_json_lines(path, [{"a": 1}, {"a": object()}])
+    assert len(read_json_lines(path)) == 2 and [file.name for file in tmp_path.iterdir()] == ["a.jsonl"]
 
 
 def test_write_json_is_atomic(tmp_path):

@@ -24,9 +24,10 @@ from gptjax.model import plain
 from gptjax.model.spec import GPTConfig
 from gptjax.parallel.mesh import MeshConfig, make_mesh
 from gptjax.ppo import PPOConfig
+from gptjax.tasks.items import load_items
 from gptjax.tasks.kinds import Scorer
 from gptjax.tasks.likelihood import Score
-from gptjax.tasks.task import load_items, load_task
+from gptjax.tasks.task import load_task
 from gptjax.trained import Model
 
 pytestmark = pytest.mark.optimized

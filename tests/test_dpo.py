@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from alignment_runs import CONTEXT, comparisons, on_one_device, overridden, template, write
+from alignment_runs import CONTEXT, comparisons, overridden, template, write
 from numerics import approx, assert_close, model_terms
 from runs import assert_same_run, lines, until_sigterm
 
@@ -28,6 +28,8 @@ from gptjax.objectives.preference import dpo_loss
 from gptjax.parallel.mesh import make_mesh
 from gptjax.trained import load_model
 from gptjax.training.checkpoint import Checkpointer
+
+pytestmark = pytest.mark.usefixtures("one_device")
 
 MODEL = GPTConfig(31, n_layer=2, n_head=2, d_model=16, context_length=16, attention="reference")
 TERMS = model_terms(MODEL)
@@ -59,26 +61,28 @@ def batch():
 
 @pytest.fixture(scope="module")
 def params():
-    return gpt.init(MODEL, jax.random.key(0))
+    return jax.jit(gpt.init, static_argnums=0)(MODEL, jax.random.key(0))
 
 
-def plain_log_prob(params, tokens, start, length):
-    """Of one text, by the formula: no padding, no chunks."""
-    text = jnp.asarray(tokens)[None, :length]
-    log_p = jax.nn.log_softmax(gpt.logits(params, MODEL, gpt.hidden(params, MODEL, text)))[0]
-    return log_p[np.arange(start, length) - 1, text[0, start:length]].sum()
+def flat(batch):
+    """tokens [6, 12], starts [6], lengths [6] of the six texts."""
+    return tuple(batch[k].reshape(6, *batch[k].shape[2:]) for k in ("tokens", "starts", "lengths"))
+
+
+def plain_log_probs(params, tokens, starts, lengths):
+    """Of each text by the formula, without chunks; what stands behind its end is the future, which nothing sees."""
+    log_p = jax.nn.log_softmax(gpt.logits(params, MODEL, gpt.hidden(params, MODEL, tokens[:, :-1])))
+    of_token = jnp.take_along_axis(log_p, tokens[:, 1:, None], 2)[..., 0]
+    at = np.arange(1, tokens.shape[1])
+    return jnp.where((at >= starts[:, None]) & (at < lengths[:, None]), of_token, 0).sum(1)
 
 
 response_log_probs = jax.jit(response_log_probs_, static_argnums=1, static_argnames=("dtype", "chunk"))
 
 
 def test_the_log_probability_of_a_response_counts_its_tokens_alone(params, batch):
-    flat = (batch[k].reshape(6, *batch[k].shape[2:]) for k in ("tokens", "starts", "lengths"))
-    found = response_log_probs(params, MODEL, *flat, dtype=jnp.float32, chunk=5)
-    of = lambda p, row: plain_log_prob(
-        p, *(batch[k].reshape(6, -1)[row].squeeze() for k in ("tokens", "starts", "lengths"))
-    )
-    for value, expected in zip(found, jax.jit(lambda p: [of(p, row) for row in range(4)])(params), strict=False):
+    found = response_log_probs(params, MODEL, *flat(batch), dtype=jnp.float32, chunk=5)
+    for value, expected in zip(found, jax.jit(plain_log_probs)(params, *flat(batch)), strict=True):
         assert float(value) == approx(float(expected), terms=TERMS)
 
 
@@ -86,12 +90,9 @@ def test_it_is_rafailovs_loss_in_value_and_gradient(params, batch):
     """eq. 7 on the four log-probabilities of each pair, each worked out by itself."""
 
     def written_out(params):
-        of = lambda row, i: plain_log_prob(params, *(batch[k][row, i] for k in ("tokens", "starts", "lengths")))
-        wins = ((0, 0), (1, 1))
-        chosen, rejected = (jnp.stack([of(r, i if w else 1 - i) for r, i in wins]) for w in (True, False))
-        ref = batch["reference"]
-        ref_chosen, ref_rejected = (np.array([ref[r, i if w else 1 - i] for r, i in wins]) for w in (True, False))
-        return dpo_loss(chosen, rejected, ref_chosen, ref_rejected, jnp.ones(2), 0.3)[0]
+        log_p, rows, wins = plain_log_probs(params, *flat(batch)).reshape(3, 2), np.array([0, 1]), np.array([0, 1])
+        pairs = [of[rows, i] for of in (log_p, batch["reference"]) for i in (wins, 1 - wins)]
+        return dpo_loss(*pairs, jnp.ones(2), 0.3)[0]
 
     objective = dpo_objective(MODEL, 0.3, jnp.float32, 5)
 
@@ -108,8 +109,7 @@ def test_it_is_rafailovs_loss_in_value_and_gradient(params, batch):
 
 def test_before_the_first_step_the_loss_is_log_2(params, batch):
     """Policy and reference are one: every implicit reward is 0."""
-    flat = (batch[k].reshape(6, *batch[k].shape[2:]) for k in ("tokens", "starts", "lengths"))
-    same = response_log_probs(params, MODEL, *flat, dtype=jnp.float32, chunk=5).reshape(3, 2)
+    same = response_log_probs(params, MODEL, *flat(batch), dtype=jnp.float32, chunk=5).reshape(3, 2)
     objective = dpo_objective(MODEL, 0.1, jnp.float32, 5)
     sums = jax.jit(lambda p, b: objective(p, b, None))(params, {**batch, "reference": same})
     assert float(sums.total / sums.count) == pytest.approx(np.log(2), rel=1e-6)
@@ -147,16 +147,8 @@ LONG = {"steps": 60, "eval__every": 20, "checkpoint__every": 20}
 @pytest.fixture(scope="module")
 def straight(tuned, alignment, tmp_path_factory):
     workdir = tmp_path_factory.mktemp("dpo") / "run"
-    with on_one_device():
-        c = dpo_config(tuned, alignment["comparisons"], **LONG)
-        assert dpo(c, str(workdir)).finished
+    assert dpo(dpo_config(tuned, alignment["comparisons"], **LONG), str(workdir)).finished
     return workdir
-
-
-@pytest.fixture(autouse=True)
-def one_device():
-    with on_one_device():
-        yield
 
 
 def test_it_learns_the_preference(straight, tuned):

@@ -33,10 +33,14 @@ MODEL = GPTConfig(V, n_layer=2, n_head=2, d_model=16, context_length=12, norm="p
 TERMS = model_terms(MODEL, rows=12)
 
 
+init = jax.jit(gpt.init, static_argnums=0)
+classifier = jax.jit(heads.classifier, static_argnums=(1, 2))
+
+
 def params(outputs=C, seed=0):
     key = jax.random.key(seed)
-    small = gpt.init(dataclasses.replace(MODEL, vocab_size=V - 3), key)
-    made = heads.classifier(small, MODEL, outputs, key)
+    small = init(dataclasses.replace(MODEL, vocab_size=V - 3), key)
+    made = classifier(small, MODEL, outputs, key)
     return made | {"head": jax.tree.map(lambda a: a + 0.1, made["head"])}
 
 
@@ -61,7 +65,9 @@ def loss_of(task, lm_weight):
 # --- the loss -----------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("task, n", [("entailment", 1), ("similarity", 2), ("choice", 3)])
+@pytest.mark.parametrize("task, n", [
+    pytest.param("entailment", 1, marks=pytest.mark.slow), ("similarity", 2), ("choice", 3),
+])  # fmt: skip
 def test_the_gradient_of_l3_is_that_of_l2_plus_lambda_l1s(task, n):
     """L1 by hand: of each example the mean over its sequences of their mean loss per token, by the plain loss."""
     p, b = params(1 if task == "choice" else C), batch(n, n if task == "choice" else C)
@@ -85,7 +91,7 @@ def test_classification_is_softmax_of_the_hidden_state_at_the_last_token():
     """GPT-1 eq. 3-4, with the bias of the released code."""
     p, b = params(), batch()
     value, _ = loss_of("classification", 0.0)(p, b)
-    x = gpt.hidden(p["trunk"], MODEL, b["tokens"][:, 0])
+    x = jax.jit(gpt.hidden, static_argnums=1)(p["trunk"], MODEL, b["tokens"][:, 0])
     last = np.asarray(x)[np.arange(4), b["lengths"][:, 0] - 1]
     logits = last @ np.asarray(p["head"]["kernel"]) + np.asarray(p["head"]["bias"])
     log_p = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
@@ -139,21 +145,21 @@ def test_the_choices_share_a_dropout_mask():
 
 def test_new_rows_and_head_are_drawn_and_the_rest_is_kept():
     key = jax.random.key(0)
-    old = gpt.init(dataclasses.replace(MODEL, vocab_size=V - 3), key)
-    made = heads.classifier(old, MODEL, C, key)
+    old = init(dataclasses.replace(MODEL, vocab_size=V - 3), key)
+    made = classifier(old, MODEL, C, key)
     np.testing.assert_array_equal(made["trunk"]["wte"][:-3], old["wte"])
     np.testing.assert_array_equal(made["trunk"]["blocks"]["attn"]["c_attn"]["kernel"],
                                   old["blocks"]["attn"]["c_attn"]["kernel"])  # fmt: skip
     assert made["trunk"]["wte"].shape == (V, 16) and made["head"]["kernel"].shape == (16, C)
     wide = dataclasses.replace(MODEL, vocab_size=V + 2000)
-    drawn = heads.classifier(old, wide, 500, key)
+    drawn = classifier(old, wide, 500, key)
     for values in (drawn["trunk"]["wte"][V - 3 :], drawn["head"]["kernel"]):
         assert abs(float(values.std()) - 0.02) < 4 * 0.02 / np.sqrt(2 * values.size)
 
 
 @pytest.mark.parametrize("layers", [None, -1, 0, 1, 2])
 def test_the_first_layers_are_transferred(layers):
-    old, fresh = (gpt.init(MODEL, jax.random.key(i)) for i in range(2))
+    old, fresh = (init(MODEL, jax.random.key(i)) for i in range(2))
     found = heads.transferred(old, fresh, MODEL, layers)
     kernel = lambda p: np.asarray(p["blocks"]["mlp"]["c_fc"]["kernel"])
     k = 2 if layers is None else max(layers, 0)

@@ -92,6 +92,7 @@ def study(tmp_path_factory):
     return folder / "out", arguments
 
 
+@pytest.mark.slow
 def test_all_cells_are_there(study):
     cells = [json.loads(line) for line in (study[0] / "results.jsonl").read_text().splitlines()]
     found = json.loads((study[0] / "results.json").read_text())
@@ -104,6 +105,7 @@ def test_all_cells_are_there(study):
     assert abs(sizes["lstm"] / sizes["transformer"] - 1) < 0.15
 
 
+@pytest.mark.slow
 def test_a_second_call_runs_nothing_and_finds_the_same(study):
     workdir, arguments = study
     before = [(workdir / name).read_bytes() for name in ("results.jsonl", "zero_shot.json")]
@@ -117,7 +119,7 @@ def test_a_second_call_runs_nothing_and_finds_the_same(study):
     assert {**again, "seconds": 0} == {**result, "seconds": 0}
 
 
-def test_a_line_cut_short_is_run_again_and_another_size_is_refused(study, tmp_path):
+def test_a_line_cut_short_is_run_again_and_another_size_is_refused(tmp_path):
     results = runs.Results(tmp_path, {"rows": 1})
     for seed in (0, 1):
         results.add(runs.Cell("cola", "full", seed), 0.5, {}, 1.0)
@@ -129,6 +131,7 @@ def test_a_line_cut_short_is_run_again_and_another_size_is_refused(study, tmp_pa
         runs.Results(tmp_path, {"rows": 2})
 
 
+@pytest.mark.slow
 def test_what_each_variant_starts_from(study, tmp_path):
     """The weights before the first step, against the pre-trained ones."""
     workdir, task = study[0], rows.PUBLISHED[0]
@@ -162,8 +165,8 @@ def test_what_each_variant_starts_from(study, tmp_path):
     assert abs(np.std(random_["wte"][:V]) - 0.02) < 4 * 0.02 / (2 * random_["wte"][:V].size) ** 0.5
 
 
-def test_each_variant_is_gpt1s(study):
-    of = lambda variant: runs.finetune_config(runs.Cell("cola", variant, 3), rows.PUBLISHED[0], SIZE, study[0])
+def test_each_variant_is_gpt1s(tmp_path):
+    of = lambda variant: runs.finetune_config(runs.Cell("cola", variant, 3), rows.PUBLISHED[0], SIZE, tmp_path)
     full, none, no_aux, layers = map(of, ("full", "no_pretraining", "no_auxiliary", "layers_1"))
     assert full.lm_weight == 0.5 and full.transfer is None and full.seed == 3 and full.batch_size == 32
     assert none.transfer == -1 and none.lm_weight == 0.5 and layers.transfer == 1

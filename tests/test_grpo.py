@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from alignment_runs import on_one_device, ppo_config
+from alignment_runs import ppo_config
 from runs import arrays, lines, without_times
 from test_bandit import ARMS, BATCH, LENGTHS, MODEL, PROMPTS, REWARDS, N, probabilities
 
@@ -25,6 +25,8 @@ from gptjax.rlhf.update import make_update
 from gptjax.trained import load_model
 from gptjax.training.checkpoint import Checkpointer
 from gptjax.training.optimizer import OptimizerConfig, make_optimizer
+
+pytestmark = pytest.mark.usefixtures("one_device")
 
 BETA, ITERATIONS = 0.5, 100
 
@@ -59,7 +61,7 @@ def test_the_fixed_point_holds_for_every_arm():
 def trained(beta=BETA):
     """(reference, final state, metrics of every iteration), all of a batch one group."""
     spec = dataclasses.replace(N, group_size=BATCH)
-    reference = gpt.init(MODEL, jax.random.key(0))
+    reference = jax.jit(gpt.init, static_argnums=0)(MODEL, jax.random.key(0))
     reference = {**reference, "lm_head": jnp.zeros_like(reference["lm_head"])}
     tx = make_optimizer(OptimizerConfig(weight_decay=0.0))
     state = new_state(reference, {}, tx, tx, beta, seed=0)
@@ -78,12 +80,14 @@ def trained(beta=BETA):
     return reference, state, jax.device_get(record)
 
 
+@pytest.mark.slow
 def test_the_policy_comes_to_the_fixed_point():
     p = probabilities(trained()[1].policy)
     assert p[0] == pytest.approx(fixed_point(), abs=0.015)
     np.testing.assert_allclose(p[1:], (1 - fixed_point()) / 3, atol=0.01)
 
 
+@pytest.mark.slow
 def test_no_value_is_trained_or_told():
     _, state, record = trained()
     assert state.value == {} and int(state.prompt_position) == ITERATIONS
@@ -101,12 +105,6 @@ def test_advantages_are_of_the_group():
 # --- the stage --------------------------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_device():
-    with on_one_device():
-        yield
-
-
 @pytest.fixture(scope="module")
 def config(tuned, alignment):
     options = {"rollout__group_size": 4, "ppo__epochs": 1, "ppo__minibatches": 2, "kl__coefficient": 0.04}
@@ -116,8 +114,7 @@ def config(tuned, alignment):
 @pytest.fixture(scope="module")
 def straight(config, tmp_path_factory):
     workdir = tmp_path_factory.mktemp("grpo") / "run"
-    with on_one_device():
-        assert ppo(config(steps=4), str(workdir), share).finished
+    assert ppo(config(steps=4), str(workdir), share).finished
     return workdir
 
 
@@ -173,12 +170,12 @@ def test_bad_input_is_one_clear_error(config, tmp_path, change, says):
         ppo(config(**change), str(tmp_path / "run"), share)
 
 
-@pytest.mark.parametrize("make", [programs.collect_program, programs.update_program])
-def test_aot_lowers_it(config, tuned, make):
+def test_aot_lowers_its_rollout(config, tuned):
+    """The update is compiled for a TPU in tests/test_aot.py."""
     c = build(PPOConfig, config())
     mesh = topology.topology_mesh(c.mesh, topology.parse("v5e-1"))
     model = dataclasses.replace(load_model(tuned).config, attention="xla")
-    program = make(c, model, None, mesh)
+    program = programs.collect_program(c, model, None, mesh)
     with jax.set_mesh(mesh):
         assert "stablehlo" in program.jitted.lower(*program.arguments).as_text()
     assert not program.parts["value network"]

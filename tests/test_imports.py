@@ -7,9 +7,9 @@ import pytest
 
 PACKAGE = Path(__file__).resolve().parent.parent / "gptjax"
 LAYERS = (
-    ("errors", "hardware", "json_files", "usage", "__init__"),
+    ("errors", "hardware", "json_files", "usage", "web_page", "__init__"),
     ("ranges", "paths", "console"),
-    ("parallel", "distributed"),
+    ("parallel", "distributed", "queue"),
     ("config",),
     ("run_config", "lock", "command_line"),
     ("model",),
@@ -17,13 +17,13 @@ LAYERS = (
     ("data",),
     ("training",),
     ("generation", "cost", "interop", "report"),
-    ("trained",),
+    ("trained", "curation"),
     ("evals",),
     ("tasks",),
     ("rlhf",),
     ("run", "seeds"),
     ("pretrain", "finetune", "sft", "reward", "dpo", "ppo"),
-    ("sample", "evaluate", "lm_eval", "contamination", "describe", "convert", "sweep"),
+    ("sample", "evaluate", "lm_eval", "contamination", "describe", "convert", "sweep", "curate"),
     ("aot", "scaling"),
     ("__main__",),
 )

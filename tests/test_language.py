@@ -100,6 +100,20 @@ def test_the_trained_loss_equals_the_plain_one(sizes):
         assert_close(found, plain(params, rows), terms=model_terms(c, 8))
 
 
+def test_the_table_is_gathered_before_the_loop_over_chunks():
+    """Behind a barrier, or a compiler may gather it again for each chunk. What a TPU's does: tests/test_aot.py."""
+    c = GPTConfig(vocab_size=61, n_layer=2, n_head=2, d_model=16, context_length=12, attention="xla")
+    batch, params = {"tokens": np.zeros((8, 13), np.int32), "weights": np.ones((8, 12), np.float32)}, random_params(c)
+    barriers = {}
+    for fsdp in (1, 8):
+        mesh = make_mesh(MeshConfig(data=1, fsdp=fsdp), jax.devices()[:fsdp])
+        loss = causal_lm_loss(c, jnp.float32, 4, mesh)
+        with jax.set_mesh(mesh):
+            text = jax.jit(lambda p, b, loss=loss: loss(p, b, None)).lower(params, batch).as_text()
+        barriers[fsdp] = text.count("stablehlo.optimization_barrier")
+    assert barriers == {1: 0, 8: 1}
+
+
 @pytest.mark.parametrize("chunk, temperature", [(3, 0.7), (1000, 1.0)])
 def test_token_log_probs_equal_the_plain_ones(chunk, temperature):
     x, w, targets, weights = problem()

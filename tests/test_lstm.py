@@ -224,7 +224,7 @@ def test_dropout_depends_on_the_row_alone_and_leaves_the_recurrence():
 # --- on a mesh ----------------------------------------------------------------------------------------------
 
 
-@BOTH
+@pytest.mark.parametrize("c", [LSTM, pytest.param(MLSTM, marks=pytest.mark.slow)], ids=["lstm", "mlstm"])
 def test_data_2_fsdp_2_is_one_device(c):
     """Loss and gradients, documents and dropout included; and the parameters are where fsdp wants them."""
     c = dataclasses.replace(c, dropout=0.2)

@@ -3,6 +3,7 @@
 experiments/ppo_exact/mutations.py plants the fault, by GPTJAX_MUTATION in the environment (conftest.py).
 """
 
+import json
 import os
 import subprocess
 import sys
@@ -35,20 +36,27 @@ CAUGHT_BY = {  # one file that notices; others may too
 }
 
 
-def run(mutation: str) -> subprocess.CompletedProcess:
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-m", "not slow"]
-    return subprocess.run(
-        [*command, str(ROOT / "tests" / CAUGHT_BY[mutation])],
-        cwd=ROOT, env={**os.environ, "GPTJAX_MUTATION": mutation}, capture_output=True, text=True, timeout=900,
-    )  # fmt: skip
+@pytest.fixture(scope="module")
+def said(once):
+    """{fault: what pytest said, and its exit code}."""
+
+    def mutants(folder):
+        tests = {name: str(ROOT / "tests" / test) for name, test in CAUGHT_BY.items()}
+        subprocess.run(
+            [sys.executable, ROOT / "tests" / "mutants.py", folder, json.dumps(tests)],
+            cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)}, check=True, timeout=1500,
+        )  # fmt: skip
+        return {name: (folder / f"{name}.txt").read_text() for name in tests}
+
+    return once(mutants)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", MUTATIONS)
-def test_the_suite_goes_red_for(name):
-    result = run(name)
-    assert result.returncode == 1, f"rc {result.returncode}: {name} went unnoticed\n{result.stdout[-2000:]}"
-    assert "AssertionError" in result.stdout, result.stdout[-3000:]  # not a crash
+def test_the_suite_goes_red_for(name, said):
+    said, code = said[name], int(said[name].split()[-1])
+    assert code == 1, f"rc {code}: {name} went unnoticed\n{said[-2000:]}"
+    assert "AssertionError" in said, said[-3000:]  # not a crash
 
 
 def test_every_fault_has_a_test():

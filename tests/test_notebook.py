@@ -1,4 +1,4 @@
-"""The Colab notebook: stored without outputs, its pins are this repository's, and it runs from top to bottom."""
+"""The Colab notebook: stored without outputs, its pins are this repository's, its commands are commands."""
 
 import ast
 import copy
@@ -10,10 +10,12 @@ import sys
 from pathlib import Path
 
 import pytest
+from absl import app
+from runs import main_of
 
 ROOT = Path(__file__).resolve().parent.parent
 NOTEBOOK = ROOT / "experiments" / "colab" / "quickstart.ipynb"
-# The demo at its smallest, for two CPU cores. GPTJAX_FLAGS, where set (as in .ci/run), takes its place.
+# The demo at its smallest, as in .ci/run. GPTJAX_FLAGS, where set, takes its place.
 SMALLEST = (
     "--config.model.n_layer=2 --config.model.n_head=2 --config.model.d_model=64 --config.data.tokenizer=bpe:1024 "
     "--config.steps=20 --config.eval.every=20 --config.checkpoint.every=20 --config.eval.batches=2 "
@@ -69,7 +71,34 @@ def test_a_command_that_fails_stops_it_and_what_it_printed_is_seen(notebook, cap
     assert "done\n" in printed and "amiss\n" in printed
 
 
-@pytest.mark.slow
+def test_its_commands_parse_and_its_demo_is_the_makefiles(notebook, tmp_path, monkeypatch):
+    """Every cell, with commands that are only parsed, and pages in place of the demo's."""
+    pytest.importorskip("IPython", reason="needs requirements-test.txt")
+    workdir, said, names = tmp_path / "run", [], {}
+    for stage in (".", "sft", "reward", "ppo", "ppo_ptx", "grpo", "dpo"):
+        (workdir / stage).mkdir(exist_ok=True, parents=True)
+        (workdir / stage / "report.html").write_text("<h1>x</h1><h2>Curves</h2><img src=''><h2>Time</h2>")
+    monkeypatch.setenv("GPTJAX_WORKDIR", str(workdir))
+    monkeypatch.setenv("GPTJAX_FLAGS", SMALLEST)
+    monkeypatch.chdir(NOTEBOOK.parent)
+    for i, cell in enumerate(code(notebook)):
+        exec(compile(cell, f"cell {i}", "exec"), names)
+        names["run"] = lambda *words: said.append(words)
+    monkeypatch.setattr(app, "run", lambda main, flags_parser: flags_parser(sys.argv))
+    parsed = {}
+    for words in said:
+        module, *arguments = words[words.index("-m") + 1 :] if "-m" in words else ("",)
+        if module.startswith(("gptjax.", "experiments.")):
+            ended, _, err = main_of(module, *arguments)
+            assert ended == 0, err
+            parsed.setdefault(module, arguments)
+    assert parsed.keys() >= {"experiments.docstrings", "gptjax.sample", "gptjax.describe"}
+    demo = " ".join(("-m experiments.docstrings", *parsed["experiments.docstrings"][:1]))
+    assert demo in (ROOT / "Makefile").read_text()
+    assert set(shlex.split(SMALLEST)) <= set(parsed["experiments.docstrings"])
+
+
+@pytest.mark.long  # the demo, which .ci/run calls by itself
 def test_it_runs_from_top_to_bottom(notebook, tmp_path, monkeypatch):
     nbclient = pytest.importorskip("nbclient", reason="needs requirements-test.txt")
     workdir = tmp_path / "run"

@@ -21,8 +21,6 @@ from gptjax.training.offload import MEMORY, moments, update_per_layer
 from gptjax.training.optimizer import OptimizerConfig, make_optimizer
 from gptjax.training.state import state_shardings
 
-pytestmark = pytest.mark.optimized
-
 AWAY = dataclasses.replace(OPTIMIZER, offload=True)
 MESH = MESHES["data 2 fsdp 2 tensor 2"]
 

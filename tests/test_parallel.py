@@ -108,8 +108,8 @@ def slow(*values):
 
 @pytest.mark.parametrize("stage, mesh", [
     ("dropout", "data 2 seq 2 tensor 2"),
-    ("reward", "stage 2 fsdp 2 tensor 2, other rules"),
     slow("dropout", "stage 2 fsdp 2 tensor 2"),
+    slow("reward", "stage 2 fsdp 2 tensor 2, other rules"),
     slow("reward", "data 2 seq 2 tensor 2"),
     slow("sft", "stage 2 fsdp 2 tensor 2, other rules"),
 ])  # fmt: skip

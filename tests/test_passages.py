@@ -10,10 +10,11 @@ from gptjax.data import bpe
 from gptjax.errors import InputError
 from gptjax.evals.superglue import METRICS
 from gptjax.tasks import harness, metrics, table
+from gptjax.tasks.items import load_items
 from gptjax.tasks.kinds import Scorer
 from gptjax.tasks.likelihood import Score
 from gptjax.tasks.prompts import Prompts
-from gptjax.tasks.task import load_items, load_task
+from gptjax.tasks.task import load_task
 
 
 @pytest.fixture(scope="module")
@@ -37,12 +38,45 @@ def model(tokenizer, likes=lambda text: False, answers=()):
 
 def evaluated(scorer, name, folder, *rows, **options):
     (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return harness.evaluate(scorer, load_task(name), str(folder), **options)
+    return harness.evaluate(scorer, load_task(name), str(folder / f"{name}.jsonl"), **options)
 
 
 def items(name, folder, *rows):
     (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     return load_items(load_task(name), str(folder / f"{name}.jsonl"))
+
+
+# --- questions on one passage -------------------------------------------------------------------------------------
+
+ON_A_PASSAGE = {
+    "race": lambda text, i: {"article": text, "question": f"{i}?", "options": ["a", "b"], "answer": "A"},
+    "race_zero_shot": lambda text, i: {"article": text, "question": f"{i}?", "options": ["a", "b"], "answer": "A"},
+    "boolq": lambda text, i: {"passage": text, "question": f"is it {i}", "answer": True},
+    "record": lambda text, i: {"passage": text, "query": f"@placeholder {i}", "entities": ["Bo", "Al"],
+                               "answers": ["Bo"]},
+    "anli_r1": lambda text, i: {"premise": text, "hypothesis": f"H {i}", "label": 0},
+    "cb": lambda text, i: {"premise": text, "hypothesis": f"H {i}", "label": "neutral"},
+    "rte": lambda text, i: {"premise": text, "hypothesis": f"H {i}", "label": "entailment"},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ON_A_PASSAGE)
+def test_questions_on_one_passage_are_one_unit_of_the_standard_errors(tokenizer, tmp_path, name):
+    """Of two passages with two questions each, all of the first are right and none of the second: an error of 1/2, not
+    of the 1/sqrt(12) of four answers that are independent. Examples are single questions: there are three others."""
+    rows = [ON_A_PASSAGE[name](text, i) for text in ("One.", "Two.") for i in range(2)]
+    found = items(name, tmp_path, *rows)
+    likes = lambda text: text.endswith(tuple(item.pairs[item.gold][1] for item in found)) == ("One." in text)
+    result = evaluated(model(tokenizer, likes), name, tmp_path, *rows)
+    assert result.metrics["acc"] == (0.5, pytest.approx(0.5)) and result.protocol["clusters"] == 2
+    assert "over 2 clusters of items" in table.protocol(result)
+    assert len(Prompts(load_task(name), found, str(tmp_path), 3, seed=0)._drawn(found[0])) == 3
+
+
+def test_squad_is_clustered_by_paragraph(tokenizer, tmp_path):
+    rows = [{"title": "T", "context": text, "question": f"{i}?", "answers": ["yes"]} for text in "ab" for i in range(2)]
+    result = evaluated(model(tokenizer, answers=("yes", "yes", "no", "no")), "squad", tmp_path, *rows)
+    assert result.metrics["f1"] == (0.5, pytest.approx(0.5)) and result.protocol["clusters"] == 2
 
 
 # --- MultiRC ------------------------------------------------------------------------------------------------------
@@ -63,7 +97,7 @@ def test_multirc_by_hand(tokenizer, tmp_path):
     chosen = {"00": 1, "01": 0, "10": 0, "11": 1, "20": 1}
     likes = lambda text: any(text.endswith(f"[{bool(label)}] answer {name}") for name, label in chosen.items())
     result = evaluated(model(tokenizer, likes), "multirc", tmp_path, row)
-    assert result.metrics["exact_match"] == (pytest.approx(1 / 3), pytest.approx(1 / 3))
+    assert result.metrics["exact_match"][0] == pytest.approx(1 / 3) and np.isnan(result.metrics["exact_match"][1])
     assert result.metrics["f1"][0] == pytest.approx(2 / 3) and result.metrics["acc"][0] == pytest.approx(3 / 5)
     assert result.metric == "exact_match" and result.protocol["decided_by"] == "acc"
     (question,) = {s["prompts"][0] for s in result.samples[:2]}
@@ -92,16 +126,24 @@ def test_metrics_of_choices_know_groups():
     """All answers of four questions right or wrong together: the error of F1 is that of four, not of forty."""
     groups = np.repeat(np.arange(4), 10)
     predicted, gold = np.repeat([1, 1, 0, 1], 10), np.ones(40, int)
-    value, error = metrics.f1_of_second(predicted, gold, groups)
+    alone = np.arange(40)
+    value, error = metrics.f1_of_second(predicted, gold, alone, groups)
     assert value == pytest.approx(2 * 3 / (3 + 4))
-    alone = metrics.f1_of_second(predicted, gold, np.arange(40))[1]
-    assert error / alone == pytest.approx(np.sqrt(10), rel=0.25)
-    assert metrics.all_right(predicted, gold, groups) == (0.75, pytest.approx(np.sqrt(0.75 * 0.25 / 3)))
+    assert error / metrics.f1_of_second(predicted, gold, alone, alone)[1] == pytest.approx(np.sqrt(10), rel=0.25)
+    assert metrics.all_right(predicted, gold, groups, groups) == (0.75, pytest.approx(np.sqrt(0.75 * 0.25 / 3)))
+
+
+def test_exact_match_of_questions_is_over_passages():
+    """Eight questions, two a passage, right or wrong together: the error is that of four passages."""
+    questions, passages = np.repeat(np.arange(8), 3), np.repeat(np.arange(4), 6)
+    predicted, gold = np.repeat([1, 1, 0, 1], 6), np.ones(24, int)
+    found = metrics.all_right(predicted, gold, questions, passages)
+    assert found == (0.75, pytest.approx(np.sqrt(0.75 * 0.25 / 3)))
 
 
 def test_macro_f1_by_hand():
     """Gold 0 0 1 2, predicted 0 1 1 1: F1 2/3, 2/4 and 0 of the three classes."""
-    found = metrics.macro_f1(np.array([0, 1, 1, 1]), np.array([0, 0, 1, 2]), np.arange(4))
+    found = metrics.macro_f1(np.array([0, 1, 1, 1]), np.array([0, 0, 1, 2]), *2 * [np.arange(4)])
     assert found[0] == pytest.approx((2 / 3 + 1 / 2) / 3)
 
 
@@ -234,6 +276,7 @@ def test_quac_by_hand(tokenizer, tmp_path):
     # with 'the Bears' F1 is 1, as articles do not count, with 'for the Bears' 2/3; each is left out once
     assert [s["f1"] for s in result.samples] == [pytest.approx((2 / 3 + 1) / 2), 1.0]
     assert [s["answers"] for s in result.samples] == [["the Bears", "for the Bears"], ["CANNOTANSWER"]]
+    assert result.protocol["not_asked"] == {"turns on whose answer the annotators disagree": 1}
     before = "TITLE: Perry - Career\nPARAGRAPH: He played for the Bears in 1985.\n\n"
     assert result.samples[1]["prompt"] == f"{before}Q: whom for?\n\nA: the Bears\n\nQ: why?\n\nA:"
     hub = {"dialogue_id": "d", "wikipedia_page_title": "T", "section_title": "S", "context": "C CANNOTANSWER",
@@ -282,6 +325,21 @@ def test_a_list_of_all_annotators_spans_is_refused(tmp_path):
     row = {"passage": "P.", "question": "Q?", "answers_spans": {"spans": ["4", "4"], "types": ["number"] * 2}}
     with pytest.raises(InputError, match="drop.jsonl.*answers_spans .*use drop_dataset_dev.json or EleutherAI/drop"):
         items("drop", tmp_path, row)
+
+
+def test_a_drop_question_without_an_answer_is_not_asked_and_counted(tokenizer, tmp_path):
+    none = {"number": "", "date": {"day": "", "month": "", "year": ""}, "spans": []}
+    pairs = [{"question": f"Q{i}?", "answer": answer, "validated_answers": [none, {**none, "spans": [" "]}]}
+             for i, answer in enumerate((none, {**none, "number": "4"}, none))]  # fmt: skip
+    file = tmp_path / "drop_dataset_dev.json"
+    file.write_text(json.dumps({"p1": {"passage": "P.", "qa_pairs": pairs}}))
+    result = harness.evaluate(model(tokenizer, answers=("4",)), load_task("drop"), str(tmp_path))
+    assert result.items == 1 and result.samples[0]["answers"] == ["4"]
+    assert result.protocol["not_asked"] == {"questions without an answer": 2}
+    assert "2 questions without an answer not asked" in table.protocol(result)
+    file.write_text(json.dumps({"p1": {"passage": "P.", "qa_pairs": pairs[:1]}}))
+    with pytest.raises(InputError, match="no rows but questions without an answer for the task drop"):
+        load_items(load_task("drop"), str(file))
 
 
 # --- SuperGLUE ----------------------------------------------------------------------------------------------------

@@ -15,12 +15,7 @@ import types
 import jax
 import numpy as np
 import pytest
-from alignment_runs import (
-    RESPONSE,
-    on_one_device,
-    ppo_config,
-    template,
-)
+from alignment_runs import RESPONSE, ppo_config, template
 from conftest import ROOT
 from numerics import approx, assert_close, model_terms
 from ppo_runs import ROUNDING, WHOLE, share
@@ -39,6 +34,8 @@ from gptjax.trained import load_model
 from gptjax.training.checkpoint import Checkpointer
 from gptjax.training.metrics import JsonLines
 
+pytestmark = pytest.mark.usefixtures("one_device")
+
 METRICS = {
     "objective/kl", "objective/score", "objective/rlhf_reward", "objective/non_score_reward", "objective/entropy",
     "policy/approxkl", "policy/clipfrac", "policy/ratio_mean", "policy/ratio_max", "policy/ratio_min",
@@ -46,12 +43,6 @@ METRICS = {
     "grad_norm/cosine", "grad_norm/value", "kl_coef", "response/length", "response/eos_rate", "time/rollout",
     "time/score", "time/update", "tokens_per_second/rollout",
 }  # fmt: skip
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_device():
-    with on_one_device():
-        yield
 
 
 @pytest.fixture(autouse=True)
@@ -301,6 +292,7 @@ def test_stopped_five_ways_it_is_the_same_run(config, straight, tmp_path, monkey
     assert_same_ppo(parts, straight, 4)
 
 
+@pytest.mark.slow
 def test_a_full_disk_and_models_in_host_memory_change_no_bit(config, straight, tmp_path, monkeypatch, capsys):
     """The records of iterations 2 and 3 wait until there is room; the frozen models come to the device to score."""
     real, check, at, away = os.pwrite, stage.check_iteration, [0], []
@@ -434,8 +426,13 @@ MESHES = {
 }  # fmt: skip
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("name", MESHES)
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param("stage 2 fsdp 2 tensor 2", marks=pytest.mark.long),  # its parts: tests/test_pipeline.py
+        pytest.param("data 2 fsdp 2 tensor 2, other rules", marks=pytest.mark.slow),
+    ],
+)
 def test_a_mesh_of_8_gives_the_figures_of_one_device(config, first_two, tmp_path, monkeypatch, name):
     for module in (sys.modules["gptjax.run"], sys.modules["gptjax.trained"]):
         monkeypatch.setattr(module, "make_mesh", make_mesh)

@@ -67,6 +67,7 @@ def widths(workdir):
     return [int(line["prompt/width"]) for line in lines(workdir)]
 
 
+@pytest.mark.slow
 def test_each_width_is_compiled_once_and_said(straight, config, tmp_path, capfd, monkeypatch):
     workdir, traced, _ = straight
     assert sorted(traced) == sorted(set(widths(workdir))) == [8, 16]

@@ -76,6 +76,13 @@ def test_ppo_reaches_the_optimum():
 
 @pytest.mark.slow
 def test_pretraining_gradients_cure_the_alignment_tax():
+    """In half of the iterations, with and without them."""
+    plain, cured = run("experiments.ppo_exact.ptx", "--coefficients=0,1", "--iterations=60")
+    assert plain["tax"] > 20 * cured["tax"] and min(plain["gap"], cured["gap"]) > 0.95
+
+
+@pytest.mark.long
+def test_the_more_of_them_the_lower_the_tax():
     plain, little, much = run("experiments.ppo_exact.ptx", "--coefficients=0,0.1,1", "--iterations=120")
     assert plain["tax"] > 10 * little["tax"] and little["tax"] > 2 * much["tax"]
     assert min(plain["gap"], little["gap"], much["gap"]) > 0.95

@@ -7,11 +7,7 @@ import types
 import jax
 import numpy as np
 import pytest
-from alignment_runs import (
-    on_one_device,
-    ppo_config,
-    write,
-)
+from alignment_runs import ppo_config, write
 from ppo_runs import refused, share, shortened
 
 from gptjax import config as configs
@@ -27,11 +23,7 @@ from gptjax.rlhf import start
 from gptjax.rlhf.config import PtxConfig
 from gptjax.rlhf.ptx import Text, batch_shape, sequences
 
-
-@pytest.fixture(scope="module", autouse=True)
-def one_device():
-    with on_one_device():
-        yield
+pytestmark = pytest.mark.usefixtures("one_device")
 
 
 @pytest.fixture(scope="module")

@@ -1,17 +1,12 @@
 """PPO learns a planted rule; what a reward function gets, and what comes of its scores."""
 
+import functools
 import itertools
 import json
 
 import numpy as np
 import pytest
-from alignment_runs import (
-    RESPONSE,
-    on_one_device,
-    ppo_config,
-    template,
-    write,
-)
+from alignment_runs import RESPONSE, ppo_config, template, write
 from conftest import ROOT
 from numerics import approx
 from ppo_runs import ROUNDING, refused, share
@@ -23,11 +18,7 @@ from gptjax.ppo import ppo
 from gptjax.rlhf.rewards import load_callable
 from gptjax.training.checkpoint import Checkpointer
 
-
-@pytest.fixture(scope="module", autouse=True)
-def one_device():
-    with on_one_device():
-        yield
+pytestmark = pytest.mark.usefixtures("one_device")
 
 
 @pytest.fixture(scope="module")
@@ -41,32 +32,35 @@ LEARNS = {"steps": 15, "eval__every": 15, "eval__lm_batches": 0, "checkpoint__ev
 
 @pytest.fixture(scope="module")
 def learned(ruled, tuned, tmp_path_factory):
-    """{what the rule gets: (workdir, [(prompts, responses) of each call])} of two runs by the planted rule alone:
-    'text' on a trunk that policy and value head share, 'tokens' with a value network."""
-    found, t = {}, template(tuned)
-    for on in ("text", "tokens"):
+    """learned(what the rule gets, shared_trunk): (workdir, [(prompts, responses) of each call]) of a run by the planted
+    rule alone."""
+    t = template(tuned)
+
+    @functools.cache
+    def run(on, shared_trunk=False):
         workdir, calls = tmp_path_factory.mktemp(on) / "run", []
 
-        def rule(prompts, responses, on=on, calls=calls):
+        def rule(prompts, responses):
             calls.append((prompts, responses))
             return share(prompts, responses if on == "text" else [t.decode(r) for r in responses])
 
-        assert ppo(ruled(shared_trunk=on == "text", reward_on=on, **LEARNS), str(workdir), rule).finished
-        found[on] = workdir, calls
-    return found
+        assert ppo(ruled(shared_trunk=shared_trunk, reward_on=on, **LEARNS), str(workdir), rule).finished
+        return workdir, calls
+
+    return run
 
 
-@pytest.mark.parametrize("on", ["text", "tokens"])
-def test_a_planted_rule_is_learned(learned, on):
+@pytest.mark.parametrize("shared_trunk", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_a_planted_rule_is_learned(learned, shared_trunk):
     """By the rule alone: the share of two of ten words goes from a fifth to most. With a value network, and with a
     value head on the policy's own trunk."""
-    workdir, _ = learned[on]
+    workdir, _ = learned("text", shared_trunk)
     score = [m["objective/score"] for m in lines(workdir)]
     assert np.mean(score[:2]) < 0.3 and np.mean(score[-3:]) > 0.6
     assert [m["policy/first_ratio_deviation"] < ROUNDING for m in lines(workdir)] == [True] * 15
     there = arrays(workdir, 15)
     values = {k.split("']")[1] for k in there if k.startswith("training['value']")}
-    assert (values == {"['head"}) is (on == "text")
+    assert (values == {"['head"}) is shared_trunk
     assert not {"loss/ptx", "grad_norm/ptx", "grad_norm/cosine"} & lines(workdir)[0].keys()
     assert there["training['ptx_position']"] == 0
 
@@ -75,7 +69,7 @@ def test_what_a_callable_gets(learned, alignment, tuned):
     """Texts, or ids: of one sampling the same, the prompt as it stands in the file, the response with its end."""
     t = template(tuned)
     known = {json.loads(line)["prompt"] for line in alignment["prompts"].read_text().splitlines()}
-    texts, ids = (learned[on][1][1] for on in ("text", "tokens"))  # of the first iteration, after an evaluation
+    texts, ids = (learned(on)[1][1] for on in ("text", "tokens"))  # of the first iteration, after an evaluation
     assert set(texts[0]) <= known and len(texts[0]) == 16
     assert ids[0] == [t.prompt(p) for p in texts[0]]
     assert all(type(i) is int for row in ids[1] for i in row) and texts[1] == [t.decode(r) for r in ids[1]]
@@ -88,7 +82,7 @@ def test_prompts_come_in_the_order_of_the_stream(learned, alignment, tuned):
     loaded = load_prompts(PromptConfig(str(alignment["prompts"])), template(tuned), 40)
     batches = PromptBatches(loaded, 16, (40,), 0, 0)
     expected = [[loaded.texts[i] for i in batches.at(16 * n)["index"]] for n in range(15)]
-    assert [prompts for prompts, _ in learned["text"][1][1:16]] == expected
+    assert [prompts for prompts, _ in learned("text")[1][1:16]] == expected
     assert sorted(itertools.chain(*expected)) == sorted(10 * loaded.texts)
 
 
@@ -109,7 +103,7 @@ def still(ruled, tmp_path_factory):
     """A run of one prompt, at a rate of next to 0, by a rule and a gold score that its config names: 1, and -7 for a
     response without an end. Not all 24 evaluation prompts go through a forward pass at once."""
     root = tmp_path_factory.mktemp("still")
-    source = write(root / "rows.jsonl", 24 * [{"prompt": "ba ko mi"}])
+    source = write(root / "rows.jsonl", 24 * [{"prompt": "ba ko mi ru te"}])  # as wide as `learned`'s
     c = ruled(
         steps=3, data__source=str(source), eval__lm_batches=0, eval__every=3, eval__prompts=24,
         rollout__forward_rows=16, rollout__missing_eos=-7.0, optimizer__learning_rate=1e-12,

@@ -149,6 +149,7 @@ def test_13_steps_and_12_are_25_with_float16_and_a_ramp(text, tmp_path, one_devi
     assert ["noise_scale" in m for m in metrics] == [n > 4 * 32 for n in sizes]  # where there are two micro-batches
 
 
+@pytest.mark.slow
 def test_several_steps_a_dispatch(text, tmp_path, one_device, uninterrupted, finished_run):
     """Bitwise the same however it is interrupted; to rounding the run of one step a dispatch: one device call of
     several steps is a loop, which XLA may fuse otherwise than a single step."""

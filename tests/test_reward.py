@@ -12,7 +12,6 @@ from alignment_runs import (
     LIKED,
     comparisons,
     demonstrations,
-    on_one_device,
     pretrain_config,
     reward_config,
     sft_config,
@@ -40,11 +39,7 @@ from gptjax.trained import load_model
 from gptjax.training.checkpoint import Checkpointer
 from gptjax.training.stage import Evaluation
 
-
-@pytest.fixture(autouse=True)
-def one_device():
-    with on_one_device():
-        yield
+pytestmark = pytest.mark.usefixtures("one_device")
 
 
 @pytest.fixture(scope="module")
@@ -145,6 +140,7 @@ def longer_wins(n, seed=4):
     return comparisons(n, seed, rank=lambda text: -len(text.split()))
 
 
+@pytest.mark.slow
 def test_the_best_of_k_objective(tuned, tmp_path, capsys):
     """It learns; and what it has learned here length alone explains, of which there is a warning."""
     source = write(tmp_path / "rows.jsonl", longer_wins(120))
@@ -341,6 +337,7 @@ def test_counts_say_what_they_count(tuned, tmp_path, capsys):
 # --- stopped and gone on with -----------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_stopped_run_ends_where_an_uninterrupted_one_does(tuned, alignment, tmp_path):
     c = reward_config(
         tuned,

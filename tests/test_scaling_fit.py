@@ -8,6 +8,7 @@ from test_scaling_laws import INPUTS, NATURAL
 
 from gptjax.errors import InputError
 from gptjax.scaling import approaches, separable
+from gptjax.scaling.fit import number, numbers
 from gptjax.scaling.fitting import fit
 from gptjax.scaling.laws import CHINCHILLA, GPT4, HOFFMANN, LAWS, optimum
 from gptjax.scaling.optimize import DELTA, huber, minimize
@@ -27,7 +28,7 @@ def found(noisy):
     return fit(CHINCHILLA, noisy)
 
 
-def objective(theta, points, delta=DELTA):
+def objective(theta, points, delta=1e-3):
     """Hoffmann et al. 2022, eq. 3, a term at a time."""
     a, b, e, alpha, beta = theta
     total = 0.0
@@ -154,6 +155,28 @@ def test_a_pinned_parameter_stays():
     found = fit(GPT4, points, pinned={"c": 1.5})
     assert found.parameters["c"] == pytest.approx(1.5, rel=1e-12) and found.free == 2
     assert found.objective > fit(GPT4, points).objective
+
+
+def test_pins_of_any_sign():
+    """gpt4's exponent is negative as published."""
+    points = of_arrays(C=BUDGETS, loss=GPT4.loss(dict(a=30.0, c=1.7, b=-0.06), C=BUDGETS))
+    assert number("-0.06", "pin") == -0.06 and numbers({"b": "-0.05"}, GPT4) == {"b": -0.05}
+    found = fit(GPT4, points, pinned={"b": -0.06}).parameters
+    assert found == pytest.approx(dict(a=30.0, c=1.7, b=-0.06), rel=1e-6)
+
+
+@pytest.mark.parametrize(
+    "name, pinned, said",
+    [
+        ("gpt4", {"c": -1.0}, "gpt4 cannot have c=-1: a, c > 0"),
+        ("kaplan_c", {"C_c": 1e22}, "kaplan_c is not fitted with C_c=1e\\+22 held: pin alpha_C alone, or all of them"),
+        ("gpt4", {"b": "x"}, "--pin: 'x' is not a number"),
+    ],
+)
+def test_pins_that_cannot_be_held(name, pinned, said):
+    points = of_arrays(C=BUDGETS, loss=[4.0, 3.5, 3.1, 2.9])
+    with pytest.raises(InputError, match=said):
+        fit(LAWS[name], points, pinned=numbers({key: str(value) for key, value in pinned.items()}, LAWS[name]))
 
 
 @pytest.mark.parametrize(

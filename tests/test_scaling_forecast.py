@@ -1,4 +1,4 @@
-"""Intervals, forecasts and the commands: sealed, refused where the answer is known, and honest about the past."""
+"""Forecasts, plans and the commands: sealed, and refused where the answer is known."""
 
 import json
 import os
@@ -7,13 +7,15 @@ import numpy as np
 import pytest
 from conftest import ROOT
 from runs import main_of
-from scaling_points import BUDGETS, isoflop, rates, scattered, write
+from scaling_points import BUDGETS, isoflop, rates, write
+from scipy import stats
 from test_scaling_fit import SOME
 
+from gptjax.data.bpe import train_bpe
 from gptjax.errors import InputError
 from gptjax.scaling import bootstrap, collapse, forecast, law_file, plan, predict
 from gptjax.scaling.fitting import Fit, fit
-from gptjax.scaling.laws import CHINCHILLA, FARSEER, GPT4, HOFFMANN, optimum
+from gptjax.scaling.laws import CHINCHILLA, FARSEER, HOFFMANN, optimum
 from gptjax.scaling.points import of_arrays, read
 
 SIX = np.geomspace(1e17, 3e19, 6)
@@ -29,86 +31,19 @@ def theta(found):
     return bootstrap.bootstrap(found, 400)
 
 
-# --- intervals --------------------------------------------------------------------------------------------
-
-
-def test_bootstrap_is_that_of_separate_fits(found, theta):
-    """Three of its samples, fitted again from many starts to the same losses."""
-    x, fitted = found.points.inputs(CHINCHILLA), found.log_loss(found.points.columns)
-    residuals = found.residuals / np.sqrt(1 - bootstrap._leverage(found, x))
-    residuals -= residuals.mean()
-    draws = np.random.default_rng(0).integers(len(fitted), size=(400, len(fitted)))
-    for i in (0, 100, 399):
-        again = fit(CHINCHILLA, of_arrays(N=found.points["N"], D=found.points["D"],
-                                          loss=np.exp(fitted + residuals[draws[i]])), starts=SOME)  # fmt: skip
-        here = CHINCHILLA.log_loss(theta[i][None], x)[0]
-        assert again.log_loss(found.points.columns) == pytest.approx(here[0], abs=2e-4)
-
-
-def test_intervals_hold_the_truth_and_the_estimate(found, theta):
-    intervals = bootstrap.parameter_intervals(found, theta)
-    for name, (low, high) in intervals.items():
-        assert low < found.parameters[name] < high, name
-    best = bootstrap.optimum_intervals(found, theta, 1e21)
-    assert best["N"]["low"] < best["N"]["value"] < best["N"]["high"]
-    assert best["N"]["value"] * best["D"]["value"] * 6 == pytest.approx(1e21)
-    exponents = bootstrap.exponent_intervals(found, theta)
-    assert exponents["a"]["value"] + exponents["b"]["value"] == pytest.approx(1)
-    assert exponents["a"]["low"] + exponents["b"]["high"] == pytest.approx(1)
-
-
-def test_leverage_adds_up_to_the_parameters(found):
-    assert bootstrap._leverage(found, found.points.inputs(CHINCHILLA)).sum() == pytest.approx(5, abs=1e-6)
-
-
-def test_profile_of_a_line_is_students_interval():
-    """log L = k - alpha log x is a linear model: the exact interval is known."""
-    from gptjax.scaling.laws import PASS_RATE
-
-    rng = np.random.default_rng(0)
-    compute = np.geomspace(1e18, 1e22, 12)
-    loss = PASS_RATE.loss(dict(alpha=2e3, k=0.2), C=compute) * np.exp(0.05 * rng.standard_normal(12))
-    found = fit(PASS_RATE, of_arrays(C=compute, loss=loss), delta=np.inf)
-    x = np.log(compute)
-    error = np.sqrt((found.residuals**2).sum() / 10 / ((x - x.mean()) ** 2).sum())
-    k, half = found.parameters["k"], found.t(0.9) * error
-    assert bootstrap.profile(found, "k") == pytest.approx((k - half, k + half), rel=1e-4)
-
-
-def test_profile_where_nothing_is_determined():
-    """Runs that do not show an irreducible loss: its lower end is 0."""
-    points = of_arrays(C=BUDGETS, loss=GPT4.loss(dict(a=60.0, c=1e-9, b=-0.07), C=BUDGETS) * [1.01, 0.99, 1.01, 0.99])
-    low, high = bootstrap.profile(fit(GPT4, points), "c")
-    assert low < 1e-3 < high
-
-
-def test_ill_determined_parameters_are_named():
-    assert bootstrap.ill_determined({"A": (1.0, 11.0), "b": (-1.0, 1.0), "E": (1.0, 9.0)}) == ["A", "b"]
-
-
-@pytest.mark.parametrize(
-    "design, least",
-    [pytest.param("isoflop", 170, marks=pytest.mark.slow), pytest.param("scattered", 160, marks=pytest.mark.long)],
-)
-def test_intervals_cover_nine_of_ten(design, least):
-    """200 planted sets: the share whose 90 % interval holds the truth, of every parameter and of N*. Of runs drawn at
-    random it is lower, 82 to 88 %: the bootstrap of residuals is for designs that are chosen."""
-    truth = HOFFMANN | {"N": optimum(HOFFMANN, 1e22)[0]}
-    covered = dict.fromkeys(truth, 0)
-    start = CHINCHILLA.free(np.array([HOFFMANN[name] for name in CHINCHILLA.parameters]))
-    for seed in range(200):
-        points = isoflop(SIX, 8, noise=0.005, seed=seed) if design == "isoflop" else scattered(60, 0.01, seed)
-        found = fit(CHINCHILLA, points, starts=start)
-        theta = bootstrap.bootstrap(found, 400, seed)
-        intervals = bootstrap.parameter_intervals(found, theta)
-        best = bootstrap.optimum_intervals(found, theta, 1e22)["N"]
-        intervals["N"] = best["low"], best["high"]
-        for name, (low, high) in intervals.items():
-            covered[name] += low <= truth[name] <= high
-    assert all(least <= count <= 190 for count in covered.values()), covered
-
-
 # --- forecasts --------------------------------------------------------------------------------------------
+
+
+def test_a_forecasts_interval_by_hand(found, theta):
+    """Student's quantile of 36 - 5 degrees of freedom times the root of the squares of scatter, with as many, and of
+    the law's own standard error."""
+    run = {"N": 1e9, "D": 1e11}
+    made, scatter = forecast.predict(found, run, theta), np.sqrt((found.residuals**2).sum() / 31)
+    low, high = np.quantile(found.log_loss(run, theta)[:, 0], [0.05, 0.95])
+    error = np.hypot(scatter, (high - low) / (2 * stats.norm.ppf(0.95)))
+    half = stats.t.ppf(0.95, 31) * error
+    assert (np.log(made.loss / made.low), np.log(made.high / made.loss)) == pytest.approx((half, half), rel=1e-4)
+    assert (found.scatter, made.log_error) == pytest.approx((scatter, error), rel=1e-4) and error > 1.02 * scatter
 
 
 def test_a_forecast_of_the_planted_law(found, theta):
@@ -154,12 +89,12 @@ def test_widening():
 @pytest.mark.slow
 def test_forecasts_cover_nine_of_ten():
     """100 planted ladders, noise of .3 %: the last budget's runs, forecast from the others."""
-    inside = []
+    inside, start = [], CHINCHILLA.free(np.array([HOFFMANN[name] for name in CHINCHILLA.parameters]))
     for seed in range(100):
         points = isoflop(SIX, 6, noise=0.003, seed=seed)
         past, ahead = points.take(points["C"] < 2e19), points.take(points["C"] > 2e19)
-        found = fit(CHINCHILLA, past, starts=SOME[:20])
-        theta = bootstrap.bootstrap(found, 300)
+        found = fit(CHINCHILLA, past, starts=start)
+        theta = bootstrap.bootstrap(found, 100)
         for i in range(len(ahead)):
             made = forecast.predict(found, forecast._row(ahead, i), theta)
             inside.append(made.low <= ahead["loss"][i] <= made.high)
@@ -345,6 +280,28 @@ def test_the_target_of_a_sweep_is_its_point(monkeypatch, count, rule):
     assert run == {"N": point.params, "D": point.tokens, "C": point.flops}
 
 
+def test_metric_and_tokenizer_of_a_target_are_its_configs(folder, tmp_path):
+    """A law in nats per token says nothing of a sweep in bits per byte, nor one of 512 tokens of a model of 1024."""
+    target = f"{ROOT}/configs/scaling/isoflop.py:target"
+    code, _, err = main_of("gptjax.scaling.predict", f"--law={folder}/law.json", f"--config={target}")
+    assert code == 2 and "The law is of metric 'nats/token', the target of 'bits/byte'" in err, err
+    assert predict.metric_of(f"{ROOT}/configs/gpt2.py:124m", None) is None
+    (tmp_path / "run").mkdir()
+    run = {"stage": "pretrain", "data": {"tokenizer": "bpe:512", "source": str(tmp_path / "text"), "mixture": {}}}
+    (tmp_path / "run" / "config.json").write_text(json.dumps(run))
+    points = read(str(write(isoflop(), tmp_path / "results.jsonl", workdir="run")))
+    ours = lambda **changes: {"data": run["data"] | changes}
+    assert predict.tokenizer_of(ours(mixture=None), points) == points.tokenizer == "abc"
+    other = predict.tokenizer_of(ours(tokenizer="bpe:1024"), points)
+    with pytest.raises(InputError, match="of tokenizer 'abc', the target of 'bpe:1024 of .*text'"):
+        predict.refuse_other({"metric": points.metric, "tokenizer": points.tokenizer}, None, other)
+    assert predict.tokenizer_of(ours(source="stdlib"), points) == "bpe:512 of stdlib"
+    tokenizer = train_bpe(["the cat sat on the mat"], 260)
+    tokenizer.save(tmp_path / "tokenizer")
+    assert predict.tokenizer_of(ours(tokenizer=str(tmp_path / "tokenizer")), points) == tokenizer.fingerprint
+    assert predict.tokenizer_of(ours(), isoflop()) is None  # made from the text, by runs whose folders are not known
+
+
 def test_6_n_d_is_not_the_compute_of_runs_that_were_counted_otherwise():
     made = {"law": "chinchilla", "count": None, "rule": "exact"}
     assert predict.target(made, N=1e9, D=2e10) == {"N": 1e9, "D": 2e10}
@@ -352,12 +309,15 @@ def test_6_n_d_is_not_the_compute_of_runs_that_were_counted_otherwise():
         predict.target(made | {"law": "gpt4"}, N=1e9, D=2e10)
 
 
-def test_plan_command(folder):
+def test_plan_command(folder, sealed):
     code, out, err = main_of("gptjax.scaling.plan", f"--law={folder}/law.json", "--compute=1e23", "--json")
     assert code == 0, err
     made = json.loads(out)
     assert made["N"]["low"] < made["N"]["value"] < made["N"]["high"] and len(made["rules"]) == 3
     assert made["N"]["value"] * made["D"]["value"] * 6 == pytest.approx(1e23) and made["next_runs"]
+    assert made["loss"]["widening"] == pytest.approx(sealed["widening"])  # as that of a forecast from the same points
+    said = plan.text(made)
+    assert "next runs" in said and "times by earlier forecasts" in said and "of sampling alone" in said
     gpt3, _, kaplan = made["rules"]  # at the critical batch twice the least steps, twice the least compute
     assert kaplan["over_least_steps"] == pytest.approx(2) and kaplan["over_least_compute"] == pytest.approx(2)
     assert gpt3["steps"] == pytest.approx(made["D"]["value"] / gpt3["batch"]["value"])

@@ -45,6 +45,14 @@ def test_kaplan_of_steps_is_the_sum_of_its_terms():
     assert LAWS["kaplan_ns"].loss(KAPLAN["kaplan_ns"], N=1e9, S=1e5)[0] == pytest.approx(expected, rel=1e-12)
 
 
+def test_laws_as_they_are_written():
+    """OpenAI 2023, §3.1, whose exponent is negative, and Hoffmann et al. 2022, eq. 2, by plain powers."""
+    assert LAWS["gpt4"].loss(NATURAL["gpt4"], C=1e20)[0] == pytest.approx(30.0 * 1e20**-0.06 + 1.7, rel=1e-12)
+    p, N, D = HOFFMANN, 3e8, 2e10
+    expected = p["E"] + p["A"] / N ** p["alpha"] + p["B"] / D ** p["beta"]
+    assert LAWS["chinchilla"].loss(p, N=N, D=D)[0] == pytest.approx(expected, rel=1e-12)
+
+
 def test_critical_batch():
     assert critical_batch(3.0) == pytest.approx(1.0691e6, rel=1e-4)
     assert critical_batch(3.0, 2.1e8) == pytest.approx(1.1226e6, rel=1e-4)

@@ -69,7 +69,7 @@ def test_a_last_line_that_is_cut(tmp_path, name, end):
         ("N,D,loss\n1e8,2e9,3.5\n1e8,2e9,nan\n", "points.csv:3: loss .* 'nan'"),
         ("N,D,loss\n1e8,2e9,3.5\n1e8,2e9,-1\n", "points.csv:3: loss"),
         ("N,D,loss\n1e8,2e9,3.5\n1e8,0,3\n", "points.csv:3: D"),
-        ("N,D,loss\n1e8,2e9,3.5\n1e8,,3\n", "points.csv:3: D .* 'D' is ''"),
+        ("N,D,loss\n1e8,2e9,3.5\n1e8,,3\n", "points.csv:3: D .* column 'D' is ''"),
         ("N,D,loss\n1e8,2e9,3.5\n1e8,many,3\n", "points.csv:3: D .* 'many'"),
         ("size,length,loss\n1,2,3\n", "no column for N, D, C or steps, only 'size', 'length', 'loss'"),
         ("N,D,perplexity\n1,2,3\n", "no column for the loss, only 'N', 'D', 'perplexity'"),
@@ -88,6 +88,23 @@ def test_a_last_line_that_is_cut(tmp_path, name, end):
 def test_what_is_refused(tmp_path, text, said):
     with pytest.raises(InputError, match=said):
         read(save(tmp_path, text))
+
+
+def test_a_value_that_is_null_or_missing_names_row_and_column(tmp_path):
+    full, empty = '{"N": 1e8, "D": 2e9, "loss": 3.5}\n', '{"N": null, "D": 2e9, "loss": 3.5}\n'
+    with pytest.raises(InputError, match="a.jsonl:2: N must be a positive number, and column 'N' is null. Correct"):
+        read(save(tmp_path, full + empty, "a.jsonl"))
+    with pytest.raises(InputError, match="a.jsonl:3: D must be a positive number, and column 'D' is missing"):
+        read(save(tmp_path, full + full + '{"N": 1e8, "loss": 3.5}\n', "a.jsonl"))
+
+
+def test_a_column_of_nothing_is_none(tmp_path):
+    """As N and D of runs that a sweep does not count: a law of C needs neither, and the others say what they lack."""
+    row = '{"N": null, "D": null, "C": 1e18, "loss": 3.5}\n'
+    points = read(save(tmp_path, row * 2, "a.jsonl"))
+    assert points.columns.keys() == {"C", "loss"} and points.inputs(GPT4).shape == (1, 2)
+    with pytest.raises(InputError, match="no column for N, parameters .*; it has 'N', 'D', 'C', 'loss'"):
+        points.inputs(CHINCHILLA)
 
 
 def test_a_missing_file_says_what_writes_it(tmp_path):

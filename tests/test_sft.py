@@ -40,18 +40,14 @@ from gptjax.training.checkpoint import Checkpointer
 from gptjax.training.stage import Evaluation
 from gptjax.training.supervised import device_batches
 
+pytestmark = pytest.mark.usefixtures("one_device")
+
 TERMS = model_terms(GPTConfig(300, n_layer=2, n_head=4, d_model=32, context_length=CONTEXT), rows=24)
 
 
 @pytest.fixture(autouse=True)
 def programs_of_what_is_patched():
     """In place of conftest's: nothing that is patched here is traced, so all runs share their programs."""
-
-
-@pytest.fixture(autouse=True)
-def one_device():
-    with on_one_device():
-        yield
 
 
 @pytest.fixture(scope="module")
@@ -169,7 +165,8 @@ def test_one_example_has_no_gradient_on_another(start, some):
 
 
 @pytest.mark.parametrize("options", [
-    {"data__loss_on": "all"}, {"lm_weight": 0.5, "data__packing": False, "microbatch_size": 1},
+    pytest.param({"data__loss_on": "all"}, marks=pytest.mark.slow),
+    {"lm_weight": 0.5, "data__packing": False, "microbatch_size": 1},
 ])  # fmt: skip
 def test_the_first_step_by_hand(pretrained, alignment, start, some, tmp_path, monkeypatch, options):
     """metrics.jsonl's loss, count and gradient norm of a whole run's first step; 4 rows of ragged demonstrations."""

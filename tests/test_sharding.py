@@ -176,7 +176,8 @@ RULED = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("name", ["wide", slow("whole")])
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["wide", "whole"])
 def test_other_rules_only_change_the_layout(alone, name):
     config, shapes = RULED[name]
     ruled = train(config)

@@ -2,7 +2,7 @@
 
 import json
 import os
-import shutil
+import re
 import signal
 import subprocess
 import sys
@@ -65,8 +65,8 @@ class Process:
         )  # fmt: skip
         return self._start(*command)
 
-    def finish(self, *before):
-        """What it printed to its end. before: workdirs of the same run that this process finishes first."""
+    def finish(self, *workdirs):
+        """What a process prints that finishes the run in each of these."""
         script = (
             "import json, sys\n"
             "from configs.shakespeare_char import get_config\n"
@@ -76,7 +76,7 @@ class Process:
             "for workdir in sys.argv[2:]:\n"
             "    assert pretrain(config, workdir).finished\n"
         )
-        process = self._start("-c", script, json.dumps(self.options), *map(str, before), str(self.workdir))
+        process = self._start("-c", script, json.dumps(self.options), *map(str, workdirs))
         output = process.communicate(timeout=120)[0]
         assert process.returncode == 0, output
         return output
@@ -105,22 +105,39 @@ class Process:
 
 @pytest.fixture(scope="module")
 def stopped(text, tmp_path_factory):
-    """A workdir whose run was sent SIGINT, as by Ctrl-C, after step 20; its exit code; what it printed."""
+    """A run that was sent SIGINT, as by Ctrl-C, after step 20: its workdir, last step, exit code; what it printed."""
     workdir = tmp_path_factory.mktemp("stopped")
     heard = signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background may ignore it
     running, code, output = Process(text, workdir).signal_when(lambda names: "20" in names, signal.SIGINT)
     signal.signal(signal.SIGINT, heard)
     assert running
-    return workdir, code, output
+    return workdir, Checkpointer(workdir).steps()[-1], code, output
 
 
 @pytest.fixture(scope="module")
-def resumed(text, tmp_path_factory, stopped):
-    """(a copy of `stopped`'s workdir that a second process finished, what that printed, the workdir of the run without
-    any interruption, by the same process)."""
-    straight, again = tmp_path_factory.mktemp("straight"), tmp_path_factory.mktemp("resumed") / "run"
-    shutil.copytree(stopped[0], again)
-    return again, Process(text, again).finish(straight), straight
+def killed(text, tmp_path_factory):
+    """A run that was killed in the middle of a save: its workdir, and its last whole checkpoint."""
+    workdir = tmp_path_factory.mktemp("killed")
+    saving = lambda names: any(n.endswith("-tmp") and n.split(".")[0] >= "30" for n in names if n[0] in "3456789")
+    for _ in range(3):  # the save may end between the look and the blow: then the next start tries again
+        running, code, _ = Process(text, workdir).signal_when(saving, signal.SIGKILL)
+        assert running and code == -signal.SIGKILL
+        left = list((workdir / "checkpoints").glob("*.orbax-checkpoint-tmp"))
+        if left:
+            break
+    assert left, "no save was caught in its middle"
+    whole = max(int(n) for n in os.listdir(workdir / "checkpoints") if n.isdecimal())
+    assert whole < int(left[0].name.split(".")[0])
+    return workdir, whole
+
+
+@pytest.fixture(scope="module")
+def finished(text, tmp_path_factory, stopped, killed):
+    """The workdir of the run without any interruption, and the steps from which the two others were resumed: all by one
+    process."""
+    straight = tmp_path_factory.mktemp("straight")
+    output = Process(text, straight).finish(straight, stopped[0], killed[0])
+    return straight, [int(step) for step in re.findall(rf"resuming from step (\d+) of {LONG}", output)]
 
 
 def test_ctrl_c_saves_and_a_second_one_ends_at_once(text, tmp_path):
@@ -158,29 +175,19 @@ def test_ctrl_c_before_the_first_step_is_one_line(tmp_path):
 
 
 @pytest.mark.slow
-def test_ctrl_c_saves_exits_cleanly_and_goes_on(stopped, resumed):
-    workdir, code, output = stopped
-    steps = Checkpointer(workdir).steps()
-    assert code == 0 and 20 <= steps[-1] < LONG and "Traceback" not in output
-    assert f"asked to stop: saved step {steps[-1]}" in output
-    again, output, straight = resumed
-    assert f"resuming from step {steps[-1]} of {LONG}" in output
-    assert_same_run(again, straight, LONG)
+def test_ctrl_c_saves_exits_cleanly_and_goes_on(stopped, finished):
+    workdir, step, code, output = stopped
+    assert code == 0 and 20 <= step < LONG and "Traceback" not in output
+    assert f"asked to stop: saved step {step}" in output
+    straight, resumed_from = finished
+    assert resumed_from[0] == step
+    assert_same_run(workdir, straight, LONG)
 
 
 @pytest.mark.slow
-def test_kill_9_in_the_middle_of_a_save(text, tmp_path, resumed):
-    run = Process(text, tmp_path)
-    saving = lambda names: any(n.endswith("-tmp") and n.split(".")[0] >= "30" for n in names if n[0] in "3456789")
-    for _ in range(3):  # the save may end between the look and the blow: then the next start tries again
-        running, code, _ = run.signal_when(saving, signal.SIGKILL)
-        assert running and code == -signal.SIGKILL
-        left = list((tmp_path / "checkpoints").glob("*.orbax-checkpoint-tmp"))
-        if left:
-            break
-    assert left, "no save was caught in its middle"
-    whole = max(int(n) for n in os.listdir(tmp_path / "checkpoints") if n.isdecimal())
-    assert whole < int(left[0].name.split(".")[0])
-    assert f"resuming from step {whole} of {LONG}" in run.finish()
-    assert not list((tmp_path / "checkpoints").glob("*tmp*"))
-    assert_same_run(tmp_path, resumed[-1], LONG)
+def test_kill_9_in_the_middle_of_a_save(killed, finished):
+    workdir, whole = killed
+    straight, resumed_from = finished
+    assert resumed_from[1:] == [whole]
+    assert not list((workdir / "checkpoints").glob("*tmp*"))
+    assert_same_run(workdir, straight, LONG)

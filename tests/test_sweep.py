@@ -22,10 +22,10 @@ from gptjax.config import config_dict
 from gptjax.errors import InputError
 from gptjax.model.spec import GPTConfig, non_embedding_count, parameter_count
 from gptjax.pretrain import PretrainConfig
+from gptjax.queue.claims import FAILED, RELEASED, Queue, gather, identity
+from gptjax.queue.files import Folder
 from gptjax.sweep import grid, plan
-from gptjax.sweep.files import Folder
 from gptjax.sweep.grid import Point, Sweep, at_budget
-from gptjax.sweep.queue import FAILED, RELEASED, Queue, gather, identity
 from gptjax.sweep.worker import diverged, row_of, work
 
 ISOFLOP = "configs/scaling/isoflop.py"
@@ -128,12 +128,26 @@ def test_a_dry_run_prints_the_grid_and_its_cost_and_draws_it(tmp_path, monkeypat
                              "--rate=1e11", "--price=2", "--config.seed=5")  # fmt: skip
     assert (code, err) == (0, "")
     lines = out.splitlines()
-    assert lines[0].split() == ["point", "N", "D", "D/N", "C", "steps", "shape", "rate", "state"]
+    assert lines[0].split() == ["point", "N", "D", "D/N", "epochs", "C", "steps", "shape", "rate", "state"]
+    assert "epochs: not known before a run has ended" in out
     assert sum("e11-" in line or "e12-" in line for line in lines) == 6
     assert "N: all parameters; C = 6 N D" in out
     assert "0 of 6 points; 0 of 9.9e+12 FLOPs; at 1e+11 FLOP/s a worker 0:01 h left with 1" in out
     assert sorted(os.listdir(tmp_path)) == ["grid.png"]  # nothing is claimed
     assert (tmp_path / "grid.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_text_that_is_seen_more_than_once_is_said():
+    points = [dataclasses.replace(p, params=10, tokens=100 * i, flops=6e3 * i, count="with_embedding", rule="6nd")
+              for i, p in enumerate(sweep(3).points, 1)]  # fmt: skip
+    planned = Sweep([dataclasses.replace(p, config=base()) for p in points])
+    row = {"name": "p0", "loss": 1.0, "metric": "nats/token", "status": "done", "reason": None, "text_tokens": 150}
+    shown = plan.table(planned, {}, {"p0": row}).splitlines()
+    assert [line.split()[4] for line in shown[1:4]] == ["0.67", "1.33", "2.00"]
+    assert shown[-1].startswith("2 points see their text more than once, up to 2.00 times")
+    assert "once" not in plan.table(planned, {}, {"p0": row | {"text_tokens": 300}})
+    other = {"p0": row, "p1": row | {"name": "p1", "text_tokens": 400}}  # p2's is not known
+    assert plan.epochs(planned, other) == {"p0": 100 / 150, "p1": 0.5}
 
 
 def test_a_config_without_a_sweep(monkeypatch, tmp_path):
@@ -262,6 +276,23 @@ def test_a_heartbeat_that_fails_says_so_once_and_goes_on(place, capsys):
     assert said.count("warning: the lease of p cannot be renewed (OSError: no route to host); after 0.1 s") == 1
 
 
+def test_an_owner_cut_off_from_its_storage_ends_soon_after_it_is_back(place):
+    """A second, not a fifth of the lease: another worker may have the point."""
+    queue, calls, lost = Queue(place, lease=60), [], threading.Event()
+    lease = queue.acquire(["p"])
+
+    def progress():
+        calls.append(1)
+        if len(calls) == 1:
+            queue.folder.create("claims/p@0002.json", b"{}")  # meanwhile
+            raise OSError("no route to host")
+        return {}
+
+    with lease.kept(progress, lost.set):
+        assert lost.wait(5)
+    assert len(calls) == 1
+
+
 def test_a_dead_process_of_this_machine_has_lost_its_points_at_once(place):
     queue, other = Queue(place), Queue(place)
     queue.me = {**queue.me, "pid": 2**22 + 1, "started": "1"}  # above every pid
@@ -284,7 +315,7 @@ libc.syscall({"x86_64": 60, "aarch64": 93}[os.uname().machine], 0)  # exit, of t
 @pytest.mark.skipif(sys.platform != "linux", reason="Linux's /proc")
 def test_a_process_has_ended_when_its_last_thread_has():
     """A killed process is a zombie by its first thread while others still hold its files and their locks."""
-    from gptjax.sweep.queue import _started
+    from gptjax.queue.claims import _started
 
     with subprocess.Popen([sys.executable, "-c", THREADS], stdout=subprocess.PIPE, text=True) as process:
         pid = int(process.stdout.readline())
@@ -312,6 +343,53 @@ def test_a_point_may_fail_so_often_and_says_why(place):
     assert queue.states(["p"])["p"].kind == "waiting"
     queue.acquire(["p"]).end(FAILED, "again")
     assert queue.states(["p"])["p"].kind == "failed"
+
+
+def test_a_point_that_takes_its_machine_down_is_given_up(place):
+    """Four machines, each of which goes silent at the point before the next one looks. The second and third came no
+    further than the first, and that are two failures; a machine that is preempted does come further."""
+    clock = Clock()
+    for name, further, kind in (("p", 0, "failed"), ("q", 1, "waiting")):
+        for i in range(4):
+            queue = elsewhere(Queue(place, attempts=2, clock=clock))
+            queue.states([name])
+            clock.now += 61
+            state = queue.states([name])[name]
+            assert (state.kind, state.attempts) == ("waiting" if i < 3 else kind, i)
+            if lease := queue.acquire([name]):
+                lease.beat(step=7 + i * further)
+        assert ("went away while it was at it" in str(state.reason)) == (kind == "failed")
+        assert queue.reset_failures([name]) == [name] * (kind == "failed")
+        assert queue.states([name])[name].kind == ("waiting" if kind == "failed" else "running")
+
+
+def test_a_killed_process_is_no_failure_of_its_point(place):
+    queue = Queue(place, attempts=2)
+    for i in range(4):
+        queue.me = {**identity(), "pid": 2**22 + 1, "started": "1"}
+        assert queue.acquire(["p"]).attempt == i + 1
+    assert queue.states(["p"])["p"].kind == "waiting"
+
+
+def test_a_worker_ends_with_its_command(tmp_path):
+    """The command is killed, so that it cannot tell its worker."""
+    worker = (
+        "import os, signal, time; from gptjax.queue.claims import end_with\n"
+        f"open({str(tmp_path / 'pid')!r}, 'w').write(str(os.getpid()))\n"
+        "end_with(int(os.environ['COMMAND'])); time.sleep(60)"
+    )
+    command = (
+        "import os, subprocess, sys; os.environ['COMMAND'] = str(os.getpid())\n"
+        f"subprocess.run([sys.executable, '-c', {worker!r}])"
+    )
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    with subprocess.Popen([sys.executable, "-c", command], env=environment) as process:
+        until(lambda: (tmp_path / "pid").exists() and (tmp_path / "pid").read_text())
+        pid = int((tmp_path / "pid").read_text())
+        time.sleep(1)
+        assert os.path.exists(f"/proc/{pid}")
+        process.kill()
+    until(lambda: not os.path.exists(f"/proc/{pid}") or "\nState:\tZ" in (ROOT / f"/proc/{pid}/status").read_text(), 10)
 
 
 def test_a_worker_that_its_command_saw_die_has_failed(place):
@@ -386,7 +464,7 @@ def test_a_worker_runs_what_can_be_run(tmp_path):
     assert found.keys() == {"p2", "p3", "p4"}
     assert found["p3"] == {
         "name": "p3", "N": None, "count": None, "D": None, "C": None, "rule": None, "budget": None, "loss": 5.0,
-        "metric": "nats/token", "tokenizer": None, "text_tokens": None, "seed": 3, "learning_rate": None,
+        "metric": "nats/token", "tokenizer": None, "text_tokens": None, "epochs": None, "seed": 3, "learning_rate": None,
         "status": "done", "reason": None, "steps": 4, "workdir": "runs/p3",
     }  # fmt: skip
     assert (found["p2"]["status"], found["p2"]["loss"], found["p2"]["steps"]) == ("diverged", None, 4)
@@ -504,17 +582,17 @@ def test_a_sleeping_owner_is_waited_for_while_it_has_the_folder(tmp_path):
 @pytest.fixture
 def workers(tmp_path, monkeypatch):
     """workers(code) -> Workers that run a piece of Python, and their Queue."""
-    from gptjax.sweep.__main__ import Workers
+    from gptjax.queue.workers import Workers
 
     monkeypatch.setattr(signal, "signal", lambda *_: None)  # theirs would stay
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     queue = Queue(tmp_path, attempts=2)
-    return lambda code: (Workers(1, [sys.executable, "-c", code], environment, queue), queue)
+    return lambda code: (Workers(1, [sys.executable, "-c", code], environment, queue.fail_attempt_of), queue)
 
 
 def test_a_worker_that_dies_is_replaced_and_its_point_fails_in_the_end(workers, tmp_path):
     started, queue = workers(
-        "import os; from gptjax.sweep.queue import Queue\n"
+        "import os; from gptjax.queue.claims import Queue\n"
         f"if Queue({str(tmp_path)!r}, attempts=2).acquire(['p']): os.kill(os.getpid(), 9)"
     )
     until(lambda: not started.check())
@@ -587,7 +665,7 @@ def test_another_config_is_refused_by_its_difference(tmp_path):
 
 def test_cost_and_time_left(tmp_path):
     """Two of four points of 100 FLOPs done in 5 s each, one half way: 20 FLOP/s, 150 left."""
-    from gptjax.sweep.queue import State
+    from gptjax.queue.claims import State
 
     configs = [p.config for p in sweep(4).points]
     planned = Sweep([Point(f"p{i}", c, 10, 10, 100.0, "with_embedding", "6nd", 100) for i, c in enumerate(configs)])

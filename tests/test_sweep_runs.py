@@ -18,9 +18,9 @@ from test_resume import on_one_device, text  # noqa: F401 (a fixture)
 from gptjax.config import config_dict
 from gptjax.errors import InputError
 from gptjax.pretrain import PretrainConfig, pretrain
+from gptjax.queue.claims import Queue
 from gptjax.sweep import plan
 from gptjax.sweep.grid import Sweep, decayed
-from gptjax.sweep.queue import Queue
 from gptjax.sweep.worker import work
 
 SHAPE = dict(n_layer=1, n_head=2, d_model=16)
@@ -41,6 +41,7 @@ def base(source, **schedule):
 WSD = dict(kind="wsd", warmup_tokens=200.0, decay_fraction=0.25, final_fraction=0.0)
 
 
+@pytest.mark.slow
 def test_branches_of_one_run_are_runs_of_their_own(text, tmp_path, monkeypatch):  # noqa: F811
     """Bit for bit those that are trained from their beginning; only their own steps are computed."""
     on_one_device(monkeypatch)
@@ -72,6 +73,7 @@ def test_branches_of_one_run_are_runs_of_their_own(text, tmp_path, monkeypatch):
     }
     for row in rows:
         assert row["status"] == "done" and row["tokenizer"] and row["text_tokens"] > 9000 and row["loss"] > 0
+        assert row["epochs"] == row["D"] / row["text_tokens"]
     assert plan.picture(sweep).startswith(b"\x89PNG")
 
 

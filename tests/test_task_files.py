@@ -10,8 +10,9 @@ import pytest
 from gptjax import evaluate
 from gptjax.data import bpe
 from gptjax.errors import InputError
-from gptjax.tasks import generate, harness
+from gptjax.tasks import generate, harness, table
 from gptjax.tasks.files import find_files, find_pool
+from gptjax.tasks.items import load_items
 from gptjax.tasks.kinds import Scorer
 from gptjax.tasks.likelihood import Score
 from gptjax.tasks.prepare import triviaqa, wikitext_pages
@@ -20,7 +21,6 @@ from gptjax.tasks.task import (
     PUBLISHED,
     available,
     function,
-    load_items,
     load_task,
     make_item,
     solved,
@@ -125,8 +125,9 @@ def test_a_single_file_is_not_its_own_pool(tokenizer, tmp_path):
 def test_published_tasks_name_functions_that_there_are(name):
     task = load_task(name)
     named = [task.prepare, task.detokenize, task.units, task.extract, *task.metrics.values()]
-    assert all(callable(function(of)) for of in [*filter(None, named), *task.corpus_metrics.values()])
-    if task.kind == "generation":
+    named += [*task.corpus_metrics.values(), *task.figures.values()]
+    assert all(callable(function(of)) for of in filter(None, named))
+    if task.kind == "generation" and not task.figures:
         assert task.metric in {*task.metrics, *task.corpus_metrics}
 
 
@@ -262,6 +263,7 @@ def command(tokenizer, tmp_path, monkeypatch):
     flags = types.SimpleNamespace(
         data=str(tmp_path), tasks=["piqa"], num_fewshot=["0"], workdir=str(tmp_path), step=None, out=None, seed=0,
         every_checkpoint=False, log_samples=False, limit=None, compare=[], batch_size=1, allow_code_execution=False,
+        suite=None, samples=None,
     )  # fmt: skip
     model = types.SimpleNamespace(weights="", dtype="float32", step=7)
     monkeypatch.setattr(evaluate, "FLAGS", flags, raising=False)
@@ -293,3 +295,24 @@ def test_results_before_a_failure_are_kept(command, tmp_path):
         evaluate._evaluate_tasks()
     (result,) = json.loads((tmp_path / "tasks" / "tasks.json").read_text())["results"]
     assert (result["task"], result["shots"]) == ("piqa", 1)
+
+
+def test_a_suite_is_one_table_with_intervals(command, tmp_path):
+    """Of the bias suite the tasks whose files are there, and those that need none; --samples of its sampled text."""
+    command.tasks, command.suite, command.samples = None, "bias", 3
+    rows = [{"sent_more": f"she {i}", "sent_less": f"he {i}", "bias_type": "gender"} for i in range(4)]
+    write_rows(tmp_path / "crows_pairs.jsonl", rows)
+    results = [result for _, result in evaluate._evaluate_tasks()]
+    probes = [f"cooccurrence_{groups}" for groups in ("gender", "race", "religion")]
+    assert [result.task for result in results] == ["crows_pairs", *probes]
+    (first, *_) = json.loads((tmp_path / "tasks" / "tasks.json").read_text())["results"]
+    assert first["metrics"]["stereotype_sum"].keys() == {"value", "stderr", "low", "high", "items"}
+    assert results[1].protocol["decoding"].startswith("3 samples at temperature 1.0")
+    text = table.table(results)
+    assert "95 % interval" in text.splitlines()[0] and "words of women" in text
+    command.data = None
+    with pytest.raises(InputError, match="--suite needs --data=DIR"):
+        evaluate._evaluate_tasks()
+    command.tasks, command.suite = ["piqa"], None
+    with pytest.raises(InputError, match="piqa needs --data=DIR"):
+        evaluate._evaluate_tasks()

@@ -30,7 +30,7 @@ def model():
 
 @pytest.fixture(scope="module")
 def prompts(model):
-    return [prompt_ids(model.tokenizer, "the cat is " * (1 + i % 2) + "abcdefgh"[i]) for i in range(8)]
+    return [prompt_ids(model.tokenizer, "the cat is " * (1 + i % 2) + "abc"[i]) for i in range(3)]
 
 
 TASK = dataclasses.replace(
@@ -41,10 +41,10 @@ TASK = dataclasses.replace(
 def test_sampled_text_is_a_function_of_seed_and_item(model, prompts):
     """Whatever the batch size is, and how many items follow."""
     texts = generate_texts(model, prompts, TASK, rows=1, seed=3)
-    for rows in (7, 64):
+    for rows in (2, 64):
         assert generate_texts(model, prompts, TASK, rows=rows, seed=3) == texts
     assert generate_texts(model, prompts[:2], TASK, rows=64, seed=3) == texts[:2]
-    assert len({text for of_item in texts for text in of_item}) == 16
+    assert len({text for of_item in texts for text in of_item}) == 6
     assert generate_texts(model, prompts[:1], TASK, rows=1, seed=4)[0] != texts[0]
     same = generate_texts(model, [prompts[0]] * 2, TASK, rows=64, seed=3)
     assert same[0] == texts[0] and len({*same[0], *same[1]}) == 4

@@ -8,15 +8,17 @@ import types
 import numpy as np
 import pytest
 
+from gptjax import json_files
 from gptjax.data import bpe
 from gptjax.errors import InputError
 from gptjax.tasks import harness, table
 from gptjax.tasks.files import find_files
+from gptjax.tasks.items import load_items
 from gptjax.tasks.kinds import Scorer
 from gptjax.tasks.likelihood import Score
 from gptjax.tasks.prompts import Prompts
 from gptjax.tasks.requests import encode_pair
-from gptjax.tasks.task import Task, available, load_items, load_task, make_item
+from gptjax.tasks.task import Task, available, load_task, make_item
 
 TEXT = "Question: what is it? Answer: the house is red. the cat is in the house. yes no True False " * 3
 
@@ -122,6 +124,10 @@ def test_perplexity_counts_the_originals_units(tokenizer, tmp_path):
     text = "= Cats =\n\nThe cat-like one, red.\n"
     assert (sample["tokens"], sample["units"]) == (len(tokenizer.encode(text)), 11 + 3)
     assert result.metrics["word_perplexity"][0] == pytest.approx(math.exp(2 * sample["tokens"] / 14))
+    # a single document has no standard error, and it is said why
+    assert "n/a (one document)" in table.table([result])
+    saved = json.loads(json_files.dumps(result.record()))["metrics"]["word_perplexity"]
+    assert saved["stderr"] is None and saved["no_stderr"] == "one document"
 
 
 def test_lambada_by_the_word_and_by_its_last_token(tokenizer, tmp_path):
@@ -243,7 +249,7 @@ def test_a_token_across_the_border_is_encoded_apart_and_counted(tmp_path):
 @pytest.mark.parametrize("name", available())
 def test_every_published_task_file_can_be_read(name):
     task = load_task(name)
-    assert task.about and task.files and task.form
+    assert task.about and (task.files or task.rows) and task.form
 
 
 PUBLISHED_ROWS = {

@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 
 from gptjax.errors import InputError
+from gptjax.evals import standard_errors as se
 from gptjax.tasks import metrics as m
-from gptjax.tasks import standard_errors as se
 from gptjax.tasks import stop_strings as stops
 from gptjax.tasks.code_execution import humaneval_program, run_program, run_programs
 
@@ -188,21 +188,6 @@ def test_majority_vote():
     assert m.majority_vote(["3", "4", "4", None, None, None]) == "4"
     assert m.majority_vote(["5", "4", "4", "5"]) == "5"
     assert m.majority_vote([None, None]) is None and m.majority_vote([]) is None
-
-
-@pytest.mark.parametrize("n, c, k", [(n, c, k) for n in (1, 4, 6) for c in range(n + 1) for k in range(1, n + 1)])
-def test_pass_at_k_is_the_mean_over_all_choices(n, c, k):
-    draws = [any(i < c for i in chosen) for chosen in itertools.combinations(range(n), k)]
-    assert m.pass_at_k(n, c, k) == pytest.approx(np.mean(draws), abs=1e-12)
-
-
-def test_pass_at_k_of_many_samples():
-    assert m.pass_at_k(200, 3, 1) == pytest.approx(3 / 200, rel=1e-12)
-    exact = 1 - math.comb(10**5 - 7, 1000) / math.comb(10**5, 1000)  # of Python's whole numbers
-    assert m.pass_at_k(10**5, 7, 1000) == pytest.approx(exact, rel=1e-9)
-    for bad in ((5, 6, 1), (5, -1, 1), (5, 1, 6), (5, 1, 0)):
-        with pytest.raises(InputError, match="pass@"):
-            m.pass_at_k(*bad)
 
 
 # --- parts of a text, stop strings ----------------------------------------------------------------------------------

@@ -283,6 +283,7 @@ def text(seed=0):
     return np.random.default_rng(seed).integers(0, MODEL.vocab_size, (1, 2, 4, 9), np.int32)
 
 
+@pytest.mark.slow
 def test_the_step_on_eight_devices_is_down_the_cut_sum_of_ppos_gradient_and_gamma_times_the_texts():
     """One step of plain gradient descent, set up as gptjax/ppo.py does, in micro-batches of both: the gradients of one
     device, each network's cut to a norm of its own."""

@@ -1,5 +1,6 @@
 """A workdir: who may write in it, and what its config.json says wherever it is read from."""
 
+import dataclasses
 import json
 import os
 import shutil
@@ -22,6 +23,7 @@ from gptjax.model.spec import GPTConfig
 from gptjax.ppo import PPOConfig, ppo
 from gptjax.pretrain import PretrainConfig, pretrain
 from gptjax.reward import RewardConfig, reward
+from gptjax.run import Claim
 from gptjax.run_config import claim_workdir, read_config
 from gptjax.sft import SFTConfig, sft
 from gptjax.trained import best_step, origin
@@ -47,6 +49,34 @@ def here(tmp_path, monkeypatch):
 
 
 FIELDS = {"init_from": "runs/pre", "data__source": "texts/a.jsonl"}
+
+
+def test_nothing_in_the_workdir_of_another_run_changes_before_it_is_refused(here):
+    """Nor in one that has lost its config.json, whose checkpoints are of an unknown run."""
+    saved = []
+    tokenizer = types.SimpleNamespace(save=lambda path: saved.append(str(path)))
+    config = lambda seed: dataclasses.replace(build(SFTConfig, config_dict(SFTConfig)), seed=seed)
+    first = Claim("sft", "runs/sft", "lm")
+    first.begin()
+    first.make(config(0), tokenizer)
+    assert saved == ["runs/sft/tokenizer"]
+    files = {path: path.read_bytes() for path in (here / "runs" / "sft").rglob("*") if path.is_file()}
+    other = Claim("sft", "runs/sft", "lm")
+    other.begin()
+    with pytest.raises(InputError, match="holds another run's config(?s:.*)seed: saved 0, requested 1"):
+        other.make(config(1), tokenizer)
+    (here / "runs" / "lost" / "checkpoints" / "5").mkdir(parents=True)
+    with pytest.raises(InputError, match="has checkpoints but no config.json"):
+        Claim("sft", "runs/lost", "lm")
+    assert len(saved) == 1 and not (here / "runs" / "lost" / "data.json").exists()
+    assert files == {path: path.read_bytes() for path in files}
+
+
+@pytest.mark.parametrize("stage", ["pretrain", "finetune", "sft", "reward", "dpo", "ppo"])
+def test_a_stage_leaves_its_tokenizer_to_the_claim(stage):
+    code = (ROOT / "gptjax" / f"{stage}.py").read_text()
+    assert "tokenizer.save(" not in code and "claim.make(" in code
+
 
 # --- paths in config.json ---------------------------------------------------------------------------------
 

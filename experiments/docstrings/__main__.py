@@ -18,7 +18,7 @@ import numpy as np
 from absl import flags
 
 from experiments.docstrings import finetuned, labeler, quiz, story, task
-from gptjax import command_line
+from gptjax import command_line, json_files
 from gptjax.config import config_dict
 from gptjax.data.chat import Template
 from gptjax.dpo import DPOConfig, dpo
@@ -163,7 +163,7 @@ def write_comparisons(workdir: Path, data: Path, scale: float) -> float | None:
         return json.loads(meta.read_text())
     model = load_model(workdir / "sft")
     template = Template(model.tokenizer, "chat")
-    rows = [json.loads(line) for line in (data / "comparison_prompts.jsonl").read_text().splitlines()]
+    rows = json_files.read_json_lines(data / "comparison_prompts.jsonl")
     rows = [r for r in rows if len(template.prompt(r["prompt"])) <= PROMPT][: max(64, round(900 * scale))]
     prompts = [template.prompt(r["prompt"]) for r in rows for _ in range(CANDIDATES)]
     with jax.set_mesh(model.mesh):
@@ -173,17 +173,17 @@ def write_comparisons(workdir: Path, data: Path, scale: float) -> float | None:
         )  # fmt: skip
     texts = [template.decode(ids) for ids in responses]
     rng = np.random.default_rng(0)
-    scored = []
-    with open(path, "w") as file:
-        for i, row in enumerate(rows):
-            sampled = [t for t in texts[i * CANDIDATES : (i + 1) * CANDIDATES] if template.encodes(t)]
-            candidates = [row["response"], *sampled]
-            if len(candidates) < 2:
-                continue
-            scores = [labeler.gold_score(row["prompt"], text) for text in candidates]
-            scored.append(scores)
-            ranks = labeler.plackett_luce_ranks(scores, rng, NOISE)
-            file.write(json.dumps({"prompt": row["prompt"], "completions": candidates, "ranks": ranks}) + "\n")
+    scored, ranked = [], []
+    for i, row in enumerate(rows):
+        sampled = [t for t in texts[i * CANDIDATES : (i + 1) * CANDIDATES] if template.encodes(t)]
+        candidates = [row["response"], *sampled]
+        if len(candidates) < 2:
+            continue
+        scores = [labeler.gold_score(row["prompt"], text) for text in candidates]
+        scored.append(scores)
+        ranks = labeler.plackett_luce_ranks(scores, rng, NOISE)
+        ranked.append({"prompt": row["prompt"], "completions": candidates, "ranks": ranks})
+    json_files.write_json_lines(path, ranked)
     ceiling = labeler.pair_accuracy_ceiling(scored, NOISE)
     meta.write_text(json.dumps(ceiling))
     print(

@@ -5,7 +5,7 @@ from collections import Counter
 from pathlib import Path
 
 from experiments.docstrings.plot import COLORS
-from gptjax import report
+from gptjax import json_files, report
 from gptjax.config import config_dict
 from gptjax.finetune import FinetuneConfig
 from gptjax.training.metrics import JsonLines
@@ -32,7 +32,7 @@ def config(workdir: Path, data: Path, scale: float):
 def measure(workdir: Path, data: Path) -> dict:
     """{'accuracy', 'stderr', 'majority', 'rows', 'steps'}: accuracy on the held-out files. majority: the share of the
     more frequent label there."""
-    labels = [json.loads(line)["label"] for line in (data / "kinds.jsonl").read_text().splitlines()]
+    labels = [row["label"] for row in json_files.read_json_lines(data / "kinds.jsonl")]
     found = json.loads((workdir / WORKDIR / "results.json").read_text())
     of, majority = found["validation"], max(Counter(labels).values()) / len(labels)
     return {"accuracy": of["accuracy"], "stderr": of["accuracy_stderr"], "majority": majority, "rows": len(labels),

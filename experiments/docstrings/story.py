@@ -10,7 +10,7 @@ import numpy as np
 
 from experiments.docstrings import finetuned, labeler, quiz
 from experiments.docstrings.plot import COLORS, RUNS
-from gptjax import report
+from gptjax import json_files, report
 from gptjax.data.chat import Template
 from gptjax.data.corpus import pretraining_text
 from gptjax.evals.lm import text_loss
@@ -32,7 +32,7 @@ CHUNK = 128  # time steps whose logits are held at once
 def measure(workdir: Path, data: Path, *, prompt: int, response: int, best_of: int, limit: int) -> dict:
     """Gold and proxy scores of the real summaries, SFT, best-of-n and the aligned policies, the policies' KL from SFT
     and loss on pre-training text, and a table of samples."""
-    rows = [json.loads(line) for line in (data / "evaluation.jsonl").read_text().splitlines()]
+    rows = json_files.read_json_lines(data / "evaluation.jsonl")
     model = load_model(workdir / "sft")
     template = Template(model.tokenizer, "chat")
     rows = [r for r in rows if len(template.prompt(r["prompt"])) <= prompt][:limit]

@@ -13,11 +13,10 @@ from __future__ import annotations
 import ast
 import copy
 import hashlib
-import json
 import os
 import re
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from itertools import accumulate
 from pathlib import Path
 from typing import NamedTuple
@@ -25,6 +24,7 @@ from typing import NamedTuple
 import numpy as np
 
 from gptjax.data import sources, splits
+from gptjax.json_files import write_json_lines
 
 VALIDATION = 0.05  # of the files, as configs/demo.py holds them out
 SHARES = {"demonstrations": 55, "comparisons": 25, "prompts": 15}  # of the examples in the other files
@@ -167,15 +167,11 @@ def write(directory: str | os.PathLike, seed: int) -> None:
     parts = split(examples(), seed)
     files = {"demonstrations": "demonstrations", "comparisons": "comparison_prompts", "evaluation": "evaluation"}
     for part, file in files.items():
-        _write_rows(directory / f"{file}.jsonl", ({"prompt": e.prompt, "response": e.summary} for e in parts[part]))
+        rows = ({"prompt": e.prompt, "response": e.summary} for e in parts[part])
+        write_json_lines(directory / f"{file}.jsonl", rows)
     unique = dict.fromkeys(e.prompt for e in parts["prompts"])
-    _write_rows(directory / "prompts.jsonl", ({"prompt": prompt} for prompt in unique))
-    _write_rows(directory / "quiz.jsonl", questions(parts["evaluation"], seed)[:QUESTIONS])
-    _write_rows(directory / "quiz_train.jsonl", questions(parts["demonstrations"], seed))
-    _write_rows(directory / "kinds.jsonl", kinds(parts["evaluation"], seed))
-    _write_rows(directory / "kinds_train.jsonl", kinds(parts["demonstrations"], seed))
-
-
-def _write_rows(path: Path, rows: Iterable[dict]) -> None:
-    with path.open("w", encoding="utf-8") as f:
-        f.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    write_json_lines(directory / "prompts.jsonl", ({"prompt": prompt} for prompt in unique))
+    write_json_lines(directory / "quiz.jsonl", questions(parts["evaluation"], seed)[:QUESTIONS])
+    write_json_lines(directory / "quiz_train.jsonl", questions(parts["demonstrations"], seed))
+    write_json_lines(directory / "kinds.jsonl", kinds(parts["evaluation"], seed))
+    write_json_lines(directory / "kinds_train.jsonl", kinds(parts["demonstrations"], seed))

@@ -1,7 +1,6 @@
 """gptjax's published tasks on our model against lm-evaluation-harness's own task files on its own model class: the same
 random weights, the same made-up rows, the same numbers."""
 
-import json
 import math
 import os
 import tempfile
@@ -11,7 +10,7 @@ from typing import NamedTuple
 import jax
 import numpy as np
 
-from gptjax import convert
+from gptjax import convert, json_files
 from gptjax.data.bpe import train_bpe
 from gptjax.interop import huggingface
 from gptjax.model import gpt
@@ -31,7 +30,7 @@ TASKS = {
     "piqa": ("piqa/piqa.yaml", {"acc": "acc", "acc_norm": "acc_norm"}),
     "winogrande": ("winogrande/default.yaml", {"acc": "acc"}),
 }
-RELATIVE = 2e-6  # of a metric; float32 sums of a model this small
+RELATIVE = 1e-6  # of a metric; float32's roundings in the model come to 6e-8, with weights twice as large to 7.5e-7
 WORDS = (
     "the cat sat on a mat and ran to its naïve café where 345 dogs jump over foxes quickly ; it is 東京 's [title] "
     "@-@ Zoë , they were late . ( so ) he said \" no \" — and , then , left"
@@ -52,8 +51,7 @@ def compare(items: int = 24, seed: int = 0) -> list[Agreement]:
         folder = Path(name)
         make_model(folder, seed)
         for task, rows in made_rows(np.random.default_rng(seed), items).items():
-            lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-            (folder / f"{task}.jsonl").write_text(lines, encoding="utf-8")
+            json_files.write_json_lines(folder / f"{task}.jsonl", rows)
         ours, theirs = our_metrics(folder), their_metrics(folder)
     found = [
         Agreement(task, metric, ours[task][metric][0], theirs[task][f"{name},none"])
@@ -78,7 +76,7 @@ def make_model(folder: Path, seed: int):
     tokenizer = train_bpe([" ".join(WORDS)] * 3, 400)
     config = GPTConfig(tokenizer.vocab_size, 2, 2, 32, 96)
     params = jax.jit(lambda key: gpt.init(config, key))(jax.random.key(seed))
-    params = jax.tree.map(lambda p: np.asarray(p) * (6 if p.ndim > 1 else 1), params)  # far from uniform
+    params = jax.tree.map(lambda p: np.asarray(p) * (3 if p.ndim > 1 else 1), params)  # far from init's
     huggingface.write(folder / "hf", config, params, tokenizer)
     convert.import_weights(folder / "hf", folder / "run")
 

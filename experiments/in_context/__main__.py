@@ -11,7 +11,6 @@ for each size; of the rules also the accuracy of the best possible answer, which
 """
 
 import functools
-import json
 from pathlib import Path
 
 import jax
@@ -19,8 +18,9 @@ from absl import flags
 
 from experiments.in_context import arithmetic, gpts, picture, rules
 from gptjax import command_line, json_files
+from gptjax.evals import standard_errors
 from gptjax.model.spec import parameter_count
-from gptjax.tasks import harness, standard_errors
+from gptjax.tasks import harness
 from gptjax.tasks.task import load_task
 from gptjax.trained import Model
 
@@ -48,7 +48,7 @@ def arithmetic_corpus(folder: Path, task: str, data: str, steps: int) -> tuple[g
 
 
 def _write(path: Path, rows: list[dict]):
-    text = "".join(json.dumps(row) + "\n" for row in rows)
+    text = json_files.json_lines(rows)
     if not path.exists() or path.read_text() != text:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(text)

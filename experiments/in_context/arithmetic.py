@@ -17,7 +17,8 @@ from gptjax.errors import InputError
 from gptjax.tasks import generators
 from gptjax.tasks.files import find_files
 from gptjax.tasks.generators import Row
-from gptjax.tasks.task import load_items, load_task
+from gptjax.tasks.items import load_items
+from gptjax.tasks.task import load_task
 
 TASKS = {"arithmetic_2da": "two-digit addition"}
 MOST = 5  # questions of a document: the longest prompts are no longer than what was learned

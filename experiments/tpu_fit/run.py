@@ -16,6 +16,7 @@ from absl import app, flags
 from tqdm import tqdm
 
 from gptjax import config as configs
+from gptjax import json_files
 from gptjax.aot import check
 from gptjax.cost import topology as topologies
 from gptjax.errors import InputError
@@ -87,7 +88,7 @@ def smallest(preset: str, generation: str, status) -> dict:
 
 
 def read(path: Path) -> list[dict]:
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    return json_files.read_json_lines(path) if path.exists() else []
 
 
 def main(_):

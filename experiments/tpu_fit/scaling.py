@@ -18,9 +18,9 @@ tokens) whatever the slice; weak: 3 sequences a chip. r is the largest divisor o
 """
 
 import dataclasses
-import json
 from pathlib import Path
 
+from gptjax import json_files
 from gptjax.cost.roofline import bounds, train_work
 from gptjax.cost.topology import CHIPS
 from gptjax.model.spec import GPT3, non_embedding_count, parameter_count
@@ -70,7 +70,7 @@ def points() -> list[dict]:
 
 def compiled() -> list[dict]:
     path = HERE / "compiled.jsonl"
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    return json_files.read_json_lines(path) if path.exists() else []
 
 
 def plot(rows: list[dict], path: Path):
@@ -105,7 +105,7 @@ def plot(rows: list[dict], path: Path):
 
 def main():
     rows = points()
-    (HERE / "scaling.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+    json_files.write_json_lines(HERE / "scaling.jsonl", rows)
     plot(rows, HERE / "scaling.png")
     for r in rows:
         seconds = ", ".join(f"{k} {v:.2f} s" for k, v in r["seconds"].items())

@@ -6,12 +6,12 @@ more), a1, a2. The two sides of a debate are one topic, and a topic is held out 
 
 import dataclasses
 import itertools
-import json
 from collections import defaultdict
 from pathlib import Path
 
 import numpy as np
 
+from gptjax import json_files
 from gptjax.errors import InputError
 
 
@@ -114,4 +114,4 @@ def in_order(texts, beats) -> list[str] | None:
 
 def write_rows(path: Path, rows: list[dict]):
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    json_files.write_json_lines(path, rows)

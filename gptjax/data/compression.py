@@ -18,6 +18,7 @@ from gptjax.errors import InputError
 
 SUFFIXES = {".gz": "gzip", ".bz2": "bzip2", ".xz": "xz", ".zst": "zstd", ".zstd": "zstd", ".lz4": "lz4", ".zip": "zip"}
 _BUFFER = 1 << 20
+_PIECE = 1 << 16  # bytes asked for at a time: of a file that is cut, what comes before is not lost
 _DAMAGE = (OSError, EOFError, zlib.error, lzma.LZMAError, zipfile.BadZipFile, NotImplementedError, RuntimeError)
 
 
@@ -100,6 +101,7 @@ class _Decompressed(io.RawIOBase):
     def __init__(self, stream: BinaryIO, kind: str, path: str):
         self._kind, self._path = kind, path
         self._stream = _open(stream, kind)
+        self._read = getattr(self._stream, "read1", self._stream.read)  # read asks again, and loses what it has
 
     def readable(self) -> bool:
         return True
@@ -115,7 +117,7 @@ class _Decompressed(io.RawIOBase):
 
     def readinto(self, buffer) -> int:
         try:
-            data = self._stream.read(len(buffer))
+            data = self._read(min(len(buffer), _PIECE))
         except _DAMAGE as error:
             if getattr(error, "errno", None) is not None:  # a disk error
                 raise

@@ -14,9 +14,9 @@ from gptjax.data.tables import Table, delimited, table_rows
 from gptjax.data.values import Unreadable, parse_json, python_values
 from gptjax.errors import InputError
 
-_JSON_LINES = (".jsonl", ".ndjson")
-_JSON = (".json",)  # a list, or one row per line, as in C4's .json.gz
-_PARQUET = (".parquet",)
+JSON_LINES = (".jsonl", ".ndjson")
+JSON = (".json",)  # a list, or one row per line, as in C4's .json.gz
+PARQUET = (".parquet",)
 _ARRAY_RECORD = (".arrayrecord", ".array_record")
 _SNIFFED = 8192  # bytes that are searched for a NUL, which marks a binary file, as in git
 _RECORDS = 256  # ArrayRecord records read at a time
@@ -73,7 +73,7 @@ def read_documents(
     with the name of a .json file without rows, whose JSON then becomes the text; None: raise InputError.
     """
     name = uncompressed_name(file.name).lower()
-    if name.endswith(_PARQUET):
+    if name.endswith(PARQUET):
         yield from _parquet(file, text_field)
     elif name.endswith(_ARRAY_RECORD):
         yield from _array_record(file, text_field)
@@ -93,7 +93,7 @@ def read_documents(
 
 def may_hold_rows(name: str, table: Table = Table()) -> bool:
     """Whether a file of that name may contain rows."""
-    known = (*_JSON_LINES, *_JSON, *_PARQUET)
+    known = (*JSON_LINES, *JSON, *PARQUET)
     return (
         uncompressed_name(name).lower().endswith(known)
         or name.lower().endswith(".zip")
@@ -106,13 +106,13 @@ def read_rows(file: File, skip: Skip | None = None, table: Table = Table()) -> I
 
     skip: called for a JSON file, or a member of a zip archive, without rows; None: raise InputError.
     """
-    if uncompressed_name(file.name).lower().endswith(_PARQUET):
-        yield from ((where, row) for _, where, row in _parquet_rows(file))
+    if uncompressed_name(file.name).lower().endswith(PARQUET):
+        yield from ((where, row) for _, where, row in parquet_rows(file))
         return
     with file.fs.open(file.path, "rb") as stream:
         for part in parts(stream, file.name, file.path, file.size):
             try:
-                kind = None if part.name.lower().endswith((*_JSON_LINES, *_JSON)) else delimited(part.name, table)
+                kind = None if part.name.lower().endswith((*JSON_LINES, *JSON)) else delimited(part.name, table)
                 rows = _json_rows(part) if kind is None else table_rows(part, kind, table.columns)
                 yield from ((where, row) for _, where, row in rows)
             except NotRows as error:
@@ -127,7 +127,7 @@ def read_rows(file: File, skip: Skip | None = None, table: Table = Table()) -> I
 def _part_documents(
     part: Part, text_field: str, lines: bool, as_text: Callable[[str], None] | None
 ) -> Iterator[Document]:
-    if part.name.lower().endswith((*_JSON_LINES, *_JSON)):
+    if part.name.lower().endswith((*JSON_LINES, *JSON)):
         try:
             for number, where, row in _json_rows(part):
                 if isinstance(row, InputError):
@@ -203,7 +203,7 @@ def _json_rows(part: Part) -> Iterator[tuple[int, str, Any]]:
     NotRows: a file of another format, or a .json file with neither.
     """
     name, stream = part.name.lower(), part.stream
-    if not name.endswith((*_JSON_LINES, *_JSON)):
+    if not name.endswith((*JSON_LINES, *JSON)):
         raise NotRows("contains no readable rows: rows come from .jsonl, .ndjson, .json, .parquet, .csv or .tsv files")
     first, number = stream.readline(), 1
     if first.startswith(_UTF16):
@@ -212,7 +212,7 @@ def _json_rows(part: Part) -> Iterator[tuple[int, str, Any]]:
     while first and not first.strip():
         first, number = stream.readline(), number + 1
     lines = itertools.chain([first], stream)
-    if name.endswith(_JSON) and first:
+    if name.endswith(JSON) and first:
         value, lines = _one_value(first, stream)
         if value is not None:
             yield from ((row, f"{part.path}: row {row}", item) for row, item in enumerate(value, 1))
@@ -290,11 +290,11 @@ def text_of(row: Any, text_field: str, where: str) -> str:
 
 
 def _parquet(file: File, text_field: str) -> Iterator[Document]:
-    for number, where, row in _parquet_rows(file, text_field):
+    for number, where, row in parquet_rows(file, text_field):
         yield Document(f"{file.name}:{number}", text_of(row, text_field, where))
 
 
-def _parquet_rows(file: File, column: str | None = None) -> Iterator[tuple[int, str, dict]]:
+def parquet_rows(file: File, column: str | None = None) -> Iterator[tuple[int, str, dict]]:
     """Rows with one column, or with all; a value that Python cannot represent is an Unreadable."""
     import pyarrow
     import pyarrow.parquet

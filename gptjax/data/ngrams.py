@@ -95,13 +95,17 @@ def _joined(corpus: Iterable[str]) -> Iterator[tuple[str, np.ndarray]]:
 
 def _hashed_words(lowered: str) -> tuple[np.ndarray, np.ndarray]:
     """(hashes uint64 [words], the character that each begins with)."""
-    codes = _codes(lowered)
+    return hashed_spans(_codes(lowered))[:2]
+
+
+def hashed_spans(codes: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """(hashes uint64 [words], where each begins, where it ends) of a text in lower case. codes: uint32 [characters]."""
     inside = np.zeros(len(codes) + 2, bool)
     inside[1:-1] = _alphanumeric()[codes]
     edges = np.flatnonzero(inside[1:] != inside[:-1])
     starts, ends = edges[::2], edges[1::2]
     prefix = _prefix(codes)
-    return mix64((prefix[ends] - prefix[starts]) * powers(len(codes), inverse=True)[starts]), starts
+    return mix64((prefix[ends] - prefix[starts]) * powers(len(codes), inverse=True)[starts]), starts, ends
 
 
 def _letters_and_digits(text: str) -> tuple[np.ndarray, np.ndarray]:

@@ -5,7 +5,6 @@ rows, and the train/validation split by text (of a prompt; of a labeled row its 
 from __future__ import annotations
 
 import hashlib
-import json
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -19,6 +18,7 @@ from gptjax.data import lm, sources
 from gptjax.data.hashing import draw
 from gptjax.data.values import Unreadable
 from gptjax.errors import InputError
+from gptjax.json_files import write_json_lines
 
 BAD_ROWS = ("stop", "drop")
 FLAGS = "--config.data."  # prefix of the flags that error messages name
@@ -155,8 +155,7 @@ class LeftOut:
         """Writes dropped_rows.jsonl, a line {'row', 'why', 'reason'} for each row; replaces or removes an old one."""
         path = epath.Path(workdir) / "dropped_rows.jsonl"
         if self._rows:
-            lines = (json.dumps(dict(zip(("row", "why", "reason"), row, strict=True))) for row in self._rows)
-            path.write_text("".join(f"{line}\n" for line in lines))
+            write_json_lines(path, (dict(zip(("row", "why", "reason"), row, strict=True)) for row in self._rows))
         else:
             path.unlink(missing_ok=True)
 

@@ -129,7 +129,7 @@ def fingerprint(source: str) -> str:
     if source.startswith("hf:"):
         content: list = [source]
     else:
-        files = _found(source).files
+        files = listing(source).files
         content = [[f.name, f.size] if source == "stdlib" else [f.name, f.size, f.stamp] for f in files]
     if source == "stdlib":
         content.append([platform.python_implementation(), platform.python_version()])
@@ -137,7 +137,7 @@ def fingerprint(source: str) -> str:
 
 
 def _file_documents(source: str, text_field: str, lines: bool) -> Iterator[Document]:
-    found = _found(source)
+    found = listing(source)
     skipped = _Skipped(source, found)
     for file in found.files:
         with _readable(file):
@@ -149,7 +149,7 @@ def _file_documents(source: str, text_field: str, lines: bool) -> Iterator[Docum
 
 def _file_rows(source: str, table: Table) -> Iterator[tuple[str, Any]]:
     """(where, row), not yet checked to be an object."""
-    found = _found(source)
+    found = listing(source)
     skipped = _Skipped(source, found)
     other = [file for file in found.files if not may_hold_rows(file.name, table)]
     if other and (not found.in_directory or len(other) == len(found.files)):
@@ -235,7 +235,8 @@ class Found(NamedTuple):
     repeated: list[str] = []
 
 
-def _found(source: str) -> Found:
+def listing(source: str) -> Found:
+    """The files of a source, sorted by name. InputError: none, or they cannot be listed."""
     if source == "stdlib":
         return Found(_stdlib_files(), True)
     if not source:
@@ -261,6 +262,7 @@ def _listed(source: str, fs: Any, path: str) -> Found:
     if fs.isfile(path):
         return Found([_file(fs, path, fs.info(path), os.path.dirname(path))], False)
     if fs.isdir(path):
+        path = _curated(source, fs, path)
         return _sorted(fs, path, fs.find(path, detail=True), in_directory=True)
     if any(c in path for c in "*?["):
         root = path[: min(path.index(c) for c in "*?[" if c in path)].rpartition("/")[0]
@@ -278,6 +280,17 @@ def _listed(source: str, fs: Any, path: str) -> Found:
             f"The source {source!r} is a link to {os.readlink(path)}, which does not exist: restore it."
         )
     raise InputError(f"The source {source!r} does not exist: {_nearest(fs, path)}")
+
+
+def _curated(source: str, fs: Any, path: str) -> str:
+    """Of a workdir of gptjax.curate the folder of its documents; any other folder as it is."""
+    if not fs.exists(f"{path}/curation.json"):
+        return path
+    if not fs.exists(f"{path}/manifest.json"):
+        raise InputError(
+            f"The curation in {source!r} has not come to its end: run `python -m gptjax.curate` there again."
+        )
+    return f"{path}/documents"
 
 
 def _sorted(fs: Any, root: str, found: dict[str, dict], in_directory: bool) -> Found:

@@ -54,7 +54,8 @@ def table_rows(part: Part, kind: str, columns: tuple[str, ...] | None) -> Iterat
     except csv.Error as error:
         raise InputError(f"{part.path}:{number + 1} is not {kind.upper()} ({error}): fix the file.") from None
     finally:
-        text.detach()  # the stream is the caller's to close
+        if not text.closed:  # as where an error in a row has ended the reading
+            text.detach()  # the stream is the caller's to close
 
 
 def _row_of(cells: list[str], columns: tuple[str, ...], kind: str) -> dict[str, str] | InputError:

@@ -15,6 +15,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from gptjax import report
+from gptjax.evals import standard_errors
 
 _Z95 = 1.959963984540054  # the normal distribution's .975 quantile
 _CHUNK = 1 << 22  # random numbers drawn at a time
@@ -70,86 +71,84 @@ def bin_figures(confidence: np.ndarray, correct: np.ndarray) -> dict:
 
 
 def calibration(probabilities: Sequence[np.ndarray], gold: Sequence[int], bins: int = 10, seed: int = 0,
-                resamples: int = 1000) -> dict:  # fmt: skip
+                resamples: int = 1000, clusters: np.ndarray | None = None) -> dict:  # fmt: skip
     """Figures of multiple-choice predictions, whose number of choices may differ.
 
     Args:
         probabilities: of each item's choices, summing to 1 (`classification.probabilities` of their scores).
         gold: the right choice of each item.
         seed, resamples: of the two resampling figures.
+        clusters: int [items], from 0, the same for items that depend on each other; None = none do.
     Returns:
-        items, bins, accuracy; `ece` with a 95 % interval `ece_low`, `ece_high` (bootstrap over items, basic form, which
-        takes the estimate's upward bias off); `ece_if_calibrated`: the 95th percentile that the same confidences would
-        give a calibrated model, so that a smaller `ece` is no evidence of miscalibration; `brier` (the sum over choices
-        of squared errors, in [0, 2]) and `nll` (nats), each with its standard error `_se`; `confidence`; `reliability`,
-        the bins. With fewer than two items standard errors are None.
+        items, bins, accuracy; `ece` with its standard error `ece_se` and a 95 % interval `ece_low`, `ece_high`
+        (bootstrap over clusters of items; the interval in its basic form, which takes the estimate's upward bias off);
+        `ece_if_calibrated`: the 95th percentile that the same confidences would give a calibrated model, so that a
+        smaller `ece` is no evidence of miscalibration; `brier` (the sum over choices of squared errors, in [0, 2]) and
+        `nll` (nats), each with its standard error `_se`; `confidence`; `reliability`, the bins. With fewer than two
+        clusters standard errors are None.
     """
+    clusters = np.arange(len(gold)) if clusters is None else np.asarray(clusters)
     predicted = np.array([int(np.argmax(p)) for p in probabilities])
     confidence = np.array([p[i] for p, i in zip(probabilities, predicted, strict=True)], np.float64)
     correct = (predicted == np.asarray(gold)).astype(np.float64)
     brier = [float(np.square(p).sum() - 2 * p[i] + 1) for p, i in zip(probabilities, gold, strict=True)]
     nll = [-math.log(max(float(p[i]), 1e-300)) for p, i in zip(probabilities, gold, strict=True)]
     error = expected_calibration_error(confidence, correct, bins)
-    low, high = _bootstrap(confidence, correct, bins, seed, resamples)
+    spread, low, high = _bootstrap(confidence, correct, bins, clusters, seed, resamples)
     return {
         "items": confidence.size,
         "bins": bins,
-        **_mean("accuracy", correct),
+        **_mean("accuracy", correct, clusters),
         "confidence": float(confidence.mean()) if confidence.size else math.nan,
         "ece": error,
+        "ece_se": spread,
         "ece_low": low,
         "ece_high": high,
         "ece_if_calibrated": _if_calibrated(confidence, bins, seed, resamples),
-        **_mean("brier", brier),
-        **_mean("nll", nll),
+        **_mean("brier", brier, clusters),
+        **_mean("nll", nll, clusters),
         "reliability": reliability(confidence, correct, bins),
     }
 
 
-def _mean(name: str, values) -> dict:
-    values = np.asarray(values, np.float64)
-    spread = float(values.std(ddof=1) / math.sqrt(values.size)) if values.size > 1 else None
-    return {name: float(values.mean()) if values.size else math.nan, f"{name}_se": spread}
+def _mean(name: str, values, clusters) -> dict:
+    value, spread = standard_errors.clustered_mean(values, clusters) if len(values) else (math.nan, math.nan)
+    return {name: value, f"{name}_se": None if math.isnan(spread) else spread}
 
 
-def _bootstrap(confidence, correct, bins, seed, resamples) -> tuple[float, float]:
-    """The basic bootstrap's 95 % interval of the calibration error: 2 e - its upper and lower quantile, in [0, 1]."""
+def _bootstrap(confidence, correct, bins, clusters, seed, resamples) -> tuple[float | None, float, float]:
+    """(standard error, low, high) of the calibration error, over clusters drawn with replacement: the standard
+    deviation of its draws, and the basic bootstrap's 95 % interval, 2 e - their upper and lower quantile, in [0, 1].
+    """
     if not confidence.size:
-        return math.nan, math.nan
-    gap, bin_of, n = correct - confidence, _bin_of(confidence, bins), confidence.size
-
-    def draw(rng, count):
-        chosen = rng.integers(0, n, (count, n))
-        return gap[chosen], bin_of[chosen]
-
-    error = _error(gap, bin_of, bins)
-    upper, lower = np.quantile(_resampled(draw, n, bins, seed, resamples), [0.975, 0.025])
-    return tuple(float(np.clip(2 * error - q, 0, 1)) for q in (upper, lower))
+        return None, math.nan, math.nan
+    gap, bin_of, groups = correct - confidence, _bin_of(confidence, bins), int(clusters.max()) + 1
+    sums_GB = np.bincount(clusters * bins + bin_of, gap, groups * bins).reshape(groups, bins)
+    sizes_G, rng, errors = np.bincount(clusters, minlength=groups), np.random.default_rng(seed), []
+    rows = max(_CHUNK // groups, 1)
+    for start in range(0, resamples, rows):
+        drawn = rng.integers(0, groups, (min(rows, resamples - start), groups))
+        own = drawn + groups * np.arange(len(drawn))[:, None]
+        times_RG = np.bincount(own.ravel(), minlength=drawn.size).reshape(drawn.shape).astype(np.float64)
+        errors.append(np.abs(times_RG @ sums_GB).sum(1) / (times_RG @ sizes_G))
+    errors, error = np.concatenate(errors), _error(gap, bin_of, bins)
+    upper, lower = np.quantile(errors, [0.975, 0.025])
+    spread = float(errors.std(ddof=1)) if groups > 1 else None
+    return spread, *(float(np.clip(2 * error - q, 0, 1)) for q in (upper, lower))
 
 
 def _if_calibrated(confidence, bins, seed, resamples) -> float:
     """95th percentile of the calibration error if each answer were right with its own confidence."""
-    if not confidence.size:
+    if not (n := confidence.size):
         return math.nan
-    bin_of = _bin_of(confidence, bins)
-
-    def draw(rng, count):
-        correct = rng.random((count, confidence.size)) < confidence
-        return correct - confidence, np.broadcast_to(bin_of, correct.shape)
-
-    return float(np.quantile(_resampled(draw, confidence.size, bins, seed, resamples), 0.95))
-
-
-def _resampled(draw, n, bins, seed, resamples) -> np.ndarray:
-    """Calibration errors of draws, [resamples]. draw: (generator, rows) -> gaps and bins, [rows, n]."""
-    rng, errors = np.random.default_rng(seed), []
+    bin_of, rng, errors = _bin_of(confidence, bins), np.random.default_rng(seed), []
     rows = max(_CHUNK // n, 1)
     for start in range(0, resamples, rows):
-        gaps, bin_of = draw(rng, min(rows, resamples - start))
+        gaps = (rng.random((min(rows, resamples - start), n)) < confidence) - confidence
         own = bin_of + bins * np.arange(len(gaps))[:, None]
         sums = np.bincount(own.ravel(), gaps.ravel(), bins * len(gaps)).reshape(-1, bins)
         errors.append(np.abs(sums).sum(1) / n)
-    return np.concatenate(errors)
+    return float(np.quantile(np.concatenate(errors), 0.95))
 
 
 def reliability_plot(path, figures: Mapping[str, dict]) -> None:

@@ -17,6 +17,7 @@ from gptjax.data.chat import Template
 from gptjax.data.prompts import PromptConfig, load_prompts
 from gptjax.data.rows import BAD_ROWS
 from gptjax.errors import InputError
+from gptjax.evals.best_of_k import weights_of_best
 from gptjax.generation.respond import respond
 from gptjax.model.architecture import require_gpt
 from gptjax.objectives.ppo import best_of_n_kl
@@ -30,19 +31,10 @@ def best_of_n(scores: np.ndarray, n: int) -> tuple[np.ndarray, float]:
 
 
 def expected_best(scores: np.ndarray, others: np.ndarray, n: int) -> tuple[float, float]:
-    """(E[score], E[other]) of best-of-n, over all choices of n among the samples without replacement.
-
-    The estimator of Nakano et al. 2021 (WebGPT, appendix I): with scores sorted, the j-th smallest of N is the best of
-    n with probability C(j - 1, n - 1)/C(N, n). scores, others: [B, N]; others can be a gold score.
-    """
-    N = scores.shape[1]
-    if not 1 <= n <= N:
-        raise InputError(f"best-of-{n} needs {n} samples of each prompt and there are {N}.")
+    """(E[score], E[other]) of best-of-n, over all choices of n among the samples without replacement
+    (evals/best_of_k.py). scores, others: [B, N]; others can be a gold score. InputError: fewer than n samples."""
+    p = weights_of_best(scores.shape[1], n)
     order = np.argsort(scores, axis=1, kind="stable")
-    p = np.zeros(N)
-    p[N - 1] = n / N
-    for j in range(N - 1, n - 1, -1):  # C(j-1, n-1) / C(j, n-1) = (j - n + 1) / j
-        p[j - 1] = p[j] * (j - n + 1) / j
     mean = lambda x: float((np.take_along_axis(x, order, 1) @ p).mean())
     return mean(scores), mean(others)
 

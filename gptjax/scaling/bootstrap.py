@@ -9,22 +9,34 @@ from gptjax.scaling.optimize import minimize
 
 SAMPLES = 4000
 LEVEL = 0.9
+FAILED = 0.05  # with a larger share of samples without a value there is no interval
 
 
 def bootstrap(fit: Fit, samples: int = SAMPLES, seed: int = 0) -> np.ndarray:
-    """theta [samples, p], each fitted to the points with residuals drawn anew: the design is kept, because budgets and
-    sizes are chosen, not drawn. Residuals are in log loss, centered, and divided by sqrt(1 - leverage), without which
-    they are smaller than the noise by sqrt(1 - p/n).
+    """theta [samples, p], each fitted to a set of `resampled`."""
+    x, starts = fit.points.inputs(fit.law), np.broadcast_to(fit.theta, (samples, len(fit.theta)))
+    theta, _ = minimize(
+        fit.law.log_loss, x, resampled(fit, samples, seed), starts, frozen=fit.frozen, delta=fit.delta, iterations=100
+    )
+    return theta
+
+
+def resampled(fit: Fit, samples: int, seed: int = 0) -> np.ndarray:
+    """Log losses [samples, n] at the points: the law's, with residuals drawn anew. The design is kept, because budgets
+    and sizes are chosen, not drawn.
+
+    Residuals are divided by sqrt(1 - leverage), without which they are smaller than the noise by sqrt(1 - p/n). Of
+    these the p smallest, of p fitted parameters, are not drawn. With noise far above delta the fit is nearly one of
+    least absolute deviations, which meets p points exactly: those zeros are the fit's, not the noise's, and how wide an
+    interval is depends on how dense the noise is around 0 (LOG.md). With noise below delta their absence makes up for
+    n - p degrees of freedom. The others are drawn with either sign: noise around the law is as likely above as below,
+    while the mean of few residuals, and of robust ones, is not 0.
     """
     x, fitted = fit.points.inputs(fit.law), fit.log_loss(fit.points.columns)
     residuals = fit.residuals / np.sqrt(1 - _leverage(fit, x))
-    residuals -= residuals.mean()
-    draws = np.random.default_rng(seed).integers(len(fitted), size=(samples, len(fitted)))
-    starts = np.broadcast_to(fit.theta, (samples, len(fit.theta)))
-    theta, _ = minimize(
-        fit.law.log_loss, x, fitted + residuals[draws], starts, frozen=fit.frozen, delta=fit.delta, iterations=100
-    )
-    return theta
+    drawn = residuals[np.argsort(np.abs(residuals))[fit.free :]]
+    drawn = np.concatenate([drawn, -drawn])
+    return fitted + drawn[np.random.default_rng(seed).integers(len(drawn), size=(samples, len(fitted)))]
 
 
 def _leverage(fit, x):
@@ -35,10 +47,18 @@ def _leverage(fit, x):
 
 
 def interval(values, level: float = LEVEL) -> tuple[float, float]:
-    """The central share `level` of samples [s]; those that are not a number are left out."""
+    """The central share `level` of samples [s]. Those that are not a number have failed and are left out; where they
+    are more than 5 % there is no interval: (nan, nan)."""
     values = np.asarray(values, float)
+    if failed(values) > FAILED:
+        return np.nan, np.nan
     low, high = np.nanquantile(values, [(1 - level) / 2, (1 + level) / 2])
     return float(low), float(high)
+
+
+def failed(values) -> float:
+    """The share of samples that are not a number."""
+    return float(np.isnan(values).mean())
 
 
 def parameter_intervals(fit: Fit, theta, level: float = LEVEL) -> dict[str, tuple[float, float]]:
@@ -48,7 +68,8 @@ def parameter_intervals(fit: Fit, theta, level: float = LEVEL) -> dict[str, tupl
 
 
 def optimum_intervals(fit: Fit, theta, compute: float, level: float = LEVEL) -> dict:
-    """{N, D, D_per_N: {value, low, high}} at a compute, by Chinchilla's law."""
+    """{N, D, D_per_N: {value, low, high, failed}} at a compute, by Chinchilla's law. failed: the share of samples that
+    have no optimum, since an exponent is not positive."""
     values = dict(zip(fit.law.parameters, fit.law.natural(theta).T, strict=True))
     best, sampled = laws.optimum(fit.parameters, compute), laws.optimum(values, compute)
     ratio = best[1] / best[0], sampled[1] / sampled[0]
@@ -57,16 +78,21 @@ def optimum_intervals(fit: Fit, theta, compute: float, level: float = LEVEL) -> 
 
 
 def exponent_intervals(fit: Fit, theta, level: float = LEVEL) -> dict:
-    """{a, b}: N* ~ C^a, D* ~ C^b, by Chinchilla's law."""
-    of = lambda parameters: parameters["beta"] / (parameters["alpha"] + parameters["beta"])
+    """{a, b}: N* ~ C^a, D* ~ C^b, by Chinchilla's law, as optimum_intervals."""
+
+    def of(parameters):
+        alpha, beta = parameters["alpha"], parameters["beta"]
+        with np.errstate(all="ignore"):
+            return np.where((np.minimum(alpha, beta) > 0), np.divide(beta, alpha + beta), np.nan)
+
     values = dict(zip(fit.law.parameters, fit.law.natural(theta).T, strict=True))
-    a, samples = of(fit.parameters), of(values)
+    a, samples = float(of(fit.parameters)), of(values)
     return {"a": _row(a, samples, level), "b": _row(1 - a, 1 - samples, level)}
 
 
 def _row(value, samples, level):
     low, high = interval(samples, level)
-    return {"value": value, "low": low, "high": high}
+    return {"value": value, "low": low, "high": high, "failed": failed(samples)}
 
 
 def ill_determined(intervals: dict[str, tuple[float, float]]) -> list[str]:

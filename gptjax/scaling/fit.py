@@ -12,6 +12,7 @@ The fit is the lowest minimum of the sum of Huber terms (delta 1e-3, of log loss
 by the bootstrap. Rows whose status is not "done" are left out, and listed.
 """
 
+import math
 import sys
 
 from absl import flags
@@ -20,8 +21,9 @@ from gptjax import command_line, json_files, paths
 from gptjax.config import choose
 from gptjax.errors import InputError
 from gptjax.scaling import law_file
+from gptjax.scaling.bootstrap import FAILED
 from gptjax.scaling.fitting import fit
-from gptjax.scaling.laws import LAWS
+from gptjax.scaling.laws import LAWS, Law
 from gptjax.scaling.points import pairs, read
 
 
@@ -52,7 +54,7 @@ def text(made: dict) -> str:
 
 def _chinchilla(made):
     a, b = made["exponents"]["a"], made["exponents"]["b"]
-    lines = [f"N* ~ C^{a['value']:.3f} ({a['low']:.3f} to {a['high']:.3f}), D* ~ C^{b['value']:.3f}"]
+    lines = [f"N* ~ C^{a['value']:.3f} ({_range(a)}), D* ~ C^{b['value']:.3f}"]
     for row in made["optima"]:
         parts = [f"{name.replace('_per_', '/')}* {_number(row[name]['value'])} ({_range(row[name])})"
                  for name in ("N", "D", "D_per_N")]  # fmt: skip
@@ -73,12 +75,17 @@ def _chinchilla(made):
             centered = "centered" if row["centered"] else "not centered"
             bias = (f"; expected bias of this grid, which is {centered}: a {row['expected_bias_a']:+.3f}, "
                     f"N* {100 * row['expected_bias_N']:+.1f} %")  # fmt: skip
-        lines.append(f"{title}: N* ~ C^{row['a']:.3f}, N*({row['C']:.3g}) = {_number(row['N'])}{bias}")
+        best = f"N*({row['C']:.3g}) = {_number(row['N'])}"
+        lines.append(f"{title}: N* ~ C^{row['a']:.3f} ({_range(row)}), {best}{bias}")
     return lines
 
 
 def _range(row) -> str:
-    return f"{_number(row['low'])} to {_number(row['high'])}"
+    missing = row.get("failed", 0.0)
+    if missing > FAILED:
+        return f"no interval: {100 * missing:.0f} % of the samples have no optimum"
+    said = f", without the {100 * missing:.1g} % of the samples that have no optimum" if missing else ""
+    return f"{_number(row['low'])} to {_number(row['high'])}{said}"
 
 
 def _number(value) -> str:
@@ -91,12 +98,12 @@ def main(_):
     law = choose(LAWS, FLAGS.law, "law")
     columns, where = pairs(FLAGS.columns, "columns"), pairs(FLAGS.where, "where")
     points = read(FLAGS.points, columns, where)
-    pinned = numbers(pairs(FLAGS.pin, "pin"), law.parameters)
+    pinned = numbers(pairs(FLAGS.pin, "pin"), law)
     status = lambda message: print(f"{message} …", file=sys.stderr, flush=True)
     status(f"fitting {law.name} to {len(points)} runs from {len(law.starts):,} starts")
     found = fit(law, points, pinned=pinned)
     status(f"{FLAGS.samples:,} bootstrap samples")
-    compute = [positive(value, "compute") for value in FLAGS.compute or []]
+    compute = [number(value, "compute", 0) for value in FLAGS.compute or []]
     made = law_file.record(found, FLAGS.samples, {"columns": columns, "where": where}, compute)
     made = json_files.json_safe(made)
     out = FLAGS.out or paths.local(FLAGS.points).parent / "law.json"
@@ -105,22 +112,23 @@ def main(_):
     print(json_files.dumps(made) if FLAGS.json else text(made))
 
 
-def numbers(given: dict[str, str], parameters) -> dict[str, float]:
-    """--pin's values. InputError: not a parameter of the law, or not a positive number."""
+def numbers(given: dict[str, str], law: Law) -> dict[str, float]:
+    """--pin's values. InputError: not a parameter of the law, or not a number."""
     for name in given:
-        if name not in parameters:
-            raise InputError(f"--pin={name}=… is no parameter of the law: it has {', '.join(parameters)}.")
-    return {name: positive(value, "pin") for name, value in given.items()}
+        if name not in law.parameters:
+            raise InputError(f"--pin={name}=… is no parameter of the law: it has {', '.join(law.parameters)}.")
+    return {name: number(value, "pin") for name, value in given.items()}
 
 
-def positive(value: str, flag: str) -> float:
+def number(value: str, flag: str, low: float = -math.inf) -> float:
+    """A finite number above `low`. InputError otherwise."""
     try:
-        number = float(value)
+        found = float(value)
     except ValueError:
-        number = 0.0
-    if not 0 < number < float("inf"):
-        raise InputError(f"--{flag}: {value!r} is not a positive number.")
-    return number
+        found = math.nan
+    if not low < found < math.inf:
+        raise InputError(f"--{flag}: {value!r} is not a {'positive ' * (low == 0)}number.")
+    return found
 
 
 if __name__ == "__main__":

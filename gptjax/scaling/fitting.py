@@ -81,9 +81,7 @@ def fit(law: Law, points: Points, delta: float = DELTA, starts=None, pinned: dic
         starts = np.concatenate([starts, np.maximum(start, -30)[None]])  # a zero coefficient: its log is -inf
     frozen = np.array([name in pinned for name in law.parameters])
     if pinned:
-        whole = law.natural(np.array(starts))
-        whole[:, frozen] = [pinned[name] for name in law.parameters if name in pinned]
-        starts = np.unique(law.free(whole), axis=0)
+        starts = _pinned(law, np.array(starts), frozen, [pinned[name] for name in law.parameters if name in pinned])
     search = functools.partial(minimize, law.log_loss, x, y, frozen=frozen, delta=delta)
     theta, value = search(starts, iterations=_COARSE[0], stop=_COARSE[1])
     lowest = np.argsort(value, kind="stable")[:_KEPT]
@@ -93,6 +91,29 @@ def fit(law: Law, points: Points, delta: float = DELTA, starts=None, pinned: dic
     best = int(value.argmin())
     reached = float((value <= value[best] * (1 + 1e-3) + 1e-18).mean())
     return Fit(law, points, theta[best], float(value[best]), delta, reached, tuple(pinned))
+
+
+def _pinned(law, starts, frozen, values):
+    """The starts with parameters as given. InputError: one is out of its range, or would not be held, because the
+    coordinate that it is in has another parameter too, which is fitted."""
+    whole = law.natural(starts)
+    whole[:, frozen] = values
+    with np.errstate(invalid="ignore", divide="ignore"):
+        starts = np.unique(law.free(whole), axis=0)
+    named = ", ".join(f"{name}={value:g}" for name, value in zip(np.array(law.parameters)[frozen], values, strict=True))
+    if not np.isfinite(starts[:, frozen]).all():
+        raise InputError(f"{law.name} cannot have {named}: {law.bounds}.")
+    moved = law.natural(starts[:1] + 0.1 * ~frozen)[0, frozen]
+    if not np.allclose(moved, values, rtol=1e-9, atol=0):
+        held = [name for i, name in enumerate(law.parameters) if _alone(law, starts[:1], i)]
+        raise InputError(f"{law.name} is not fitted with {named} held: pin {', '.join(held)} alone, or all of them.")
+    return starts
+
+
+def _alone(law, theta, i) -> bool:
+    """Whether a parameter depends on its own coordinate alone."""
+    others = np.arange(theta.shape[1]) != i
+    return np.allclose(law.natural(theta + 0.1 * others)[0, i], law.natural(theta)[0, i], rtol=1e-9, atol=0)
 
 
 def _check(law, points, free):

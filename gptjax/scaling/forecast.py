@@ -12,7 +12,7 @@ import math
 import numpy as np
 
 from gptjax.errors import InputError
-from gptjax.scaling.bootstrap import LEVEL, bootstrap
+from gptjax.scaling.bootstrap import LEVEL, bootstrap, failed, interval
 from gptjax.scaling.fitting import Fit, fit
 from gptjax.scaling.laws import CHINCHILLA, GPT4, Law
 from gptjax.scaling.points import Points, budgets, of_arrays
@@ -34,10 +34,17 @@ class Forecast:
 
 
 def predict(found: Fit, inputs: dict[str, float], theta=None, widening: float = 1.0, level: float = LEVEL) -> Forecast:
-    """The loss of a run that is not among the points. theta: the bootstrap's samples."""
+    """The loss of a run that is not among the points. theta: the bootstrap's samples. InputError: more than 5 % of them
+    give no loss."""
     theta = bootstrap(found, SAMPLES) if theta is None else theta
     center = float(found.log_loss(inputs)[0])
-    low, high = np.nanquantile(found.log_loss(inputs, theta)[:, 0], [0.05, 0.95])  # of quantiles: few samples run off
+    samples = found.log_loss(inputs, theta)[:, 0]
+    low, high = interval(samples, 0.9)  # not the standard deviation: a few samples run off
+    if math.isnan(low):
+        raise InputError(
+            f"{100 * failed(samples):.0f} % of the bootstrap's samples have no loss at the target, so that there is no "
+            "interval: add runs, or choose a law with fewer parameters."
+        )
     error = math.hypot(found.scatter, (high - low) / (2 * 1.6449))
     half = found.t(level) * widening * error
     return Forecast(math.exp(center), math.exp(center - half), math.exp(center + half), level, error, widening)
@@ -91,7 +98,7 @@ def leave_future_out(law: Law, points: Points, level: float = LEVEL, pinned: flo
     loss), covered (the share inside the interval), widening, `best` (the best run of the last budget: its compute,
     loss, the law's forecast and the baselines'), errors (standardized, before widening). The widening of a row is from
     the forecasts before it alone, of runs up to its own cutoff. pinned: the baseline's irreducible loss; else the law's
-    E as fitted to the same points. Cutoffs with too few points are left out.
+    E as fitted to the same points. Cutoffs with too few points, or no interval, are left out.
     """
     groups = compute_groups(points)
     starts = law.starts[np.random.default_rng(0).permutation(len(law.starts))[:_STARTS]]
@@ -99,14 +106,14 @@ def leave_future_out(law: Law, points: Points, level: float = LEVEL, pinned: flo
     for k in range(2, len(groups)):
         past, future = np.concatenate(groups[:k]), np.concatenate(groups[k:])
         cutoff = points["C"][past].max()
+        known = [z for compute, z in made if compute <= cutoff * (1 + 1e-9)]
+        wide, ahead = widening(known), points.take(future)
         try:
             found = fit(law, points.take(past), starts=starts)
+            theta = bootstrap(found, SAMPLES)
+            forecasts = [predict(found, _row(ahead, i), theta, wide, level) for i in range(len(ahead))]
         except InputError:
             continue
-        known = [z for compute, z in made if compute <= cutoff * (1 + 1e-9)]
-        wide, theta = widening(known), bootstrap(found, SAMPLES)
-        ahead = points.take(future)
-        forecasts = [predict(found, _row(ahead, i), theta, wide, level) for i in range(len(ahead))]
         loss = ahead["loss"]
         error = np.array([f.loss for f in forecasts]) / loss - 1
         z = [math.log(value / f.loss) / f.log_error for value, f in zip(loss, forecasts, strict=True)]
@@ -124,6 +131,12 @@ def leave_future_out(law: Law, points: Points, level: float = LEVEL, pinned: flo
             widening=wide, best=target, errors=z,
         ))  # fmt: skip
     return rows
+
+
+def earlier(found: Fit) -> tuple[list[dict], float]:
+    """(leave_future_out, the widening by all of it) of a fit; ([], 1) where the points have no compute."""
+    rows = leave_future_out(found.law, found.points) if "C" in found.points.columns else []
+    return rows, widening([z for row in rows for z in row["errors"]])
 
 
 def widening(errors) -> float:

@@ -1,5 +1,7 @@
 """law.json: a fitted law with its intervals, what it was fitted to, and what is to be said against it."""
 
+import contextlib
+import dataclasses
 import hashlib
 import json
 import os
@@ -14,15 +16,18 @@ from gptjax.scaling.bootstrap import (
     bootstrap,
     exponent_intervals,
     ill_determined,
+    interval,
     optimum_intervals,
     parameter_intervals,
     profile,
+    resampled,
 )
 from gptjax.scaling.fitting import Fit, fit
 from gptjax.scaling.laws import CHINCHILLA, GPT4, LAWS, Law
 from gptjax.scaling.optimize import minimize
 from gptjax.scaling.points import Points, read
 
+RESAMPLED = 400  # sets of losses, for the intervals of approaches 1 and 2
 OUTLIER = 5.0  # robust standard deviations
 
 
@@ -75,22 +80,31 @@ def from_least_squares(found: Fit, squares: separable.LeastSquares) -> float:
 
 def _approaches(found: Fit, compute: float, flags: list[str]) -> dict:
     """approach_1 and approach_2, each with its a and N*, or why it cannot be used."""
-    made, points = {}, found.points
+    made, points, drawn = {}, found.points, np.exp(resampled(found, RESAMPLED))
     try:
-        first = approaches.envelope(points)
-        made["approach_1"] = {"a": first.a, "C": compute, "N": float(first.optimum(compute)[0])}
+        made["approach_1"] = _frontier(approaches.envelope, points, compute, drawn)
     except InputError as error:
         made["approach_1"] = {"unusable": str(error)}
     try:
-        second, curves = approaches.isoflop(points)
+        curves = approaches.parabolas(points)
         flags += [f"Budget {p.compute:.3g}: {p.edge}; it is left out of approach 2." for p in curves if p.edge]
-        made["approach_2"] = {"a": second.a, "C": compute, "N": float(second.optimum(compute)[0])}
+        made["approach_2"] = _frontier(lambda of: approaches.isoflop(of)[0], points, compute, drawn)
         bias = approaches.expected_bias(points, found.parameters, compute)
         made["approach_2"] |= {"expected_bias_a": bias.a, "expected_bias_N": bias.N, "drift": bias.drift,
                                "centered": bias.centered, "off_center": [p.off_center for p in curves]}  # fmt: skip
     except InputError as error:
         made.setdefault("approach_2", {"unusable": str(error)})
     return made
+
+
+def _frontier(approach, points: Points, compute: float, drawn: np.ndarray) -> dict:
+    """a with its interval, over losses [samples, n] drawn anew (those where the approach fails left out), and N*."""
+    best, sampled = approach(points), []
+    for loss in drawn:
+        with contextlib.suppress(InputError):
+            sampled.append(approach(dataclasses.replace(points, columns=points.columns | {"loss": loss})).a)
+    low, high = interval(sampled or [np.nan])
+    return {"a": best.a, "low": low, "high": high, "C": compute, "N": float(best.optimum(compute)[0])}
 
 
 def _flags(found: Fit) -> list[str]:

@@ -5,7 +5,9 @@
 N* and D* are Chinchilla's (fit --law=chinchilla) with 90 % intervals; batch and learning rate are published rules at
 them, each named, and with --rates the best learning rates of a sweep, continued to N*. Where the loss is in nats per
 token, a batch's steps and compute are compared with the least that any batch needs (Kaplan et al. 2020, eq. 5.4, 5.5).
-The next runs are ranked by how much a run that ends where the law says would narrow N*.
+The loss has the interval of a forecast (predict): widened by what earlier forecasts from these points got wrong. The
+intervals of N* and D* are of the bootstrap alone: they are right where the law is. The next runs are ranked by how much
+a run that ends where the law says would narrow N*.
 """
 
 import math
@@ -18,7 +20,7 @@ from gptjax.errors import InputError
 from gptjax.scaling import law_file
 from gptjax.scaling.bootstrap import bootstrap, exponent_intervals, optimum_intervals
 from gptjax.scaling.fitting import Fit
-from gptjax.scaling.forecast import Forecast, predict
+from gptjax.scaling.forecast import Forecast, earlier, predict
 from gptjax.scaling.laws import LAWS, critical_batch, minimum_compute, minimum_steps, optimum
 from gptjax.scaling.learning_rate import RateRule, fit_rate
 from gptjax.scaling.points import read
@@ -46,11 +48,12 @@ def plan(made: dict, found: Fit, compute: float, samples: int = 1000, rates: Rat
     theta = bootstrap(found, samples)
     best = optimum_intervals(found, theta, compute)
     run = {"N": best["N"]["value"], "D": best["D"]["value"], "C": compute}
-    loss = predict(found, run, theta)
+    loss = predict(found, run, theta, earlier(found)[1])
     measured = [own_rule(rates, best["N"])] if rates is not None else []
     return {
         "compute": compute, "beyond": compute / float(found.points["C"].max()), **best,
-        **exponent_intervals(found, theta), "loss": {"value": loss.loss, "low": loss.low, "high": loss.high},
+        **exponent_intervals(found, theta),
+        "loss": {"value": loss.loss, "low": loss.low, "high": loss.high, "widening": loss.widening},
         "rules": rules(made["metric"], best, compute, loss) + measured, "next_runs": next_runs(found, theta, compute),
     }  # fmt: skip
 
@@ -133,7 +136,8 @@ def text(made: dict) -> str:
     lines = [
         f"compute {made['compute']:.3g} FLOPs, {made['beyond']:.3g} times the largest fitted",
         f"  N* {show(made['N'])}", f"  D* {show(made['D'])}", f"  tokens per parameter {show(made['D_per_N'])}",
-        f"  loss {show(made['loss'], '{:.4f}')}", "", "batch in tokens, learning rate:",
+        f"  loss {show(made['loss'], '{:.4f}')}, widened {made['loss']['widening']:.2f} times by earlier forecasts",
+        "  the intervals of N* and D* are of sampling alone, if the law holds", "", "batch in tokens, learning rate:",
     ]  # fmt: skip
     for rule in made["rules"]:
         values = ", ".join(show(rule[key]) for key in ("batch", "learning_rate") if key in rule)

@@ -99,10 +99,10 @@ def forecasts(rows: list[dict]):
         if row["outcome"] is not None:
             axis.plot(row["outcome"], y, "x", color=_RED, ms=8, label="outcome")
     axis.set_yticks(range(len(rows)), [row["name"] for row in rows])
-    axis.set(title="Forecast and outcome", xlabel="loss", ylim=(-0.7, len(rows) - 0.3))
+    axis.set(title="Forecast and outcome", xlabel="loss", ylim=(-0.7, len(rows) + 0.2))
     axis.spines[["top", "right"]].set_visible(False)
     handles = dict(zip(*reversed(axis.get_legend_handles_labels()), strict=True))
-    axis.legend(handles.values(), handles.keys(), frameon=False)
+    axis.legend(handles.values(), handles.keys(), frameon=False, loc="upper center", ncols=2)
     return figure
 
 

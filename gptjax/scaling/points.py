@@ -130,8 +130,8 @@ def read(path: str, columns: dict[str, str] | None = None, where: dict[str, str]
     used, left_out = _used(rows, cut)
     if not used:
         raise InputError(f"{path} has no finished run: {left_out[0]}")
-    for name in ("S", "lr"):  # they are of no use unless all runs say them
-        if any(row.value.get(columns.get(name)) in (None, "") for row in used):
+    for name in ("N", "D", "C", "S", "lr"):  # a column of nothing is none; steps and rates are of no use unless all say
+        if (any if name in ("S", "lr") else all)(row.value.get(columns.get(name)) in (None, "") for row in used):
             columns.pop(name, None)
     if "lr" in columns and not all(_is_positive(row, columns["lr"]) for row in used):
         columns.pop("lr")  # as the rate at the end of a decay to 0
@@ -255,10 +255,12 @@ def _is_positive(row: _Row, key: str) -> bool:
 def _number(row: _Row, key: str, name: str) -> float:
     """A positive number. InputError otherwise."""
     if not _is_positive(row, key):
+        value = row.value.get(key)
+        shown = repr(value) if value is not None else "null" if key in row.value else "missing"
         told = " (a diverged run has the status 'diverged')" if name == "loss" else ""
         raise InputError(
-            f"{row.where}: {name} must be a positive number, and {key!r} is {row.value.get(key)!r}. Correct the row or "
-            f"remove it{told}."
+            f"{row.where}: {name} must be a positive number, and column {key!r} is {shown}. Correct the row or remove "
+            f"it{told}."
         )
     return _float(row, key)
 

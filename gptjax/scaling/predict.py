@@ -4,9 +4,10 @@
     python -m gptjax.scaling.predict --law=law.json --N=1e9 --D=2e10 [--name=1b] [--json]
     python -m gptjax.scaling.predict --law=law.json --C=1e21        # the compute-optimal run
 
---config: a pre-training config with steps or tokens, from which N (as the law counts it) and D are taken. The forecast
-is written to forecasts/NAME.json next to the law and never overwritten. A target that has a result, in the points' file
-as it is now or in --target_workdir, is refused; so is one whose --metric or --tokenizer is not the law's. Next to the
+--config: a pre-training config with steps or tokens, from which N (as the law counts it) and D are taken, and whatever
+it says of the metric (get_sweep's, where the file has one) and of the tokenizer. The forecast is written to
+forecasts/NAME.json next to the law and never overwritten. A target that has a result, in the points' file as it is now
+or in --target_workdir, is refused; so is one in another metric, or of another tokenizer, than the law's. Next to the
 law's forecast are four baselines, and how all of them would have done on the budgets so far.
 """
 
@@ -22,14 +23,17 @@ from ml_collections import config_flags
 
 from gptjax import command_line, json_files, paths
 from gptjax.config import build
+from gptjax.data.tokenizer import Tokenizer
 from gptjax.describe import describe, with_vocabulary
 from gptjax.errors import InputError
 from gptjax.model.architecture import ModelConfig
+from gptjax.run_config import read_config
 from gptjax.scaling import forecast, law_file
 from gptjax.scaling.bootstrap import bootstrap
 from gptjax.scaling.fitting import Fit
 from gptjax.scaling.laws import LAWS, optimum
 from gptjax.scaling.points import Points
+from gptjax.sweep import __main__ as sweep
 from gptjax.sweep.grid import flops_per_token
 
 SAME = 0.005  # relative: runs whose N and D are closer are the same run
@@ -106,14 +110,42 @@ def refuse_other(made: dict, metric: str | None, tokenizer: str | None):
             )
 
 
+def metric_of(path: str, config) -> str | None:
+    """The metric that a sweep's file gives its results; None of a config without get_sweep."""
+    try:
+        return sweep.load(path, config).metric
+    except InputError:
+        return None
+
+
+def tokenizer_of(config: dict, points: Points) -> str | None:
+    """The fingerprint of the tokenizer that a pre-training config names. One that is made from the text is the law's
+    where it is made like that of the law's runs; else its description. None: it cannot be told."""
+    made = {key: config["data"].get(key) for key in ("tokenizer", "source", "mixture")}
+    if paths.is_path(made["tokenizer"], paths.TOKENIZER):
+        return Tokenizer.load(paths.local(made["tokenizer"])).fingerprint
+    for workdir in filter(None, points.workdirs):
+        try:
+            theirs = read_config(workdir)["data"]
+        except (InputError, KeyError):
+            continue
+        same = all(_same_text(value, theirs.get(key)) for key, value in made.items())
+        return points.tokenizer if same else f"{made['tokenizer']} of {made['source'] or made['mixture']}"
+    return None
+
+
+def _same_text(ours, theirs) -> bool:
+    """Whether two values of a config are the same, a path being that wherever it is named from."""
+    if isinstance(ours, str) and isinstance(theirs, str):
+        return paths.same(ours, theirs)
+    return (ours or None) == (theirs or None)
+
+
 def seal(made: dict, law_path: str, law_hash: str, found: Fit, run: dict, name: str) -> dict:
     """The forecast as it is written."""
     theta = bootstrap(found, forecast.SAMPLES)
     pin = forecast.irreducible_loss(found)
-    points, table, wide = found.points, [], 1.0
-    if "C" in points.columns:
-        table = forecast.leave_future_out(found.law, points)
-        wide = forecast.widening([z for row in table for z in row["errors"]])
+    points, (table, wide) = found.points, forecast.earlier(found)
     ahead = forecast.predict(found, run, theta, wide)
     sealed = {
         "name": name, "target": run, "metric": made["metric"], "tokenizer": made["tokenizer"], "count": made["count"],
@@ -187,8 +219,14 @@ def main(_):
     config = FLAGS.config and FLAGS.config.to_dict()
     run = target(made, config, FLAGS.N, FLAGS.D, FLAGS.C)
     name = FLAGS.name or "-".join(f"{key}{value:.4g}" for key, value in run.items() if key != "C" or len(run) == 1)
-    refuse_other(made, FLAGS.metric, FLAGS.tokenizer)
     points = law_file.current_points(made)
+    metric, tokenizer = FLAGS.metric, FLAGS.tokenizer
+    if config is not None:
+        path = config_flags.get_config_filename(FLAGS["config"])
+        metric, tokenizer = metric or metric_of(path, FLAGS.config), tokenizer or tokenizer_of(config, points)
+        if tokenizer is None and made["tokenizer"]:
+            print("whether the target has the law's tokenizer is not known: it is made from the text", file=sys.stderr)
+    refuse_other(made, metric, tokenizer)
     refuse_known(points, run, FLAGS.name, FLAGS.target_workdir)
     out = epath.Path(FLAGS.out or paths.local(FLAGS.law).parent / "forecasts" / f"{name}.json")
     if out.exists():
@@ -210,8 +248,8 @@ if __name__ == "__main__":
     flags.DEFINE_float("D", None, "Its tokens.", lower_bound=1)
     flags.DEFINE_float("C", None, "Its FLOPs; alone: the compute-optimal run.", lower_bound=1)
     flags.DEFINE_string("name", None, "Its name, as results.jsonl will have it.")
-    flags.DEFINE_string("metric", None, "What its loss is in, if not what the law's is in.")
-    flags.DEFINE_string("tokenizer", None, "Its tokenizer's fingerprint, if not the law's.")
+    flags.DEFINE_string("metric", None, "What its loss is in, if not what the config says or the law's is in.")
+    flags.DEFINE_string("tokenizer", None, "Its tokenizer's fingerprint, if not what the config says or the law's.")
     command_line.define_path("target_workdir", None, "The target's workdir: refused if a run is there.")
     command_line.define_path("out", None, "The forecast's file; forecasts/NAME.json next to the law if not given.")
     flags.DEFINE_bool("json", False, "Print the forecast as JSON.")

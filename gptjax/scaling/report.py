@@ -59,6 +59,19 @@ def draw(points: Points, found, forecasts: list[dict]) -> tuple[dict, list[str]]
     return figures, said
 
 
+def write(points: Points, made: dict | None, forecasts: list[dict], out, title: str):
+    """The pictures and report.html in a folder. made: law.json. InputError: it cannot be written to."""
+    figures, said = draw(points, law_file.at(made, points) if made else None, forecasts)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        for name, figure in figures.items():
+            figure.savefig(out / f"{name}.png", dpi=110)
+        (out / "report.html").write_text(page(title, made, figures, forecasts, said))
+    except OSError as error:
+        raise InputError(f"{out} cannot be written ({error.strerror}): name another folder by --out=DIR.") from None
+    print(f"wrote {out / 'report.html'} and {len(figures)} pictures", file=sys.stderr)
+
+
 def page(title: str, made: dict | None, figures: dict, forecasts: list[dict], said: list[str]) -> str:
     """The HTML page."""
     parts = [f"<h1>{html.escape(title)}</h1>"]
@@ -87,18 +100,8 @@ def main(_):
     as_fitted = made["points"] if made else {}
     columns = pairs(FLAGS.columns, "columns") or as_fitted.get("columns")
     points = read(FLAGS.points, columns, pairs(FLAGS.where, "where") or as_fitted.get("where"))
-    found = law_file.at(made, points) if made else None
     forecasts = compared(points, law.parent / "forecasts")
-    figures, said = draw(points, found, forecasts)
-    out = paths.local(FLAGS.out) if FLAGS.out else source.parent / "scaling"
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        for name, figure in figures.items():
-            figure.savefig(out / f"{name}.png", dpi=110)
-        (out / "report.html").write_text(page(source.name, made, figures, forecasts, said))
-    except OSError as error:
-        raise InputError(f"{out} cannot be written ({error.strerror}): name another folder by --out=DIR.") from None
-    print(f"wrote {out / 'report.html'} and {len(figures)} pictures", file=sys.stderr)
+    write(points, made, forecasts, paths.local(FLAGS.out) if FLAGS.out else source.parent / "scaling", source.name)
 
 
 if __name__ == "__main__":

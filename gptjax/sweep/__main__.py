@@ -9,11 +9,8 @@ get_sweep(config, ARGUMENT), which returns a Sweep: its points, each a complete 
 Workers on other hosts are the same command there, with the same workdir on storage that all see (or gs://...).
 """
 
-import importlib.util
 import os
-import signal
 import socket
-import subprocess
 import sys
 import time
 
@@ -21,13 +18,15 @@ from absl import flags
 from ml_collections import config_flags
 
 from gptjax import command_line, paths
+from gptjax.config import function_of
 from gptjax.distributed import gpu_flags
-from gptjax.errors import INTERRUPTED, InputError
+from gptjax.errors import InputError
 from gptjax.pretrain import PretrainConfig
+from gptjax.queue.claims import Queue, end_with, gather
+from gptjax.queue.workers import Workers
 from gptjax.sweep import plan
 from gptjax.sweep.grid import Sweep
-from gptjax.sweep.queue import Queue, gather
-from gptjax.sweep.worker import LOST, work
+from gptjax.sweep.worker import work
 
 PACE = {False: 0.5, True: 5.0}  # seconds between two looks at the queue, by whether it is in a bucket
 EVERY = 30.0  # seconds between two lines of the progress of all runs, if nothing ends meanwhile
@@ -36,62 +35,13 @@ EVERY = 30.0  # seconds between two lines of the progress of all runs, if nothin
 def load(path: str, config) -> Sweep:
     """get_sweep(config, ARGUMENT) of a config file. path: FILE[:ARGUMENT]. InputError: the file has none."""
     file, _, argument = path.partition(":")
-    spec = importlib.util.spec_from_file_location("sweep_config", file)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    if not hasattr(module, "get_sweep"):
+    get_sweep = function_of(file, "get_sweep")
+    if get_sweep is None:
         raise InputError(f"{file} has no get_sweep(config), which gives the points; configs/scaling/isoflop.py has.")
-    return module.get_sweep(config, *([argument] if argument else []))
+    return get_sweep(config, *([argument] if argument else []))
 
 
 # --- the workers of this host -----------------------------------------------------------------------------
-
-
-class Workers:
-    """The worker processes of this command. A worker that dies is replaced; the attempt that it was at has failed."""
-
-    def __init__(self, count: int, command: list[str], environment: dict, queue: Queue):
-        self._command, self._environment, self._queue = command, environment, queue
-        self._running = [self._start() for _ in range(count)]
-        self.stopping, self._unexplained = False, 0
-        signal.signal(signal.SIGTERM, lambda *_: self.stop())
-
-    def _start(self) -> subprocess.Popen:
-        return subprocess.Popen(self._command, env=self._environment)
-
-    def stop(self):
-        """Has every worker save and end; the points are free again."""
-        self.stopping = True
-        for process in self._running:
-            if process.poll() is None:
-                process.terminate()
-
-    def check(self) -> bool:
-        """Whether any is still at work, after replacing those that have died. Each is looked at once: one that dies
-        meanwhile is at work until the next check, which replaces it."""
-        at_work = False
-        for i, process in enumerate(self._running):
-            code = process.poll()
-            at_work |= code is None
-            if code in (None, 0) or self.stopping:
-                continue
-            if code not in (LOST, INTERRUPTED):
-                how = f"signal {-code}" if code < 0 else f"exit code {code}"
-                had_point = self._queue.fail_attempt_of(process.pid, f"its worker ended with {how}")
-                self._unexplained = 0 if had_point else self._unexplained + 1
-                if self._unexplained > 3:
-                    self.stop()
-                    raise InputError(f"Workers end with {how} before they have a point: read their output above.")
-            if code == INTERRUPTED:
-                self.stopping = True
-            else:
-                self._running[i] = self._start()
-                at_work = True
-        return at_work
-
-    @property
-    def count(self) -> int:
-        return sum(process.poll() is None for process in self._running)
 
 
 def supervise(sweep: Sweep, queue: Queue, workers: Workers) -> int:
@@ -115,6 +65,8 @@ def supervise(sweep: Sweep, queue: Queue, workers: Workers) -> int:
                 print(f"{cost}{'; running: ' + ', '.join(running) if running else ''}", flush=True)
                 next_line = time.monotonic() + EVERY
             if not at_work:
+                for sentence in plan.repetition(sweep, plan.epochs(sweep, rows)):
+                    print(sentence)
                 return _summary(states, workers.stopping)
             time.sleep(PACE[queue.folder.remote])
         except KeyboardInterrupt:  # the terminal has told the workers too
@@ -154,6 +106,7 @@ def main(_):
         raise InputError("Flag --workdir must have a value other than None.")
     queue = Queue(FLAGS.workdir, lease=FLAGS.lease, attempts=FLAGS.attempts)
     if FLAGS.worker:
+        end_with(FLAGS.worker)
         gpu_flags.prepare(verbose=False)
         work(sweep, queue, FLAGS.workdir, poll=PACE[queue.folder.remote])
         return 0
@@ -170,8 +123,8 @@ def main(_):
         cache = paths.local(FLAGS.workdir).resolve() / "cache" / socket.gethostname()
         environment.setdefault("JAX_COMPILATION_CACHE_DIR", str(cache))
         environment.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.1")
-    command = [sys.executable, "-m", "gptjax.sweep", *sys.argv[1:], "--worker"]
-    return supervise(sweep, queue, Workers(min(FLAGS.workers, left), command, environment, queue))
+    command = [sys.executable, "-m", "gptjax.sweep", *sys.argv[1:], f"--worker={os.getpid()}"]
+    return supervise(sweep, queue, Workers(min(FLAGS.workers, left), command, environment, queue.fail_attempt_of))
 
 
 def dry_run(sweep: Sweep):
@@ -199,6 +152,6 @@ if __name__ == "__main__":
     flags.DEFINE_integer("attempts", 3, "Times that a point may fail before it is given up.", lower_bound=1)
     flags.DEFINE_float("lease", 60.0, "Seconds after which a silent worker's point is taken over.", lower_bound=0.5)
     flags.DEFINE_bool("retry_failed", False, "Try the points that were given up again.")
-    flags.DEFINE_bool("worker", False, "Be one worker: how the command starts its own.")
+    flags.DEFINE_integer("worker", None, "Be one worker of the command that is this process: how it starts its own.")
     flags.mark_flag_as_required("config")
     command_line.run(main, PretrainConfig)  # --help has the keys of most sweeps

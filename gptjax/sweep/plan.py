@@ -6,9 +6,9 @@ from collections.abc import Mapping
 
 from gptjax import json_files
 from gptjax.errors import InputError
-from gptjax.sweep.files import Folder
+from gptjax.queue.claims import State
+from gptjax.queue.files import Folder
 from gptjax.sweep.grid import Point, Sweep, short
-from gptjax.sweep.queue import State
 
 # What may differ between two starts of a sweep: where and how fast its runs are computed, not what.
 _MAY_CHANGE = ("mesh", "log", "checkpoint", "samples", "data.cache", "steps_per_dispatch")
@@ -82,22 +82,43 @@ def _flat(config: Mapping, prefix: str = "") -> dict:
 
 
 def table(sweep: Sweep, states: Mapping[str, State], rows: Mapping[str, dict]) -> str:
-    """A line for each point, and the convention of N and C. states, rows: by name; {} before anything has run."""
-    lines = [("point", "N", "D", "D/N", "C", "steps", "shape", "rate", "state")]
+    """A line for each point, the convention of N and C, and how often text is seen. states, rows: by name; {} before
+    anything has run."""
+    lines, seen = [("point", "N", "D", "D/N", "epochs", "C", "steps", "shape", "rate", "state")], epochs(sweep, rows)
     for p in sweep.points:
         of_compute = (
-            (f"{p.params:,}", f"{p.tokens:,}", f"{p.tokens / p.params:.1f}", f"{p.flops:.3e}") if p.params
-            else ("", "", "", "")
+            (f"{p.params:,}", f"{p.tokens:,}", f"{p.tokens / p.params:.1f}",
+             f"{seen[p.name]:.2f}" if p.name in seen else "", f"{p.flops:.3e}") if p.params
+            else ("", "", "", "", "")
         )  # fmt: skip
         rate = f"{p.config.optimizer.learning_rate:.3g}" if "optimizer" in p.config else ""
         steps = f"{p.config.steps:,}" if p.config.get("steps") else ""
         lines.append((p.name, *of_compute, steps, _shape(p), rate, state(states.get(p.name), rows.get(p.name))))
     widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
-    left = {0, 6, 8}
+    left = {0, 7, 9}
     pad = lambda i, text: f"{text:<{widths[i]}}" if i in left else f"{text:>{widths[i]}}"
     shown = ["  ".join(pad(i, text) for i, text in enumerate(line)).rstrip() for line in lines]
     conventions = sorted({CONVENTIONS[p.count, p.rule] for p in sweep.points if p.count})
-    return "\n".join([*shown, *conventions])
+    return "\n".join([*shown, *conventions, *repetition(sweep, seen)])
+
+
+def epochs(sweep: Sweep, rows: Mapping[str, dict]) -> dict[str, float]:
+    """{point: how often its run sees its text}, as far as results tell how long that is: a point without one is taken
+    to have the text of the others, if that is the same for all of them."""
+    lengths = {name: row["text_tokens"] for name, row in rows.items() if row.get("text_tokens")}
+    common = next(iter(lengths.values())) if len(set(lengths.values())) == 1 else None
+    lengths = {p.name: lengths.get(p.name, common) for p in sweep.points}
+    return {p.name: p.tokens / lengths[p.name] for p in sweep.points if p.tokens and lengths[p.name]}
+
+
+def repetition(sweep: Sweep, seen: Mapping[str, float]) -> list[str]:
+    """What `epochs` says, in at most one sentence."""
+    if not seen:
+        known = any(p.tokens for p in sweep.points)
+        return ["epochs: not known before a run has ended; a law of loss takes every token to be new"] * known
+    repeated = [name for name, times in seen.items() if times > 1]
+    return [f"{len(repeated)} points see their text more than once, up to {max(seen.values()):.2f} times: a law of "
+            "loss takes every token to be new. Give more text with --config.data.source=PATH."] * bool(repeated)
 
 
 def _shape(point: Point) -> str:

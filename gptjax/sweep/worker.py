@@ -13,15 +13,15 @@ from gptjax import lock, paths
 from gptjax.data.corpus import shards_directory
 from gptjax.data.tokens import read_manifest
 from gptjax.errors import InputError
+from gptjax.queue.claims import FAILED, RELEASED, Lease, Queue
+from gptjax.queue.files import Folder
+from gptjax.queue.workers import LOST
 from gptjax.run_config import read_config
-from gptjax.sweep.files import Folder
 from gptjax.sweep.grid import FIGURES, Point, Sweep
-from gptjax.sweep.queue import FAILED, RELEASED, Lease, Queue
 from gptjax.training.loop import TrainingDiverged
 from gptjax.training.metrics import JsonLines
 from gptjax.training.stage import RunResult
 
-LOST = 75  # exit code of a worker whose point another one has taken over
 RISE = 1.05  # a run whose training loss ends above this times its lowest has diverged
 
 
@@ -161,10 +161,12 @@ def row_of(sweep: Sweep, point: Point, run_dir, result: RunResult | None, reason
         if figure not in (result.evaluation or {}):
             raise InputError(f"The evaluations of {run_dir} have no {figure!r}: give another metric in get_sweep.")
         loss = result.evaluation[figure]
+    text = _text(run_dir)
+    seen = point.tokens / text["text_tokens"] if point.tokens and text["text_tokens"] else None
     return {
         "name": point.name, "N": point.params, "count": point.count, "D": point.tokens, "C": point.flops,
         "rule": point.rule, "budget": point.budget, "loss": loss, "metric": sweep.metric,
-        **_text(run_dir), "seed": point.config.get("seed"),
+        **text, "epochs": seen, "seed": point.config.get("seed"),
         "learning_rate": (point.config.get("optimizer") or {}).get("learning_rate"),
         "status": "diverged" if reason else "done", "reason": reason,
         "steps": result.steps if result else (lines[-1]["step"] if lines else 0),
@@ -194,8 +196,8 @@ def diverged(lines: Sequence[dict], evaluations: Sequence[dict]) -> str | None:
 
 
 def _text(run_dir) -> dict:
-    """Of the text that a run was trained on: the tokenizer's fingerprint, and how many tokens it has (more than D, or
-    they were seen again and again). None where that is not known, as of a run without a text."""
+    """Of the text that a run was trained on: the tokenizer's fingerprint, and how many tokens it has. None where that
+    is not known, as of a run without a text."""
     try:
         text = json.loads((run_dir / "data.json").read_text())["text"]
         cache = shards_directory(read_config(run_dir)["data"]["cache"], run_dir)

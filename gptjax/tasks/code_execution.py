@@ -1,4 +1,4 @@
-"""Runs programs that a model wrote, for pass@k (metrics.pass_at_k).
+"""Runs programs that a model wrote, for pass@k (evals/best_of_k.py).
 
 THIS IS NOT A SECURITY BOUNDARY. A program runs as the user who started it: it can read that user's files, use the
 network, and delete things. The limits here (time, memory, size of files, no input, a temporary folder, no environment,

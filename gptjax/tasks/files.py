@@ -20,10 +20,30 @@ def find_files(task: Task, data: str, patterns: Sequence[str]) -> list[str]:
     if found := _found(task, Path(paths.local(data)), patterns):
         return found
     fields = " or ".join(", ".join(sorted(fields_of(form))) for form in task.form)
+    published = "as published, or " if task.prepare else ""
+    rows = f"rows (.jsonl, .json, .csv, .tsv, .parquet) {published}with the fields {fields}"
     raise InputError(
-        f"{data} has no file for the task {task.name}: it looks for {', '.join(patterns) or 'none'}, rows (.jsonl, "
-        f".json, .csv, .tsv, .parquet) with the fields {fields}."
+        f"{data} has no file for the task {task.name}: it looks for {', '.join(patterns) or 'none'}, "
+        f"{'text, a line for each item' if task.lines else rows}."
     )
+
+
+def task_files(task: Task, data: str | None) -> list[str]:
+    """The files with a task's rows; none where the task file has the rows itself. InputError: as find_files, and where
+    there is no data to look in."""
+    if task.rows:
+        return []
+    if data is None:
+        raise InputError(f"The task {task.name} needs --data=DIR, the folder with its files.")
+    return find_files(task, data, task.files)
+
+
+def find_joined(task: Task, data: str | None) -> str | None:
+    """The table whose columns are added to the task's rows; if data is a file, next to it. None: there is none."""
+    if not task.join or data is None:
+        return None
+    path = Path(paths.local(data))
+    return next(iter(_found(task, path.parent if path.is_file() else path, task.join)), None)
 
 
 def find_pool(task: Task, data: str) -> list[str]:

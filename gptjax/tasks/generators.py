@@ -8,7 +8,6 @@ line breaks, so that examples can be set one after another, and the completion w
 --task=scramble make all of their tasks. A task has no row twice, and the same seed makes the same rows.
 """
 
-import json
 import random
 import re
 from collections.abc import Iterable, Iterator, Sequence
@@ -16,7 +15,7 @@ from pathlib import Path
 
 from absl import flags
 
-from gptjax import command_line
+from gptjax import command_line, json_files
 from gptjax.errors import InputError
 
 Row = dict[str, str]
@@ -132,7 +131,7 @@ def write(task: str, rows: Sequence[Row], folder) -> Path:
     """FOLDER/TASK.jsonl, as OpenAI's files are written."""
     path = Path(folder) / f"{task}.jsonl"
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    json_files.write_json_lines(path, rows)
     return path
 
 

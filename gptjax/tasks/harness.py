@@ -2,6 +2,7 @@
 were computed by."""
 
 import dataclasses
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -10,12 +11,14 @@ import numpy as np
 
 from gptjax.evals import superglue
 from gptjax.tasks import likelihood
-from gptjax.tasks.files import find_files
+from gptjax.tasks.figures import Figure
+from gptjax.tasks.files import find_joined, task_files
 from gptjax.tasks.generate import generate_texts
+from gptjax.tasks.items import load
 from gptjax.tasks.kinds import Scorer, score_generated, score_pairs, score_texts, score_threshold
-from gptjax.tasks.prompts import Prompts
+from gptjax.tasks.prompts import Prompts, cluster_numbers
 from gptjax.tasks.requests import prefix_token
-from gptjax.tasks.task import Task, load_items
+from gptjax.tasks.task import Task
 from gptjax.trained import Model
 
 
@@ -32,7 +35,7 @@ def scorer(model: Model, rows: int = 16, seed: int = 0) -> Scorer:
 @dataclasses.dataclass(frozen=True)
 class Result:
     """metrics: {name: (value, standard error)}. protocol: how they were computed, and what was counted on the way.
-    samples: a record of each item. calibration: kinds.Scored's."""
+    samples: a record of each item. calibration, figures: kinds.Scored's."""
 
     task: str
     shots: int
@@ -42,10 +45,26 @@ class Result:
     protocol: dict[str, Any]
     samples: list[dict]
     calibration: dict[str, Any] | None = None
+    figures: dict[str, Figure] = dataclasses.field(default_factory=dict)
+
+    @property
+    def no_error(self) -> str:
+        """Why standard errors are NaN, where they are: there is but one unit of them."""
+        unit = "document" if self.protocol["kind"] == "text" else "item"
+        if self.items == 1:
+            return f"one {unit}"
+        return f"one cluster of {unit}s" if self.protocol.get("clusters") == 1 else "not known"
 
     def record(self) -> dict:
         """For JSON, without the samples."""
-        values = {name: {"value": value, "stderr": error} for name, (value, error) in self.metrics.items()}
+        values = {}
+        for name, (value, error) in self.metrics.items():
+            values[name] = {"value": value, "stderr": error}
+            if math.isnan(error):
+                values[name]["no_stderr"] = self.no_error
+        for name, figure in self.figures.items():
+            values[name] |= {"low": figure.low, "high": figure.high, "items": figure.n}
+            values[name] |= {"notes": dict(figure.notes)} if figure.notes else {}
         return {"task": self.task, "shots": self.shots, "items": self.items, "metric": self.metric,
                 "metrics": values, "calibration": self.calibration, "protocol": self.protocol}  # fmt: skip
 
@@ -61,14 +80,17 @@ def evaluate(scorer: Scorer, task: Task, data: str, *, shots: int = 0, limit: in
     from the task's pool, never the item that is asked. limit: only the first so many items. InputError: no file, bad
     rows, a K larger than the pool.
     """
-    files = find_files(task, data, task.files)
-    items = load_items(task, *files)
+    files, join = task_files(task, data), find_joined(task, data)
+    items, not_asked = load(task, *files, join=join)
     asked = items[:limit]
     prompts = Prompts(task, items, data, shots, seed)
     score = _SCORE.get(task.kind, score_pairs)
     found = score(scorer, task, asked, prompts)
-    protocol = {"files": [Path(file).name for file in files], **_protocol(scorer, task, prompts), **found.counts}
-    return Result(task.name, shots, len(asked), task.metric, found.metrics, protocol, found.samples, found.calibration)
+    names = [Path(file).name for file in (*files, *([join] if join else []))]
+    protocol = {"files": names, **_protocol(scorer, task, prompts), **found.counts, "not_asked": not_asked,
+                "clusters": int(cluster_numbers(asked).max()) + 1}  # fmt: skip
+    return Result(task.name, shots, len(asked), task.metric, found.metrics, protocol, found.samples, found.calibration,
+                  found.figures)  # fmt: skip
 
 
 def superglue_result(results: Sequence[Result]) -> Result | None:

@@ -2,18 +2,20 @@
 
 import functools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from gptjax.data.tokenizer import Tokenizer
 from gptjax.errors import InputError
-from gptjax.evals import calibration, classification
-from gptjax.tasks import code_execution, metrics, standard_errors
+from gptjax.evals import calibration, classification, standard_errors
+from gptjax.evals.best_of_k import probability_of_any
+from gptjax.tasks import code_execution, metrics
+from gptjax.tasks.figures import Figure, task_figures
 from gptjax.tasks.generate import prompt_ids
 from gptjax.tasks.likelihood import Score
-from gptjax.tasks.prompts import Prompts, group_numbers
+from gptjax.tasks.prompts import Prompts, cluster_numbers, group_numbers
 from gptjax.tasks.requests import Request, encode_pair, prefix_token, rolling_windows
 from gptjax.tasks.task import Item, Task, function
 
@@ -30,12 +32,14 @@ class Scorer(NamedTuple):
 
 class Scored(NamedTuple):
     """metrics: {name: (value, standard error)}. samples: a record of each item. counts: what was counted on the way:
-    truncated items, ... calibration: evals/calibration.py's figures, of choices."""
+    truncated items, ... calibration: evals/calibration.py's figures, of choices. figures: of tasks that have [figures],
+    with their intervals."""
 
     metrics: dict[str, tuple[float, float]]
     samples: list[dict]
     counts: dict[str, Any]
     calibration: dict[str, Any] | None = None
+    figures: Mapping[str, Figure] = {}
 
 
 # --- choice, partial, cloze -----------------------------------------------------------------------------------
@@ -72,13 +76,21 @@ def score_pairs(scorer: Scorer, task: Task, items: Sequence[Item], prompts: Prom
         "examples_dropped": prompts.dropped,
     }
     if task.kind == "cloze":
-        return Scored(_cloze_metrics(samples), samples, counts)
+        return Scored(_cloze_metrics(samples, cluster_numbers(items)), samples, counts)
+    if task.figures:
+        return _with_figures(task, items, samples, counts)
     found = _choice_metrics(task, items, samples)
     chances = [classification.probabilities(np.array(s["scores"][task.decision])) for s in samples]
-    figures = calibration.calibration(chances, [s["gold"] for s in samples])
-    for name in ("brier", "nll"):
+    figures = calibration.calibration(chances, [s["gold"] for s in samples], clusters=cluster_numbers(items))
+    for name in ("brier", "nll", "ece"):
         found[name] = figures[name], math.nan if figures[f"{name}_se"] is None else figures[f"{name}_se"]
-    return Scored({**found, "ece": (figures["ece"], math.nan)}, samples, counts, {"scores": task.decision, **figures})
+    return Scored(found, samples, counts, {"scores": task.decision, **figures})
+
+
+def _with_figures(task: Task, items: Sequence[Item], samples: list[dict], counts: dict[str, Any]) -> Scored:
+    found = task_figures(task, items, samples)
+    metrics = {name: (figure.value, figure.stderr) for name, figure in found.items()}
+    return Scored(metrics, samples, counts, figures=found)
 
 
 def _sample(task: Task, item: Item, before: str, scores: Sequence, unconditional) -> dict:
@@ -113,35 +125,37 @@ def _choice_metrics(task: Task, items: Sequence[Item], samples: list[dict]) -> d
     """acc: by log-probability; acc_token, acc_norm, acc_bytes: by that per token, per character of the choice
     (lm-evaluation-harness's acc_norm), per byte; acc_answer_context: GPT-3 §2.4's p(choice | context) / p(choice |
     answer context); and what the task names, of the predictions by task.decision."""
-    groups, gold = group_numbers(items), np.array([item.gold for item in items])
+    groups, clusters = group_numbers(items), cluster_numbers(items)
+    gold = np.array([item.gold for item in items])
     predicted = {name: np.array([s["predicted"][name] for s in samples]) for name in task.decisions}
-    found = {name: standard_errors.clustered_mean(predicted[name] == gold, groups) for name in predicted}
+    found = {name: standard_errors.clustered_mean(predicted[name] == gold, clusters) for name in predicted}
     chosen = predicted[task.decision]
     names = [item.names[i] for item, i in zip(items, chosen, strict=True)]
-    found |= _answer_metrics(task, names, [item.answers for item in items], groups, samples)
-    return found | {name: function(of)(chosen, gold, groups) for name, of in task.corpus_metrics.items()}
+    found |= _answer_metrics(task, names, [item.answers for item in items], clusters, samples)
+    return found | {name: function(of)(chosen, gold, groups, clusters) for name, of in task.corpus_metrics.items()}
 
 
-def _answer_metrics(task: Task, predictions: Sequence[str], answers: Sequence[Sequence[str]], groups: np.ndarray,
+def _answer_metrics(task: Task, predictions: Sequence[str], answers: Sequence[Sequence[str]], clusters: np.ndarray,
                     samples: list[dict]) -> dict[str, tuple[float, float]]:  # fmt: skip
     """task.metrics: of each item, which are added to the samples, in the mean."""
     over, found = metrics.best_of if task.over_answers == "best" else metrics.leave_one_out, {}
     for name, of in task.metrics.items():
         values = [over(function(of), p, a) for p, a in zip(predictions, answers, strict=True)]
-        found[name] = standard_errors.clustered_mean(values, groups)
+        found[name] = standard_errors.clustered_mean(values, clusters)
         for sample, value in zip(samples, values, strict=True):
             sample[name] = value
     return found
 
 
-def _cloze_metrics(samples: list[dict]) -> dict[str, tuple[float, float]]:
+def _cloze_metrics(samples: list[dict], clusters: np.ndarray) -> dict[str, tuple[float, float]]:
     """acc: every token of the answer is the most likely one (LAMBADA by the word); acc_last_token: its last token is,
     given those before; perplexity: exp(-mean log-probability of an answer)."""
-    mean, error = standard_errors.mean([s["log_probs"][0] for s in samples])
+    of_items = lambda values: standard_errors.clustered_mean(values, clusters)
+    mean, error = of_items([s["log_probs"][0] for s in samples])
     perplexity = math.exp(min(-mean, 700.0))
     return {
-        "acc": standard_errors.mean([float(s["greedy"]) for s in samples]),
-        "acc_last_token": standard_errors.mean([float(s["last_token_greedy"]) for s in samples]),
+        "acc": of_items([float(s["greedy"]) for s in samples]),
+        "acc_last_token": of_items([float(s["last_token_greedy"]) for s in samples]),
         "perplexity": (perplexity, perplexity * error),
         "log_prob": (mean, error),
     }
@@ -168,11 +182,11 @@ def score_texts(scorer: Scorer, task: Task, items: Sequence[Item], prompts: Prom
         total = sum(s.log_prob for s in scores[start:end])
         samples.append({"where": item.where, "log_prob": total, "tokens": sum(s.tokens for s in scores[start:end]),
                         "units": units(item.text), "bytes": len(item.text.encode())})  # fmt: skip
-    nats = [-s["log_prob"] for s in samples]
+    nats, clusters = [-s["log_prob"] for s in samples], cluster_numbers(items)
     found = {}
     for name, per in (("word_perplexity", "units"), ("byte_perplexity", "bytes"), ("token_perplexity", "tokens")):
-        found[name] = standard_errors.perplexity(nats, [s[per] for s in samples])
-    found["bits_per_byte"] = standard_errors.bits_per_unit(nats, [s["bytes"] for s in samples])
+        found[name] = standard_errors.perplexity(nats, [s[per] for s in samples], clusters)
+    found["bits_per_byte"] = standard_errors.bits_per_unit(nats, [s["bytes"] for s in samples], clusters)
     counts = {"windows": len(requests), "window_rule": "disjoint, the last one with a full context"}
     return Scored(found, samples, counts)
 
@@ -199,11 +213,12 @@ def score_threshold(scorer: Scorer, task: Task, items: Sequence[Item], prompts: 
         {"where": item.where, "text": item.text, "score": float(v), "gold": item.gold, "predicted": int(p)}
         for item, v, p in zip(items, values, predicted, strict=True)
     ]
-    correlation = lambda i: classification.matthews(predicted[i], gold[i])
+    correlation, clusters = lambda i: classification.matthews(predicted[i], gold[i]), cluster_numbers(items)
+    drawn = lambda statistic: standard_errors.clustered_bootstrap(statistic, clusters)
     found = {
-        "matthews": (correlation(slice(None)), standard_errors.bootstrap(correlation, len(items))),
-        "acc": standard_errors.mean((predicted == gold).astype(float)),
-        "auc": (auc(values, gold), standard_errors.bootstrap(lambda i: auc(values[i], gold[i]), len(items))),
+        "matthews": (correlation(slice(None)), drawn(correlation)),
+        "acc": standard_errors.clustered_mean((predicted == gold).astype(float), clusters),
+        "auc": (auc(values, gold), drawn(lambda i: auc(values[i], gold[i]))),
     }
     counts = {"truncated": sum(s.truncated for s in scores[: len(items)]), "threshold": threshold}
     return Scored(found, samples, counts | {"threshold_from": "pool" if of_pool else "the items"})
@@ -248,6 +263,8 @@ def score_generated(scorer: Scorer, task: Task, items: Sequence[Item], prompts: 
         for item, prompt, generated in zip(items, before, texts, strict=True)
     ]
     counts = {"truncated": cut, "examples_dropped": prompts.dropped}
+    if task.figures:
+        return _with_figures(task, items, samples, counts)
     if task.kind == "code":
         return Scored(_code_metrics(task, items, samples), samples, counts)
     found, signatures = _text_metrics(task, items, samples)
@@ -262,7 +279,7 @@ def _text_metrics(task: Task, items: Sequence[Item], samples: list[dict]):
     for sample in samples:
         sample["predicted"] = metrics.majority_vote([extract(text) for text in sample["generated"]])
     predictions, answers = [s["predicted"] or "" for s in samples], [s["answers"] for s in samples]
-    found, signatures = _answer_metrics(task, predictions, answers, group_numbers(items), samples), {}
+    found, signatures = _answer_metrics(task, predictions, answers, cluster_numbers(items), samples), {}
     for name, of in task.corpus_metrics.items():
         value, error, *signature = function(of)(predictions, answers)
         found[name] = value, error
@@ -281,6 +298,6 @@ def _code_metrics(task: Task, items: Sequence[Item], samples: list[dict]) -> dic
         sample["outcomes"] = outcomes[i * task.samples : (i + 1) * task.samples]
     found = {}
     for k in (k for k in (1, 10, 100) if k <= task.samples):
-        passed = [metrics.pass_at_k(task.samples, s["outcomes"].count("passed"), k) for s in samples]
-        found[f"pass@{k}"] = standard_errors.mean(passed)
+        passed = [probability_of_any(task.samples, s["outcomes"].count("passed"), k) for s in samples]
+        found[f"pass@{k}"] = standard_errors.clustered_mean(passed, cluster_numbers(items))
     return found

@@ -1,7 +1,8 @@
 """Metrics of generated text, as functions of strings: exact match and F1 over several gold answers, BLEU and ROUGE, the
-final answer of a chain of thought, self-consistency, pass@k, and the parts of a text that protocols score.
+final answer of a chain of thought, self-consistency, and the parts of a text that protocols score.
 
-A metric of one item is a number from 0 to 1; BLEU is of a corpus, from 0 to 100. Standard errors: standard_errors.py.
+A metric of one item is a number from 0 to 1; BLEU is of a corpus, from 0 to 100. Standard errors are those of
+evals/standard_errors.py.
 """
 
 import collections
@@ -17,7 +18,7 @@ import numpy as np
 
 from gptjax.errors import InputError
 from gptjax.evals import classification
-from gptjax.tasks.standard_errors import bootstrap, mean
+from gptjax.evals.standard_errors import bootstrap, clustered_bootstrap, clustered_mean
 
 # --- exact match and F1 -----------------------------------------------------------------------------------------
 
@@ -108,32 +109,29 @@ def _is_number(text: str) -> bool:
     return True
 
 
-# --- choices, of whole sets of items: int arrays [items] of what was predicted, what is right, and which items belong
-# together, over which the bootstrap goes -> (value, standard error)
+# --- choices, of whole sets of items: int arrays [items] of what was predicted, what is right, which items are one
+# group, and which one cluster -> (value, standard error)
 
 
-def macro_f1(predicted: np.ndarray, gold: np.ndarray, groups: np.ndarray) -> tuple[float, float]:
+def macro_f1(predicted, gold, groups, clusters) -> tuple[float, float]:
     """The mean over classes, those that occur, of the F1 of each (SuperGLUE's CommitmentBank)."""
-    return _of_groups(classification.macro_f1, predicted, gold, groups)
+    return _over_items(classification.macro_f1, predicted, gold, clusters)
 
 
-def f1_of_second(predicted: np.ndarray, gold: np.ndarray, groups: np.ndarray) -> tuple[float, float]:
+def f1_of_second(predicted, gold, groups, clusters) -> tuple[float, float]:
     """F1 of the second choice over all items (MultiRC's F1a)."""
-    return _of_groups(classification.f1, predicted, gold, groups)
+    return _over_items(classification.f1, predicted, gold, clusters)
 
 
-def all_right(predicted: np.ndarray, gold: np.ndarray, groups: np.ndarray) -> tuple[float, float]:
+def all_right(predicted, gold, groups, clusters) -> tuple[float, float]:
     """The share of groups of which every item is right (MultiRC's exact match of a question)."""
     right = np.ones(groups.max() + 1)
     np.minimum.at(right, groups, predicted == gold)
-    return mean(right)
+    return clustered_mean(right, clusters[np.unique(groups, return_index=True)[1]])
 
 
-def _of_groups(statistic: Callable, predicted, gold, groups) -> tuple[float, float]:
-    members = np.split(np.argsort(groups, kind="stable"), np.cumsum(np.bincount(groups))[:-1])
-    drawn = lambda chosen: np.concatenate([members[i] for i in chosen])
-    error = bootstrap(lambda chosen: statistic(predicted[drawn(chosen)], gold[drawn(chosen)]), len(members))
-    return statistic(predicted, gold), error
+def _over_items(statistic: Callable, predicted, gold, clusters) -> tuple[float, float]:
+    return statistic(predicted, gold), clustered_bootstrap(lambda i: statistic(predicted[i], gold[i]), clusters)
 
 
 # --- BLEU and ROUGE, through the packages that papers report --------------------------------------------------------
@@ -236,16 +234,6 @@ def majority_vote(answers: Sequence[str | None]) -> str | None:
     equally frequent ones; None where no sample has one."""
     counts = collections.Counter(answer for answer in answers if answer is not None)
     return counts.most_common(1)[0][0] if counts else None
-
-
-def pass_at_k(samples: int, correct: int, k: int) -> float:
-    """The chance that one of k samples is correct, unbiased, from n samples of which c are: 1 - C(n-c, k) / C(n, k), as
-    a product, whose factors neither overflow nor cancel (Chen et al. 2021, equation 1 and figure 3)."""
-    if not (0 <= correct <= samples and 1 <= k <= samples):
-        raise InputError(f"pass@{k} of {samples} samples, {correct} correct: take at least k samples, and 1 <= k.")
-    if samples - correct < k:
-        return 1.0
-    return float(1.0 - np.prod(1.0 - k / np.arange(samples - correct + 1, samples + 1)))
 
 
 # --- the part of a text that is scored --------------------------------------------------------------------------

@@ -8,6 +8,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from gptjax.errors import InputError
+from gptjax.tasks.items import NotAsked
 from gptjax.tasks.metrics import token_f1
 
 Row = Mapping[str, Any]
@@ -87,7 +88,7 @@ def _inputs(given) -> list[str]:
     return [text if isinstance(text, str) else text["input_text"] for text in given]
 
 
-def quac(row: Row) -> list[Row]:
+def quac(row: Row) -> list[Row | NotAsked]:
     """QuAC (Choi et al. 2018) -> {title, paragraph, history, question, answers, shown, group} of each turn, as its
     scorer takes them: without turns on whose answer the annotators agree by an F1 of less than .4; an answer is that
     there is none, CANNOTANSWER, where at least half of them say so, and else those of the others."""
@@ -98,7 +99,7 @@ def quac(row: Row) -> list[Row]:
     return [turn for article, part in articles for turn in _quac_turns(article, part)]
 
 
-def _quac_turns(article: Row, part: Row) -> Iterable[Row]:
+def _quac_turns(article: Row, part: Row) -> Iterable[Row | NotAsked]:
     if "qas" in part:
         questions = [q["question"] for q in part["qas"]]
         golds = [[answer["text"] for answer in q["answers"]] for q in part["qas"]]
@@ -109,8 +110,8 @@ def _quac_turns(article: Row, part: Row) -> Iterable[Row]:
     about = {"title": f"{title} - {article['section_title']}",
              "paragraph": part["context"].removesuffix("CANNOTANSWER").strip()}  # fmt: skip
     for turn in _turns(questions, own, [_answerable(of_one) for of_one in golds], group):
-        if _agreement(turn["answers"]) >= 0.4:
-            yield {**about, **turn}
+        agreed = _agreement(turn["answers"]) >= 0.4
+        yield {**about, **turn} if agreed else NotAsked("turns on whose answer the annotators disagree")
 
 
 def _answerable(answers: list[str]) -> list[str]:
@@ -137,16 +138,18 @@ def _turns(questions: list[str], own: list[str], golds: list[list[str]], group: 
 # --- DROP -----------------------------------------------------------------------------------------------------
 
 
-def drop(row: Row) -> list[Row]:
+def drop(row: Row) -> list[Row | NotAsked]:
     """DROP (Dua et al. 2019) -> {passage, question, answers, shown, group} of each question. An answer is a number, a
-    date, or spans, a line each (metrics.drop_f1); group: the passage's. On the Hub: EleutherAI/drop."""
+    date, or spans, a line each (metrics.drop_f1); group: the passage's. An annotator's answer that is empty counts for
+    nothing, as in drop_eval.py; a question with no other is not asked, where that script gives every model a 0. On the
+    Hub: EleutherAI/drop."""
     if "passage" in row and "qa_pairs" not in row:
         return [_drop_question(row["passage"], row)]
     passages = [row] if "passage" in row else row.values()
     return [_drop_question(of["passage"], question) for of in passages for question in of["qa_pairs"]]
 
 
-def _drop_question(passage: str, row: Row) -> Row:
+def _drop_question(passage: str, row: Row) -> Row | NotAsked:
     if "answers_spans" in row:
         raise InputError(
             "The row has answers_spans (ucinlp/drop), one list of all annotators' spans, which does not say which of "
@@ -155,10 +158,11 @@ def _drop_question(passage: str, row: Row) -> Row:
     validated = row.get("validated_answers") or []
     if isinstance(validated, Mapping):  # the Hub's: lists side by side
         validated = [dict(zip(validated, values, strict=True)) for values in zip(*validated.values(), strict=True)]
-    answers = [spans for given in (row["answer"], *validated) if any(spans := _drop_spans(given))]
-    shown = ", ".join(answers[0]) if answers else ""
-    return {"passage": passage, "question": row["question"], "answers": ["\n".join(spans) for spans in answers] or [""],
-            "shown": shown, "group": passage}  # fmt: skip
+    answers = [spans for given in (row["answer"], *validated) if any(map(str.strip, spans := _drop_spans(given)))]
+    if not answers:
+        return NotAsked("questions without an answer")
+    return {"passage": passage, "question": row["question"], "answers": ["\n".join(spans) for spans in answers],
+            "shown": ", ".join(answers[0]), "group": passage}  # fmt: skip
 
 
 def _drop_spans(answer: Row) -> list[str]:

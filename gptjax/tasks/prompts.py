@@ -9,7 +9,8 @@ import numpy as np
 
 from gptjax.errors import InputError
 from gptjax.tasks.files import find_pool
-from gptjax.tasks.task import Item, Task, load_items, solved
+from gptjax.tasks.items import load_items
+from gptjax.tasks.task import Item, Task, solved
 
 
 class Prompts:
@@ -31,7 +32,7 @@ class Prompts:
         drawn = "anew for each item" if task.fewshot == "per_item" else "once for all items"
         self.source = f"{shots} drawn {drawn} from {pool}" if shots else "none"
         if shots and not task.takes_examples:
-            raise InputError(f"Task {task.name} scores whole texts, which have no examples: use --num_fewshot=0.")
+            raise InputError(f"Task {task.name} has no solved examples to show: use --num_fewshot=0.")
         if shots > (there := len(self._groups) - self.own):
             raise InputError(
                 f"Task {task.name} has {there} items to draw examples from, fewer than "
@@ -72,5 +73,14 @@ def grouped(items: Sequence[Item]) -> list[list[Item]]:
 
 def group_numbers(items: Sequence[Item]) -> np.ndarray:
     """int [items]: the place of each one's group in `grouped`."""
-    numbers = {id(item): i for i, group in enumerate(grouped(items)) for item in group}
-    return np.array([numbers[id(item)] for item in items])
+    return _numbered([item.group or i for i, item in enumerate(items)])
+
+
+def cluster_numbers(items: Sequence[Item]) -> np.ndarray:
+    """int [items]: the unit of the standard errors that each one is part of, from 0."""
+    return _numbered([item.cluster or item.group or i for i, item in enumerate(items)])
+
+
+def _numbered(names: Sequence) -> np.ndarray:
+    numbers: dict = {}
+    return np.array([numbers.setdefault(name, len(numbers)) for name in names])

@@ -12,36 +12,66 @@ from gptjax.tasks.harness import Result
 
 
 def table(results: Sequence[Result]) -> str:
-    """A line for each metric of each task, with its standard error; the task's main metric is marked *. Below, each
-    task's `protocol`."""
-    rows = [("task", "shots", "items", "metric", "value", "± s.e.")]
+    """A line for each metric of each task, with its standard error and, where any has one, its 95 % interval; the
+    task's main metric is marked *. Below, each task's `protocol`, and what its figures note."""
+    rows = [("task", "shots", "items", "metric", "value", "± s.e.", "95 % interval")]
     for result in results:
         names = sorted(result.metrics, key=lambda name: name != result.metric)
         for i, name in enumerate(names):
             value, error = result.metrics[name]
             first = (result.task, str(result.shots), f"{result.items:,}") if i == 0 else ("", "", "")
-            rows.append((*first, name + " *" * (i == 0), number(value), "" if math.isnan(error) else number(error)))
-    widths = [max(len(row[i]) for row in rows) for i in range(6)]
-    left = (True, False, False, True, False, False)
+            interval = ""
+            if figure := result.figures.get(name):
+                first = (*first[:2], f"{figure.n:,}")
+                interval = "" if math.isnan(figure.low) else f"{number(figure.low)} to {number(figure.high)}"
+            shown = "" if figure and math.isnan(error) else errors(result, error)
+            rows.append((*first, name + " *" * (i == 0), number(value), shown, interval))
+    columns = 7 if any(row[6] for row in rows[1:]) else 6
+    rows = [row[:columns] for row in rows]
+    widths = [max(len(row[i]) for row in rows) for i in range(columns)]
+    left = (True, False, False, True, False, False, True)[:columns]
     lines = [
         "  ".join(c.ljust(w) if lft else c.rjust(w) for c, w, lft in zip(row, widths, left, strict=True)).rstrip()
         for row in rows
     ]
-    return "\n".join([*lines, *map(protocol, results)])
+    notes = [note for result in results for note in figure_notes(result)]
+    return "\n".join([*lines, *map(protocol, results), *notes])
+
+
+def figure_notes(result: Result) -> list[str]:
+    return [f"{result.task}, {name}, {about}: {text}"
+            for name, figure in result.figures.items() for about, text in figure.notes.items()]  # fmt: skip
+
+
+def errors(result: Result, error: float) -> str:
+    """A standard error, or why there is none."""
+    return f"n/a ({result.no_error})" if math.isnan(error) else number(error)
 
 
 def protocol(result: Result) -> str:
     """A line: the files, examples, decoding and prefix token, and what was counted: items cut, examples left out,
-    continuations encoded apart from their context. tasks.json has all of it, templates too."""
+    continuations encoded apart from their context, questions not asked, clusters. tasks.json has all of it, templates
+    too."""
     given = result.protocol
-    parts = [f"{given['kind']}, {', '.join(given['files'])}"]
+    parts = [f"{given['kind']}, {', '.join(given['files']) or 'rows of the task file'}"]
     parts += [f"examples: {given['examples']}"] if "examples" in given and result.shots else []
     parts += [given["decoding"]] if "decoding" in given else []
+    parts += [f"compared by {_COMPARED[given['decided_by']]}"] if result.figures and "decided_by" in given else []
     parts += [f"prefix token {given['prefix_token'] or 'none'}"] if "prefix_token" in given else []
     parts += [f"{given[key]:,} {text}" for key, text in _COUNTED if given.get(key)]
+    parts += [f"{count:,} {why} not asked" for why, count in given.get("not_asked", {}).items()]
+    if given.get("clusters", result.items) < result.items:
+        parts.append(f"standard errors over {given['clusters']:,} clusters of items")
     return f"{result.task}, {result.shots}-shot: {'; '.join(parts)}"
 
 
+_COMPARED = {
+    "acc": "the sum of log-probabilities",
+    "acc_token": "the mean log-probability of a token",
+    "acc_norm": "the log-probability per character",
+    "acc_bytes": "the log-probability per byte",
+    "acc_answer_context": "the log-probability minus that after the answer context",
+}
 _COUNTED = (
     ("truncated", "items cut on the left"),
     ("examples_dropped", "examples left out of prompts that were too long"),
@@ -58,11 +88,11 @@ def write(results: Sequence[tuple[int, Result]], folder: Path, about: dict, log_
     of each item of the last one. Called after each result, so that an error loses none before it."""
     folder.mkdir(parents=True, exist_ok=True)
     records = [{"step": step, **result.record()} for step, result in results]
-    (folder / "tasks.json").write_text(json_files.dumps({**about, "results": records}) + "\n")
+    json_files.write_json(folder / "tasks.json", {**about, "results": records})
     if log_samples:
         for step, result in results[-1:]:
             path = folder / f"samples-{result.task}-{result.shots}shot-{step}.jsonl"
-            path.write_text("".join(json_files.dumps(sample) + "\n" for sample in result.samples))
+            json_files.write_json_lines(path, result.samples)
 
 
 def plot_reliability(folders: Sequence[Path], path: Path) -> None:

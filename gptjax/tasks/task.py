@@ -26,27 +26,26 @@ The kinds, with the keys of a form that each one needs:
     code        context, tests, entry        programs generated and run: pass@k (Chen et al. 2021)
 
 Items of the same `group`, a key of any form, belong together, as the answers to one question or the turns of one
-conversation: they are one example, and one unit of the standard errors. {a.b.0} reaches into objects and lists.
-`prepare = "module:function"` changes a row, or makes several of it, first.
+conversation: they are one example, and one unit of the standard errors. Of items that have only a text in common, as
+questions on one passage, that is the `cluster`, another key of any form: it is the unit of the standard errors, in the
+group's place, and nothing else. {a.b.0} reaches into objects and lists. `prepare = "module:function"` changes a row, or
+makes several of it, first.
+
+Where no choice is right, as of the two sentences of a bias benchmark, a form has no `gold`, and a [figures] table says
+what is measured instead: figures.py.
 """
 
 import dataclasses
 import hashlib
 import importlib
-import itertools
-import json
 import re
 import tomllib
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from gptjax import paths
 from gptjax.config import nearest
-from gptjax.data import sources
-from gptjax.data.formats import may_hold_rows
 from gptjax.data.rows import reach
-from gptjax.data.tables import Table
 from gptjax.errors import InputError
 
 PUBLISHED = Path(__file__).parent / "published"
@@ -59,7 +58,7 @@ KINDS = {
     "generation": ("context", "answers"),
     "code": ("context", "tests", "entry"),
 }
-OPTIONAL = {"choice": ("labels", "names", "answers"), "partial": ("labels",), "generation": ("shown",)}  # and group
+OPTIONAL = {"choice": ("labels", "names", "answers"), "partial": ("labels",), "generation": ("shown",)}
 DECISIONS = ("acc", "acc_token", "acc_norm", "acc_bytes")  # what choices are compared by: kinds.py
 _METRICS = {
     "cloze": ("acc", "acc_last_token", "perplexity", "log_prob"),
@@ -83,9 +82,14 @@ class Task:
     the answer in it, of which the most frequent of all samples is scored. metrics: 'module:function' of (prediction,
     answer) -> float, by name; of choices the prediction is a name. over_answers: 'best', the best answer counts, or
     'leave_one_out' (metrics.leave_one_out). corpus_metrics: 'module:function' of (all predictions, the answers of each)
-    -> value, standard error and, for the protocol, a signature if it has one; of choices (predicted, gold, group, an
-    array of numbers each) -> value, standard error. decided_by: the comparison of choices (DECISIONS, or
+    -> value, standard error and, for the protocol, a signature if it has one; of choices (predicted, gold, group,
+    cluster, an array of numbers each) -> value, standard error. decided_by: the comparison of choices (DECISIONS, or
     acc_answer_context) whose predictions these metrics and the calibration have; `metric` or acc, if not given.
+    figures: 'module:function' of (items, samples, decision) -> figures.Figure or None, by name, in place of all other
+    metrics; subsets: templates, for whose values each figure is also given of the items that have that value. rows:
+    rows in the task file itself, which then needs no files. lines: the files are text, of which each line becomes a row
+    {line, file}. join, join_on: patterns of a table whose columns are added to the rows, after `prepare`, that have the
+    same values of these fields; without the table nothing is added.
     allow_code_execution: of kind 'code', which runs what the model wrote (code_execution.py).
     sha256: of the file.
     """
@@ -119,13 +123,19 @@ class Task:
     over_answers: str = "best"
     corpus_metrics: Mapping[str, str] = dataclasses.field(default_factory=dict)
     decided_by: str = ""
+    figures: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    subsets: tuple[str, ...] = ()
+    rows: tuple[Mapping[str, Any], ...] = ()
+    lines: bool = False
+    join: tuple[str, ...] = ()
+    join_on: tuple[str, ...] = ()
     allow_code_execution: bool = False
     sha256: str = ""
 
     @property
     def takes_examples(self) -> bool:
-        """Whether prompts can have solved examples, which whole texts cannot."""
-        return self.kind not in ("text", "threshold")
+        """Whether prompts can have solved examples, which whole texts and choices of which none is right cannot."""
+        return self.kind not in ("text", "threshold") and all(key in f for f in self.form for key in KINDS[self.kind])
 
     @property
     def decisions(self) -> tuple[str, ...]:
@@ -139,7 +149,9 @@ class Task:
 
     @property
     def measured(self) -> tuple[str, ...]:
-        """Names of the metrics that a result has."""
+        """Names of the metrics that a result has; of figures those of all items."""
+        if self.figures:
+            return tuple(self.figures)
         if self.kind == "code":
             return tuple(f"pass@{k}" for k in (1, 10, 100) if k <= self.samples)
         decided = (*self.decisions, "brier", "nll", "ece") if self.kind in ("choice", "partial") else ()
@@ -153,10 +165,10 @@ class Task:
                 value := getattr(self, field.name), (int, float) if wanted is float else wanted
             ):
                 raise InputError(f"{where}: {field.name}={value!r} must be of type {wanted.__name__}.")
-        for key in ("files", "pool", "columns", "stop", "form"):
-            element = Mapping if key == "form" else str
+        for key in ("files", "pool", "columns", "stop", "form", "subsets", "rows", "join", "join_on"):
+            element = Mapping if key in ("form", "rows") else str
             if not isinstance(value := getattr(self, key), tuple) or not all(isinstance(v, element) for v in value):
-                wanted = "[[form]] tables" if key == "form" else 'a list of texts, as ["a", "b"]'
+                wanted = f"[[{key}]] tables" if element is Mapping else 'a list of texts, as ["a", "b"]'
                 raise InputError(f"{where}: {key} must be {wanted}.")
         if self.kind not in KINDS:
             raise InputError(f"{where}: kind={self.kind!r} is unknown{nearest(self.kind, KINDS)}")
@@ -171,41 +183,46 @@ class Task:
         if not self.form:
             raise InputError(f"{where} has no [[form]], which says how its rows become prompts: add one.")
         for form in self.form:
-            if missing := [key for key in KINDS[self.kind] if key not in form]:
+            unneeded = ("gold", "answers") if self.figures else ()
+            if missing := [key for key in KINDS[self.kind] if key not in (*form, *unneeded)]:
                 raise InputError(f"{where}: a form of kind {self.kind!r} needs {', '.join(missing)}: add them.")
             if wrong := [key for key, value in form.items() if not isinstance(value, str | list)]:
                 raise InputError(f"{where}: {wrong[0]} of a form must be text or a list of texts.")
-            known = (*KINDS[self.kind], *OPTIONAL.get(self.kind, ()), "group")
+            known = (*KINDS[self.kind], *OPTIONAL.get(self.kind, ()), "group", "cluster")
             if wrong := [key for key in form if key not in known]:
                 raise InputError(f"{where}: a form has no key {wrong[0]!r}{nearest(wrong[0], known)}")
-        for key in ("metrics", "corpus_metrics"):
+        for key in ("metrics", "corpus_metrics", "figures"):
             if not isinstance(getattr(self, key), Mapping):
                 raise InputError(f"{where}: {key} must be a table, as [{key}] with f1 = 'module:function' below it.")
         named = (self.prepare, self.detokenize, self.units, self.extract)
-        for name in (*filter(None, named), *self.metrics.values(), *self.corpus_metrics.values()):
+        tables = (self.metrics, self.corpus_metrics, self.figures)
+        for name in (*filter(None, named), *(name for table in tables for name in table.values())):
             function(name)
+        if self.figures and (self.metrics or self.corpus_metrics or self.kind not in ("choice", "generation")):
+            raise InputError(f"{where}: [figures] are of kind choice or generation and the only metrics: drop one.")
         if not self.measured:
             raise InputError(f"{where} measures nothing: add [metrics] with f1 = 'module:function' below it.")
-        if self.metric not in self.measured:
+        if (self.metric.partition("/")[0] if self.figures else self.metric) not in self.measured:
             raise InputError(f"{where}: metric={self.metric!r} is not measured{nearest(self.metric, self.measured)}")
 
 
 @dataclasses.dataclass(frozen=True)
 class Item:
     """One question. pairs: (context, continuation) of each candidate; of generation and code (context, ''). gold: the
-    index of the right pair. names: what each choice is called. answers: what a generated text, or the name of the
-    predicted choice, is compared with; of code its tests and the function's name. shown: the answer as examples show
-    it. text: of the kinds text and threshold. group: of items that belong together; '' = it is alone. where: file and
-    row."""
+    index of the right pair; None = no choice is right. names: what each choice is called. answers: what a generated
+    text, or the name of the predicted choice, is compared with; of code its tests and the function's name. shown: the
+    answer as examples show it. text: of the kinds text and threshold. group: of items that belong together; cluster:
+    of those that depend on each other, the group if not given; '' = it is alone. where: file and row."""
 
     where: str
     pairs: tuple[tuple[str, str], ...] = ()
-    gold: int = 0
+    gold: int | None = 0
     names: tuple[str, ...] = ()
     answers: tuple[str, ...] = ()
     shown: str = ""
     text: str = ""
     group: str = ""
+    cluster: str = ""
     row: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
 
@@ -244,52 +261,13 @@ def function(name: str) -> Callable:
         raise InputError(f"There is no function {name!r} ({error}): give module:function.") from None
 
 
-def load_items(task: Task, *files: str) -> list[Item]:
-    """All items of files of rows. InputError: a row that has none of the task's forms, or an empty one."""
-    prepare = function(task.prepare) if task.prepare else lambda row: [row]
-    items = []
-    for row in itertools.chain.from_iterable(_rows(task, file) for file in files):
-        try:
-            prepared = prepare(row.value)
-            values = [prepared] if isinstance(prepared, Mapping) else prepared
-            items += [make_item(task, value, row.where) for value in values]
-        except InputError as error:
-            raise InputError(f"{row.where}: {error}") from None
-        except (AttributeError, LookupError, TypeError, ValueError) as error:  # of a prepare function
-            raise InputError(f"{row.where}: {task.prepare} cannot read the row ({error!r}): fix it.") from None
-    if not items:
-        raise InputError(f"{', '.join(files)}: no rows for the task {task.name}.")
-    return items
-
-
-def _rows(task: Task, source: str) -> Iterable[sources.Row]:
-    """The rows of a source; of texts, whose files need no rows, {text} of each."""
-    if task.kind == "text" and paths.local(source).is_file() and not may_hold_rows(source):
-        return [sources.Row(document.name, {"text": document.text}) for document in sources.documents(source)]
-    if task.prepare and (whole := _one_object(source)):
-        return [sources.Row(str(source), whole)]
-    return sources.rows(source, table=Table(columns=task.columns or None))
-
-
-def _one_object(source: str) -> dict | None:
-    """The object that a .json file consists of, as SQuAD's and its successors'; None where it has rows."""
-    path = paths.local(source)
-    if path.suffix != ".json" or not path.is_file():
-        return None
-    try:
-        value = json.loads(path.read_bytes())
-    except ValueError:  # an object a line, or nothing that can be read: sources.rows says which
-        return None
-    return value if isinstance(value, dict) else None
-
-
 def make_item(task: Task, row: Mapping[str, Any], where: str = "") -> Item:
     """The item of a row. InputError: fields are missing, the answer is empty or not among the choices."""
     form = next((form for form in task.form if all(reach(row, f) is not None for f in fields_of(form))), None)
     if form is None:
         wanted = " or ".join(", ".join(sorted(fields_of(form))) for form in task.form)
         raise InputError(f"The row has the fields {', '.join(map(repr, row))}; task {task.name} needs {wanted}.")
-    common = {"where": where, "row": row, "group": fill(form.get("group", ""), row)}
+    common = {"where": where, "row": row, **{key: fill(form.get(key, ""), row) for key in ("group", "cluster")}}
     if task.kind == "text":
         return Item(text=fill(form["text"], row), **common)
     if task.kind == "threshold":
@@ -301,7 +279,7 @@ def make_item(task: Task, row: Mapping[str, Any], where: str = "") -> Item:
         answers = (fill(form["tests"], row), fill(form["entry"], row))
         return Item(pairs=((fill(form["context"], row), ""),), answers=_some(answers), **common)
     if task.kind == "generation":
-        answers = _some(tuple(_texts(form["answers"], row)))
+        answers = _some(tuple(_texts(form["answers"], row))) if "answers" in form else ("",)
         shown = fill(form["shown"], row) if "shown" in form else answers[0]
         return Item(pairs=((fill(form["context"], row), ""),), answers=answers, shown=shown, **common)
     if task.kind == "cloze":
@@ -315,11 +293,13 @@ def make_item(task: Task, row: Mapping[str, Any], where: str = "") -> Item:
         pairs = tuple((context, task.delimiter + choice) for choice in _texts(form["choices"], row))
     if empty := [i for i, (_, continuation) in enumerate(pairs) if not continuation.strip()]:
         raise InputError(f"Choice {empty[0]} is empty: every choice needs text.")
-    gold = _gold(form, row, len(pairs))
+    gold = _gold(form, row, len(pairs)) if "gold" in form else None
+    if gold is None and len(set(pairs)) < len(pairs):
+        raise InputError("Two of the texts to compare are the same: fix or remove the row.")
     names = _texts(form["names"], row) if "names" in form else [text[len(task.delimiter) :] for _, text in pairs]
     if len(names) != len(pairs):
         raise InputError(f"There are {len(pairs)} choices and {len(names)} names of them: give one for each.")
-    answers = _texts(form["answers"], row) if "answers" in form else names[gold : gold + 1]
+    answers = _texts(form["answers"], row) if "answers" in form else names[gold : gold + 1] if gold is not None else []
     return Item(pairs=pairs, gold=gold, names=tuple(names), answers=tuple(answers), **common)
 
 

@@ -53,8 +53,8 @@ class Folder:
             raise
         except OSError as error:
             raise InputError(
-                f"The storage of {self.path} has no hard links ({error.strerror}), which workers need to share a "
-                "sweep: give a --workdir on another disk, or gs://..."
+                f"The storage of {self.path} has no hard links ({error.strerror}), which workers need to share "
+                "a queue: give a --workdir on another disk, or gs://..."
             ) from error
         finally:
             os.unlink(temporary)

@@ -15,6 +15,7 @@ that clocks need not agree; or at once if both are on one machine and its proces
 import dataclasses
 import json
 import os
+import signal
 import socket
 import threading
 import time
@@ -23,7 +24,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from gptjax import json_files
-from gptjax.sweep.files import Folder
+from gptjax.queue.files import Folder
 
 DONE, FAILED, RELEASED, RESET = "done", "failed", "released", "reset"  # how an attempt ended
 
@@ -43,7 +44,7 @@ class State:
 
 
 class Queue:
-    """A worker's view of the queue. workdir: of the sweep. lease: seconds. attempts: failures that a point may have.
+    """A worker's view of the queue. workdir: of the points. lease: seconds. attempts: failures that a point may have.
     clock: seconds, of any origin."""
 
     def __init__(self, workdir, *, lease: float = 60.0, attempts: int = 3, clock: Callable[[], float] = time.monotonic):
@@ -69,19 +70,41 @@ class Queue:
     def _state(self, name: str, last: int, has_result: bool, there: set[str]) -> State:
         if has_result:
             return State("finished", last)
-        ends = [self._json(f"{_attempt(name, k)}.end.json") for k in range(1, last + 1)
-                if f"{_attempt(name, k)}.end.json" in there]  # fmt: skip
-        reset = max((i + 1 for i, end in enumerate(ends) if end.get("how") == RESET), default=0)
-        failures = [end for end in ends[reset:] if end.get("how") == FAILED]
-        reason = failures[-1].get("reason") if failures else None
-        if len(failures) >= self.attempts:
+        owner, beat, alive = None, None, False
+        if last and f"{_attempt(name, last)}.end.json" not in there:
+            owner = self._json(f"{_attempt(name, last)}.json")
+            beat = self.folder.read(f"claims/{_attempt(name, last)}.beat.json")
+            alive = self._alive(_attempt(name, last), owner, beat)
+        failures = self._failures(name, last - alive, there)
+        reason = failures[-1] if failures else None
+        if len(failures) >= self.attempts and not alive:
             return State("failed", last, reason=reason)
-        if not last or f"{_attempt(name, last)}.end.json" in there:
-            return State("waiting", last, reason=reason)
-        owner = self._json(f"{_attempt(name, last)}.json")
-        beat = self.folder.read(f"claims/{_attempt(name, last)}.beat.json")
-        kind = "running" if self._alive(_attempt(name, last), owner, beat) else "waiting"
-        return State(kind, last, owner, _parsed(beat), reason)
+        return State("running" if alive else "waiting", last, owner, _parsed(beat), reason)
+
+    def _failures(self, name: str, last: int, there: set[str]) -> list[str | None]:
+        """Why those of the first `last` attempts failed that did, since they were reset. An attempt whose machine went
+        away has too, if its run came no further than it had been: the point may be what takes machines down, while a
+        machine that is preempted has done some steps."""
+        failures, furthest = [], 0
+        for k in range(1, last + 1):
+            attempt = _attempt(name, k)
+            if f"{attempt}.end.json" in there:
+                end = self._json(f"{attempt}.end.json")
+                failures = [] if end.get("how") == RESET else failures
+                failures += [end.get("reason")] * (end.get("how") == FAILED)
+            elif self._machine_lost(name, k, there):
+                step = (_parsed(self.folder.read(f"claims/{attempt}.beat.json")) or {}).get("step", 0)
+                if step <= furthest:
+                    failures.append(f"{self._json(f'{attempt}.json').get('host')} went away while it was at it")
+                furthest = max(furthest, step)
+        return failures
+
+    def _machine_lost(self, name: str, k: int, there: set[str]) -> bool:
+        """Whether an attempt that has not ended was taken over, or can be, from another machine: on its own it is seen
+        whether a process alone was killed."""
+        owner, following = self._json(f"{_attempt(name, k)}.json"), f"{_attempt(name, k + 1)}.json"
+        machines = owner.get("machine"), (self._json(following) if following in there else self.me).get("machine")
+        return None not in machines and machines[0] != machines[1]
 
     def _alive(self, attempt: str, owner: dict, beat: bytes | None) -> bool:
         if ended(owner):
@@ -115,9 +138,17 @@ class Queue:
 
     def finish(self, lease: "Lease", row: dict):
         """Keeps the result of a point, the first one if there are two, and gathers all."""
+        self.keep(lease, row)
+        gather(self.folder)
+
+    def keep(self, lease: "Lease", row: dict):
+        """Keeps the result of a point, the first one if there are two."""
         self.folder.create(f"results/{lease.name}.json", _bytes(row))
         lease.end(DONE)
-        gather(self.folder)
+
+    def result(self, name: str) -> dict | None:
+        """The result of a point; None if it has none."""
+        return _parsed(self.folder.read(f"results/{name}.json"))
 
     def fail_attempt_of(self, pid: int, reason: str) -> bool:
         """Ends the attempt of a worker of this machine that has died, as failed; whether it was at one."""
@@ -190,7 +221,8 @@ class _Heartbeat:
                           f"{error}); after {lease:g} s another worker takes the point. Is the workdir's storage "
                           "there?", flush=True)  # fmt: skip
                 failing = True
-            if self._stop.wait(lease / 5):
+            # storage that is back may hold another's claim: until that is seen, the run goes on writing
+            if self._stop.wait(min(lease / 5, 1.0) if failing else lease / 5):
                 return
 
     def __enter__(self):
@@ -261,6 +293,18 @@ def ended(owner: dict) -> bool:
     """Whether the owner of a claim was a process of this machine that has ended."""
     machine = owner.get("machine")
     return machine is not None and machine == _machine() and _started(owner["pid"]) != owner["started"]
+
+
+def end_with(parent: int):
+    """Asks this process to stop, as SIGTERM does, once the process that started it is gone."""
+
+    def watch():
+        while os.getppid() == parent:
+            time.sleep(0.5)
+        print("the command that this worker belongs to has ended: it saves and ends too", flush=True)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    threading.Thread(target=watch, daemon=True).start()
 
 
 def _attempt(name: str, number: int) -> str:
