@@ -464,8 +464,8 @@ def test_a_worker_runs_what_can_be_run(tmp_path):
     assert found.keys() == {"p2", "p3", "p4"}
     assert found["p3"] == {
         "name": "p3", "N": None, "count": None, "D": None, "C": None, "rule": None, "budget": None, "loss": 5.0,
-        "metric": "nats/token", "tokenizer": None, "text_tokens": None, "epochs": None, "seed": 3, "learning_rate": None,
-        "status": "done", "reason": None, "steps": 4, "workdir": "runs/p3",
+        "metric": "nats/token", "tokenizer": None, "text_tokens": None, "epochs": None, "seed": 3,
+        "learning_rate": None, "status": "done", "reason": None, "steps": 4, "workdir": "runs/p3",
     }  # fmt: skip
     assert (found["p2"]["status"], found["p2"]["loss"], found["p2"]["steps"]) == ("diverged", None, 4)
     assert found["p2"]["reason"] == "The loss became nan"
