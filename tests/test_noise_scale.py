@@ -1,4 +1,4 @@
-"""The gradient noise scale: known |G|^2 and tr(Sigma), averages that a resumed run continues, a step left as it was."""
+"""The gradient noise scale: known |G|^2 and tr(Sigma), averages that a resumed run continues, the step as it was."""
 
 import functools
 import math
@@ -7,15 +7,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from numerics import approx
-from test_step import F32, KEEP, MODEL, ROWS, batch, params  # noqa: F401 (fixtures)
+from numerics import approx, assert_close, model_terms
+from test_step import F32, KEEP, MODEL, ROWS, TIME, batch, params  # noqa: F401 (fixtures)
 
 from gptjax.errors import InputError
 from gptjax.objectives.base import Objective
 from gptjax.objectives.lm import causal_lm_loss
 from gptjax.pretrain import PretrainConfig
 from gptjax.training.noise_scale import Averages, gradient_and_noise, squared_norm
-from gptjax.training.optimizer import OptimizerConfig, make_optimizer
 from gptjax.training.state import new_state
 from gptjax.training.step import train_step
 from gptjax.training.supervised import micro_batches
@@ -56,17 +55,14 @@ def test_a_quadratic_of_known_noise():
 
 
 def test_it_leaves_the_step_as_it_is(params, batch):  # noqa: F811
-    """Parameters, optimizer state and all other metrics, bit for bit, after two steps of micro-batches."""
-    tx, ended = make_optimizer(OptimizerConfig(eps=1e-4)), []
+    """The gradient and all other metrics, up to rounding: it is another program."""
+    ended = []
     for on in (False, True):
-        step = train_step(Objective(causal_lm_loss(MODEL, jnp.float32, 8)), tx, 1.0, F32, 0, False, noise_scale=on)
-        step, state = jax.jit(step), new_state(params, tx, F32)
-        for _ in range(2):
-            state, metrics = step(state, (micro_batches(batch, ROWS // 4), np.float32(1e-2)))
-        noise = metrics.pop("noise", None)
-        assert (noise is not None) == on
-        ended.append(jax.device_get((state, metrics)))
-    jax.tree.map(np.testing.assert_array_equal, *ended)
+        step = train_step(Objective(causal_lm_loss(MODEL, jnp.float32, 8)), KEEP, 0.0, F32, 0, False, noise_scale=on)
+        state, metrics = jax.jit(step)(new_state(params, KEEP, F32), (micro_batches(batch, ROWS // 4), np.float32(1)))
+        assert (metrics.pop("noise", None) is not None) == on
+        ended.append(jax.device_get((state.opt_state, metrics)))
+    assert_close(ended[1], ended[0], terms=model_terms(MODEL, ROWS, TIME))
 
 
 def test_averages_are_means_at_first_and_go_on_where_they_were():

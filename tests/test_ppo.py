@@ -326,7 +326,7 @@ def test_other_prompts_are_not_gone_on_with(config, straight, tmp_path, alignmen
     copy, source = shutil.copytree(straight, tmp_path / "run"), tmp_path / "rows.jsonl"
     source.write_text("".join(alignment["prompts"].read_text().splitlines(keepends=True)[1:]))
     without_one = lambda c, *args: load_prompts(dataclasses.replace(c, source=str(source)), *args)
-    monkeypatch.setattr(stage, "load_prompts", without_one)
+    monkeypatch.setattr(start, "load_prompts", without_one)
     with pytest.raises(InputError, match="prompts.jsonl has changed since the run began"):
         ppo(config(**WHOLE | {"steps": 5}), str(copy), share)
 
