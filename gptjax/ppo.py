@@ -75,7 +75,7 @@ def build(c: PPOConfig, mesh, claim: Claim, reward_fn: Callable | None = None) -
     sections = {"model": spec.policy, "template": template.kind, "origin": about}
     claim.check(c, **sections)
     record = claim.begin(c.policy)
-    hosts.only_first(lambda: base.tokenizer.save(claim.workdir / "tokenizer"))  # of ptx.source
+    claim.save(base.tokenizer)  # of ptx.source
     text = ptx.load_text(
         c.ptx, c.policy, claim.workdir, spec.policy.context_length, c.seed + 2,  # not the order of earlier stages
         needed=c.ppo.ptx_coefficient > 0, record=record, known=claim.known,

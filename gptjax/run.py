@@ -77,6 +77,11 @@ class Claim:
         if not self.known:
             write_record(self.workdir, self.record, text)
         self._claim(c, sections)
+        self.save(tokenizer)
+
+    def save(self, tokenizer: Tokenizer):
+        """Writes the tokenizer into the workdir: by `make`, or after `check`, where a text that `make` needs is to be
+        tokenized with it."""
         hosts.only_first(lambda: tokenizer.save(self.workdir / "tokenizer"))
 
     def _claim(self, c, sections):

@@ -140,7 +140,7 @@ def build(c: SFTConfig, mesh, claim: Claim) -> Stage:
     claim.check(c, **sections)
     record, mix, text = claim.begin(c.init_from), None, None
     if c.mix.fraction:
-        hosts.only_first(lambda: tokenizer.save(claim.workdir / "tokenizer"))  # which the mix is tokenized with
+        claim.save(tokenizer)  # of the mix
         text = load_text(
             c.mix.source, c.init_from, claim.workdir, c.mix.cache, "mix.cache", c.seed + 1, record, claim.known
         )
