@@ -254,7 +254,7 @@ def test_four_workers_and_a_command_that_was_killed(recipe, tmp_path, monkeypatc
         queue.keep(queue.acquire([task]), json.loads(json.dumps(stages["phase-0"][1](index))))
     queue.me = queue.me | {"pid": 2**22 + 1}
     queue.acquire(["00004"])
-    (tmp_path / "four/work/phase-0/.00004.documents.parquet.x.1.tmp").write_bytes(b"half")
+    (run.workdir / "work" / "phase-0" / ".00004.documents.parquet.x.1.tmp").write_bytes(b"half")
     command.curate(config, path, tmp_path / "four", workers=4)
     assert contents(tmp_path / "four") == expected
     assert command.curate(config, path, tmp_path / "four") is not None  # finished: nothing to do

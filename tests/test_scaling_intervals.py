@@ -1,3 +1,4 @@
+# ruff: noqa: F811 (fixtures)
 """Intervals of fitted laws: what the bootstrap draws, that they cover, when there is none; the profile likelihood."""
 
 import numpy as np
@@ -5,6 +6,7 @@ import pytest
 from scaling_points import BUDGETS, GPT4_TRUTH, isoflop, of_compute, of_kaplan, scattered
 from scipy import stats
 from test_scaling_fit import SOME
+from test_scaling_forecast import SIX, found, theta  # noqa: F401 (fixtures)
 
 from gptjax.errors import InputError
 from gptjax.scaling import bootstrap, forecast
@@ -12,18 +14,6 @@ from gptjax.scaling import fit as fit_command
 from gptjax.scaling.fitting import fit
 from gptjax.scaling.laws import CHINCHILLA, GPT4, HOFFMANN, KAPLAN, KAPLAN_ND, optimum
 from gptjax.scaling.points import of_arrays
-
-SIX = np.geomspace(1e17, 3e19, 6)
-
-
-@pytest.fixture(scope="module")
-def found():
-    return fit(CHINCHILLA, isoflop(SIX, 6, noise=0.003), starts=SOME)
-
-
-@pytest.fixture(scope="module")
-def theta(found):
-    return bootstrap.bootstrap(found, 400)
 
 
 def test_bootstrap_is_that_of_separate_fits(found, theta):
